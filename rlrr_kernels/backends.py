@@ -1,0 +1,125 @@
+"""Which implementation computes an operator: the names, the ways to choose one, and what ``auto`` resolves to."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+ENVIRONMENT_VARIABLE = "RLRR_BACKEND"
+
+BACKENDS = ("auto", "triton", "triton.one_pass", "triton.merge", "cpp", "torch")
+"""``triton`` chooses between its one-pass and its merge-then-GEMM path by shape; the dotted names force one."""
+
+
+def check_name(name: str, source: str) -> str:
+    """Returns ``name`` when it is a backend; raises ``ValueError`` naming ``source`` otherwise."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+# A plain module global, not a ContextVar: torch.compile guards on it, so a compiled model follows a change.
+_default: str | None = None
+
+
+def default_backend() -> str:
+    """The backend used where a call says ``auto``: :func:`use_backend`, else ``RLRR_BACKEND``, else ``auto``."""
+    global _default
+    if _default is None:
+        _default = check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment {ENVIRONMENT_VARIABLE}")
+    return _default
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Uses backend ``name`` for every call in the block that does not name one itself (all threads).
+
+    Args:
+        name: one of :data:`BACKENDS`.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    global _default
+    check_name(name, "backend")
+    before = default_backend()
+    _default = name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+INTERPRETING = _flag("TRITON_INTERPRET")
+"""Whether Triton's interpreter is on, which runs its kernels on CPU tensors; Triton reads the same variable."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton can be imported; it is looked for here and imported at the first launch."""
+
+
+def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves a call: never ``auto``.
+
+    Args:
+        name: the ``backend`` argument of the call.
+        device_type: ``x.device.type``.
+        dtype: compute dtype of the call.
+
+    Raises:
+        ValueError: ``name`` is not a backend, or cannot serve this device.
+    """
+    if name == "auto":
+        name = default_backend()
+    if name == "auto":
+        # fp64 has no tensor-core path worth a kernel: cuBLAS on merged blocks is faster.
+        use_triton = device_type == "cuda" and dtype != torch.float64 and HAS_TRITON
+        return "triton" if use_triton else "torch"
+    if name == "torch":
+        return name
+    reason = unavailable(name, device_type)
+    if reason:
+        raise ValueError(f"backend={name!r} cannot run here: {reason}")
+    return name
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve tensors of ``device_type``; None when it can."""
+    check_name(name, "backend")
+    if name == "cpp":
+        return "the C++ extension is not built"
+    if name.startswith("triton"):
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if device_type == "cpu" and not INTERPRETING:
+            return "x is on the CPU, where Triton needs its interpreter; set TRITON_INTERPRET=1 before starting Python"
+        if device_type not in ("cuda", "cpu"):
+            return f"Triton kernels serve cuda tensors; got {device_type}"
+    return None
+
+
+def backend_report() -> dict[str, Any]:
+    """What each backend could do on this machine and what ``auto`` chooses, as plain data."""
+    cuda = torch.cuda.is_available()
+    devices = ["cpu"] + (["cuda"] if cuda else [])
+    return {
+        "torch": torch.__version__,
+        "default": default_backend(),
+        "devices": {
+            device: {
+                "auto": resolve("auto", device, torch.float32),
+                "unavailable": {
+                    name: reason for name in ("triton", "cpp") if (reason := unavailable(name, device)) is not None
+                },
+            }
+            for device in devices
+        },
+    }

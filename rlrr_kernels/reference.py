@@ -1,0 +1,46 @@
+"""The literal formula of the paper: oracle of the tests and rival of the benchmarks. Never optimised."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rescaled_weight_reference(weight: Tensor, scale_row: Tensor, scale_col: Tensor, *, residual: bool = True) -> Tensor:
+    """W' = W ⊙ (s_r s_c) + W, or without the last term for ``residual=False`` (Eq. 16 of the paper, any rank).
+
+    Args:
+        weight: [N, K].
+        scale_row: [N] or [N, r].
+        scale_col: [K] or [G, K] beside a 1-D ``scale_row``; [r, K] or [G, r, K] beside a 2-D one.
+        residual: whether W itself is added.
+
+    Returns:
+        [N, K] in the promoted dtype of the arguments; every elementwise operation rounds, as eager PyTorch does.
+    """
+    rows = weight.shape[0]
+    if scale_row.dim() == 1 and scale_col.dim() == 1:
+        delta = weight * scale_col * scale_row[:, None]
+    else:
+        if scale_row.dim() == 1:
+            scale_row, scale_col = scale_row[:, None], scale_col[:, None]
+        if scale_col.dim() == 2:
+            scale_col = scale_col[None]
+        groups, rank, cols = scale_col.shape
+        product = scale_row.view(groups, rows // groups, rank) @ scale_col.to(scale_row.dtype)
+        delta = weight * product.view(rows, cols)
+    return delta + weight if residual else delta
+
+
+def rlrr_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: bool = True,
+) -> Tensor:
+    """y = x · (W ⊙ (s_r s_c) + W)ᵀ + b as eager PyTorch computes it; shapes as in :func:`rlrr_kernels.rlrr_linear`."""
+    weight = rescaled_weight_reference(weight, scale_row, scale_col, residual=residual)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
