@@ -1,0 +1,213 @@
+"""What the compiler makes of every kernel and shipped configuration; needs no GPU.
+
+    python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...]
+
+Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product and
+which matrix instruction its machine code uses. Launches are built by the launchers themselves from meta tensors, so the
+report compiles what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlrr_kernels.ops import linear_configs as configs
+from rlrr_kernels.ops import linear_triton
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Shared memory one block may use (CUDA C++ programming guide, compute capabilities; AMD CDNA 3 ISA)."""
+
+MATRIX_INSTRUCTIONS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA", "DMMA", "v_mfma")
+"""Most specific first: the first that occurs in the machine code is the one reported."""
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+_NAMES = {value: key for key, value in _TYPES.items()} | {"tf32": torch.float32}
+
+
+class Case(NamedTuple):
+    """One kernel in one configuration; ``dtype`` is that of x, with that of W behind a slash where it differs.
+
+    "fp32" and "tf32" both have float32 tensors: ``torch.get_float32_matmul_precision`` is "highest" or "high".
+    """
+
+    kernel: str
+    dtype: str
+    config: str
+    launch: linear_triton.Launch
+
+
+def _signature(launch: linear_triton.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """Types, constants and divisibility of a launch, as Triton's own launcher would specialise them."""
+    signature, constants, attributes = {}, {}, {}
+    names = launch.kernel.arg_names
+    for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    for name in names[len(launch.args) :]:
+        signature[name], constants[name] = "constexpr", launch.meta[name]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: linear_triton.Launch, arch: str) -> triton.compiler.CompiledKernel:
+    """Compiles a launch for an architecture of :data:`TARGETS`."""
+    signature, constants, attributes = _signature(launch)
+    options = {key: launch.meta[key] for key in ("num_warps", "num_stages") if key in launch.meta}
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def linear_cases(arch: str) -> Iterator[Case]:
+    """Every configuration shipped for ``arch``: ViT shapes at rank 1 and 4, ragged shapes, rank 17."""
+    for dtype in ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64"):
+        x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        dtypes = x_dtype, w_dtype
+        for kernel in configs.KERNELS:
+            for limit, tiles in configs.TABLE[arch][kernel, x_dtype.itemsize]:
+                rows = limit or 4096
+                yield _case(kernel, arch, dtype, tiles, dtypes, rows)
+            yield _case(kernel, arch, dtype, tiles, dtypes, rows, rank=4, groups=3)
+            tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
+            yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
+            yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
+        if dtype == "tf32":
+            continue  # no product in the merge
+        weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
+        merge = linear_triton.merge_launch(weight, _meta(2304, 1), _meta(3, 1, 768), True, merged)
+        yield Case("merge", dtype, "2304 x 768, rank 1", merge)
+    yield Case("reduce", "fp32", "48 parts", linear_triton.reduce_launch(_meta(48, 768, 1), _meta(768, 1)))
+
+
+def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
+    blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+    config = f"MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages; {rows} x {n} x {k}, rank {rank}"
+    weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
+    x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
+    if kernel == "forward":
+        launch = linear_triton.forward_launch(x, weight, scale_row, scale_col, _meta(n), True, y, tiles)
+    elif kernel == "grad_x":
+        launch = linear_triton.grad_x_launch(y, weight, scale_row, scale_col, True, x, tiles)
+    else:
+        needs = (True, True, True)
+        launch, _ = linear_triton.grad_scales_launch(y, x, weight, scale_row, scale_col, needs, arch, tiles)
+    return Case(kernel, dtype, config, launch)
+
+
+def report_row(case: Case, arch: str) -> dict[str, Any]:
+    """Compiles ``case`` for ``arch`` and reads its resources and its matrix instruction off the binary."""
+    compiled = compile_launch(case.launch, arch)
+    if arch.startswith("sm_"):
+        registers, spills = _nvidia_resources(compiled.asm["cubin"])
+        code = compiled.asm["sass"]
+    else:
+        code = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]) * 4
+    return {
+        "kernel": case.kernel,
+        "dtype": case.dtype,
+        "arch": arch,
+        "config": case.config,
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "uses_dot": "tt.dot" in compiled.asm["ttir"],
+        "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
+    }
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread; a Triton kernel has no arrays, so the latter are spills."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = max(int(value) for value in re.findall(r"REG:(\d+)", text))
+    spills = max(int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+    return registers, spills
+
+
+def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The report's rows, compiled one after another."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for arch in archs or TARGETS:
+            for case in linear_cases(arch):
+                yield report_row(case, arch)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: spills, too much shared memory, a 16-bit product without the tensor core's own path."""
+    found = []
+    if row["spills"]:
+        found.append(f"spills {row['spills']} bytes a thread")
+    if row["shared_bytes"] > SHARED_BYTES[row["arch"]]:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory of {SHARED_BYTES[row['arch']]}")
+    half = row["dtype"].split("/")[0] in ("bf16", "fp16")
+    if half and row["uses_dot"] and row["arch"] == "sm_90" and row["matrix_instruction"] != "HGMMA":
+        found.append(f"uses {row['matrix_instruction']}, not HGMMA")
+    if half and row["uses_dot"] and row["matrix_instruction"] is None:
+        found.append("uses no matrix instruction")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), help="only these architectures")
+    arguments = parser.parse_args()
+    result = []
+    head = ("arch", "kernel", "dtype", "registers", "spills", "shared_bytes", "matrix_instruction", "config")
+    print("  ".join(head))
+    for row in rows(arguments.arch):
+        result.append(row)
+        print("  ".join(str(row[name]) for name in head), *problems(row), sep="  ", flush=True)
+    counts = Counter(bool(problems(row)) for row in result)
+    print(f"{len(result)} kernels compiled with Triton {triton.__version__}; {counts[True]} with problems")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

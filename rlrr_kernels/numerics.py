@@ -1,0 +1,150 @@
+"""The error rule: the one place that says how exact an implementation of ``rlrr_linear`` must be.
+
+Over at least eight seeds, the root mean square error of y, ∂x, ∂s_r, ∂s_c and ∂b against float64 may be at most
+:data:`RATIO` times that of the eager formula in the same dtypes; in float64, where eager is the oracle, at most
+:data:`FLOAT64_ROUNDOFFS` unit roundoffs. Where the exact result cancels (1 + s_r s_c ≈ 0) eager's relative error says
+nothing; there ‖error of y‖ may be at most :data:`CANCELLATION` · u · ‖|x| · |W| (1 + |s_r s_c|)‖ with u the unit
+roundoff of the compute dtype. Single small cases are noise and are never judged alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.reference import rlrr_linear_reference
+
+RATIO = 1.1
+CANCELLATION = 1.0
+FLOAT64_ROUNDOFFS = 8.0
+SEEDS = 8
+VALUES = 1 << 14
+"""A small case takes more seeds, until this many values of y were compared: fewer make the ratio itself noise."""
+
+OUTPUTS = ("y", "x", "scale_row", "scale_col", "bias")
+"""y, then the gradients by the name of their tensor."""
+
+Function = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """Shapes and dtypes of one problem; tensors are drawn by :meth:`draw`."""
+
+    rows: int  # M
+    out_features: int  # N
+    in_features: int  # K
+    rank: int = 1
+    groups: int = 1
+    bias: bool = True
+    residual: bool = True
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # None: dtype
+    scale_dtype: torch.dtype | None = None  # None: float32, float64 for float64
+    scale_std: float = 1.0
+    device: str = "cpu"
+
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        """x [M, K], weight [N, K], scale_row [N, r], scale_col [G, r, K], bias [N] and grad_y [M, N], standard normal.
+
+        The scales have a standard deviation of ``scale_std`` / √r^½, so that s_r s_c has one of ``scale_std``².
+        """
+        generator = torch.Generator().manual_seed(seed)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        scale_dtype = self.scale_dtype or wide
+        std = self.scale_std / self.rank**0.25
+
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(self.device, dtype)
+
+        tensors = {
+            "x": normal(self.rows, self.in_features, dtype=self.dtype),
+            "weight": normal(self.out_features, self.in_features, dtype=self.weight_dtype or self.dtype),
+            "scale_row": normal(self.out_features, self.rank, dtype=scale_dtype, scale=std),
+            "scale_col": normal(self.groups, self.rank, self.in_features, dtype=scale_dtype, scale=std),
+            "grad_y": normal(self.rows, self.out_features, dtype=self.dtype),
+        }
+        if self.bias:
+            tensors["bias"] = normal(self.out_features, dtype=scale_dtype)
+        return tensors
+
+
+def outputs(function: Function, tensors: dict[str, Tensor], residual: bool) -> dict[str, Tensor]:
+    """y and the gradients of x, scale_row, scale_col and bias under ``grad_y``, by their names in :data:`OUTPUTS`."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in tensors.items()
+        if name in ("x", "scale_row", "scale_col", "bias")
+    }
+    y = function(
+        leaves["x"], tensors["weight"], leaves["scale_row"], leaves["scale_col"], leaves.get("bias"), residual=residual
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), tensors["grad_y"])
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def exact_outputs(tensors: dict[str, Tensor], residual: bool) -> dict[str, Tensor]:
+    """The same by the literal formula in float64."""
+    return outputs(rlrr_linear_reference, {name: tensor.double() for name, tensor in tensors.items()}, residual)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """‖actual - exact‖ / ‖exact‖ in float64; 0 for two empty or two zero tensors, NaN if ``actual`` has one."""
+    error = (actual.double() - exact).norm().item()
+    return error if error == 0 or math.isnan(error) else error / exact.norm().item()
+
+
+def error_rule(function: Function, case: Case, seeds: int | None = None) -> dict[str, tuple[float, float]]:
+    """Root mean square of the relative errors over ``seeds`` seeds, by output: of ``function``, and of eager PyTorch.
+
+    By default there are :data:`SEEDS` of them, more for small cases. In float64 the second number is not an error but
+    :data:`FLOAT64_ROUNDOFFS` unit roundoffs over :data:`RATIO`.
+    """
+    if seeds is None:
+        values = max(1, case.rows * min(case.out_features, case.in_features))
+        seeds = max(SEEDS, min(64, -(-VALUES // values)))
+    squares: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        tensors = case.draw(seed)
+        exact = exact_outputs(tensors, case.residual)
+        for index, candidate in enumerate((function, rlrr_linear_reference)):
+            for name, actual in outputs(candidate, tensors, case.residual).items():
+                squares.setdefault(name, [0.0, 0.0])[index] += relative_error(actual, exact[name]) ** 2
+    errors = {name: (math.sqrt(ours / seeds), math.sqrt(eager / seeds)) for name, (ours, eager) in squares.items()}
+    if case.dtype == torch.float64:
+        limit = FLOAT64_ROUNDOFFS * torch.finfo(torch.float64).eps / 2 / RATIO
+        return {name: (ours, limit) for name, (ours, _) in errors.items()}
+    return errors
+
+
+def check_error_rule(function: Function, case: Case, seeds: int | None = None) -> None:
+    """Raises ``AssertionError`` naming every output whose error is over :data:`RATIO` times eager's (or is NaN)."""
+    errors = error_rule(function, case, seeds)
+    broken = [
+        f"{name}: {ours:.2e}, eager {eager:.2e}, ratio {ours / eager if eager else math.inf:.2f}"
+        for name, (ours, eager) in errors.items()
+        if not ours <= RATIO * eager
+    ]
+    if broken:
+        raise AssertionError(f"{case}\n  " + "\n  ".join(broken))
+
+
+def cancellation_error(function: Function, case: Case, seeds: int = SEEDS) -> float:
+    """Largest ‖y - exact‖ / (u ‖|x| · |W| (1 + |s_r s_c|)‖) over seeds with s_r s_c = -1 + O(u): all of W' cancels."""
+    unit = torch.finfo(case.dtype).eps / 2
+    worst = 0.0
+    for seed in range(seeds):
+        tensors = case.draw(seed)
+        # Opposite signs and reciprocal sizes in the first pair, nothing in the others: 1 + s_r s_c is rounding alone.
+        tensors["scale_row"][:, 0] = 1.5
+        tensors["scale_col"][:, 0] = -1 / 1.5
+        tensors["scale_row"][:, 1:] = 0
+        tensors.pop("bias", None)
+        exact = exact_outputs(tensors, True)["y"]
+        y = outputs(function, tensors, True)["y"]
+        bound = tensors["x"].double().abs() @ (2 * tensors["weight"].double().abs()).t()
+        worst = max(worst, ((y.double() - exact).norm() / (unit * bound.norm())).item())
+    return worst

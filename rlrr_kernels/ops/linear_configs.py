@@ -1,0 +1,120 @@
+"""Tile shapes and path choice of the Triton kernels: plain data and pure functions, no GPU needed to read or test them.
+
+No entry has been timed on a GPU yet. They are chosen by compile-only figures (no spills, tensor-core instructions; see
+``python -m benchmarks.compile_report``) and by the bytes-and-operations model in :func:`choose_path`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+UNROLLED_RANK = 4
+"""Largest rank whose factor is built without a loop in the kernels."""
+
+
+class Tiles(NamedTuple):
+    """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+KERNELS = ("forward", "grad_x", "grad_scales")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+"""Architectures with entries of their own; any other takes ``DEFAULT_ARCHITECTURE``'s."""
+
+DEFAULT_ARCHITECTURE = "sm_80"
+"""Safe anywhere: at most 64 KiB of shared memory in the 16-bit entries."""
+
+# (kernel, bytes per element of x) -> [(largest M, tiles)]; the last entry serves every larger M.
+_SM_80 = {
+    ("forward", 2): [(16, Tiles(16, 64, 128, 4, 3)), (64, Tiles(64, 64, 64, 4, 3)), (0, Tiles(128, 128, 32, 8, 3))],
+    ("grad_x", 2): [(16, Tiles(16, 128, 64, 4, 3)), (64, Tiles(64, 64, 64, 4, 3)), (0, Tiles(128, 32, 128, 8, 3))],
+    ("grad_scales", 2): [(16, Tiles(16, 64, 64, 4, 3)), (0, Tiles(32, 128, 128, 8, 3))],
+    ("forward", 4): [(16, Tiles(16, 64, 32, 4, 2)), (0, Tiles(32, 64, 32, 8, 2))],
+    ("grad_x", 4): [(16, Tiles(16, 32, 64, 4, 2)), (0, Tiles(64, 16, 64, 8, 2))],
+    ("grad_scales", 4): [(0, Tiles(32, 64, 32, 8, 2))],
+    ("forward", 8): [(0, Tiles(32, 32, 16, 4, 1))],
+    ("grad_x", 8): [(0, Tiles(32, 16, 32, 4, 1))],
+    ("grad_scales", 8): [(0, Tiles(16, 32, 32, 8, 1))],
+}
+_SM_90 = _SM_80 | {
+    ("forward", 2): [(16, Tiles(16, 64, 128, 4, 4)), (64, Tiles(64, 64, 128, 4, 4)), (0, Tiles(128, 128, 64, 8, 4))],
+    ("grad_x", 2): [(16, Tiles(16, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 4)), (0, Tiles(128, 64, 128, 8, 4))],
+    ("grad_scales", 2): [(64, Tiles(64, 64, 64, 4, 3)), (0, Tiles(64, 128, 128, 8, 4))],
+}
+TABLE: dict[str, dict[tuple[str, int], list[tuple[int, Tiles]]]] = {
+    "sm_80": _SM_80,
+    "sm_90": _SM_90,
+    "sm_100": _SM_90,
+    "gfx942": {key: [(limit, tiles._replace(stages=2)) for limit, tiles in rows] for key, rows in _SM_80.items()}
+    | {
+        ("forward", 2): [(16, Tiles(16, 64, 128, 4, 2)), (64, Tiles(64, 64, 64, 4, 2)), (0, Tiles(128, 64, 32, 4, 2))],
+        ("grad_x", 2): [(16, Tiles(16, 128, 64, 4, 2)), (64, Tiles(64, 64, 64, 4, 2)), (0, Tiles(64, 32, 128, 4, 2))],
+    },
+    # Small tiles, so that small test shapes have many of them; block sizes differ so that a mixed-up pair shows.
+    "interpreter": {(kernel, size): [(0, Tiles(16, 32, 64, 4, 1))] for kernel in KERNELS for size in (2, 4, 8)},
+}
+
+IRREGULAR = {
+    ("forward", 2): Tiles(32, 64, 32, 8, 1),
+    ("grad_x", 2): Tiles(32, 32, 64, 4, 1),
+    ("grad_scales", 2): Tiles(32, 64, 64, 8, 1),
+    ("forward", 4): Tiles(32, 32, 32, 8, 1),
+    ("grad_x", 4): Tiles(32, 32, 32, 4, 1),
+    ("grad_scales", 4): Tiles(32, 32, 32, 4, 1),
+    **{(kernel, 8): Tiles(16, 32, 32, 8, 1) for kernel in KERNELS},
+}
+"""Any architecture: odd strides load element by element, a loop over the rank is not pipelined; both take registers."""
+
+MERGE_MIN_ROWS = {"sm_90": 2048, "sm_100": 4096, "interpreter": 96}
+"""Rows M from which W' is merged into scratch and handed to the library GEMM (rank 1). Modelled, not measured: the
+merge moves about 4 N K bytes while the product takes 2 M N K operations, so on an H200 (4.3 TB/s, 790 TFLOP/s) it
+costs a fraction of about 370 / M, against the 15 to 20 % by which a Triton GEMM with a transformed operand trails the
+library.
+"""
+
+_DEFAULT_MERGE_MIN_ROWS = 1024
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 6}
+"""Used to split M in the scale gradients: from the architecture, not the device, so that results repeat everywhere."""
+
+
+def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:
+    """The architecture whose entries serve a device: "sm_90" for capability (9, 0), AMD names as they are."""
+    name = gcn_arch.split(":")[0] if gcn_arch else f"sm_{capability[0]}{capability[1]}" if capability else "interpreter"
+    return name if name in ARCHITECTURES else DEFAULT_ARCHITECTURE
+
+
+def regular(rank: int, *strides: int) -> bool:
+    """Whether the measured tiles apply: rows 16 elements apart (or contiguous) and a factor loop that is unrolled."""
+    return rank <= UNROLLED_RANK and all(stride == 1 or stride % 16 == 0 for stride in strides)
+
+
+def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bool = True) -> Tiles:
+    """The tiles of ``kernel`` ("forward", "grad_x" or "grad_scales") for M = ``rows`` rows of x of ``dtype``."""
+    if not regular and arch != "interpreter":
+        return IRREGULAR[kernel, dtype.itemsize]
+    entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
+    return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
+
+
+def choose_path(rows: int, rank: int, arch: str) -> str:
+    """``one_pass`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library GEMM).
+
+    The one-pass kernels rebuild the factor for every tile of rows, r multiply-adds a weight each time, so the number
+    of rows that pays for a merge falls with the rank.
+    """
+    return "merge" if rows * rank >= MERGE_MIN_ROWS.get(arch, _DEFAULT_MERGE_MIN_ROWS) else "one_pass"
+
+
+def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:
+    """Into how many parts M is split so that about two waves of programs fill the GPU; each keeps at least 4 blocks."""
+    wanted = -(-2 * MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) // max(programs, 1))
+    return max(1, min(wanted, rows // (4 * tiles.block_m)))

@@ -1,0 +1,530 @@
+"""``rlrr_linear`` in Triton: the kernels and their launchers.
+
+Names: M rows of x, N rows and K columns of W, r rank, G groups of N / G rows. Tiles of W never straddle two groups, so
+each tile uses one row of s_c. The weight tile is the *first* operand of its product (the kernels compute yᵀ and ∂xᵀ):
+on Hopper ``wgmma`` takes that one from registers, so the rescaled tile does not travel through shared memory again.
+Scales, 1 + s_r s_c and sums are fp32 (fp64 for float64).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlrr_kernels import backends
+from rlrr_kernels.ops import linear_configs
+from rlrr_kernels.ops.linear_torch import accumulate_dtype
+
+UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _outer(row, col, TRANSPOSED: tl.constexpr, ACC: tl.constexpr):
+    """row [n] times col [k]: [n, k] or, TRANSPOSED, [k, n]."""
+    axis_n: tl.constexpr = 0 if TRANSPOSED else 1
+    axis_k: tl.constexpr = 1 if TRANSPOSED else 0
+    return tl.expand_dims(row.to(ACC), axis_n) * tl.expand_dims(col.to(ACC), axis_k)
+
+
+@triton.jit
+def _factor(
+    row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """1 + s_r s_c of a tile, [n, k] or, TRANSPOSED, [k, n]. row_ptr [N, r]; col_ptr [r, K], already at its group.
+
+    ``row`` and ``col`` are the first of the r pairs of vectors: the caller loads them, once where its loop lets it.
+    """
+    factor = _outer(row, col, TRANSPOSED, ACC)
+    if RANK <= UNROLLED_RANK:
+        # A loop inside the product's loop would keep the compiler from pipelining the latter.
+        for j in tl.static_range(1, RANK):
+            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
+            col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
+            factor += _outer(row, col, TRANSPOSED, ACC)
+    else:
+        for j in range(1, RANK):
+            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
+            col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
+            factor += _outer(row, col, TRANSPOSED, ACC)
+    return factor + 1.0 if RESIDUAL else factor
+
+
+@triton.jit
+def _rlrr_linear_fwd_kernel(
+    x_ptr, w_ptr, row_ptr, col_ptr, bias_ptr, y_ptr,
+    M, N, K, group_size,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """yᵀ [N, M] = (W ⊙ (1 + s_r s_c)) xᵀ + b, one read of W, accumulated in ACC; y is stored as [M, N].
+
+    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N, tiles of M).
+    """
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    pid_n = tl.program_id(0)
+    group = pid_n // tiles_per_group
+    local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local_n < group_size
+    # Rows past the end repeat the last one: their results are not stored, and the loop needs no mask for them. Only for
+    # the strided axis of an operand: on the contiguous one it would hide the contiguity and break up the loads.
+    rows_n = group * group_size + tl.minimum(local_n, group_size - 1)
+    offs_n = group * group_size + local_n
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    rows_m = tl.minimum(offs_m, M - 1)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None] * stride_xk
+    w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
+    col_ptr += group.to(tl.int64) * RANK * K
+    step = tl.full((), BLOCK_K, tl.int64)
+    row = tl.load(row_ptr + rows_n * RANK)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    for start in range(0, K, BLOCK_K):
+        here = start + offs_k
+        mask_k = here < K
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+            col = tl.load(col_ptr + here)
+        else:
+            x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
+            col = tl.load(col_ptr + here, mask=mask_k, other=0.0)
+        factor = _factor(row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+        w = (w.to(ACC) * factor).to(x.dtype)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
+    y_ptrs = y_ptr + offs_m[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+@triton.jit
+def _rlrr_linear_bwd_dx_kernel(
+    g_ptr, w_ptr, row_ptr, col_ptr, dx_ptr,
+    M, N, K, group_size,
+    stride_gm, stride_gn, stride_wn, stride_wk,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """∂xᵀ [K, M] = (W ⊙ (1 + s_r s_c))ᵀ gᵀ, one read of W, accumulated in ACC; ∂x is stored as [M, K].
+
+    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid: (tiles of K, tiles of M).
+    """
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    rows_m = tl.minimum(offs_m, M - 1)
+    lanes_n = tl.arange(0, BLOCK_N)
+    g_ptrs = g_ptr + rows_m[None, :] * stride_gm + lanes_n[:, None].to(tl.int64) * stride_gn
+    w_ptrs = w_ptr + lanes_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
+    col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
+    acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
+    for tile in range((N // group_size) * tiles_per_group):
+        if ONE_GROUP:
+            group = 0
+            local_n = tile * BLOCK_N
+        else:
+            group = tile // tiles_per_group
+            local_n = (tile - group * tiles_per_group) * BLOCK_N
+            col = tl.load(col_ptr + group.to(tl.int64) * RANK * K + offs_k, mask=mask_k, other=0.0)
+        first = (group * group_size + local_n).to(tl.int64)
+        mask_n = local_n + lanes_n < group_size
+        offs_n = first + lanes_n
+        if EVEN_N:
+            g = tl.load(g_ptrs + first * stride_gn)
+            w = tl.load(w_ptrs + first * stride_wn, mask=mask_k[:, None], other=0.0)
+            row = tl.load(row_ptr + offs_n * RANK)
+        else:
+            g = tl.load(g_ptrs + first * stride_gn, mask=mask_n[:, None], other=0.0)
+            w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+            row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
+        group_ptr = col_ptr + group * RANK * K
+        factor = _factor(row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
+        w = (w.to(ACC) * factor).to(g.dtype)
+        acc = tl.dot(w, g, acc, input_precision=PRECISION, out_dtype=ACC)
+    dx_ptrs = dx_ptr + offs_m[None, :] * K + offs_k[:, None]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_m[None, :])
+
+
+@triton.jit
+def _rlrr_linear_bwd_scales_kernel(
+    g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, row_part_ptr, col_part_ptr, bias_part_ptr,
+    M, N, K, group_size, rows_per_split,
+    stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
+    EVEN_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of ∂s_r = (G ⊙ W) s_cᵀ, ∂s_c = s_rᵀ (G ⊙ W) and ∂b = Σ g over one split of M; G = gᵀx stays here.
+
+    g [M, N], x [M, K], w [N, K], row [N, r], col [G, r, K]. Written: row_part [splits, tiles of K, N, r], col_part
+    [splits, tiles of a group, G, r, K], bias_part [splits, N], all ACC. Grid: (tiles of K, and one more that sums g
+    when NEED_BIAS; tiles of N; splits).
+    """
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid_k = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    split = tl.program_id(2).to(tl.int64)
+    group = pid_n // tiles_per_group
+    tile_in_group = pid_n % tiles_per_group
+    local_n = tile_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local_n < group_size
+    offs_n = group * group_size + local_n
+    lanes_m = tl.arange(0, BLOCK_M)
+    first_m = split * rows_per_split
+    rows_here = tl.minimum(M - first_m, rows_per_split).to(tl.int32)
+    step = tl.full((), BLOCK_M, tl.int64)
+    g_ptrs = g_ptr + (first_m + lanes_m)[None, :] * stride_gm + offs_n[:, None].to(tl.int64) * stride_gn
+    if NEED_BIAS and pid_k == tiles_k:
+        total = tl.zeros((BLOCK_N,), ACC)
+        for start in range(0, rows_here, BLOCK_M):
+            g = tl.load(g_ptrs, mask=mask_n[:, None] & (start + lanes_m < rows_here)[None, :], other=0.0)
+            total += tl.sum(g.to(ACC), 1)
+            g_ptrs += step * stride_gm
+        tl.store(bias_part_ptr + split * N + offs_n, total, mask=mask_n)
+    else:
+        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x_ptrs = x_ptr + (first_m + lanes_m)[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+        acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+        for start in range(0, rows_here, BLOCK_M):
+            if EVEN_M:
+                g = tl.load(g_ptrs, mask=mask_n[:, None], other=0.0)
+                x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+            else:
+                mask_m = start + lanes_m < rows_here
+                g = tl.load(g_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+                x = tl.load(x_ptrs, mask=mask_k[None, :] & mask_m[:, None], other=0.0)
+            acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            g_ptrs += step * stride_gm
+            x_ptrs += step * stride_xm
+        w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+        w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        product = acc * w.to(ACC)
+        col_ptr += group.to(tl.int64) * RANK * K
+        row_part_ptr += (split * tiles_k + pid_k) * N * RANK
+        col_part_ptr += ((split * tiles_per_group + tile_in_group) * (N // group_size) + group) * RANK * K
+        for j in range(RANK):
+            if NEED_ROW:
+                col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
+                tl.store(row_part_ptr + offs_n * RANK + j, tl.sum(product * col[None, :], 1), mask=mask_n)
+            if NEED_COL:
+                row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0).to(ACC)
+                tl.store(col_part_ptr + j * K + offs_k, tl.sum(product * row[:, None], 0), mask=mask_k)
+
+
+@triton.jit
+def _reduce_parts_kernel(parts_ptr, out_ptr, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size] = Σ over the first axis of parts [count, size], in a fixed order. Grid: (blocks of size,)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), parts_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        tile = tl.load(
+            parts_ptr + part[:, None].to(tl.int64) * size + offs[None, :],
+            mask=(part < count)[:, None] & (offs < size)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(tile, 0)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def _merge_kernel(
+    w_ptr, row_ptr, col_ptr, out_ptr, K, group_size, stride_wn, stride_wk,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once. Grid: (tiles of K, tiles of N)."""
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    pid_n = tl.program_id(1)
+    group = pid_n // tiles_per_group
+    local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = group * group_size + local_n
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n = local_n < group_size
+    mask_k = offs_k < K
+    mask = mask_n[:, None] & mask_k[None, :]
+    wide_n = offs_n[:, None].to(tl.int64)
+    w = tl.load(w_ptr + wide_n * stride_wn + offs_k[None, :] * stride_wk, mask=mask, other=0.0).to(ACC)
+    col_ptr += group.to(tl.int64) * RANK * K
+    row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
+    col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
+    factor = _factor(row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+    tl.store(out_ptr + wide_n * K + offs_k[None, :], (w * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- launches: pure functions of their arguments
+
+
+class Launch(NamedTuple):
+    """One kernel launch. Built from tensors on any device, meta included, so that it can be compiled without a GPU."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Tensor | int, ...]
+    meta: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.meta)
+
+
+_TL_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+
+
+def _meta(dtype: torch.dtype, tiles: linear_configs.Tiles) -> dict[str, Any]:
+    return {
+        "ACC": _TL_ACC[accumulate_dtype(dtype)],
+        "PRECISION": _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee",
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def forward_launch(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None,
+    residual: bool,
+    y: Tensor,
+    tiles: linear_configs.Tiles,
+) -> Launch:
+    """y [M, N] = x W'ᵀ + b in one pass over W; the scales must be contiguous."""
+    (count, cols), (rows, _), (groups, rank, _) = x.shape, weight.shape, scale_col.shape
+    size = rows // groups
+    return Launch(
+        _rlrr_linear_fwd_kernel,
+        (groups * triton.cdiv(size, tiles.block_n), triton.cdiv(count, tiles.block_m)),
+        (
+            x, weight, scale_row, scale_col, x if bias is None else bias, y,
+            count, rows, cols, size, *x.stride(), *weight.stride(),
+        ),
+        {"RANK": rank, "RESIDUAL": residual, "HAS_BIAS": bias is not None, "EVEN_K": cols % tiles.block_k == 0}
+        | _meta(x.dtype, tiles),
+    )  # fmt: skip
+
+
+def grad_x_launch(
+    grad_y: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    residual: bool,
+    grad_x: Tensor,
+    tiles: linear_configs.Tiles,
+) -> Launch:
+    """∂x [M, K] = g W' in one pass over W; the scales must be contiguous."""
+    (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
+    size = rows // groups
+    return Launch(
+        _rlrr_linear_bwd_dx_kernel,
+        (triton.cdiv(cols, tiles.block_k), triton.cdiv(count, tiles.block_m)),
+        (
+            grad_y, weight, scale_row, scale_col, grad_x,
+            count, rows, cols, size, *grad_y.stride(), *weight.stride(),
+        ),
+        {"RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1, "EVEN_N": size % tiles.block_n == 0}
+        | _meta(grad_y.dtype, tiles),
+    )  # fmt: skip
+
+
+def grad_scales_launch(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    needs: tuple[bool, bool, bool],
+    arch: str,
+    tiles: linear_configs.Tiles,
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """The launch and its partial sums of ∂s_r, ∂s_c, ∂b, the parts along their first axis (empty where unneeded)."""
+    need_row, need_col, need_bias = needs
+    (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
+    size = rows // groups
+    tiles_k, tiles_per_group = triton.cdiv(cols, tiles.block_k), triton.cdiv(size, tiles.block_n)
+    splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
+    rows_per_split = max(1, triton.cdiv(triton.cdiv(count, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, triton.cdiv(count, rows_per_split))
+
+    def parts(needed: bool, *shape: int) -> Tensor:
+        return torch.empty(shape if needed else (0,), dtype=accumulate_dtype(grad_y.dtype), device=grad_y.device)
+
+    row_parts = parts(need_row, splits * tiles_k, rows, rank)
+    col_parts = parts(need_col, splits * tiles_per_group, groups, rank, cols)
+    bias_parts = parts(need_bias, splits, rows)
+    launch = Launch(
+        _rlrr_linear_bwd_scales_kernel,
+        (tiles_k + need_bias, groups * tiles_per_group, splits),
+        (
+            grad_y, x, weight, scale_row, scale_col, row_parts, col_parts, bias_parts,
+            count, rows, cols, size, rows_per_split, *grad_y.stride(), *x.stride(), *weight.stride(),
+        ),
+        {
+            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
+            "EVEN_M": count % tiles.block_m == 0,
+        }
+        | _meta(grad_y.dtype, tiles),
+    )  # fmt: skip
+    return launch, (row_parts, col_parts, bias_parts)
+
+
+def reduce_launch(parts: Tensor, out: Tensor) -> Launch:
+    """out = Σ over the first axis of parts, in a fixed order."""
+    meta = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 4}
+    grid = (triton.cdiv(out.numel(), meta["BLOCK"]),)
+    return Launch(_reduce_parts_kernel, grid, (parts, out, parts.shape[0], out.numel()), meta)
+
+
+def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, out: Tensor) -> Launch:
+    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once; the scales must be contiguous."""
+    (rows, cols), (groups, rank, _) = weight.shape, scale_col.shape
+    meta = {
+        "RANK": rank,
+        "RESIDUAL": residual,
+        "ACC": _TL_ACC[accumulate_dtype(weight.dtype)],
+        "BLOCK_N": 16,
+        "BLOCK_K": 128,
+        "num_warps": 4,
+    }
+    grid = (triton.cdiv(cols, meta["BLOCK_K"]), groups * triton.cdiv(rows // groups, meta["BLOCK_N"]))
+    args = (weight, scale_row, scale_col, out, cols, rows // groups, *weight.stride())
+    return Launch(_merge_kernel, grid, args, meta)
+
+
+# ---------------------------------------------------------------- the backend
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return linear_configs.architecture(None, properties.gcnArchName)
+    return linear_configs.architecture((properties.major, properties.minor))
+
+
+def _check_interpreter(*dtypes: torch.dtype) -> None:
+    if backends.INTERPRETING and torch.bfloat16 in dtypes:
+        raise ValueError(
+            "x or weight is bfloat16, which Triton's interpreter computes wrongly; use float32 or float16 "
+            "under TRITON_INTERPRET=1, or backend='torch'"
+        )
+
+
+def merge(
+    weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """W' [N, K] as a new tensor, rounded once to ``dtype`` (default: W's), in one elementwise pass."""
+    merged = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    if merged.numel():
+        merge_launch(weight, scale_row.contiguous(), scale_col.contiguous(), residual, merged).run()
+    return merged
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None,
+    residual: bool,
+    path: str | None = None,
+) -> Tensor:
+    """y [M, N] = x W'ᵀ + b. x [M, K], weight [N, K], scale_row [N, r], scale_col [G, r, K], bias [N].
+
+    ``path`` forces ``one_pass`` or ``merge``.
+    """
+    _check_interpreter(x.dtype, weight.dtype)
+    count, arch = x.shape[0], _architecture(x.device)
+    if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
+        merged = merge(weight, scale_row, scale_col, residual, x.dtype)
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+    y = torch.empty(count, weight.shape[0], dtype=x.dtype, device=x.device)
+    if y.numel():
+        regular = linear_configs.regular(scale_row.shape[1], *x.stride(), *weight.stride())
+        tiles = linear_configs.tiles_for("forward", arch, x.dtype, count, regular)
+        bias = None if bias is None else bias.contiguous()
+        forward_launch(x, weight, scale_row.contiguous(), scale_col.contiguous(), bias, residual, y, tiles).run()
+    return y
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    residual: bool,
+    needs: tuple[bool, bool, bool, bool],
+    path: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x [M, K], scale_row [N, r], scale_col [G, r, K] and bias [N]; None where ``needs`` says so.
+
+    Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64).
+    """
+    _check_interpreter(grad_y.dtype, weight.dtype)
+    need_x, need_row, need_col, need_bias = needs
+    scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
+    count, dtype, arch = grad_y.shape[0], accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)
+    grad_x = grad_row = grad_col = grad_bias = None
+    if need_x:
+        grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch)
+    if need_row or need_col:
+        regular = linear_configs.regular(1, *grad_y.stride(), *x.stride())
+        tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, count, regular)
+        launch, (row_parts, col_parts, bias_parts) = grad_scales_launch(
+            grad_y, x, weight, scale_row, scale_col, (need_row, need_col, need_bias), arch, tiles
+        )
+        if weight.shape[0]:
+            launch.run()
+        grad_row = _reduce(row_parts, scale_row.dtype) if need_row else None
+        grad_col = _reduce(col_parts, scale_col.dtype) if need_col else None
+        grad_bias = _reduce(bias_parts, dtype) if need_bias else None
+    elif need_bias:
+        grad_bias = grad_y.sum(0, dtype=dtype)
+    return grad_x, grad_row, grad_col, grad_bias
+
+
+def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tensor:
+    count = grad_y.shape[0]
+    if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
+        return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
+    grad_x = torch.empty(count, weight.shape[1], dtype=grad_y.dtype, device=grad_y.device)
+    if grad_x.numel():
+        regular = linear_configs.regular(scale_row.shape[1], *grad_y.stride(), *weight.stride())
+        tiles = linear_configs.tiles_for("grad_x", arch, grad_y.dtype, count, regular)
+        grad_x_launch(grad_y, weight, scale_row, scale_col, residual, grad_x, tiles).run()
+    return grad_x
+
+
+def _reduce(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    if parts.shape[0] == 1 or parts.numel() == 0:
+        return parts.sum(0).to(dtype)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    reduce_launch(parts, out).run()
+    return out
