@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TRITON_3_6 := $(VENV)/triton-3.6
 
-.PHONY: setup test test-all lint
+.PHONY: setup test test-all test-gpu lint
 
 setup: $(STAMP)
 
@@ -20,9 +21,23 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Three processes: with Triton's interpreter on nothing can be compiled, and the rest should not pay for either.
-test: lint
-	$(PY) -m pytest tests -q -m "not slow"
+# Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
+# with it nothing can be compiled.
+INTERPRETED := tests/test_linear_numerics.py tests/test_linear_op.py
 
-test-all: lint
-	$(PY) -m pytest tests -q
+test: lint
+	$(PY) -m pytest tests -q -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2 -m "not slow"
+
+test-all: lint $(TRITON_3_6)
+	RLRR_TRITON_3_6=$(TRITON_3_6) $(PY) -m pytest tests -q
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2
+
+# What no machine without a CUDA GPU can check; CI has none.
+test-gpu: setup
+	$(PY) -m pytest tests -q -m gpu
+
+# The Triton of torch 2.11, beside the installed one: GPU machines often have an older one.
+$(TRITON_3_6): $(STAMP)
+	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+	touch $@

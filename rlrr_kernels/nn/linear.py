@@ -38,6 +38,7 @@ class RLRRLinear(nn.Module):
         scale_row: [N, r]. scale_col: [G, r, K]. shift: [N] or None. (trained)
 
     Raises:
+        TypeError: scale_dtype is not a floating-point dtype.
         ValueError: groups does not divide out_features, rank is not from 1 to 64, or init is unknown.
     """
 
@@ -92,6 +93,8 @@ class RLRRLinear(nn.Module):
             raise ValueError(f"rank must be from 1 to {MAX_RANK}; got {rank}")
         if groups < 1 or rows % groups:
             raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
+        if not scale_dtype.is_floating_point:
+            raise TypeError(f"scale_dtype must be a floating-point dtype; got {scale_dtype}")
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
         self.in_features, self.out_features = cols, rows

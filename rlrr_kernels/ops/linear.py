@@ -64,7 +64,7 @@ def rlrr_linear(
     """
     _check_tensors(x, weight, scale_row, scale_col, bias)
     device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
@@ -188,10 +188,13 @@ def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
 def _forward(x, weight, scale_row, scale_col, bias, residual, backend) -> Tensor:
     module, options = _implementation(backend)
     scale_row, scale_col = _canonical(scale_row, scale_col, weight)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
+        y = module.forward(flat, weight, scale_row, scale_col, bias, residual, **options)
     if x.dim() == 2:
-        return module.forward(x, weight, scale_row, scale_col, bias, residual, **options)
-    y = module.forward(x.reshape(-1, x.shape[-1]), weight, scale_row, scale_col, bias, residual, **options)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        return y
+    # A view would forbid callers to modify y in place, which ReLU(inplace=True) and `y += b` after a layer do.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs) -> list[Tensor | None]:
@@ -199,11 +202,12 @@ def _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs)
     module, options = _implementation(backend)
     row, col = _canonical(scale_row, scale_col, weight)
     rows, cols = weight.shape
-    grad_x, grad_row, grad_col, grad_bias = module.backward(
-        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
-        x if x is None or x.dim() == 2 else x.reshape(-1, cols),
-        weight, row, col, residual, needs, **options,
-    )  # fmt: skip
+    with torch._C._DisableAutocast():
+        grad_x, grad_row, grad_col, grad_bias = module.backward(
+            grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
+            x if x is None or x.dim() == 2 else x.reshape(-1, cols),
+            weight, row, col, residual, needs, **options,
+        )  # fmt: skip
     return [
         grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
         grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),

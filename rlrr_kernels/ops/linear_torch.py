@@ -47,10 +47,15 @@ def merge(
     one = torch.full((), float(residual), dtype=wide, device=weight.device)
     merged = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     for group, start, end in _row_blocks(weight, scale_col.shape[0]):
-        # Elementwise, not a matrix product: float32 ones may run in TF32 or bf16, the factor must not.
-        factor = torch.addcmul(one, scale_row[start:end, :1], scale_col[group, :1])
-        for j in range(1, scale_row.shape[1]):
-            factor.addcmul_(scale_row[start:end, j : j + 1], scale_col[group, j : j + 1])
+        # Elementwise, not a matrix product: float32 ones may run in TF32 or bf16, the factor must not. Sums of many
+        # pairs are blocked by four, or their rounding would exceed that of eager's product.
+        rows, cols = scale_row[start:end], scale_col[group]
+        factor = torch.addcmul(one, rows[:, :1], cols[:1])
+        for j in range(1, rows.shape[1], 4):
+            part = rows[:, j : j + 1] * cols[j : j + 1]
+            for i in range(j + 1, min(j + 4, rows.shape[1])):
+                part.addcmul_(rows[:, i : i + 1], cols[i : i + 1])
+            factor += part
         if merged.dtype == wide:
             torch.mul(weight[start:end], factor, out=merged[start:end])
         else:

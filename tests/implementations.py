@@ -1,0 +1,37 @@
+"""The backends that this process can test, and problems on which they are tried.
+
+With Triton's interpreter on (``TRITON_INTERPRET=1``) these are the Triton kernels, without it all others: the same
+tests run in both processes. The interpreter computes bfloat16 wrongly, so the kernels are tried in the other dtypes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlrr_kernels import backends
+
+BACKENDS = (
+    ("triton.one_pass", "triton.merge")
+    if backends.INTERPRETING
+    else tuple(name for name in ("torch", "cpp") if backends.unavailable(name, "cpu") is None)
+)
+
+DTYPES = (
+    (torch.float32, torch.float16)
+    if backends.INTERPRETING
+    else (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+)
+
+# M, N, K, rank, groups, bias, residual: nothing is a multiple of anything. The error rule wants many values, which cost
+# the interpreter minutes; there the small cases are left to the tests by bounds, which need no statistics.
+SHAPES = (
+    ((197, 51, 70, 1, 3, True, True), (60, 66, 67, 4, 1, False, False), (80, 34, 67, 17, 1, True, True))
+    if backends.INTERPRETING
+    else (
+        (1, 66, 131, 1, 1, True, True),
+        (7, 99, 70, 4, 3, False, True),
+        (60, 33, 70, 1, 3, True, False),
+        (40, 51, 67, 17, 1, True, True),
+        (197, 99, 131, 1, 3, True, True),
+    )
+)

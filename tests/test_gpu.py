@@ -1,0 +1,104 @@
+"""What only a CUDA GPU can show; CI has none. Run with ``make test-gpu``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from rlrr_kernels import RLRRLinear, backends, numerics, rlrr_linear
+from rlrr_kernels.numerics import Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or backends.INTERPRETING, reason="needs a CUDA GPU"),
+]
+
+BACKENDS = ("triton.one_pass", "triton.merge", "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 768, 768, 1, 1), (197, 2304, 768, 1, 3), (1576, 768, 3072, 1, 1), (61, 771, 773, 4, 3), (40, 512, 256, 64, 1)],
+    ids=str,
+)
+def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple):
+    numerics.check_error_rule(partial(rlrr_linear, backend=backend), Case(*shape, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graph_capture(backend: str):
+    layer = RLRRLinear(768, 2304, groups=3, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(64, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        for leaf in (x, *layer.parameters()):
+            leaf.grad = None
+        y = rlrr_linear(x, layer.weight, layer.scale_row, layer.scale_col, layer.shift, backend=backend)
+        y.float().square().mean().backward()
+        return y
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    captured = [t.clone() for t in (y, x.grad, layer.scale_row.grad, layer.scale_col.grad, layer.shift.grad)]
+    eager = [step(), x.grad, layer.scale_row.grad, layer.scale_col.grad, layer.shift.grad]
+    for a, b in zip(captured, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_same_input_same_bits():
+    tensors = Case(1576, 768, 768, 2, 3, dtype=torch.bfloat16, device="cuda").draw(0)
+    first, again = (numerics.outputs(partial(rlrr_linear, backend="triton"), tensors, True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_but_x_and_the_parameters_is_alive_after_the_forward(backend: str):
+    layer = RLRRLinear(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def forward() -> torch.Tensor:
+        return rlrr_linear(x, layer.weight, layer.scale_row, layer.scale_col, layer.shift, backend=backend)
+
+    forward().sum().backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    assert torch.cuda.memory_allocated() - before == y.nbytes
+
+
+def test_addresses_beyond_two_to_the_31():
+    count, cols, rows = 2**31 // 1024 + 64, 1024, 64
+    x = torch.randn(count, cols, device="cuda", dtype=torch.bfloat16)
+    layer = RLRRLinear(cols, rows, device="cuda", dtype=torch.bfloat16)
+    y = rlrr_linear(x, layer.weight, layer.scale_row, layer.scale_col, backend="triton.one_pass")
+    tail = rlrr_linear(x[-64:].clone(), layer.weight, layer.scale_row, layer.scale_col, backend="triton.one_pass")
+    torch.testing.assert_close(y[-64:], tail, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_model(mode: str):
+    model = torch.nn.Sequential(
+        RLRRLinear(256, 512, device="cuda"), torch.nn.GELU(), RLRRLinear(512, 256, device="cuda")
+    )
+    x = torch.randn(128, 256, device="cuda")
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = compiled(x)
+        y.float().sum().backward()
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(y.float(), model(x).float(), rtol=2e-2, atol=2e-2)

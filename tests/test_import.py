@@ -1,0 +1,36 @@
+"""``import rlrr_kernels`` needs torch alone, touches no GPU and is quick."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys, time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+before = set(sys.modules)
+import rlrr_kernels
+end = time.perf_counter()
+new = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print(json.dumps({"torch": middle - start, "ours": end - middle, "new": new, "cuda": torch.cuda.is_initialized()}))
+"""
+
+
+def measure() -> dict:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_import_takes_torch_alone_and_no_gpu():
+    found = measure()
+    assert not found["cuda"]
+    extras = {"timm", "triton", "numpy", "safetensors", "accelerate", "typer", "rich", "matplotlib", "peft"}
+    assert not extras & set(found["new"]), found["new"]
+
+
+def test_import_adds_at_most_a_tenth_to_import_torch():
+    best = min((measure() for _ in range(5)), key=lambda found: found["ours"])
+    assert best["ours"] <= 0.10 * best["torch"], best

@@ -1,0 +1,63 @@
+"""The choice of tiles and paths: pure functions, tried over a grid without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rlrr_kernels.ops import linear_configs as configs
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ROWS = (1, 2, 16, 17, 64, 197, 1576, 4096, 12608, 50432, 10**7)
+
+
+@pytest.mark.parametrize("arch", [*configs.ARCHITECTURES, "sm_75", "unknown"])
+def test_every_shape_has_tiles(arch: str):
+    for kernel, dtype, rows, regular in itertools.product(configs.KERNELS, DTYPES, ROWS, (True, False)):
+        tiles = configs.tiles_for(kernel, arch, dtype, rows, regular)
+        for size in (tiles.block_m, tiles.block_n, tiles.block_k):
+            assert size >= 16
+            assert size & (size - 1) == 0
+        assert tiles.warps in (4, 8)
+
+
+def test_more_rows_never_choose_a_smaller_block_of_rows():
+    for arch, kernel in itertools.product(configs.ARCHITECTURES, configs.KERNELS):
+        blocks = [configs.tiles_for(kernel, arch, torch.bfloat16, rows).block_m for rows in ROWS]
+        assert blocks == sorted(blocks)
+
+
+def test_the_path_is_one_pass_for_few_rows_and_merge_for_many():
+    for arch, rank in itertools.product([*configs.ARCHITECTURES, "unknown"], (1, 2, 64)):
+        paths = [configs.choose_path(rows, rank, arch) for rows in ROWS]
+        assert paths == sorted(paths, reverse=True), "one_pass, then merge"
+        assert paths[-1] == "merge"
+    assert configs.choose_path(1, 1, "sm_90") == "one_pass"
+
+
+@pytest.mark.parametrize(
+    ("capability", "gcn", "arch"),
+    [
+        ((9, 0), None, "sm_90"),
+        ((8, 0), None, "sm_80"),
+        ((8, 6), None, "sm_80"),
+        ((7, 5), None, "sm_80"),
+        ((10, 0), None, "sm_100"),
+        ((12, 0), None, "sm_80"),
+        (None, "gfx942:sramecc+:xnack-", "gfx942"),
+        (None, "gfx1100", "sm_80"),
+    ],
+)
+def test_architecture_names(capability, gcn, arch):
+    assert configs.architecture(capability, gcn) == arch
+
+
+def test_splits_fill_the_gpu_without_slivers():
+    for rows, programs in itertools.product(ROWS, (1, 36, 144, 5000)):
+        tiles = configs.tiles_for("grad_scales", "sm_90", torch.bfloat16, rows)
+        splits = configs.splits_for(rows, tiles, programs, "sm_90")
+        assert splits >= 1
+        assert splits == 1 or rows // splits >= 4 * tiles.block_m
+        assert (splits - 1) * programs < 2 * configs.MULTIPROCESSORS["sm_90"]
