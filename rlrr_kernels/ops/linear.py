@@ -9,6 +9,7 @@ Three roads lead to the same ``_forward`` and ``_backward``:
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -176,6 +177,7 @@ def _canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tenso
 # ---------------------------------------------------------------- the computation, whatever the road
 
 
+@functools.cache
 def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     """The module that serves a resolved backend, and the path it is told to take."""
     if backend == "torch":

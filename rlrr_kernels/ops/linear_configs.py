@@ -6,6 +6,7 @@ No entry has been timed on a GPU yet. They are chosen by compile-only figures (n
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -92,11 +93,13 @@ def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None
     return name if name in ARCHITECTURES else DEFAULT_ARCHITECTURE
 
 
+@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def regular(rank: int, *strides: int) -> bool:
     """Whether the measured tiles apply: rows 16 elements apart (or contiguous) and a factor loop that is unrolled."""
     return rank <= UNROLLED_RANK and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
+@functools.lru_cache(maxsize=4096)
 def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bool = True) -> Tiles:
     """The tiles of ``kernel`` ("forward", "grad_x" or "grad_scales") for M = ``rows`` rows of x of ``dtype``."""
     if not regular and arch != "interpreter":

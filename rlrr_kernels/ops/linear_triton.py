@@ -274,6 +274,10 @@ def _merge_kernel(
 # ---------------------------------------------------------------- launches: pure functions of their arguments
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes 2 µs on the host, four times a launch
+
+
 class Launch(NamedTuple):
     """One kernel launch. Built from tensors on any device, meta included, so that it can be compiled without a GPU."""
 
@@ -317,7 +321,7 @@ def forward_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_fwd_kernel,
-        (groups * triton.cdiv(size, tiles.block_n), triton.cdiv(count, tiles.block_m)),
+        (groups * _cdiv(size, tiles.block_n), _cdiv(count, tiles.block_m)),
         (
             x, weight, scale_row, scale_col, x if bias is None else bias, y,
             count, rows, cols, size, *x.stride(), *weight.stride(),
@@ -341,7 +345,7 @@ def grad_x_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_bwd_dx_kernel,
-        (triton.cdiv(cols, tiles.block_k), triton.cdiv(count, tiles.block_m)),
+        (_cdiv(cols, tiles.block_k), _cdiv(count, tiles.block_m)),
         (
             grad_y, weight, scale_row, scale_col, grad_x,
             count, rows, cols, size, *grad_y.stride(), *weight.stride(),
@@ -365,10 +369,10 @@ def grad_scales_launch(
     need_row, need_col, need_bias = needs
     (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
     size = rows // groups
-    tiles_k, tiles_per_group = triton.cdiv(cols, tiles.block_k), triton.cdiv(size, tiles.block_n)
+    tiles_k, tiles_per_group = _cdiv(cols, tiles.block_k), _cdiv(size, tiles.block_n)
     splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
-    rows_per_split = max(1, triton.cdiv(triton.cdiv(count, splits), tiles.block_m)) * tiles.block_m
-    splits = max(1, triton.cdiv(count, rows_per_split))
+    rows_per_split = max(1, _cdiv(_cdiv(count, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, _cdiv(count, rows_per_split))
 
     def parts(needed: bool, *shape: int) -> Tensor:
         return torch.empty(shape if needed else (0,), dtype=accumulate_dtype(grad_y.dtype), device=grad_y.device)
@@ -395,7 +399,7 @@ def grad_scales_launch(
 def reduce_launch(parts: Tensor, out: Tensor) -> Launch:
     """out = Σ over the first axis of parts, in a fixed order."""
     meta = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 4}
-    grid = (triton.cdiv(out.numel(), meta["BLOCK"]),)
+    grid = (_cdiv(out.numel(), meta["BLOCK"]),)
     return Launch(_reduce_parts_kernel, grid, (parts, out, parts.shape[0], out.numel()), meta)
 
 
@@ -410,7 +414,7 @@ def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual:
         "BLOCK_K": 128,
         "num_warps": 4,
     }
-    grid = (triton.cdiv(cols, meta["BLOCK_K"]), groups * triton.cdiv(rows // groups, meta["BLOCK_N"]))
+    grid = (_cdiv(cols, meta["BLOCK_K"]), groups * _cdiv(rows // groups, meta["BLOCK_N"]))
     args = (weight, scale_row, scale_col, out, cols, rows // groups, *weight.stride())
     return Launch(_merge_kernel, grid, args, meta)
 

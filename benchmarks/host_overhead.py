@@ -1,0 +1,78 @@
+"""What a call of ``rlrr_linear`` costs the host beyond ``F.linear``, in microseconds; needs no GPU.
+
+    python -m benchmarks.host_overhead
+
+The tensors are tiny and on the CPU. The Triton backend runs for real (checks, choice of tiles, allocation, arguments of
+every launch), only ``Launch.run`` does nothing: what Triton's own launcher adds per kernel (6 to 13 µs are reported for
+it; one launch forward, up to five backward) is measured on a GPU alone. Variants are interleaved; medians are printed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from rlrr_kernels import RLRRLinear, backends, rlrr_linear
+from rlrr_kernels.ops import linear_triton
+
+CALLS = 200
+ROUNDS = 60
+
+
+def variants() -> dict[str, Callable[[], torch.Tensor]]:
+    """The calls that are compared, each on the same problem with the same tensors trained."""
+    layer = RLRRLinear(16, 16)
+    x = torch.randn(4, 16, requires_grad=True)
+    weight, bias = layer.weight, layer.bias + layer.shift.detach()
+    bias.requires_grad_()
+    scales = layer.scale_row, layer.scale_col
+    return {
+        "F.linear": lambda: F.linear(x, weight, bias),
+        "rlrr_linear, torch": lambda: rlrr_linear(x, weight, *scales, bias, backend="torch"),
+        "rlrr_linear, triton without launches": lambda: rlrr_linear(
+            x, weight, *scales, bias, backend="triton.one_pass"
+        ),
+        "RLRRLinear, triton without launches": lambda: layer(x),
+    }
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    calls = variants()
+    gradient = torch.ones(4, 16)
+    timed = {
+        f"{name}: {what}": (call if what == "forward" else lambda call=call: call().backward(gradient))
+        for name, call in calls.items()
+        for what in ("forward", "forward + backward")
+    }
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    # Pretend that the interpreter is on, so that CPU tensors are accepted; nothing is launched.
+    with (
+        mock.patch.object(backends, "INTERPRETING", True),
+        mock.patch.object(linear_triton.Launch, "run", lambda self: None),
+        backends.use_backend("triton.one_pass"),
+    ):
+        for _ in range(ROUNDS):
+            for name, call in timed.items():
+                samples[name].append(microseconds(call))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    print(f"torch {torch.__version__}, {ROUNDS} rounds of {CALLS} calls, interleaved; medians in µs")
+    for name, value in medians.items():
+        base = medians["F.linear: " + name.split(": ")[1]]
+        print(f"{name:58s} {value:7.1f}   {value - base:+6.1f} over F.linear")
+
+
+if __name__ == "__main__":
+    main()
