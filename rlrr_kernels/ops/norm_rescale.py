@@ -1,0 +1,64 @@
+"""``norm_rescale``: layer normalisation followed by SSF's trained scale and shift."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm_rescale(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """y = γ ⊙ (w ⊙ (x - mean) / √(var + eps) + b) + β over the last dimension: a frozen LayerNorm under a trained SSF.
+
+    SSF is "Scaling & Shifting Your Features" (NeurIPS 2022), part of the recipe of RLRR (CVPR 2024). It is computed as
+    one layer norm with weight γ ⊙ w and bias γ ⊙ b + β: no pass over x beyond the norm's own, and beside x only the
+    mean and the reciprocal standard deviation of each row are kept for the backward.
+
+    Args:
+        x: [..., D], float32, float16, bfloat16 or float64.
+        weight: w, [D], frozen; None stands for ones.
+        bias: b, [D], frozen; None stands for zeros.
+        scale: γ, [D], trained.
+        shift: β, [D], trained.
+        eps: added to the variance.
+
+    Returns:
+        y, [..., D], in the dtype ``F.layer_norm`` would give, also under autocast (which makes it float32 on CUDA).
+
+    Raises:
+        ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient.
+    """
+    size = x.shape[-1] if x.dim() else None
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
+            raise ValueError(f"{name} must be [D] with D = {size}, the last dimension of x; got {tuple(tensor.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
+    weight, bias = fold_norm(weight, bias, scale, shift)
+    dtype = _parameter_dtype(x)
+    return F.layer_norm(x, (size,), weight.to(dtype), bias.to(dtype), eps)
+
+
+def fold_norm(weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """γ ⊙ w and γ ⊙ b + β [D] of the one LayerNorm that does the same, in fp32 (fp64 where an argument is).
+
+    weight [D] or None (ones), bias [D] or None (zeros), scale and shift [D].
+    """
+    dtype = torch.float64 if torch.float64 in (scale.dtype, None if weight is None else weight.dtype) else torch.float32
+    scale, shift = scale.to(dtype), shift.to(dtype)
+    return (
+        scale if weight is None else scale * weight.to(dtype),
+        shift if bias is None else torch.addcmul(shift, scale, bias.to(dtype)),
+    )
+
+
+def _parameter_dtype(x: Tensor) -> torch.dtype:
+    """The widest dtype in which ``F.layer_norm`` takes its parameters beside x."""
+    if x.dtype in (torch.float16, torch.bfloat16) and (
+        x.device.type == "cpu" or torch.is_autocast_enabled(x.device.type)
+    ):
+        return torch.float32
+    return x.dtype
