@@ -30,6 +30,7 @@ def find_bypassed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         parts = name.split(".")
         for depth in range(len(parts)):
             ancestor, path = modules[".".join(parts[:depth])], parts[depth:]
+            kind = type(ancestor)
             # Also where its source is not at hand: the one bypass every torch user meets.
             if isinstance(ancestor, nn.MultiheadAttention):
                 found[name] = "nn.MultiheadAttention takes its weight as an argument and never calls it"

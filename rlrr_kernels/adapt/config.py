@@ -17,7 +17,12 @@ SCHEMA_VERSION = 1
 
 RECIPES = ("paper",)
 
-_SCALE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}  # fmt: skip
+_SCALE_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

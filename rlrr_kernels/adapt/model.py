@@ -359,10 +359,10 @@ def adapt_report(model: nn.Module) -> AdaptReport:
     layers = []
     for name in adaptation.layers:
         layer = model.get_submodule(name)
-        trained = sum(p.numel() for p in (layer.scale_row, layer.scale_col, layer.shift) if p is not None)
-        layers.append(
-            LayerReport(name, layer.out_features, layer.in_features, layer.rank, layer.groups, layer.shift is not None, trained)
-        )  # fmt: skip
+        shift = layer.shift is not None
+        trained = layer.scale_row.numel() + layer.scale_col.numel() + (layer.shift.numel() if shift else 0)
+        size = layer.out_features, layer.in_features
+        layers.append(LayerReport(name, *size, layer.rank, layer.groups, shift, trained))
     head = {id(p): p for name in adaptation.heads for p in model.get_submodule(name).parameters()}
     adapter = {id(p): p for p in adapter_parameters(model).values()}
     return AdaptReport(

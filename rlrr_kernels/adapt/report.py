@@ -68,10 +68,7 @@ class AdaptReport:
             row = (name, len(layers), shape, rank, groups, shift, f"{trained * len(layers):,}")
             rows.append(tuple(str(cell) for cell in row))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]  # fmt: skip
+        table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in rows]
         lines = [f"{self.model}, adapted by RLRR", "", table[0], "-" * len(table[0]), *table[1:], ""]
         if self.norms:
             lines.append(f"scale and shift after norms   {_collapse(self.norms)}")

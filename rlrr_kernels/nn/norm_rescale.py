@@ -85,4 +85,5 @@ class NormRescale(nn.Module):
         return norm.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape[0]}, eps={self.eps}, weight={self.weight is not None}, bias={self.bias is not None}"
+        has = f"weight={self.weight is not None}, bias={self.bias is not None}"
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {has}"
