@@ -191,7 +191,8 @@ def _forward(x, weight, scale_row, scale_col, bias, residual, backend) -> Tensor
     if x.dim() == 2:
         return module.forward(x, weight, scale_row, scale_col, bias, residual, **options)
     y = module.forward(x.reshape(-1, x.shape[-1]), weight, scale_row, scale_col, bias, residual, **options)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # A view would forbid callers to modify y in place, which ReLU(inplace=True) and `y += b` after a layer do.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs) -> list[Tensor | None]:
