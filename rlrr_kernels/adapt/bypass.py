@@ -34,10 +34,8 @@ def find_bypassed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             # Also where its source is not at hand: the one bypass every torch user meets.
             if isinstance(ancestor, nn.MultiheadAttention):
                 found[name] = "nn.MultiheadAttention takes its weight as an argument and never calls it"
-            elif type(ancestor) not in _CONTAINERS and any(
-                _reads(path, read) for read in _weight_reads(type(ancestor))
-            ):
-                found[name] = f"{type(ancestor).__name__}.forward reads self.{'.'.join(path)}.weight, past the layer"
+            elif kind not in _CONTAINERS and any(_reads(path, read) for read in _weight_reads(kind)):
+                found[name] = f"{kind.__name__}.forward reads self.{'.'.join(path)}.weight, past the layer"
     return found
 
 

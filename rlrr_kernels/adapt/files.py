@@ -207,8 +207,8 @@ def _read(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, dict[st
         inner = _parse(folder / TENSORS, copy.encode())
         if inner != document:
             warnings.warn(
-                f"{folder / CONFIG} differs from its copy inside {TENSORS}, which is used: an interrupted save left the "
-                "first, or it was edited",
+                f"{folder / CONFIG} differs from its copy inside {TENSORS}, which is used: a save was interrupted, or "
+                "the file was edited",
                 stacklevel=4,
             )
         document = inner
@@ -361,7 +361,7 @@ def _warn_other_weights(folder: Path, model: nn.Module, info: AdapterInfo) -> No
             differing.append(name)
     if differing:
         warnings.warn(
-            f"the frozen weights of {len(differing)} of {len(info.backbone_sample)} layers differ from those the adapter "
-            f"in {folder} was trained on (the first is {differing[0]}): is this the right checkpoint of the backbone?",
+            f"the frozen weights of {len(differing)} of {len(info.backbone_sample)} layers differ from those that the "
+            f"adapter in {folder} was trained on (the first is {differing[0]}): is this the right checkpoint?",
             stacklevel=3,
         )

@@ -29,6 +29,6 @@ def check_gradients(model: nn.Module) -> None:
         )
     raise RuntimeError(
         f"{len(missing)} of {len(trained)} adapter parameters got no gradient, so they would not be trained: "
-        f"{', '.join(missing)}. Their layers are never called, or the model reads their weight instead of calling them; "
-        "leave them alone with RLRRConfig(exclude=[...])"
+        f"{', '.join(missing)}. Their layers are never called, or the model reads their weight instead of calling "
+        "them; leave them alone with RLRRConfig(exclude=[...])"
     )

@@ -51,7 +51,7 @@ class MergeReport:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> MergeReport:
-    """Folds the adapter of ``model`` into its weights, in place: W' = W ⊙ (1 + s_r s_c), b' = b + f (Eq. 20, CVPR 2024).
+    """Folds the adapter of ``model`` into its weights, in place: W' = W ⊙ (1 + s_r s_c), b' = b + f (Eq. 20 of RLRR).
 
     Every RLRRLinear becomes an ``nn.Linear``; SSF goes into the norm before it (γ ⊙ w, γ ⊙ b + β) and that of patch
     tokens into the patch projection. Sums are fp32 and each tensor is rounded once to its own dtype, so logits agree

@@ -169,6 +169,9 @@ def _find_layers(modules: dict[str, nn.Module], heads: list[str], config: RLRRCo
             f"no linear layer matches include={list(config.include)} and exclude={list(config.exclude)}; "
             + (f"the model's linear layers are {_some(linears)}" if linears else "the model has none beside its head")
         )
+    idle = [p for p in config.include if not any(matches(name, (p,)) for name in linears)]
+    if idle:
+        raise ValueError(f"include patterns match no linear layer: {', '.join(idle)}; these are {_some(linears)}")
     strange = [name for name in layers if not _is_plain_linear(modules[name])]
     if strange:
         kinds = ", ".join(sorted({type(modules[name]).__name__ for name in strange}))
