@@ -49,8 +49,8 @@ class RLRRConfig:
         scale_dtype: dtype of the scales and shifts, a torch dtype or its name.
         include: patterns of the linear layers to adapt. None: all, or the recipe's.
         exclude: patterns of linear layers to leave alone.
-        heads: patterns of the modules trained as they are. None: what timm calls the model's classifier, else
-            top-level modules with the usual names (head, fc, classifier, ...). ``()``: none.
+        heads: patterns of the modules trained as they are, matched against whole names only. None: what timm calls the
+            model's classifier, else top-level modules with the usual names (head, fc, classifier, ...). ``()``: none.
         recipe: ``paper`` adds all that surrounds the layer in the paper: groups = 3 on a ViT's fused qkv, SSF scale
             and shift after block norms, final norm and (ViT) on patch tokens, a zero-initialised head. None: layers
             only.

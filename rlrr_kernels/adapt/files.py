@@ -112,9 +112,9 @@ def save_adapter(
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must hold JSON types only: {error}") from error
-    header = {"format": "pt", _HEADER_KEY: text}
-    # cloned: safetensors refuses tensors that share memory, as tied weights do
-    data = save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, header)
+    # Copied: safetensors refuses tensors that share memory, as tied weights do. One header entry: it shuffles several.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    data = save(copies, {_HEADER_KEY: text})
     contents = {
         CONFIG: text.encode(),
         CARD: model_card(document, adapt_report(model)).encode(),

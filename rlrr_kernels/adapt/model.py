@@ -137,12 +137,14 @@ def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 def _find_heads(model: nn.Module, modules: dict[str, nn.Module], config: RLRRConfig) -> list[str]:
     if config.heads is not None:
         for pattern in config.heads:
-            if not any(name and matches(name, (pattern,)) for name in modules):
+            if not any(name and fnmatchcase(name, pattern) for name in modules):
                 raise ValueError(
                     f"heads pattern {pattern!r} matches no module of the model; its top-level modules are "
                     f"{', '.join(name for name, _ in model.named_children())}"
                 )
-        return _outermost(name for name in modules if name and matches(name, config.heads))
+        return _outermost(
+            name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in config.heads)
+        )
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
         classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)

@@ -12,9 +12,9 @@ def norm_rescale(
 ) -> Tensor:
     """y = γ ⊙ (w ⊙ (x - mean) / √(var + eps) + b) + β over the last dimension: a frozen LayerNorm under a trained SSF.
 
-    SSF is "Scaling & Shifting Your Features" (NeurIPS 2022), part of the recipe of RLRR (CVPR 2024). It is computed as
-    one layer norm with weight γ ⊙ w and bias γ ⊙ b + β: no pass over x beyond the norm's own, and beside x only the
-    mean and the reciprocal standard deviation of each row are kept for the backward.
+    SSF is "Scaling & Shifting Your Features" (NeurIPS 2022), part of the recipe of RLRR (CVPR 2024). In float32 and
+    float64 it is computed as one layer norm with weight γ ⊙ w and bias γ ⊙ b + β: no pass over x beyond the norm's own,
+    and beside x only the mean and the reciprocal standard deviation of each row are kept for the backward.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64.
@@ -37,9 +37,19 @@ def norm_rescale(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
+    if _normalises_in_16_bits(x):
+        # Not folded: the norm's backward would round the sums behind the gradients of γ and β to 16 bits.
+        return (F.layer_norm(x, (size,), weight, bias, eps) * scale.float() + shift.float()).to(x.dtype)
     weight, bias = fold_norm(weight, bias, scale, shift)
-    dtype = _parameter_dtype(x)
-    return F.layer_norm(x, (size,), weight.to(dtype), bias.to(dtype), eps)
+    if x.dtype == torch.float64:
+        weight, bias = weight.double(), bias.double()
+    return F.layer_norm(x, (size,), weight, bias, eps)
+
+
+def _normalises_in_16_bits(x: Tensor) -> bool:
+    """Whether ``F.layer_norm`` gives a 16-bit result for x; autocast casts to float32, but not on CPUs."""
+    widened = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    return x.dtype in (torch.float16, torch.bfloat16) and not widened
 
 
 def fold_norm(weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,12 +63,3 @@ def fold_norm(weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: 
         scale if weight is None else scale * weight.to(dtype),
         shift if bias is None else torch.addcmul(shift, scale, bias.to(dtype)),
     )
-
-
-def _parameter_dtype(x: Tensor) -> torch.dtype:
-    """The widest dtype in which ``F.layer_norm`` takes its parameters beside x."""
-    if x.dtype in (torch.float16, torch.bfloat16) and (
-        x.device.type == "cpu" or torch.is_autocast_enabled(x.device.type)
-    ):
-        return torch.float32
-    return x.dtype

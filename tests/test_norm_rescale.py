@@ -1,0 +1,134 @@
+"""``norm_rescale`` and its modules: the formula, gradients, dtypes, autocast, folding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlrr_kernels import NormRescale, norm_rescale
+from rlrr_kernels.nn.channel_rescale import ChannelRescale
+
+D = 48
+
+
+def arguments(dtype=torch.float32, scale_dtype=torch.float32, generator=None):
+    x = torch.randn(7, 5, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight, bias = (torch.randn(D, generator=generator).to(dtype) for _ in range(2))
+    scale = (1 + 0.1 * torch.randn(D, generator=generator)).to(scale_dtype)
+    shift = torch.randn(D, generator=generator).to(scale_dtype)
+    return x, weight, bias, scale, shift
+
+
+def formula(x, weight, bias, scale, shift, eps=1e-5):
+    return scale * F.layer_norm(x, (x.shape[-1],), weight, bias, eps) + shift
+
+
+def test_equals_the_formula_with_gradients():
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+    for tensor in (x, scale, shift):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, scale, shift: norm_rescale(x, weight, bias, scale, shift), (x, scale, shift)
+    )
+    torch.testing.assert_close(
+        norm_rescale(x, weight, bias, scale, shift, 1e-3), formula(x, weight, bias, scale, shift, 1e-3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_no_less_exact_than_the_eager_formula(dtype):
+    ours, eager = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x, weight, bias, scale, shift = arguments(dtype, dtype, generator)
+        upstream = torch.randn(x.shape, generator=generator).to(dtype)
+        results = []
+        for wide in (torch.float64, dtype):
+            for function in (formula, norm_rescale):
+                leaves = [t.to(wide).detach().requires_grad_() for t in (x, scale, shift)]
+                y = function(leaves[0], weight.to(wide), bias.to(wide), *leaves[1:])
+                y.backward(upstream.to(wide))
+                results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+        exact, _, plain, mine = results
+        for errors, values in ((eager, plain), (ours, mine)):
+            errors.append([(value.double() - e).pow(2).mean() for value, e in zip(values, exact, strict=True)])
+    ours, eager = (torch.tensor(errors).mean(0).sqrt() for errors in (ours, eager))
+    assert (ours <= 1.1 * eager).all(), f"y, dx, dscale, dshift: {ours.tolist()} against {eager.tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_has_the_dtype_of_layer_norm(dtype, autocast):
+    x, weight, bias, scale, shift = arguments(dtype)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        y = norm_rescale(x, weight, bias, scale, shift)
+        expected = F.layer_norm(x, (D,), weight, bias)
+    assert y.dtype == expected.dtype
+
+
+def test_keeps_only_the_input_and_row_statistics_for_backward():
+    x, weight, bias, scale, shift = arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        norm_rescale(x.requires_grad_(), weight, bias, scale.requires_grad_(), shift.requires_grad_())
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert large == {x.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(D + 1)}, r"weight must be \[D\] with D = 48.*\(49,\)"),
+        ({"scale": torch.ones(1)}, r"scale must be \[D\]"),
+        ({"weight": torch.ones(D, requires_grad=True)}, "weight must be frozen"),
+        ({"bias": torch.ones(D, requires_grad=True)}, "bias must be frozen"),
+    ],
+)
+def test_refuses_wrong_arguments(change, message):
+    named = dict(zip(("x", "weight", "bias", "scale", "shift"), arguments(), strict=True))
+    with pytest.raises(ValueError, match=message):
+        norm_rescale(**{**named, **change})
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(D), nn.LayerNorm(D, bias=False), nn.LayerNorm(D, elementwise_affine=False)]
+)
+def test_module_folds_into_a_plain_layer_norm(norm):
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    module = NormRescale(norm)
+    x = torch.randn(4, D)
+    assert module.weight is norm.weight
+    assert not any(p.requires_grad for p in norm.parameters())
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"scale", "shift"}
+    torch.testing.assert_close(module(x), formula(x, norm.weight, norm.bias, module.scale, module.shift))
+    torch.testing.assert_close(module.to_layer_norm()(x), module(x))
+
+
+def test_starts_as_the_paper_or_as_the_norm():
+    wide = NormRescale(nn.LayerNorm(20_000))
+    assert wide.scale.mean().item() == pytest.approx(1, abs=1e-3)
+    assert wide.scale.std().item() == pytest.approx(0.02, rel=0.05)
+    assert wide.shift.mean().item() == pytest.approx(0, abs=1e-3)
+    assert wide.shift.std().item() == pytest.approx(0.02, rel=0.05)
+    norm, x = nn.LayerNorm(D), torch.randn(4, D)
+    torch.testing.assert_close(NormRescale(norm, init="identity")(x), norm(x), rtol=0, atol=0)
+    assert torch.equal(ChannelRescale(D, init="identity")(x), x)
+
+
+def test_module_refuses_what_is_no_layer_norm_of_one_dimension():
+    with pytest.raises(TypeError, match=r"norm must be an nn\.LayerNorm; got GroupNorm"):
+        NormRescale(nn.GroupNorm(2, D))
+    with pytest.raises(ValueError, match=r"one dimension.*\(4, 4\)"):
+        NormRescale(nn.LayerNorm((4, 4)))
+    with pytest.raises(ValueError, match="init must be one of paper, identity"):
+        NormRescale(nn.LayerNorm(D), init="zeros")
+
+
+def test_channel_rescale_keeps_a_16_bit_dtype():
+    module = ChannelRescale(D)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(module(x), x * module.scale + module.shift)
+    assert module(x.half()).dtype == torch.float16
