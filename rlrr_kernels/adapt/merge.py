@@ -7,10 +7,9 @@ import dataclasses
 import torch
 from torch import nn
 
-from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, set_submodule, unwrap
+from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, replace_submodules, unwrap
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.linear import RLRRLinear
-from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.norm_rescale import fold_norm
 
 
@@ -68,51 +67,39 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     broken = [n for n, p in adapter_parameters(model).items() if not p.is_meta and not p.isfinite().all()]
     if broken:
         raise ValueError(f"adapter parameters that are not finite cannot be merged: {', '.join(broken)}")
-    gained: list[str] = []
-    merged: dict[int, nn.Linear] = {}  # a layer that sits in two places is merged once
-    for name in adaptation.layers:
-        layer = model.get_submodule(name)
-        if id(layer) not in merged:
-            merged[id(layer)] = _merge_linear(layer)
-        linear = merged[id(layer)]
-        set_submodule(model, name, linear)
-        if layer.bias is None and linear.bias is not None:
-            gained.append(f"{name}.bias")
-        elif name in adaptation.patched:
-            model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = False
-    for name in adaptation.norms:
-        gained += _merge_norm(model, name)
-    tokens = adaptation.tokens
+    before = set(model.state_dict())
+    replace_submodules(model, adaptation.layers, lambda _, layer: _merged_linear(layer))
+    for name in adaptation.patched:
+        attention = model.get_submodule(name.rpartition(".")[0])
+        attention.qkv_bias_separate = attention.qkv.bias is not None
+    norms, tokens = list(adaptation.norms), adaptation.tokens
     if tokens is not None and isinstance(model.get_submodule(tokens), ChannelRescale):
-        gained += _merge_tokens(model, tokens)
-        tokens = f"{tokens.rpartition('.')[0]}.proj"
+        tokens = _merge_into_projection(model, tokens)
     elif tokens is not None:
-        gained += _merge_norm(model, tokens)
+        norms.append(tokens)
+    replace_submodules(model, norms, lambda _, norm: norm.to_layer_norm().requires_grad_(False))
     forget_adaptation(model)
-    return MergeReport(type(model).__name__, adaptation.layers, adaptation.norms, tokens, tuple(gained))
+    gained = tuple(name for name in model.state_dict() if name not in before)
+    return MergeReport(type(model).__name__, adaptation.layers, adaptation.norms, tokens, gained)
 
 
-def _merge_linear(layer: RLRRLinear) -> nn.Linear:
+def _merged_linear(layer: RLRRLinear) -> nn.Linear:
     linear = layer.to_linear().requires_grad_(False)
     if layer.bias is None and linear.bias is not None and not linear.bias.is_meta and not linear.bias.any():
         linear.bias = None  # a shift that never left zero needs no bias
     return linear
 
 
-def _merge_norm(model: nn.Module, name: str) -> list[str]:
-    norm: NormRescale = model.get_submodule(name)
-    set_submodule(model, name, norm.to_layer_norm().requires_grad_(False))
-    return [f"{name}.{key}" for key in ("weight", "bias") if getattr(norm, key) is None]
-
-
-def _merge_tokens(model: nn.Module, name: str) -> list[str]:
-    """γ ⊙ (C x + c) + β = (γ ⊙ C) x + (γ ⊙ c + β), C being the patch projection [D, ...]."""
-    embedding = model.get_submodule(name.rpartition(".")[0])
-    rescale, proj = model.get_submodule(name), embedding.proj
-    without_bias = proj.bias is None
+def _merge_into_projection(model: nn.Module, name: str) -> str:
+    """γ ⊙ (C x + c) + β = (γ ⊙ C) x + (γ ⊙ c + β), C [D, ...] being the patch projection; returns its name."""
+    parent, _, child = name.rpartition(".")
+    embedding = model.get_submodule(parent)
+    rescale, proj = getattr(embedding, child), embedding.proj
     scale, bias = fold_norm(None, proj.bias, rescale.scale, rescale.shift)
-    weight = proj.weight.to(scale.dtype) * scale.view(-1, *[1] * (proj.weight.dim() - 1))
+    weight = proj.weight.to(torch.promote_types(scale.dtype, proj.weight.dtype)) * scale.view(
+        -1, *[1] * (proj.weight.dim() - 1)
+    )
     proj.weight = nn.Parameter(weight.to(proj.weight.dtype), requires_grad=False)
     proj.bias = nn.Parameter(bias.to(proj.weight.dtype), requires_grad=False)
-    set_submodule(model, name, nn.Identity())
-    return [f"{name.rpartition('.')[0]}.proj.bias"] if without_bias else []
+    setattr(embedding, child, nn.Identity())
+    return f"{parent}.proj"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
@@ -257,29 +257,28 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     ssf_init = "identity" if config.init == "identity" else "paper"
     ssf_options = {"init": ssf_init, "dtype": config.scale_dtype, "device": next(model.parameters()).device}
     model.requires_grad_(False)
-    made: dict[int, nn.Module] = {}  # a module that sits in two places is replaced by one module
-    for name in plan.layers:
-        linear = model.get_submodule(name)
-        if id(linear) not in made:
-            made[id(linear)] = RLRRLinear.from_linear(
-                linear,
-                rank=config.rank,
-                groups=config.groups_of(name),
-                shift=config.shift,
-                residual=config.residual,
-                init=config.init,
-                scale_dtype=config.scale_dtype,
-            )
-        set_submodule(model, name, made[id(linear)])
-    for name in plan.patched:
-        model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
-    for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
-        norm = model.get_submodule(name)
+
+    def adapted(name: str, linear: nn.Module) -> nn.Module:
+        return RLRRLinear.from_linear(
+            linear,
+            rank=config.rank,
+            groups=config.groups_of(name),
+            shift=config.shift,
+            residual=config.residual,
+            init=config.init,
+            scale_dtype=config.scale_dtype,
+        )
+
+    def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):
             size = model.get_submodule(name.rpartition(".")[0]).proj.out_channels
-            set_submodule(model, name, ChannelRescale(size, **ssf_options))
-        else:
-            set_submodule(model, name, NormRescale(norm, **ssf_options))
+            return ChannelRescale(size, **ssf_options)
+        return NormRescale(norm, **ssf_options)
+
+    replace_submodules(model, plan.layers, adapted)
+    replace_submodules(model, [*plan.norms, *([plan.tokens] if plan.tokens else [])], rescaled)
+    for name in plan.patched:
+        model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
     for name in plan.heads:
         head = model.get_submodule(name).requires_grad_(True)
         if config.recipe == "paper":
@@ -287,10 +286,19 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     setattr(model, _ATTRIBUTE, plan)
 
 
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` where ``model`` has a submodule called ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Puts ``make(name, module)`` in place of each named submodule.
+
+    A module that has several names, itself or through a shared parent, is replaced by one module.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name in names:
+        aliases.setdefault(id(model.get_submodule(name)), []).append(name)
+    for same in aliases.values():
+        made = make(same[0], model.get_submodule(same[0]))
+        for name in same:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made)
 
 
 @torch.no_grad()

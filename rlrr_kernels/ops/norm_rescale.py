@@ -57,7 +57,8 @@ def fold_norm(weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: 
 
     weight [D] or None (ones), bias [D] or None (zeros), scale and shift [D].
     """
-    dtype = torch.float64 if torch.float64 in (scale.dtype, None if weight is None else weight.dtype) else torch.float32
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, bias, scale, shift))
+    dtype = torch.float64 if wide else torch.float32
     scale, shift = scale.to(dtype), shift.to(dtype)
     return (
         scale if weight is None else scale * weight.to(dtype),
