@@ -64,7 +64,7 @@ def rlrr_linear(
     """
     _check_tensors(x, weight, scale_row, scale_col, bias)
     device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)

@@ -48,7 +48,7 @@ def norm_rescale(
 
 def _normalises_in_16_bits(x: Tensor) -> bool:
     """Whether ``F.layer_norm`` gives a 16-bit result for x; autocast casts to float32, but not on CPUs."""
-    widened = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    widened = x.device.type not in ("cpu", "meta") and torch.is_autocast_enabled(x.device.type)
     return x.dtype in (torch.float16, torch.bfloat16) and not widened
 
 
