@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlrr_kernels import RLRRConfig
-from rlrr_kernels.adapt.config import SCHEMA_VERSION, matches
+from rlrr_kernels.adapt.config import SCHEMA_VERSION, matches, pattern_of
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,17 @@ def test_refuses_foreign_dictionaries(change, message):
 )
 def test_patterns_match_a_name_or_its_end(pattern, expected):
     assert matches("blocks.0.attn.qkv", [pattern]) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("blocks.10.attn.qkv", "blocks.*.attn.qkv"),
+        ("layers.encoder_layer_3.mlp.0", "layers.encoder_layer_*.mlp.0"),
+        ("stages.1.fc1", "stages.*.fc1"),
+        ("head", "head"),
+    ],
+)
+def test_the_pattern_of_a_name_covers_its_like_in_other_blocks(name, expected):
+    assert pattern_of(name) == expected
+    assert matches(name, [expected])

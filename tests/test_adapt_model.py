@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def test_a_bypass_without_the_switch_is_refused_by_name(family, monkeypatch):
         adapt_model(model)
     assert all(name in str(error.value) for name in qkv)
     assert [type(module) for module in model.modules()] == before
-    assert adapt_model(model, RLRRConfig(exclude=["qkv"])).layers
+    suggestion = str(error.value).partition("exclude=")[2]
+    assert adapt_model(model, RLRRConfig(exclude=ast.literal_eval(suggestion))).layers
 
 
 def test_multihead_attention_is_refused_by_name():
@@ -118,7 +120,8 @@ def test_a_bypass_in_the_user_s_own_module_is_refused_by_name():
         def forward(self, x):
             return self.called(self.project(x).to(self.called.weight.dtype))
 
-    with pytest.raises(ValueError, match=r"parts\.1 \(Model\.forward reads self\.parts\.1\.weight"):
+    message = r"parts\.1 \(Model\.forward reads self\.parts\.1\.weight.*Leave them alone with exclude=\['parts\.1'\]"
+    with pytest.raises(ValueError, match=message):
         adapt_model(Model())
     assert len(adapt_model(Model(), RLRRConfig(exclude=["parts.1"])).layers) == 2
 
@@ -191,6 +194,31 @@ def test_works_on_the_meta_device(family):
     report = adapt_model(model, RLRRConfig(rank=2))
     assert report.layers
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_is_adapted_whole_or_refused():
+    timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    adapted, wrong = 0, []
+    for module in timm.list_modules():
+        name = min(timm.list_models(module=module), key=len, default=None)
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+                adapt_model(model)
+        except (ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError):
+            continue  # no linear layer, a bypassed one, or no support of the meta device in timm
+        with torch.device("meta"):
+            outputs = model(torch.empty(2, *model.pretrained_cfg["input_size"]))
+            outputs = outputs if isinstance(outputs, torch.Tensor) else torch.cat([o.flatten() for o in outputs])
+            outputs.sum().backward()
+        try:
+            check_gradients(model)
+        except RuntimeError as error:
+            wrong.append(f"{name}: {error}")
+        adapted += 1
+    assert not wrong
+    assert adapted >= 40
 
 
 @pytest.mark.parametrize(

@@ -387,3 +387,9 @@ def test_a_merged_model_has_no_adapter_to_save(tmp_path):
     merge_adapter(model)
     with pytest.raises(ValueError, match="is not adapted"):
         save_adapter(model, tmp_path)
+
+
+def test_a_missing_safetensors_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"need the package safetensors.*rlrr-kernels\[models\]"):
+        save_adapter(trained(), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,6 +32,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     ``qkv`` and ``attn.*`` match ``blocks.0.attn.qkv``; so do ``blocks.*.qkv`` and ``*``. A ``*`` also crosses dots.
     """
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+
+
+def pattern_of(name: str) -> str:
+    """``blocks.*.attn.qkv`` for ``blocks.0.attn.qkv``: the pattern of a layer and its like in other blocks."""
+    *path, last = name.split(".")
+    return ".".join([*(re.sub(r"(^|_)\d+$", r"\1*", part) for part in path), last])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

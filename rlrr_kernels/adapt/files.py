@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ class AdapterInfo:
     backbone_sample: dict[str, list[float]]
 
 
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adapter folders need the package safetensors, which is not installed: pip install 'rlrr-kernels[models]'"
+        ) from error
+    return safetensors
+
+
 # ---------------------------------------------------------------- save
 
 
@@ -90,9 +101,9 @@ def save_adapter(
         ValueError: the model is not adapted, or on the meta device.
         TypeError: ``metadata`` holds something that JSON does not know.
         OSError: the folder cannot be written; names it.
+        ImportError: safetensors is not installed.
     """
-    from safetensors.torch import save
-
+    save = _safetensors().torch.save
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
     tensors, also_trained = _trained_tensors(model)
     on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
@@ -261,14 +272,13 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], str | None]:
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in shapes} if with_tensors else {}
             return tensors, shapes, (file.metadata() or {}).get(_HEADER_KEY)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
@@ -291,6 +301,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is truncated or foreign; the adapter does not fit the model (every missing, unexpected and
             wrongly shaped tensor is named); the model is on the meta device.
+        ImportError: safetensors is not installed.
 
     Warns:
         UserWarning: the shapes fit but frozen weights differ from those the adapter was trained on.

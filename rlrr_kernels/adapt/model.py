@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
-from rlrr_kernels.adapt.config import RLRRConfig, matches
+from rlrr_kernels.adapt.config import RLRRConfig, matches, pattern_of
 from rlrr_kernels.adapt.recipe import Recipe, paper_recipe, with_recipe
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
@@ -179,7 +179,7 @@ def _find_layers(modules: dict[str, nn.Module], heads: list[str], config: RLRRCo
         kinds = ", ".join(sorted({type(modules[name]).__name__ for name in strange}))
         raise ValueError(
             f"only a plain floating-point nn.Linear can be adapted; {_some(strange)} are of type {kinds}. "
-            "Leave them alone with exclude=[...]"
+            f"Leave them alone with {_exclude(strange)}"
         )
     return layers
 
@@ -215,7 +215,7 @@ def _check_called(bypassed: dict[str, str]) -> None:
     cases = "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
     raise ValueError(
         f"the model bypasses the forward of {len(bypassed)} matched layers, so an adapter on them would train nothing: "
-        f"{cases}. Leave them alone with exclude=[...]"
+        f"{cases}. Leave them alone with {_exclude(bypassed)}"
     )
 
 
@@ -248,14 +248,17 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def _exclude(names: Iterable[str]) -> str:
+    return f"exclude={list(dict.fromkeys(map(pattern_of, names)))}"
+
+
 # ---------------------------------------------------------------- apply
 
 
 def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     """Carries out what :func:`plan_adaptation` planned for ``model``."""
     config = with_recipe(plan.config, paper_recipe(model) if plan.config.recipe else None)
-    ssf_init = "identity" if config.init == "identity" else "paper"
-    ssf_options = {"init": ssf_init, "dtype": config.scale_dtype, "device": next(model.parameters()).device}
+    ssf_options = {"init": "identity" if config.init == "identity" else "paper", "dtype": config.scale_dtype}
     model.requires_grad_(False)
 
     def adapted(name: str, linear: nn.Module) -> nn.Module:
@@ -271,9 +274,10 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
 
     def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):
-            size = model.get_submodule(name.rpartition(".")[0]).proj.out_channels
-            return ChannelRescale(size, **ssf_options)
-        return NormRescale(norm, **ssf_options)
+            proj = model.get_submodule(name.rpartition(".")[0]).proj
+            return ChannelRescale(proj.out_channels, device=proj.weight.device, **ssf_options)
+        device = next(model.parameters()).device if norm.weight is None else norm.weight.device
+        return NormRescale(norm, device=device, **ssf_options)
 
     replace_submodules(model, plan.layers, adapted)
     replace_submodules(model, [*plan.norms, *([plan.tokens] if plan.tokens else [])], rescaled)
@@ -295,7 +299,8 @@ def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[s
     for name in names:
         aliases.setdefault(id(model.get_submodule(name)), []).append(name)
     for same in aliases.values():
-        made = make(same[0], model.get_submodule(same[0]))
+        old = model.get_submodule(same[0])
+        made = make(same[0], old).train(old.training)
         for name in same:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)

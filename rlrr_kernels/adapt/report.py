@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
+
+from rlrr_kernels.adapt.config import pattern_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class AdaptReport:
         rows = [("layer", "count", "W", "rank", "groups", "shift", "trained")]
         kinds: dict[tuple, list[LayerReport]] = {}
         for layer in self.layers:
-            kind = (_pattern(layer.name), *dataclasses.astuple(layer)[1:])
+            kind = (pattern_of(layer.name), *dataclasses.astuple(layer)[1:])
             kinds.setdefault(kind, []).append(layer)
         for (name, out_features, in_features, rank, groups, shift, trained), layers in kinds.items():
             name = layers[0].name if len(layers) == 1 else name
@@ -84,12 +85,8 @@ class AdaptReport:
         return "\n".join(lines)
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
-
-
 def _collapse(names: Sequence[str]) -> str:
     counts: dict[str, list[str]] = {}
     for name in names:
-        counts.setdefault(_pattern(name), []).append(name)
+        counts.setdefault(pattern_of(name), []).append(name)
     return ", ".join(group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in counts.items())

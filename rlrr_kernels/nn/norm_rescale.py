@@ -64,7 +64,6 @@ class NormRescale(nn.Module):
         self.scale = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
         self.shift = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
         self.reset_parameters()
-        self.train(norm.training)
 
     def reset_parameters(self) -> None:
         """Draws γ and β anew; the frozen tensors stay."""
