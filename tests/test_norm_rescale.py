@@ -13,8 +13,8 @@ from rlrr_kernels.nn.channel_rescale import ChannelRescale
 D = 48
 
 
-def arguments(dtype=torch.float32, scale_dtype=torch.float32, generator=None):
-    x = torch.randn(7, 5, D, generator=generator, dtype=torch.float64).to(dtype)
+def arguments(dtype=torch.float32, scale_dtype=torch.float32, generator=None, rows=35):
+    x = torch.randn(rows // 5, 5, D, generator=generator, dtype=torch.float64).to(dtype)
     weight, bias = (torch.randn(D, generator=generator).to(dtype) for _ in range(2))
     scale = (1 + 0.1 * torch.randn(D, generator=generator)).to(scale_dtype)
     shift = torch.randn(D, generator=generator).to(scale_dtype)
@@ -36,25 +36,55 @@ def test_equals_the_formula_with_gradients():
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [35, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_is_no_less_exact_than_the_eager_formula(dtype):
+def test_is_no_less_exact_than_the_eager_formula(dtype, rows):
     ours, eager = [], []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
-        x, weight, bias, scale, shift = arguments(dtype, dtype, generator)
+        x, weight, bias, scale, shift = arguments(dtype, dtype, generator, rows)
         upstream = torch.randn(x.shape, generator=generator).to(dtype)
         results = []
-        for wide in (torch.float64, dtype):
-            for function in (formula, norm_rescale):
-                leaves = [t.to(wide).detach().requires_grad_() for t in (x, scale, shift)]
-                y = function(leaves[0], weight.to(wide), bias.to(wide), *leaves[1:])
-                y.backward(upstream.to(wide))
-                results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-        exact, _, plain, mine = results
+        for function, compute in ((formula, torch.float64), (formula, dtype), (norm_rescale, dtype)):
+            leaves = [tensor.to(compute).detach().requires_grad_() for tensor in (x, scale, shift)]
+            y = function(leaves[0], weight.to(compute), bias.to(compute), *leaves[1:])
+            y.backward(upstream.to(compute))
+            results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+        exact, plain, mine = results
         for errors, values in ((eager, plain), (ours, mine)):
             errors.append([(value.double() - e).pow(2).mean() for value, e in zip(values, exact, strict=True)])
     ours, eager = (torch.tensor(errors).mean(0).sqrt() for errors in (ours, eager))
     assert (ours <= 1.1 * eager).all(), f"y, dx, dscale, dshift: {ours.tolist()} against {eager.tolist()}"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gives_the_gradients_that_are_asked_for(affine):
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+    weight, bias = (weight, bias) if affine else (None, None)
+    leaves = [tensor.requires_grad_() for tensor in (x, scale, shift)]
+    expected = torch.autograd.grad(formula(x, weight, bias, scale, shift).square().sum(), leaves)
+    for asked in range(1, 8):
+        wanted = [tensor for i, tensor in enumerate(leaves) if asked >> i & 1]
+        for i, tensor in enumerate(leaves):
+            tensor.requires_grad_(bool(asked >> i & 1))
+        grads = torch.autograd.grad(norm_rescale(x, weight, bias, scale, shift).square().sum(), wanted)
+        for grad, right in zip(grads, [e for i, e in enumerate(expected) if asked >> i & 1], strict=True):
+            torch.testing.assert_close(grad, right)
+
+
+def test_works_inside_transforms_and_compiled():
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+
+    def loss(scale, x):
+        return norm_rescale(x, weight, bias, scale, shift).square().sum()
+
+    def reference(scale, x):
+        return formula(x, weight, bias, scale, shift).square().sum()
+
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f), (None, 0))):
+        torch.testing.assert_close(transform(loss)(scale, x), transform(reference)(scale, x))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scale, x), reference(scale, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
