@@ -59,11 +59,11 @@ def qkv_bias_switches(model: nn.Module, names: Iterable[str]) -> dict[str, bool]
 
 
 def _reads(path: list[str], read: tuple[str, ...]) -> bool:
-    """Whether ``read``, a chain such as ("layers", "*", "weight"), takes a tensor of the layer at ``path``."""
+    """Whether ``read``, a chain such as ("layers", "*", "weight"), takes the weight of the layer at ``path``."""
     size = len(path)
     return (
         len(read) > size
-        and read[size] in ("weight", "bias")
+        and read[size] == "weight"
         and all(theirs in ("*", ours) for ours, theirs in zip(path, read, strict=False))
         and not (len(read) > size + 1 and read[size + 1] in _METADATA)
     )
@@ -71,7 +71,7 @@ def _reads(path: list[str], read: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _weight_reads(module_type: type[nn.Module]) -> frozenset[tuple[str, ...]]:
-    """Attribute chains on ``self`` that end in or go through a weight or bias, in all that ``forward`` reaches."""
+    """Attribute chains on ``self`` that end in or go through a weight, in all that ``forward`` reaches."""
     reads, seen, pending = set(), set(), ["forward"]
     while pending:
         method = pending.pop()
@@ -83,7 +83,7 @@ def _weight_reads(module_type: type[nn.Module]) -> frozenset[tuple[str, ...]]:
                 continue
             for chain in _self_chains(vars(owner)[method]):
                 pending.append(chain[0])
-                if "weight" in chain[1:] or "bias" in chain[1:]:
+                if "weight" in chain[1:]:
                     reads.add(chain)
     return frozenset(reads)
 
@@ -97,6 +97,8 @@ def _self_chains(member: Any) -> set[tuple[str, ...]]:
         return set()  # no source: a C function, or code typed into a prompt
     chains, inner = set(), set()
     for node in ast.walk(tree):  # outer nodes come first
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            inner.update(map(id, ast.walk(node)))
         if id(node) in inner or not isinstance(node, ast.Attribute | ast.Subscript):
             continue
         chain, base = [], node

@@ -116,6 +116,7 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     heads = _find_heads(model, modules, config)
     layers = _find_layers(modules, heads, resolved)
     _check_groups(modules, layers, resolved)
+    _check_group_patterns(layers, config)
     switches = qkv_bias_switches(model, layers)
     _check_called(find_bypassed(model, [name for name in layers if name not in switches]))
     patched = [name for name, needed in switches.items() if needed]
@@ -200,10 +201,13 @@ def _check_groups(modules: dict[str, nn.Module], layers: list[str], config: RLRR
     if bad:
         cases = "; ".join(f"{name}: G = {groups}, N = {rows}" for (groups, rows), name in reversed(bad.items()))
         raise ValueError(f"groups must divide the out_features of the layer: {cases}")
-    if config.recipe is None and isinstance(config.groups, dict):
-        for pattern in config.groups:
-            if not any(matches(name, (pattern,)) for name in layers):
-                raise ValueError(f"groups pattern {pattern!r} matches no adapted layer; these are {_some(layers)}")
+
+
+def _check_group_patterns(layers: list[str], config: RLRRConfig) -> None:
+    patterns = config.groups if isinstance(config.groups, dict) else ()
+    idle = [pattern for pattern in patterns if not any(matches(name, (pattern,)) for name in layers)]
+    if idle:
+        raise ValueError(f"groups patterns match no adapted layer: {', '.join(idle)}; these are {_some(layers)}")
 
 
 def _check_called(bypassed: dict[str, str]) -> None:
