@@ -132,14 +132,14 @@ def save_adapter(
         TENSORS: data,
     }
     try:
-        _write_together(folder, contents)
+        write_together(folder, contents)
     except OSError as error:
         message = f"the adapter could not be saved ({error.strerror}); one saved there before is untouched"
         raise OSError(error.errno, message, str(folder)) from error
     return folder
 
 
-def _write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Writes all files beside their targets first, then replaces these in order; on an error all targets are kept."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
                 file.write(contents[name])
                 file.flush()
                 os.fsync(file.fileno())
-        for name, path in staged.items():
+        for name, path in staged.items():  # nothing is written any more; the last file is the one that counts
             os.replace(path, folder / name)
         _sync_directory(folder)
     except BaseException:
