@@ -1,9 +1,47 @@
 """Fused kernels and layers for fine-tuning frozen networks by residual low-rank rescaling (RLRR)."""
 
+from rlrr_kernels.adapt import (
+    AdapterInfo,
+    AdaptReport,
+    MergeReport,
+    RLRRConfig,
+    adapt_model,
+    adapt_report,
+    adapter_info,
+    check_gradients,
+    is_adapted,
+    load_adapter,
+    merge_adapter,
+    parameter_groups,
+    save_adapter,
+)
 from rlrr_kernels.backends import backend_report, use_backend
 from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.linear import rlrr_linear
+from rlrr_kernels.ops.norm_rescale import norm_rescale
 
 __version__ = "0.1.0"
 
-__all__ = ["RLRRLinear", "__version__", "backend_report", "rlrr_linear", "use_backend"]
+__all__ = [
+    "AdaptReport",
+    "AdapterInfo",
+    "MergeReport",
+    "NormRescale",
+    "RLRRConfig",
+    "RLRRLinear",
+    "__version__",
+    "adapt_model",
+    "adapt_report",
+    "adapter_info",
+    "backend_report",
+    "check_gradients",
+    "is_adapted",
+    "load_adapter",
+    "merge_adapter",
+    "norm_rescale",
+    "parameter_groups",
+    "rlrr_linear",
+    "save_adapter",
+    "use_backend",
+]

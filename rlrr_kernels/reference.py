@@ -1,4 +1,4 @@
-"""The literal formula of the paper: oracle of the tests and rival of the benchmarks. Never optimised."""
+"""The literal formulas of the paper: oracle of the tests and rival of the benchmarks. Never optimised."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def rlrr_linear_reference(
     """y = x · (W ⊙ (s_r s_c) + W)ᵀ + b as eager PyTorch computes it; shapes as in :func:`rlrr_kernels.rlrr_linear`."""
     weight = rescaled_weight_reference(weight, scale_row, scale_col, residual=residual)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def norm_rescale_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """y = γ ⊙ LayerNorm(x) + β over the last dimension; shapes as in :func:`rlrr_kernels.norm_rescale`."""
+    return scale * F.layer_norm(x, x.shape[-1:], weight, bias, eps) + shift

@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""Settings and fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+# Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,26 @@
+"""Adapting a model with RLRR, and what follows: optimizer groups, checks, adapter folders, merging."""
+
+from rlrr_kernels.adapt.config import RLRRConfig
+from rlrr_kernels.adapt.files import AdapterInfo, adapter_info, load_adapter, save_adapter
+from rlrr_kernels.adapt.gradients import check_gradients
+from rlrr_kernels.adapt.merge import MergeReport, merge_adapter
+from rlrr_kernels.adapt.model import adapt_model, adapt_report, is_adapted
+from rlrr_kernels.adapt.optim import parameter_groups
+from rlrr_kernels.adapt.report import AdaptReport, LayerReport
+
+__all__ = [
+    "AdaptReport",
+    "AdapterInfo",
+    "LayerReport",
+    "MergeReport",
+    "RLRRConfig",
+    "adapt_model",
+    "adapt_report",
+    "adapter_info",
+    "check_gradients",
+    "is_adapted",
+    "load_adapter",
+    "merge_adapter",
+    "parameter_groups",
+    "save_adapter",
+]

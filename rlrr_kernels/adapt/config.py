@@ -1,0 +1,181 @@
+"""``RLRRConfig``: what is adapted and how, as plain data that a file can carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from rlrr_kernels.nn.linear import INITS
+from rlrr_kernels.ops.linear import MAX_RANK
+
+SCHEMA_VERSION = 1
+"""Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""
+
+RECIPES = ("paper",)
+
+_SCALE_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted module name, or its end after a dot, matches one of the glob patterns.
+
+    ``qkv`` and ``attn.*`` match ``blocks.0.attn.qkv``; so do ``blocks.*.qkv`` and ``*``. A ``*`` also crosses dots.
+    """
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
+
+
+def pattern_of(name: str) -> str:
+    """``blocks.*.attn.qkv`` for ``blocks.0.attn.qkv``: the pattern of a layer and its like in other blocks."""
+    *path, last = name.split(".")
+    return ".".join([*(re.sub(r"(^|_)\d+$", r"\1*", part) for part in path), last])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLRRConfig:
+    """What :func:`rlrr_kernels.adapt_model` does to a model.
+
+    Patterns are globs on dotted module names, see :func:`rlrr_kernels.adapt.config.matches`.
+
+    Args:
+        rank: r of every layer, 1 to 64; 1 is the paper's RLRR.
+        groups: G of every layer, or a mapping pattern → G (first match wins, others 1). None: 1, or the recipe's.
+        shift: whether every layer trains a shift f [N], also where it has no bias.
+        residual: ``False`` gives W' = W ⊙ (s_r s_c) without the 1.
+        init: ``paper``, ``identity`` or ``normal``, as in :class:`rlrr_kernels.RLRRLinear`; with ``identity`` the
+            recipe's SSF starts at γ = 1, β = 0 too, so the features start as the backbone's.
+        scale_dtype: dtype of the scales and shifts, a torch dtype or its name.
+        include: patterns of the linear layers to adapt. None: all, or the recipe's.
+        exclude: patterns of linear layers to leave alone.
+        heads: patterns of the modules trained as they are, matched against whole names only. None: what timm calls the
+            model's classifier, else top-level modules with the usual names (head, fc, classifier, ...). ``()``: none.
+        recipe: ``paper`` adds all that surrounds the layer in the paper: groups = 3 on a ViT's fused qkv, SSF scale
+            and shift after block norms, final norm and (ViT) on patch tokens, a zero-initialised head. None: layers
+            only.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a value that is not allowed.
+    """
+
+    rank: int = 1
+    groups: int | Mapping[str, int] | None = None
+    shift: bool = True
+    residual: bool = True
+    init: str = "paper"
+    scale_dtype: torch.dtype | str = torch.float32
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    heads: tuple[str, ...] | None = None
+    recipe: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("rank", self.rank)
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must be from 1 to {MAX_RANK}; got {self.rank}")
+        if isinstance(self.groups, Mapping):
+            for pattern, groups in self.groups.items():
+                if not isinstance(pattern, str):
+                    raise TypeError(f"groups must map name patterns to integers; got the key {pattern!r}")
+                _check_groups(f"groups[{pattern!r}]", groups)
+            object.__setattr__(self, "groups", dict(self.groups))
+        elif self.groups is not None:
+            _check_groups("groups", self.groups)
+        for name in ("shift", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        _check_choice("init", self.init, INITS)
+        if self.recipe is not None:
+            _check_choice("recipe", self.recipe, RECIPES)
+        object.__setattr__(self, "scale_dtype", _as_dtype(self.scale_dtype))
+        for name in ("include", "exclude", "heads"):
+            object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
+        if self.exclude is None:
+            object.__setattr__(self, "exclude", ())
+
+    def groups_of(self, name: str) -> int:
+        """G of the layer called ``name``."""
+        if isinstance(self.groups, Mapping):
+            return next((groups for pattern, groups in self.groups.items() if matches(name, (pattern,))), 1)
+        return self.groups or 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types, with ``schema_version``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        for name in ("include", "exclude", "heads"):
+            values[name] = None if values[name] is None else list(values[name])
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RLRRConfig:
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            TypeError: ``values`` is no mapping, or an entry has the wrong type.
+            ValueError: ``schema_version`` is missing or not this version's, an entry is unknown or not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"the configuration must be a mapping; got {type(values).__name__}")
+        values = dict(values)
+        check_schema_version(values.pop("schema_version", None))
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"the configuration has entries this version does not know: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def check_schema_version(version: Any) -> None:
+    """Raises ``ValueError`` unless ``version`` is one this package reads."""
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise ValueError(
+            f"schema_version must be {SCHEMA_VERSION}; got {version!r}"
+            + ("; it was written by a newer rlrr_kernels, upgrade to read it" if newer else "")
+        )
+
+
+def _check_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+
+
+def _check_groups(name: str, value: Any) -> None:
+    _check_int(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _as_dtype(value: Any) -> torch.dtype:
+    if isinstance(value, str):
+        value = _SCALE_DTYPES.get(value.removeprefix("torch."), value)
+    if value not in _SCALE_DTYPES.values():
+        raise ValueError(f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}; got {value!r}")
+    return value
+
+
+def _as_patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Iterable) or isinstance(patterns, Mapping):
+        raise TypeError(f"{name} must be a name pattern or a sequence of them; got {value!r}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"{name} must hold name patterns (non-empty strings); got {pattern!r}")
+    return patterns

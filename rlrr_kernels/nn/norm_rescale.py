@@ -1,0 +1,88 @@
+"""``NormRescale``: ``nn.LayerNorm`` with frozen parameters under SSF's trained scale and shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlrr_kernels.ops.norm_rescale import fold_norm, norm_rescale
+
+SSF_INITS = ("paper", "identity")
+
+
+def reset_ssf(scale: Tensor, shift: Tensor, init: str) -> None:
+    """``paper``: γ ~ N(1, 0.02), β ~ N(0, 0.02). ``identity``: γ = 1, β = 0. In place.
+
+    Raises:
+        ValueError: ``init`` is neither.
+    """
+    if init not in SSF_INITS:
+        raise ValueError(f"init must be one of {', '.join(SSF_INITS)}; got {init!r}")
+    std = 0.02 if init == "paper" else 0.0
+    with torch.no_grad():
+        scale.normal_(1.0, std)
+        shift.normal_(0.0, std)
+
+
+class NormRescale(nn.Module):
+    """γ ⊙ LayerNorm(x) + β with a frozen LayerNorm and trained γ, β (SSF, in the recipe of RLRR, CVPR 2024).
+
+    ``weight`` and ``bias`` carry ``nn.LayerNorm``'s state-dict keys.
+
+    Args:
+        norm: normalises the last dimension; its parameter objects become this module's (and are frozen).
+        init: how γ and β start; see :func:`reset_ssf`.
+        device: of γ and β; by default that of ``norm``.
+        dtype: of γ and β.
+
+    Attributes:
+        weight: w [D] or None, frozen. bias: b [D] or None, frozen. scale: γ [D]. shift: β [D]. (trained)
+
+    Raises:
+        TypeError: ``norm`` is not an ``nn.LayerNorm``.
+        ValueError: ``norm`` normalises more than one dimension, or init is unknown.
+    """
+
+    def __init__(
+        self,
+        norm: nn.LayerNorm,
+        *,
+        init: str = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"norm must be an nn.LayerNorm; got {type(norm).__name__}")
+        if len(norm.normalized_shape) != 1:
+            raise ValueError(f"norm must normalise one dimension; got normalized_shape {tuple(norm.normalized_shape)}")
+        self.normalized_shape, self.eps, self.init = tuple(norm.normalized_shape), norm.eps, init
+        self.weight = None if norm.weight is None else norm.weight.requires_grad_(False)
+        self.bias = None if norm.bias is None else norm.bias.requires_grad_(False)
+        if device is None and norm.weight is not None:
+            device = norm.weight.device
+        self.scale = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.empty(self.normalized_shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws γ and β anew; the frozen tensors stay."""
+        reset_ssf(self.scale, self.shift, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to y [..., D]; dtypes as in :func:`rlrr_kernels.norm_rescale`."""
+        return norm_rescale(x, self.weight, self.bias, self.scale, self.shift, self.eps)
+
+    @torch.no_grad()
+    def to_layer_norm(self) -> nn.LayerNorm:
+        """A plain ``nn.LayerNorm`` with weight γ ⊙ w and bias γ ⊙ b + β, rounded once to w's dtype; shares nothing."""
+        weight, bias = fold_norm(self.weight, self.bias, self.scale, self.shift)
+        dtype = self.scale.dtype if self.weight is None else self.weight.dtype
+        norm = nn.LayerNorm(self.normalized_shape, self.eps, device="meta", dtype=dtype)
+        norm.weight = nn.Parameter(weight.to(dtype, copy=True))
+        norm.bias = nn.Parameter(bias.to(dtype, copy=True))
+        return norm.train(self.training)
+
+    def extra_repr(self) -> str:
+        has = f"weight={self.weight is not None}, bias={self.bias is not None}"
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {has}"

@@ -1,0 +1,165 @@
+"""``norm_rescale`` and its modules: the formula, gradients, dtypes, autocast, folding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rlrr_kernels import NormRescale, norm_rescale
+from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.numerics import RATIO, SEEDS, relative_error
+from rlrr_kernels.reference import norm_rescale_reference
+
+D = 48
+
+
+def arguments(dtype=torch.float32, scale_dtype=torch.float32, generator=None, rows=35):
+    x = torch.randn(rows // 5, 5, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight, bias = (torch.randn(D, generator=generator).to(dtype) for _ in range(2))
+    scale = (1 + 0.1 * torch.randn(D, generator=generator)).to(scale_dtype)
+    shift = torch.randn(D, generator=generator).to(scale_dtype)
+    return x, weight, bias, scale, shift
+
+
+def test_equals_the_formula_with_gradients():
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (x, scale, shift)]
+    upstream = torch.randn_like(x)
+    results = []
+    for function in (norm_rescale_reference, norm_rescale):
+        y = function(x, weight, bias, scale, shift, 1e-3)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [35, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_no_less_exact_than_the_eager_norm_rescale_reference(dtype, rows):
+    ours, eager = [], []
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        x, weight, bias, scale, shift = arguments(dtype, dtype, generator, rows)
+        upstream = torch.randn(x.shape, generator=generator).to(dtype)
+        results = []
+        for function, compute in (
+            (norm_rescale_reference, torch.float64),
+            (norm_rescale_reference, dtype),
+            (norm_rescale, dtype),
+        ):
+            leaves = [tensor.to(compute).detach().requires_grad_() for tensor in (x, scale, shift)]
+            y = function(leaves[0], weight.to(compute), bias.to(compute), *leaves[1:])
+            y.backward(upstream.to(compute))
+            results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+        exact, plain, mine = results
+        for errors, values in ((eager, plain), (ours, mine)):
+            errors.append([relative_error(value, e) for value, e in zip(values, exact, strict=True)])
+    ours, eager = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, eager))
+    assert (ours <= RATIO * eager).all(), f"y, dx, dscale, dshift: {ours.tolist()} against {eager.tolist()}"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gives_the_gradients_that_are_asked_for(affine):
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+    weight, bias = (weight, bias) if affine else (None, None)
+    leaves = [tensor.requires_grad_() for tensor in (x, scale, shift)]
+    expected = torch.autograd.grad(norm_rescale_reference(x, weight, bias, scale, shift).square().sum(), leaves)
+    for asked in range(1, 8):
+        wanted = [tensor for i, tensor in enumerate(leaves) if asked >> i & 1]
+        for i, tensor in enumerate(leaves):
+            tensor.requires_grad_(bool(asked >> i & 1))
+        grads = torch.autograd.grad(norm_rescale(x, weight, bias, scale, shift).square().sum(), wanted)
+        for grad, right in zip(grads, [e for i, e in enumerate(expected) if asked >> i & 1], strict=True):
+            torch.testing.assert_close(grad, right)
+
+
+def test_works_inside_transforms_and_compiled():
+    x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
+
+    def loss(scale, x):
+        return norm_rescale(x, weight, bias, scale, shift).square().sum()
+
+    def reference(scale, x):
+        return norm_rescale_reference(x, weight, bias, scale, shift).square().sum()
+
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f), (None, 0))):
+        torch.testing.assert_close(transform(loss)(scale, x), transform(reference)(scale, x))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scale, x), reference(scale, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_has_the_dtype_of_layer_norm(dtype, autocast):
+    x, weight, bias, scale, shift = arguments(dtype)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        y = norm_rescale(x, weight, bias, scale, shift)
+        expected = F.layer_norm(x, (D,), weight, bias)
+    assert y.dtype == expected.dtype
+
+
+def test_keeps_only_the_input_and_row_statistics_for_backward():
+    x, weight, bias, scale, shift = arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        norm_rescale(x.requires_grad_(), weight, bias, scale.requires_grad_(), shift.requires_grad_())
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert large == {x.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(D + 1)}, r"weight must be \[D\] with D = 48.*\(49,\)"),
+        ({"scale": torch.ones(1)}, r"scale must be \[D\]"),
+        ({"weight": torch.ones(D, requires_grad=True)}, "weight must be frozen"),
+        ({"bias": torch.ones(D, requires_grad=True)}, "bias must be frozen"),
+    ],
+)
+def test_refuses_wrong_arguments(change, message):
+    named = dict(zip(("x", "weight", "bias", "scale", "shift"), arguments(), strict=True))
+    with pytest.raises(ValueError, match=message):
+        norm_rescale(**{**named, **change})
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(D), nn.LayerNorm(D, bias=False), nn.LayerNorm(D, elementwise_affine=False)]
+)
+def test_module_folds_into_a_plain_layer_norm(norm):
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    module = NormRescale(norm)
+    x = torch.randn(4, D)
+    assert module.weight is norm.weight
+    assert not any(p.requires_grad for p in norm.parameters())
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"scale", "shift"}
+    torch.testing.assert_close(module(x), norm_rescale_reference(x, norm.weight, norm.bias, module.scale, module.shift))
+    torch.testing.assert_close(module.to_layer_norm()(x), module(x))
+
+
+def test_starts_as_the_paper_or_as_the_norm():
+    wide = NormRescale(nn.LayerNorm(20_000))
+    assert wide.scale.mean().item() == pytest.approx(1, abs=1e-3)
+    assert wide.scale.std().item() == pytest.approx(0.02, rel=0.05)
+    assert wide.shift.mean().item() == pytest.approx(0, abs=1e-3)
+    assert wide.shift.std().item() == pytest.approx(0.02, rel=0.05)
+    norm, x = nn.LayerNorm(D), torch.randn(4, D)
+    torch.testing.assert_close(NormRescale(norm, init="identity")(x), norm(x), rtol=0, atol=0)
+    assert torch.equal(ChannelRescale(D, init="identity")(x), x)
+
+
+def test_module_refuses_what_is_no_layer_norm_of_one_dimension():
+    with pytest.raises(TypeError, match=r"norm must be an nn\.LayerNorm; got GroupNorm"):
+        NormRescale(nn.GroupNorm(2, D))
+    with pytest.raises(ValueError, match=r"one dimension.*\(4, 4\)"):
+        NormRescale(nn.LayerNorm((4, 4)))
+    with pytest.raises(ValueError, match="init must be one of paper, identity"):
+        NormRescale(nn.LayerNorm(D), init="zeros")
+
+
+def test_channel_rescale_keeps_a_16_bit_dtype():
+    module = ChannelRescale(D)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(module(x), x * module.scale + module.shift)
+    assert module(x.half()).dtype == torch.float16
