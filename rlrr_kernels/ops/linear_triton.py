@@ -518,6 +518,8 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
     count = grad_y.shape[0]
     if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
+    if weight.shape[0] == 0:
+        return grad_y.new_zeros(count, weight.shape[1])
     grad_x = torch.empty(count, weight.shape[1], dtype=grad_y.dtype, device=grad_y.device)
     if grad_x.numel():
         regular = linear_configs.regular(scale_row.shape[1], *grad_y.stride(), *weight.stride())
