@@ -38,7 +38,7 @@ def main() -> None:
     axes.text(23.6, 3, ")   =", fontsize=15, va="center", color=TEXT)
     grid(axes, weight * (0.4 + factor), 27, 0, 1, FROZEN)
     labels = [
-        (4, 7.3, "W  [N, K]"), (13.9, 7.3, "$s_r$"), (19.2, 7.3, "$s_c$  [K]"), (31, 7.3, "W′"),
+        (4, 7.3, "W  [N, K]"), (13.9, 7.3, "$s_r$"), (19.2, 7.3, "$s_c$  [K]"), (31, 7.3, "W'"),
         (4, -1.4, "frozen"), (16.5, -1.4, "trained: N + K numbers (and a bias shift)"),
         (31, -1.4, "gone after the call"),
     ]  # fmt: skip

@@ -89,6 +89,12 @@ def test_addresses_beyond_two_to_the_31():
     torch.testing.assert_close(y[-64:], tail, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one():
+    tensors = Case(64, 256, 256, dtype=torch.bfloat16, device="cuda:1").draw(0)
+    numerics.check_bound(partial(rlrr_linear, backend="triton"), tensors)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_model(mode: str):
     model = torch.nn.Sequential(

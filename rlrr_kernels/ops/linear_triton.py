@@ -287,7 +287,13 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.meta)
+        """Launches on the device of the first tensor, which Triton leaves to the caller."""
+        device = self.args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.kernel[self.grid](*self.args, **self.meta)
+        else:
+            self.kernel[self.grid](*self.args, **self.meta)
 
 
 _TL_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
