@@ -112,7 +112,10 @@ def linear_cases(arch: str) -> Iterator[Case]:
         weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
         merge = linear_triton.merge_launch(weight, _meta(2304, 1), _meta(3, 1, 768), True, merged)
         yield Case("merge", dtype, "2304 x 768, rank 1", merge)
-    yield Case("reduce", "fp32", "48 parts", linear_triton.reduce_launch(_meta(48, 768, 1), _meta(768, 1)))
+    x, y, weight = _meta(4096, 768), _meta(4096, 3072), _meta(3072, 768)
+    tiles = configs.tiles_for("grad_scales", arch, torch.float32, 4096)
+    _, reduction = _scale_launches(x, y, weight, _meta(3072, 1), _meta(1, 1, 768), arch, tiles)
+    yield Case("reduce", "fp32", "4096 x 3072 x 768, rank 1", reduction)
 
 
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
@@ -125,9 +128,13 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     elif kernel == "grad_x":
         launch = linear_triton.grad_x_launch(y, weight, scale_row, scale_col, True, x, tiles)
     else:
-        needs = (True, True, True)
-        launch, _ = linear_triton.grad_scales_launch(y, x, weight, scale_row, scale_col, needs, arch, tiles)
+        launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch)
+
+
+def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[linear_triton.Launch, ...]:
+    grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
+    return linear_triton.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

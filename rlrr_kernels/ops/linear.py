@@ -226,13 +226,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, through_op):
-        need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad[:5]
+        need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         need_scales = need_row or need_col
         if need_scales or need_x:
             ctx.save_for_backward(x if need_scales else None, weight, scale_row, scale_col)
-        if need_bias:
-            ctx.bias_dtype = bias.dtype
-        ctx.options = residual, backend, through_op
+        ctx.options = residual, backend, through_op, (need_x, need_row, need_col, need_bias), need_bias and bias.dtype
         if through_op:
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend)
@@ -241,25 +239,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        residual, backend, through_op = ctx.options
-        need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad[:5]
-        needs = (need_x, need_row, need_col, need_bias)
+        residual, backend, through_op, needs, bias_dtype = ctx.options
         x, weight, scale_row, scale_col = ctx.saved_tensors or (None, None, None, None)
         if weight is None:
-            grads = [None, None, None, _bias_gradient(grad_y)]
+            grad_x = grad_row = grad_col = None
+            grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
         elif through_op:
             grads = torch.ops.rlrr_kernels.linear_backward(
                 grad_y, x, weight, scale_row, scale_col, residual, backend, needs
             )
-            grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+            grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
         else:
-            grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs)
-        grad_bias = grads[3].to(ctx.bias_dtype) if need_bias else None
-        return grads[0], None, grads[1], grads[2], grad_bias, None, None, None
-
-
-def _bias_gradient(grad_y: Tensor) -> Tensor:
-    return grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
+            grad_x, grad_row, grad_col, grad_bias = _backward(
+                grad_y, x, weight, scale_row, scale_col, residual, backend, needs
+            )
+        if grad_bias is not None and grad_bias.dtype != bias_dtype:
+            grad_bias = grad_bias.to(bias_dtype)
+        return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
 
 
 # ---------------------------------------------------------------- torch.func

@@ -165,7 +165,7 @@ def _rlrr_linear_bwd_dx_kernel(
 
 @triton.jit
 def _rlrr_linear_bwd_scales_kernel(
-    g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, row_part_ptr, col_part_ptr, bias_part_ptr,
+    g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, bias_offset,
     M, N, K, group_size, rows_per_split,
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
@@ -174,9 +174,9 @@ def _rlrr_linear_bwd_scales_kernel(
 ):  # fmt: skip
     """Partial sums of ∂s_r = (G ⊙ W) s_cᵀ, ∂s_c = s_rᵀ (G ⊙ W) and ∂b = Σ g over one split of M; G = gᵀx stays here.
 
-    g [M, N], x [M, K], w [N, K], row [N, r], col [G, r, K]. Written: row_part [splits, tiles of K, N, r], col_part
-    [splits, tiles of a group, G, r, K], bias_part [splits, N], all ACC. Grid: (tiles of K, and one more that sums g
-    when NEED_BIAS; tiles of N; splits).
+    g [M, N], x [M, K], w [N, K], row [N, r], col [G, r, K]. Written to parts, all ACC: [splits, tiles of K, N, r] for
+    ∂s_r, at col_offset [splits, tiles of a group, G, r, K] for ∂s_c, at bias_offset [splits, N] for ∂b. Grid: (tiles of
+    K, and one more that sums g when NEED_BIAS; tiles of N; splits).
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
@@ -199,7 +199,7 @@ def _rlrr_linear_bwd_scales_kernel(
             g = tl.load(g_ptrs, mask=mask_n[:, None] & (start + lanes_m < rows_here)[None, :], other=0.0)
             total += tl.sum(g.to(ACC), 1)
             g_ptrs += step * stride_gm
-        tl.store(bias_part_ptr + split * N + offs_n, total, mask=mask_n)
+        tl.store(parts_ptr + bias_offset + split * N + offs_n, total, mask=mask_n)
     else:
         offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -220,8 +220,9 @@ def _rlrr_linear_bwd_scales_kernel(
         w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         product = acc * w.to(ACC)
         col_ptr += group.to(tl.int64) * RANK * K
-        row_part_ptr += (split * tiles_k + pid_k) * N * RANK
-        col_part_ptr += ((split * tiles_per_group + tile_in_group) * (N // group_size) + group) * RANK * K
+        row_part_ptr = parts_ptr + (split * tiles_k + pid_k) * N * RANK
+        col_part = (split * tiles_per_group + tile_in_group) * (N // group_size) + group
+        col_part_ptr = parts_ptr + col_offset + col_part * RANK * K
         for j in range(RANK):
             if NEED_ROW:
                 col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
@@ -232,9 +233,9 @@ def _rlrr_linear_bwd_scales_kernel(
 
 
 @triton.jit
-def _reduce_parts_kernel(parts_ptr, out_ptr, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size] = Σ over the first axis of parts [count, size], in a fixed order. Grid: (blocks of size,)."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _reduce_block(parts_ptr, out_ptr, count, size, block, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of out [size] = Σ over the first axis of parts [count, size], in a fixed order."""
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), parts_ptr.dtype.element_ty)
     for start in range(0, count, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
@@ -245,6 +246,28 @@ def _reduce_parts_kernel(parts_ptr, out_ptr, count, size, BLOCK_P: tl.constexpr,
         )
         total += tl.sum(tile, 0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def _rlrr_linear_bwd_reduce_kernel(
+    parts_ptr, row_ptr, col_ptr, bias_ptr, row_count, row_size, col_count, col_size, bias_count, bias_size,
+    BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂s_r, ∂s_c, ∂b from parts: [row_count, row_size], then [col_count, col_size], then [bias_count, bias_size].
+
+    A gradient that is not needed has size 0. Grid: (blocks of each size, one after another,).
+    """
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(row_size, BLOCK)
+    col_blocks = tl.cdiv(col_size, BLOCK)
+    if pid < row_blocks:
+        _reduce_block(parts_ptr, row_ptr, row_count, row_size, pid, BLOCK_P, BLOCK)
+    elif pid < row_blocks + col_blocks:
+        parts_ptr += tl.cast(row_count, tl.int64) * row_size
+        _reduce_block(parts_ptr, col_ptr, col_count, col_size, pid - row_blocks, BLOCK_P, BLOCK)
+    else:
+        parts_ptr += tl.cast(row_count, tl.int64) * row_size + tl.cast(col_count, tl.int64) * col_size
+        _reduce_block(parts_ptr, bias_ptr, bias_count, bias_size, pid - row_blocks - col_blocks, BLOCK_P, BLOCK)
 
 
 @triton.jit
@@ -332,8 +355,10 @@ def forward_launch(
             x, weight, scale_row, scale_col, x if bias is None else bias, y,
             count, rows, cols, size, *x.stride(), *weight.stride(),
         ),
-        {"RANK": rank, "RESIDUAL": residual, "HAS_BIAS": bias is not None, "EVEN_K": cols % tiles.block_k == 0}
-        | _meta(x.dtype, tiles),
+        {
+            "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": bias is not None,
+            "EVEN_K": cols % tiles.block_k == 0, **_meta(x.dtype, tiles),
+        },
     )  # fmt: skip
 
 
@@ -356,57 +381,63 @@ def grad_x_launch(
             grad_y, weight, scale_row, scale_col, grad_x,
             count, rows, cols, size, *grad_y.stride(), *weight.stride(),
         ),
-        {"RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1, "EVEN_N": size % tiles.block_n == 0}
-        | _meta(grad_y.dtype, tiles),
+        {
+            "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
+            "EVEN_N": size % tiles.block_n == 0, **_meta(grad_y.dtype, tiles),
+        },
     )  # fmt: skip
 
 
-def grad_scales_launch(
+def grad_scales_launches(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
     scale_row: Tensor,
     scale_col: Tensor,
-    needs: tuple[bool, bool, bool],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     arch: str,
     tiles: linear_configs.Tiles,
-) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """The launch and its partial sums of ∂s_r, ∂s_c, ∂b, the parts along their first axis (empty where unneeded)."""
-    need_row, need_col, need_bias = needs
+) -> tuple[Launch, Launch]:
+    """Partial sums over tiles and splits of M, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b).
+
+    A gradient that is not needed is None. The scales must be contiguous.
+    """
+    need_row, need_col, need_bias = (grad is not None for grad in grads)
     (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
     size = rows // groups
     tiles_k, tiles_per_group = _cdiv(cols, tiles.block_k), _cdiv(size, tiles.block_n)
     splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
     rows_per_split = max(1, _cdiv(_cdiv(count, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, _cdiv(count, rows_per_split))
-
-    def parts(needed: bool, *shape: int) -> Tensor:
-        return torch.empty(shape if needed else (0,), dtype=accumulate_dtype(grad_y.dtype), device=grad_y.device)
-
-    row_parts = parts(need_row, splits * tiles_k, rows, rank)
-    col_parts = parts(need_col, splits * tiles_per_group, groups, rank, cols)
-    bias_parts = parts(need_bias, splits, rows)
-    launch = Launch(
+    row_count, row_size = (splits * tiles_k, rows * rank) if need_row else (0, 0)
+    col_count, col_size = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
+    bias_size = rows if need_bias else 0
+    col_offset = row_count * row_size
+    bias_offset = col_offset + col_count * col_size
+    dtype = accumulate_dtype(grad_y.dtype)
+    parts = torch.empty(bias_offset + splits * bias_size, dtype=dtype, device=grad_y.device)
+    partial = Launch(
         _rlrr_linear_bwd_scales_kernel,
         (tiles_k + need_bias, groups * tiles_per_group, splits),
         (
-            grad_y, x, weight, scale_row, scale_col, row_parts, col_parts, bias_parts,
+            grad_y, x, weight, scale_row, scale_col, parts, col_offset, bias_offset,
             count, rows, cols, size, rows_per_split, *grad_y.stride(), *x.stride(), *weight.stride(),
         ),
         {
             "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-            "EVEN_M": count % tiles.block_m == 0,
-        }
-        | _meta(grad_y.dtype, tiles),
+            "EVEN_M": count % tiles.block_m == 0, **_meta(grad_y.dtype, tiles),
+        },
     )  # fmt: skip
-    return launch, (row_parts, col_parts, bias_parts)
-
-
-def reduce_launch(parts: Tensor, out: Tensor) -> Launch:
-    """out = Σ over the first axis of parts, in a fixed order."""
-    meta = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 4}
-    grid = (_cdiv(out.numel(), meta["BLOCK"]),)
-    return Launch(_reduce_parts_kernel, grid, (parts, out, parts.shape[0], out.numel()), meta)
+    block = 128
+    blocks = _cdiv(row_size, block) + _cdiv(col_size, block) + _cdiv(bias_size, block)
+    outputs = (parts if grad is None else grad for grad in grads)
+    reduction = Launch(
+        _rlrr_linear_bwd_reduce_kernel,
+        (blocks,),
+        (parts, *outputs, row_count, row_size, col_count, col_size, splits, bias_size),
+        {"BLOCK_P": 32, "BLOCK": block, "num_warps": 4},
+    )
+    return partial, reduction
 
 
 def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, out: Tensor) -> Launch:
@@ -501,23 +532,19 @@ def backward(
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
     count, dtype, arch = grad_y.shape[0], accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)
-    grad_x = grad_row = grad_col = grad_bias = None
-    if need_x:
-        grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch)
-    if need_row or need_col:
-        regular = linear_configs.regular(1, *grad_y.stride(), *x.stride())
-        tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, count, regular)
-        launch, (row_parts, col_parts, bias_parts) = grad_scales_launch(
-            grad_y, x, weight, scale_row, scale_col, (need_row, need_col, need_bias), arch, tiles
-        )
-        if weight.shape[0]:
-            launch.run()
-        grad_row = _reduce(row_parts, scale_row.dtype) if need_row else None
-        grad_col = _reduce(col_parts, scale_col.dtype) if need_col else None
-        grad_bias = _reduce(bias_parts, dtype) if need_bias else None
-    elif need_bias:
-        grad_bias = grad_y.sum(0, dtype=dtype)
-    return grad_x, grad_row, grad_col, grad_bias
+    grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) if need_x else None
+    if not (need_row or need_col):
+        return grad_x, None, None, grad_y.sum(0, dtype=dtype) if need_bias else None
+    grads = (
+        torch.empty_like(scale_row) if need_row else None,
+        torch.empty_like(scale_col) if need_col else None,
+        torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None,
+    )
+    regular = linear_configs.regular(1, *grad_y.stride(), *x.stride())
+    tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, count, regular)
+    for launch in grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles):
+        launch.run()
+    return grad_x, *grads
 
 
 def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tensor:
@@ -532,11 +559,3 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
         tiles = linear_configs.tiles_for("grad_x", arch, grad_y.dtype, count, regular)
         grad_x_launch(grad_y, weight, scale_row, scale_col, residual, grad_x, tiles).run()
     return grad_x
-
-
-def _reduce(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    if parts.shape[0] == 1 or parts.numel() == 0:
-        return parts.sum(0).to(dtype)
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    reduce_launch(parts, out).run()
-    return out
