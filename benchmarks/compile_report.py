@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlrr_kernels.ops import linear_configs as configs
-from rlrr_kernels.ops import linear_triton
+from rlrr_kernels.ops import linear_triton, norm_rescale_triton
+from rlrr_kernels.ops.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,10 +60,10 @@ class Case(NamedTuple):
     kernel: str
     dtype: str
     config: str
-    launch: linear_triton.Launch
+    launch: Launch
 
 
-def _signature(launch: linear_triton.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """Types, constants and divisibility of a launch, as Triton's own launcher would specialise them."""
     signature, constants, attributes = {}, {}, {}
     names = launch.kernel.arg_names
@@ -70,7 +72,7 @@ def _signature(launch: linear_triton.Launch) -> tuple[dict[str, str], dict[str, 
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
+            signature[name], constants[name] = "constexpr", 1  # as Triton's launcher does for strides
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:
@@ -80,7 +82,7 @@ def _signature(launch: linear_triton.Launch) -> tuple[dict[str, str], dict[str, 
     return signature, constants, attributes
 
 
-def compile_launch(launch: linear_triton.Launch, arch: str) -> triton.compiler.CompiledKernel:
+def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
     signature, constants, attributes = _signature(launch)
     options = {key: launch.meta[key] for key in ("num_warps", "num_stages") if key in launch.meta}
@@ -118,6 +120,25 @@ def linear_cases(arch: str) -> Iterator[Case]:
     yield Case("reduce", "fp32", "4096 x 3072 x 768, rank 1", reduction)
 
 
+def norm_cases() -> Iterator[Case]:
+    """The kernels of ``norm_rescale`` at the widths of ViT-S to ViT-H, with a 16-bit and an fp32 x."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for size in (384, 768, 1280):
+            x, y = _meta(4096, size, dtype=_NAMES[dtype]), _meta(4096, size, dtype=_NAMES[dtype])
+            parameters, statistics = [_meta(size) for _ in range(4)], [_meta(4096) for _ in range(2)]
+            config = f"4096 x {size}"
+            forward = norm_rescale_triton.forward_launch(x, *parameters, 1e-6, y, *statistics)
+            yield Case("norm_rescale", dtype, config, forward)
+            grads = torch.empty_like(x), _meta(size), _meta(size)
+            kept = parameters[:3] + statistics
+            for name, launch in zip(
+                ("norm_rescale_grad", "norm_rescale_reduce"),
+                norm_rescale_triton.backward_launches(y, x, *kept, grads),
+                strict=True,
+            ):
+                yield Case(name, dtype, config, launch)
+
+
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
     blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
     config = f"MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages; {rows} x {n} x {k}, rank {rank}"
@@ -132,7 +153,7 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     return Case(kernel, dtype, config, launch)
 
 
-def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[linear_triton.Launch, ...]:
+def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
     return linear_triton.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
 
@@ -178,7 +199,7 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            for case in linear_cases(arch):
+            for case in chain(linear_cases(arch), norm_cases()):
                 yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

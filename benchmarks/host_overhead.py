@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear
-from rlrr_kernels.ops import linear_triton
+from rlrr_kernels.ops.launch import Launch
 
 CALLS = 200
 ROUNDS = 60
@@ -41,7 +41,7 @@ def variants() -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
-def no_launch(launch: linear_triton.Launch) -> None:
+def no_launch(launch: Launch) -> None:
     """Stands for ``Launch.run``; a mock would cost more than what is measured."""
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     # Pretend that the interpreter is on, so that CPU tensors are accepted; nothing is launched.
     with (
         mock.patch.object(backends, "INTERPRETING", True),
-        mock.patch.object(linear_triton.Launch, "run", no_launch),
+        mock.patch.object(Launch, "run", no_launch),
         backends.use_backend("triton.one_pass"),
     ):
         for _ in range(ROUNDS):

@@ -6,18 +6,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 # Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
 torch.set_num_threads(1)
 
 
+_device_constructors()  # remembers torch.empty and its like at the first call: not while a test has replaced them
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what ``torch.empty`` returns with NaN, so that memory no kernel wrote shows in the result."""
-    empty: Callable[..., torch.Tensor] = torch.empty
+    """Fills what ``torch.empty`` and ``empty_like`` return with NaN, so that memory nobody wrote shows in results."""
 
-    def poisoned(*args, **kwargs) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_nan(*args, **kwargs) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return allocate_nan
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

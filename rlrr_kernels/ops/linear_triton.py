@@ -9,7 +9,7 @@ Scales, 1 + s_r s_c and sums are fp32 (fp64 for float64).
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels import backends
 from rlrr_kernels.ops import linear_configs
+from rlrr_kernels.ops.launch import Launch, cdiv, check_interpreter
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 
 UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
@@ -297,28 +297,6 @@ def _merge_kernel(
 # ---------------------------------------------------------------- launches: pure functions of their arguments
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv takes 2 µs on the host, four times a launch
-
-
-class Launch(NamedTuple):
-    """One kernel launch. Built from tensors on any device, meta included, so that it can be compiled without a GPU."""
-
-    kernel: triton.JITFunction
-    grid: tuple[int, ...]
-    args: tuple[Tensor | int, ...]
-    meta: dict[str, Any]
-
-    def run(self) -> None:
-        """Launches on the device of the first tensor, which Triton leaves to the caller."""
-        device = self.args[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self.kernel[self.grid](*self.args, **self.meta)
-        else:
-            self.kernel[self.grid](*self.args, **self.meta)
-
-
 _TL_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
@@ -350,7 +328,7 @@ def forward_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_fwd_kernel,
-        (groups * _cdiv(size, tiles.block_n), _cdiv(count, tiles.block_m)),
+        (groups * cdiv(size, tiles.block_n), cdiv(count, tiles.block_m)),
         (
             x, weight, scale_row, scale_col, x if bias is None else bias, y,
             count, rows, cols, size, *x.stride(), *weight.stride(),
@@ -376,7 +354,7 @@ def grad_x_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_bwd_dx_kernel,
-        (_cdiv(cols, tiles.block_k), _cdiv(count, tiles.block_m)),
+        (cdiv(cols, tiles.block_k), cdiv(count, tiles.block_m)),
         (
             grad_y, weight, scale_row, scale_col, grad_x,
             count, rows, cols, size, *grad_y.stride(), *weight.stride(),
@@ -405,10 +383,10 @@ def grad_scales_launches(
     need_row, need_col, need_bias = (grad is not None for grad in grads)
     (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
     size = rows // groups
-    tiles_k, tiles_per_group = _cdiv(cols, tiles.block_k), _cdiv(size, tiles.block_n)
+    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(size, tiles.block_n)
     splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
-    rows_per_split = max(1, _cdiv(_cdiv(count, splits), tiles.block_m)) * tiles.block_m
-    splits = max(1, _cdiv(count, rows_per_split))
+    rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, cdiv(count, rows_per_split))
     row_count, row_size = (splits * tiles_k, rows * rank) if need_row else (0, 0)
     col_count, col_size = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
     bias_size = rows if need_bias else 0
@@ -429,7 +407,7 @@ def grad_scales_launches(
         },
     )  # fmt: skip
     block = 128
-    blocks = _cdiv(row_size, block) + _cdiv(col_size, block) + _cdiv(bias_size, block)
+    blocks = cdiv(row_size, block) + cdiv(col_size, block) + cdiv(bias_size, block)
     outputs = (parts if grad is None else grad for grad in grads)
     reduction = Launch(
         _rlrr_linear_bwd_reduce_kernel,
@@ -451,7 +429,7 @@ def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual:
         "BLOCK_K": 128,
         "num_warps": 4,
     }
-    grid = (_cdiv(cols, meta["BLOCK_K"]), groups * _cdiv(rows // groups, meta["BLOCK_N"]))
+    grid = (cdiv(cols, meta["BLOCK_K"]), groups * cdiv(rows // groups, meta["BLOCK_N"]))
     args = (weight, scale_row, scale_col, out, cols, rows // groups, *weight.stride())
     return Launch(_merge_kernel, grid, args, meta)
 
@@ -467,14 +445,6 @@ def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return linear_configs.architecture(None, properties.gcnArchName)
     return linear_configs.architecture((properties.major, properties.minor))
-
-
-def _check_interpreter(*dtypes: torch.dtype) -> None:
-    if backends.INTERPRETING and torch.bfloat16 in dtypes:
-        raise ValueError(
-            "x or weight is bfloat16, which Triton's interpreter computes wrongly; use float32 or float16 "
-            "under TRITON_INTERPRET=1, or backend='torch'"
-        )
 
 
 def merge(
@@ -500,7 +470,7 @@ def forward(
 
     ``path`` forces ``one_pass`` or ``merge``.
     """
-    _check_interpreter(x.dtype, weight.dtype)
+    check_interpreter(x.dtype, weight.dtype)
     count, arch = x.shape[0], _architecture(x.device)
     if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
         merged = merge(weight, scale_row, scale_col, residual, x.dtype)
@@ -528,7 +498,7 @@ def backward(
 
     Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64).
     """
-    _check_interpreter(grad_y.dtype, weight.dtype)
+    check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
     count, dtype, arch = grad_y.shape[0], accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rlrr_kernels import backends
+from rlrr_kernels.ops import norm_rescale_torch
+from rlrr_kernels.ops.norm_rescale_torch import fold_norm
 
 
 def norm_rescale(
@@ -47,20 +54,6 @@ def norm_rescale(
     return _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
 
 
-def fold_norm(weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """γ ⊙ w and γ ⊙ b + β [D] of the one LayerNorm that does the same, in fp32 (fp64 where an argument is).
-
-    weight [D] or None (ones), bias [D] or None (zeros), scale and shift [D].
-    """
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, bias, scale, shift))
-    dtype = torch.float64 if wide else torch.float32
-    scale, shift = scale.to(dtype), shift.to(dtype)
-    return (
-        scale if weight is None else scale * weight.to(dtype),
-        shift if bias is None else torch.addcmul(shift, scale, bias.to(dtype)),
-    )
-
-
 def _result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of ``F.layer_norm``'s result: autocast widens it to float32, but not on CPUs."""
     if x.dtype in (torch.float16, torch.bfloat16) and x.device.type not in ("cpu", "meta"):
@@ -68,39 +61,32 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _implementation(x: Tensor) -> ModuleType:
+    """The module that computes: Triton's where the linear operator would take Triton's too, else plain torch."""
+    if backends.resolve("auto", x.device.type, x.dtype).startswith("triton"):
+        triton = importlib.import_module("rlrr_kernels.ops.norm_rescale_triton")
+        if x.shape[-1] <= triton.MAX_SIZE:
+            return triton
+    return norm_rescale_torch
+
+
 class _NormRescale(torch.autograd.Function):
-    """Keeps x and the row statistics. The norm's own backward gives ∂x alone: on CPUs its sums for the parameters run
-    row by row, with ten times the error of ``sum`` at 6,000 rows."""
+    """Keeps x, the parameters and the statistics of each row."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, scale, shift, eps, dtype):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        folded_weight, folded_bias = (tensor.to(wide) for tensor in fold_norm(weight, bias, scale, shift))
-        y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], folded_weight, folded_bias, eps)
+        ctx.module = _implementation(x)
+        y, mean, rstd = ctx.module.forward(x, weight, bias, scale, shift, eps, dtype)
         ctx.save_for_backward(x, weight, bias, scale, mean, rstd)
         ctx.shift_dtype = shift.dtype
-        return y.to(dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         x, weight, bias, scale, mean, rstd = ctx.saved_tensors
-        need_x, _, _, need_scale, need_shift = ctx.needs_input_grad[:5]
-        wide, size = mean.dtype, x.shape[-1]
-        grad_y, x_wide = grad_y.to(wide), x.to(wide)
-        grad_x = grad_scale = total = None
-        if need_x:
-            folded = scale.to(wide) if weight is None else scale.to(wide) * weight.to(wide)
-            grad_x = torch.ops.aten.native_layer_norm_backward(
-                grad_y, x_wide, (size,), mean, rstd, folded, None, (True, False, False)
-            )[0].to(x.dtype)
-        if need_shift or (need_scale and bias is not None):
-            total = grad_y.reshape(-1, size).sum(0)
-        if need_scale:
-            grad_scale = (grad_y * ((x_wide - mean) * rstd)).reshape(-1, size).sum(0)
-            if weight is not None:
-                grad_scale = grad_scale * weight.to(wide)
-            if bias is not None:
-                grad_scale = torch.addcmul(grad_scale, total, bias.to(wide))
-            grad_scale = grad_scale.to(scale.dtype)
-        return grad_x, None, None, grad_scale, total.to(ctx.shift_dtype) if need_shift else None, None, None
+        need_x, _, _, need_scale, need_shift, *_ = ctx.needs_input_grad
+        grad_x, grad_scale, grad_shift = ctx.module.backward(
+            grad_y, x, weight, bias, scale, ctx.shift_dtype, mean, rstd, (need_x, need_scale, need_shift)
+        )
+        return grad_x, None, None, grad_scale, grad_shift, None, None
