@@ -9,7 +9,7 @@ Scales, 1 + s_r s_c and sums are fp32 (fp64 for float64).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,10 +69,13 @@ def _rlrr_linear_fwd_kernel(
 ):  # fmt: skip
     """yᵀ [N, M] = (W ⊙ (1 + s_r s_c)) xᵀ + b, one read of W, accumulated in ACC; y is stored as [M, N].
 
-    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N, tiles of M).
+    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N · tiles of M,): the only axis
+    without a limit that a long x would reach.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    pid_n = tl.program_id(0)
+    tiles_n = (N // group_size) * tiles_per_group
+    pid_n = tl.program_id(0) % tiles_n
+    pid_m = tl.program_id(0) // tiles_n
     group = pid_n // tiles_per_group
     local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local_n < group_size
@@ -80,7 +83,7 @@ def _rlrr_linear_fwd_kernel(
     # the strided axis of an operand: on the contiguous one it would hide the contiguity and break up the loads.
     rows_n = group * group_size + tl.minimum(local_n, group_size - 1)
     offs_n = group * group_size + local_n
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     rows_m = tl.minimum(offs_m, M - 1)
     offs_k = tl.arange(0, BLOCK_K)
@@ -123,12 +126,13 @@ def _rlrr_linear_bwd_dx_kernel(
 ):  # fmt: skip
     """∂xᵀ [K, M] = (W ⊙ (1 + s_r s_c))ᵀ gᵀ, one read of W, accumulated in ACC; ∂x is stored as [M, K].
 
-    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid: (tiles of K, tiles of M).
+    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid: (tiles of K · tiles of M,).
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    offs_k = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     rows_m = tl.minimum(offs_m, M - 1)
     lanes_n = tl.arange(0, BLOCK_N)
@@ -302,9 +306,14 @@ _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
 def _meta(dtype: torch.dtype, tiles: linear_configs.Tiles) -> dict[str, Any]:
+    return _tile_meta(dtype, tiles, torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest")
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile_meta(dtype: torch.dtype, tiles: linear_configs.Tiles, precision: str) -> dict[str, Any]:
     return {
         "ACC": _TL_ACC[accumulate_dtype(dtype)],
-        "PRECISION": _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee",
+        "PRECISION": _PRECISION[precision],
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
@@ -328,7 +337,7 @@ def forward_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_fwd_kernel,
-        (groups * cdiv(size, tiles.block_n), cdiv(count, tiles.block_m)),
+        (groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m),),
         (
             x, weight, scale_row, scale_col, x if bias is None else bias, y,
             count, rows, cols, size, *x.stride(), *weight.stride(),
@@ -354,7 +363,7 @@ def grad_x_launch(
     size = rows // groups
     return Launch(
         _rlrr_linear_bwd_dx_kernel,
-        (cdiv(cols, tiles.block_k), cdiv(count, tiles.block_m)),
+        (cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),),
         (
             grad_y, weight, scale_row, scale_col, grad_x,
             count, rows, cols, size, *grad_y.stride(), *weight.stride(),
@@ -364,6 +373,51 @@ def grad_x_launch(
             "EVEN_N": size % tiles.block_n == 0, **_meta(grad_y.dtype, tiles),
         },
     )  # fmt: skip
+
+
+class _Split(NamedTuple):
+    """How the scale gradients are cut into partial sums: the grid, then [count, size] of each kind of part in turn."""
+
+    grid: tuple[int, int, int]
+    rows_per_split: int
+    row: tuple[int, int]
+    col: tuple[int, int]
+    bias: tuple[int, int]
+    col_offset: int
+    bias_offset: int
+    parts: int
+    reduce_blocks: int
+
+
+_REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
+
+
+@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+def _split(
+    count: int, rows: int, cols: int, groups: int, rank: int, needs: tuple[bool, bool, bool], arch: str,
+    tiles: linear_configs.Tiles,
+) -> _Split:  # fmt: skip
+    need_row, need_col, need_bias = needs
+    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
+    splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
+    rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, cdiv(count, rows_per_split))
+    row = (splits * tiles_k, rows * rank) if need_row else (0, 0)
+    col = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
+    bias = (splits, rows) if need_bias else (0, 0)
+    col_offset = row[0] * row[1]
+    bias_offset = col_offset + col[0] * col[1]
+    return _Split(
+        grid=(tiles_k + need_bias, groups * tiles_per_group, splits),
+        rows_per_split=rows_per_split,
+        row=row,
+        col=col,
+        bias=bias,
+        col_offset=col_offset,
+        bias_offset=bias_offset,
+        parts=bias_offset + bias[0] * bias[1],
+        reduce_blocks=sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias)),
+    )
 
 
 def grad_scales_launches(
@@ -380,40 +434,34 @@ def grad_scales_launches(
 
     A gradient that is not needed is None. The scales must be contiguous.
     """
-    need_row, need_col, need_bias = (grad is not None for grad in grads)
+    grad_row, grad_col, grad_bias = grads
+    needs = (grad_row is not None, grad_col is not None, grad_bias is not None)
     (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
-    size = rows // groups
-    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(size, tiles.block_n)
-    splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
-    rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
-    splits = max(1, cdiv(count, rows_per_split))
-    row_count, row_size = (splits * tiles_k, rows * rank) if need_row else (0, 0)
-    col_count, col_size = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
-    bias_size = rows if need_bias else 0
-    col_offset = row_count * row_size
-    bias_offset = col_offset + col_count * col_size
-    dtype = accumulate_dtype(grad_y.dtype)
-    parts = torch.empty(bias_offset + splits * bias_size, dtype=dtype, device=grad_y.device)
+    split = _split(count, rows, cols, groups, rank, needs, arch, tiles)
+    parts = torch.empty(split.parts, dtype=accumulate_dtype(grad_y.dtype), device=grad_y.device)
     partial = Launch(
         _rlrr_linear_bwd_scales_kernel,
-        (tiles_k + need_bias, groups * tiles_per_group, splits),
+        split.grid,
         (
-            grad_y, x, weight, scale_row, scale_col, parts, col_offset, bias_offset,
-            count, rows, cols, size, rows_per_split, *grad_y.stride(), *x.stride(), *weight.stride(),
+            grad_y, x, weight, scale_row, scale_col, parts, split.col_offset, split.bias_offset,
+            count, rows, cols, rows // groups, split.rows_per_split,
+            *grad_y.stride(), *x.stride(), *weight.stride(),
         ),
         {
-            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
+            "RANK": rank, "NEED_ROW": needs[0], "NEED_COL": needs[1], "NEED_BIAS": needs[2],
             "EVEN_M": count % tiles.block_m == 0, **_meta(grad_y.dtype, tiles),
         },
     )  # fmt: skip
-    block = 128
-    blocks = cdiv(row_size, block) + cdiv(col_size, block) + cdiv(bias_size, block)
-    outputs = (parts if grad is None else grad for grad in grads)
+    outputs = (
+        parts if grad_row is None else grad_row,
+        parts if grad_col is None else grad_col,
+        parts if grad_bias is None else grad_bias,
+    )
     reduction = Launch(
         _rlrr_linear_bwd_reduce_kernel,
-        (blocks,),
-        (parts, *outputs, row_count, row_size, col_count, col_size, splits, bias_size),
-        {"BLOCK_P": 32, "BLOCK": block, "num_warps": 4},
+        (split.reduce_blocks,),
+        (parts, *outputs, *split.row, *split.col, *split.bias),
+        _REDUCE_META,
     )
     return partial, reduction
 
