@@ -1,5 +1,5 @@
 // The passes around the library's matrix product, for every dtype: W' into scratch, and G reduced where it lies.
-// Plain loops over short arrays, left to the compiler to vectorise.
+// Plain loops over short arrays, left to the compiler to vectorise; vectors where bfloat16 and float32 are at stake.
 
 INLINE float value(float a) { return a; }
 INLINE double value(double a) { return a; }
@@ -66,6 +66,24 @@ void merge_matrix(const Weight& weight, T* out) {
           for (int64_t i = 0; i < some; ++i) f[i] += scale * col_j[i];
         }
         for (int64_t i = 0; i < some; ++i) assign(out[n * cols + k + i], value(w[k + i]) * f[i]);
+      }
+    }
+  };
+  parallel(weight.rows, body);
+}
+
+template <class W, class T>
+void merge_vectors(const Weight& weight, T* out) {
+  const int64_t cols = weight.cols, rank = weight.rank;
+  const Vec base = splat(static_cast<float>(weight.base));
+  auto body = [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
+      const float* row = static_cast<const float*>(weight.row) + n * rank;
+      const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
+      for (int64_t k = 0; k < cols; k += kWidth) {
+        const Vec f = factor(base, row, col + k, cols, rank, cols - k);
+        store_upto(out + n * cols + k, mul(load_upto(w + k, cols - k), f), cols - k);
       }
     }
   };
@@ -151,6 +169,9 @@ void with_types(Type weight, Type type, Visit visit) {
 }
 
 void merge(const Weight& weight, Type type, void* out) {
+  if (type == Type::f32) return merge_vectors<float>(weight, static_cast<float*>(out));
+  if (type == Type::bf16 && weight.type == Type::bf16) return merge_vectors<bf16>(weight, static_cast<bf16*>(out));
+  if (type == Type::bf16 && weight.type == Type::f32) return merge_vectors<float>(weight, static_cast<bf16*>(out));
   with_types(weight.type, type, [&](auto a, auto w, auto t) {
     merge_matrix<decltype(a), decltype(w), decltype(t)>(weight, static_cast<decltype(t)*>(out));
   });

@@ -190,15 +190,27 @@ INLINE void outer_rows(int64_t rows, const uint32_t* a, const uint32_t* b, int64
   outer_tile<MR, E>(a, b, steps, out, first);
 }
 
-// The 32 bits of one packed element: from[0], and from[step] above it for pairs (`exists`: is there such a neighbour).
-INLINE uint32_t element(const float* from, int64_t, bool) {
+// The 32 bits of one element packed along a row: from[0], and from[1] above it for pairs.
+INLINE uint32_t element(const float* from, bool) {
   uint32_t bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   return bits;
 }
-INLINE uint32_t element(const bf16* from, int64_t step, bool exists) {
-  return from[0].bits | (exists ? static_cast<uint32_t>(from[step].bits) << 16 : 0);
+INLINE uint32_t element(const bf16* from, bool pair) {
+  return from[0].bits | (pair ? static_cast<uint32_t>(from[1].bits) << 16 : 0);
 }
+
+// n elements packed along a column: from the row `even`, and the row `odd` above it for pairs (null: there is none).
+INLINE void pack_row(uint32_t* out, const float* even, const float*, int64_t n) {
+  __builtin_memcpy(out, even, n * sizeof(float));
+}
+#ifdef RLRR_PAIRS
+INLINE void pack_row(uint32_t* out, const bf16* even, const bf16* odd, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    interleave_first(out + i, even + i, odd == nullptr ? nullptr : odd + i, least(kWidth, n - i));
+  }
+}
+#endif
 
 // Both packings of a chunk of g, [tiles][steps][kTileRows]: `across` contracts n for ∂x, its tiles hold rows m;
 // `down` contracts m for G, its tiles hold columns n and never straddle two groups.
@@ -218,11 +230,13 @@ struct PackedGradient {
   void pack_across(int64_t tile) const {
     uint32_t* out = across + tile * across_steps() * kTileRows;
     const int64_t m = tile * kTileRows, some = least(kTileRows, count - m);
-    for (int64_t i = 0; i < some; ++i) {
-      const E* from = g + (m + i) * stride;
-      for (int64_t s = 0; s < across_steps(); ++s) {
-        out[s * kTileRows + i] = element(from + s * kPer32, 1, s * kPer32 + 1 < rows);
-      }
+    const E* from = g + m * stride;
+    const int64_t whole = rows / kPer32;
+    for (int64_t step = 0; step < whole; ++step, out += kTileRows) {
+      for (int64_t i = 0; i < some; ++i) out[i] = element(from + i * stride + step * kPer32, true);
+    }
+    for (int64_t i = 0; whole < across_steps() && i < some; ++i) {
+      out[i] = element(from + i * stride + whole * kPer32, false);
     }
   }
   void pack_down(int64_t tile) const {
@@ -231,8 +245,7 @@ struct PackedGradient {
     const int64_t some = least(kTileRows, group_rows - at);
     for (int64_t s = 0; s < down_steps(); ++s) {
       const E* from = g + s * kPer32 * stride + n;
-      const bool exists = s * kPer32 + 1 < count;
-      for (int64_t i = 0; i < some; ++i) out[s * kTileRows + i] = element(from + i, stride, exists);
+      pack_row(out + s * kTileRows, from, s * kPer32 + 1 < count ? from + stride : nullptr, some);
     }
   }
 };
@@ -264,10 +277,11 @@ void prepare_columns(const Weight& weight, int64_t n, int64_t rows, int64_t k, u
 template <class E>
 void pack_x(const E* x, int64_t stride, int64_t count, int64_t left, uint32_t* panel) {
   constexpr int64_t kPer32 = Product<E>::kPer32;
+  const int64_t some = least(kPanel, left);
   for (int64_t m = 0; m < count; m += kPer32, panel += kPanel) {
     const E* row = x + m * stride;
-    const bool exists = m + 1 < count;
-    for (int64_t i = 0; i < kPanel; ++i) panel[i] = i < left ? element(row + i, stride, exists) : 0;
+    pack_row(panel, row, m + 1 < count ? row + stride : nullptr, some);
+    __builtin_memset(panel + some, 0, (kPanel - some) * sizeof(uint32_t));
   }
 }
 

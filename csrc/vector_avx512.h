@@ -62,3 +62,13 @@ INLINE void store_pairs(uint32_t* p, Vec even, Vec odd) {
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
+// Lane i < n: even[i] below odd[i], or below zero where there is no odd row.
+INLINE void interleave_first(uint32_t* p, const bf16* even, const bf16* odd, int64_t n) {
+  const __mmask16 lanes = first(n);
+  __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));
+  if (odd != nullptr) {
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd));
+    pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(high, 16));
+  }
+  _mm512_mask_storeu_epi32(p, lanes, pairs);
+}
