@@ -89,7 +89,56 @@ def backward(
     gradient is needed.
     """
     with _below_autograd():
-        grads = _linear_backward(
-            grad_y, x, weight, scale_row, scale_col, residual, *needs, _way(path, grad_y.dtype)
-        )
+        grads = _linear_backward(grad_y, x, weight, scale_row, scale_col, residual, *needs, _way(path, grad_y.dtype))
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+# ---------------------------------------------------------------- torch.ops.rlrr_kernels_cpp: fake and autograd
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("rlrr_kernels_cpp::linear")
+def _linear_fake(x, weight, scale_row, scale_col, bias=None, residual=True, path=0):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("rlrr_kernels_cpp::linear_backward")
+def _linear_backward_fake(
+    grad_y, x, weight, scale_row, scale_col, residual, need_x, need_row, need_col, need_bias, path=0
+):
+    wide = _accumulate_dtype(weight.dtype)
+    empty = grad_y.new_empty
+    return (
+        empty(grad_y.shape[0], weight.shape[1]) if need_x else empty(0),
+        empty(scale_row.shape if need_row else 0, dtype=scale_row.dtype),
+        empty(scale_col.shape if need_col else 0, dtype=scale_col.dtype),
+        empty(weight.shape[0] if need_bias else 0, dtype=wide),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, scale_row, scale_col, bias, ctx.residual, ctx.path = inputs
+    if ctx.needs_input_grad[1]:
+        raise ValueError("weight must be frozen: rlrr_kernels_cpp::linear computes no gradient for it")
+    scales = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(x if scales else None, weight, scale_row, scale_col)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_autograd(ctx, grad_y):
+    need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad[:5]
+    needs = (need_x, need_row, need_col, need_bias)
+    grads = _linear_backward(grad_y, *ctx.saved_tensors, ctx.residual, *needs, ctx.path)
+    grad_x, grad_row, grad_col, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return grad_x, None, grad_row, grad_col, grad_bias.to(ctx.bias_dtype) if need_bias else None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("rlrr_kernels_cpp::linear can be differentiated only once")
+
+
+torch.library.register_autograd("rlrr_kernels_cpp::linear", _linear_autograd, setup_context=_setup_context)
+torch.library.register_autograd("rlrr_kernels_cpp::linear_backward", _no_double_backward)
