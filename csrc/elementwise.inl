@@ -188,7 +188,7 @@ void reduce(const Weight& weight, Type type, const void* product, void* grad_row
 
 template <class A, class T>
 void sum_rows_of(const Matrix& from, int64_t count, int64_t cols, A* out) {
-  constexpr int64_t kRun = 32;
+  constexpr int64_t kRun = 8;  // rows summed in A before they go to double
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = begin * kStrip; k < least(end * kStrip, cols); k += kStrip) {
       const int64_t some = least(kStrip, cols - k);

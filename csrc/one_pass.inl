@@ -114,7 +114,8 @@ struct Stream {
   int64_t x_stride;
   const float* grad_y;  // [count, rows]
   int64_t grad_y_stride;
-  float* grad_x;                 // [count, width] or null
+  float* grad_x;                 // [count, width] or null: the rows of W since the last flush
+  float* grad_x_total;           // [count, width]
   float *grad_col, *col_error;   // [rank, width], of the current group
   float* row_lanes;              // [rank, kStreamRows, kWidth]
   double* grad_row;              // [rows, rank], this slot's
@@ -204,6 +205,15 @@ INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
   }
 }
 
+constexpr int64_t kFlush = 32;  // row blocks of W whose ∂x is summed before it goes to the total: short fp32 chains
+
+void flush_grad_x(const Stream& s, int64_t size) {
+  for (int64_t i = 0; i < size; i += kWidth) {
+    store(s.grad_x_total + i, add(load(s.grad_x_total + i), load(s.grad_x + i)));
+    store(s.grad_x + i, zero());
+  }
+}
+
 template <class W, bool kRankOne>
 void one_pass_backward(const Backward& p) {
   const Weight& weight = p.weight;
@@ -216,13 +226,14 @@ void one_pass_backward(const Backward& p) {
   const Buffer partial(scales ? slots * rows * rank * sizeof(double) : 0);
   auto body = [&](int64_t slot, int64_t begin, int64_t end) {
     Stream s{begin * kUnit, least(end * kUnit, cols), (end - begin) * kUnit, x.data, x.stride,
-             grad_y.data,   grad_y.stride,            nullptr, nullptr, nullptr, nullptr, nullptr};
+             grad_y.data,   grad_y.stride,            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     const int64_t x_size = p.grad_x != nullptr ? p.count * s.width : 0, col_size = scales ? rank * s.width : 0;
-    const Buffer sums((x_size + 2 * col_size + rank * kStreamRows * kWidth) * sizeof(float));
+    const Buffer sums((2 * x_size + 2 * col_size + rank * kStreamRows * kWidth) * sizeof(float));
     float* at = static_cast<float*>(sums.data());
-    __builtin_memset(at, 0, x_size * sizeof(float));
+    __builtin_memset(at, 0, 2 * x_size * sizeof(float));
     s.grad_x = p.grad_x != nullptr ? at : nullptr;
-    s.grad_col = at + x_size;
+    s.grad_x_total = at + x_size;
+    s.grad_col = at + 2 * x_size;
     s.col_error = s.grad_col + col_size;
     s.row_lanes = s.col_error + col_size;
     s.grad_row = static_cast<double*>(partial.data()) + slot * rows * rank;
@@ -230,7 +241,10 @@ void one_pass_backward(const Backward& p) {
       __builtin_memset(s.grad_col, 0, 2 * col_size * sizeof(float));
       int64_t n = group * group_rows;
       const int64_t last = n + group_rows;
-      for (; n + kStreamRows <= last; n += kStreamRows) stream_rows<kStreamRows, W, kRankOne>(p, s, n);
+      for (int64_t block = 1; n + kStreamRows <= last; n += kStreamRows, ++block) {
+        stream_rows<kStreamRows, W, kRankOne>(p, s, n);
+        if (block % kFlush == 0) flush_grad_x(s, x_size);
+      }
       for (; n < last; ++n) stream_rows<1, W, kRankOne>(p, s, n);
       if (p.grad_col == nullptr) continue;
       for (int64_t j = 0; j < rank; ++j) {
@@ -238,10 +252,10 @@ void one_pass_backward(const Backward& p) {
                          (s.end - s.begin) * sizeof(float));
       }
     }
-    if (p.grad_x == nullptr) return;
-    for (int64_t m = 0; m < p.count; ++m) {
+    flush_grad_x(s, x_size);
+    for (int64_t m = 0; p.grad_x != nullptr && m < p.count; ++m) {
       for (int64_t k = s.begin; k < s.end; k += kWidth) {
-        const Vec value = load(s.grad_x + m * s.width + k - s.begin);
+        const Vec value = load(s.grad_x_total + m * s.width + k - s.begin);
         if (p.type == Type::f32) {
           store_upto(static_cast<float*>(p.grad_x) + m * cols + k, value, s.end - k);
         } else {

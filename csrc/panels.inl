@@ -5,7 +5,8 @@
 // the contraction. Packed operands are zero-padded, so tails cost a branch at the edge and none inside.
 
 constexpr int64_t kPanel = 2 * kWidth;  // columns of one outer-product tile
-constexpr int64_t kChunk = 256;         // rows of x, or of W, contracted in one run of fp32 additions
+constexpr int64_t kChunk = 256;         // rows of x handled together in backward
+constexpr int64_t kRun = 128;           // 32-bit elements contracted in one run of fp32 additions
 constexpr int64_t kBlockRows = 8;       // rows of W' prepared together in forward
 
 template <class E>
@@ -187,7 +188,10 @@ INLINE void outer_rows(int64_t rows, const uint32_t* a, const uint32_t* b, int64
   if constexpr (MR > 1) {
     if (rows < MR) return outer_rows<MR - 1, E>(rows, a, b, steps, out, first);
   }
-  outer_tile<MR, E>(a, b, steps, out, first);
+  // One accumulator over thousands of terms would lose digits to eager's blocked sums.
+  for (int64_t s = 0; s < steps; s += kRun) {
+    outer_tile<MR, E>(a + s * kTileRows, b + s * kPanel, least(kRun, steps - s), out, first && s == 0);
+  }
 }
 
 // The 32 bits of one element packed along a row: from[0], and from[1] above it for pairs.
