@@ -51,7 +51,14 @@ def extension_options():
         depends=[f"csrc/{name}" for name in headers if name.endswith((".h", ".inl"))],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         # GCC 12 warns about its own intrinsics and std::optional, never about these sources.
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *flags],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            *flags,
+        ],
         extra_link_args=flags,
         py_limited_api=True,
     )
