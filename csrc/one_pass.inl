@@ -121,6 +121,36 @@ struct Stream {
   double* grad_row;              // [rows, rank], this slot's
 };
 
+// The same for a single row of x, where G is an outer product and five operations a vector of W are enough.
+template <int NR, class W>
+INLINE void single_rows(const Backward& p, const Stream& s, int64_t n) {
+  const Weight& weight = p.weight;
+  const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
+  const float* row = static_cast<const float*>(weight.row) + n;
+  const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols;
+  const Vec base = splat(static_cast<float>(weight.base));
+  Vec scale[NR], g[NR], row_total[NR];
+  UNROLL for (int i = 0; i < NR; ++i) {
+    scale[i] = splat(row[i]);
+    g[i] = splat(s.grad_y[n + i]);
+    row_total[i] = zero();
+  }
+  for (int64_t k = s.begin; k < s.end; k += kWidth) {
+    const int64_t at = k - s.begin, lanes = s.end - k;
+    const Vec x_k = load_upto(s.x + k, lanes), col_k = load_upto(col + k, lanes), both = mul(x_k, col_k);
+    Vec x_sum = zero(), col_sum = zero();
+    UNROLL for (int i = 0; i < NR; ++i) {
+      const Vec product = mul(g[i], load_upto(w + i * weight.stride + k, lanes));
+      x_sum = fma(product, fma(scale[i], col_k, base), x_sum);
+      col_sum = fma(product, scale[i], col_sum);
+      row_total[i] = fma(product, both, row_total[i]);
+    }
+    store(s.grad_x + at, add(load(s.grad_x + at), x_sum));
+    add_compensated(s.grad_col + at, s.col_error + at, mul(col_sum, x_k));
+  }
+  UNROLL for (int i = 0; i < NR; ++i) s.grad_row[n + i] = sum(row_total[i]);
+}
+
 // NR rows of W from n: adds to every gradient. h = the tile of G.
 template <int NR, class W, bool kRankOne>
 INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
@@ -224,6 +254,7 @@ void one_pass_backward(const Backward& p) {
   constexpr int64_t kUnit = 2 * kWidth;
   const int64_t units = (cols + kUnit - 1) / kUnit, slots = worker_count(units);
   const Buffer partial(scales ? slots * rows * rank * sizeof(double) : 0);
+  const bool single = kRankOne && p.count == 1 && scales && p.grad_x != nullptr;
   auto body = [&](int64_t slot, int64_t begin, int64_t end) {
     Stream s{begin * kUnit, least(end * kUnit, cols), (end - begin) * kUnit, x.data, x.stride,
              grad_y.data,   grad_y.stride,            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -242,7 +273,7 @@ void one_pass_backward(const Backward& p) {
       int64_t n = group * group_rows;
       const int64_t last = n + group_rows;
       for (int64_t block = 1; n + kStreamRows <= last; n += kStreamRows, ++block) {
-        stream_rows<kStreamRows, W, kRankOne>(p, s, n);
+        single ? single_rows<kStreamRows, W>(p, s, n) : stream_rows<kStreamRows, W, kRankOne>(p, s, n);
         if (block % kFlush == 0) flush_grad_x(s, x_size);
       }
       for (; n < last; ++n) stream_rows<1, W, kRankOne>(p, s, n);
