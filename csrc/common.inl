@@ -18,9 +18,13 @@ INLINE void store_upto(T* p, Vec a, int64_t n) {
   }
 }
 
-// One vector of W': w ⊙ (base + Σ_j row[j] col[j]). `n` lanes of col exist.
+// base + Σ_j row[j] col[j], of which `n` lanes exist. High ranks are summed by eights: one chain would lose to eager.
 INLINE Vec factor(Vec base, const float* row, const float* col, int64_t cols, int64_t rank, int64_t n) {
-  for (int64_t j = 0; j < rank; ++j) base = fma(splat(row[j]), load_upto(col + j * cols, n), base);
+  for (int64_t start = 0; start < rank; start += 8) {
+    Vec part = start == 0 ? base : zero();
+    for (int64_t j = start; j < least(start + 8, rank); ++j) part = fma(splat(row[j]), load_upto(col + j * cols, n), part);
+    base = start == 0 ? part : add(base, part);
+  }
   return base;
 }
 

@@ -73,7 +73,7 @@ def _cpp_failure() -> str | None:
         importlib.import_module("rlrr_kernels.ops.linear_cpp")
     except ImportError as error:
         if importlib.util.find_spec("rlrr_kernels._cpp") is None:
-            return "the C++ extension is not built; RLRR_BUILD_CPP=1 pip install shows why it cannot be"
+            return "the C++ extension is not built; installing with RLRR_BUILD_CPP=1 shows what stops it"
         return f"the C++ extension does not load: {error}"
     return None
 
