@@ -180,6 +180,8 @@ def _canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tenso
 @functools.cache
 def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     """The module that serves a resolved backend, and the path it is told to take."""
+    if backend == "torch":
+        return linear_torch, {}
     name, _, path = backend.partition(".")
     module = importlib.import_module(f"rlrr_kernels.ops.linear_{name}")
     return module, {"path": path} if path else {}
