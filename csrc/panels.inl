@@ -295,8 +295,37 @@ struct PanelSums {
   double* row;         // [rows, rank], the slot's
 };
 
+// Rank 1 and whole panels: few rows of x leave so little to multiply that this pass over the tile is half the work.
+template <class W>
+void reduce_tile_of_rank_one(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h,
+                             const PanelSums& sums) {
+  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
+  const float* row = static_cast<const float*>(weight.row) + n;
+  const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
+  const Vec col0 = load(col), col1 = load(col + kWidth);
+  Vec sum0 = zero(), sum1 = zero();
+  auto reduce_row = [&](int64_t i) __attribute__((always_inline)) {
+    const Vec h0 = mul(load(h + i * kPanel), load(w + i * weight.stride));
+    const Vec h1 = mul(load(h + i * kPanel + kWidth), load(w + i * weight.stride + kWidth));
+    sum0 = fma(h0, splat(row[i]), sum0);
+    sum1 = fma(h1, splat(row[i]), sum1);
+    return fma(h0, col0, mul(h1, col1));
+  };
+  float totals[4];
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    const Vec a = reduce_row(i), b = reduce_row(i + 1), c = reduce_row(i + 2), d = reduce_row(i + 3);
+    sum4(a, b, c, d, totals);
+    for (int64_t q = 0; q < 4; ++q) sums.row[n + i + q] += totals[q];
+  }
+  for (; i < rows; ++i) sums.row[n + i] += sum(reduce_row(i));
+  add_compensated(sums.col, sums.error, sum0);
+  add_compensated(sums.col + kWidth, sums.error + kWidth, sum1);
+}
+
 template <class W>
 void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* h, const PanelSums& sums) {
+  if (weight.rank == 1 && weight.cols - k >= kPanel) return reduce_tile_of_rank_one<W>(weight, n, rows, k, h, sums);
   const int64_t left = weight.cols - k, rank = weight.rank;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   const float* row = static_cast<const float*>(weight.row) + n * rank;

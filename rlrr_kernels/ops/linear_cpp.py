@@ -90,6 +90,8 @@ def backward(
     """
     with _below_autograd():
         grads = _linear_backward(grad_y, x, weight, scale_row, scale_col, residual, *needs, _way(path, grad_y.dtype))
+    if all(needs):
+        return grads
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
