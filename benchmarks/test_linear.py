@@ -64,7 +64,7 @@ def test_linear(benchmark, dtype, rows, shape, backward, threads):
             step()
             times[name].append(time.perf_counter() - before)
 
-    benchmark.pedantic(ours, setup=run_rivals, rounds=max(7, min(200, int(1.0 / once))), warmup_rounds=1)
+    benchmark.pedantic(ours, setup=run_rivals, rounds=max(7, min(200, int(0.7 / once))), warmup_rounds=1)
     medians = {name: median(values) for name, values in times.items()} | {"cpp": benchmark.stats.stats.median}
     rivals = {"cpp": ours, **steps}
     benchmark.extra_info.update(
