@@ -139,6 +139,11 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, 
 
 // ---------------------------------------------------------------- backward
 
+void clear(const Tensor& tensor) {
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);  // memset refuses the null of an empty tensor
+}
+
 // A scale gradient: computed in the accumulation dtype, returned in the dtype of the scale.
 struct ScaleGradient {
   Tensor out;
@@ -148,9 +153,6 @@ struct ScaleGradient {
   ScaleGradient(bool needed, std::initializer_list<int64_t> sizes, ScalarType accumulate, ScalarType dtype_)
       : out(needed ? empty(sizes, accumulate) : empty({0}, dtype_)), dtype(dtype_) {
     if (needed) data = out.mutable_data_ptr();
-  }
-  void clear() const {
-    if (data != nullptr) std::memset(data, 0, out.numel() * out.element_size());
   }
   Tensor result() const { return out.scalar_type() == dtype ? out : torch::stable::to(out, dtype); }
 };
@@ -183,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   const Path path = checked(path_, choose_backward(current_level(), type, count), weight, type, count);
   if (!scales && !need_x) {
   } else if (count == 0 || weight.rows == 0 || weight.cols == 0) {
-    row.clear();
-    col.clear();
-    if (need_x) std::memset(grad_x.mutable_data_ptr(), 0, grad_x.numel() * grad_x.element_size());
+    clear(row.out);
+    clear(col.out);
+    clear(grad_x);
   } else if (path != Path::library) {
     const std::optional<Tensor> x = scales ? std::optional(with_dense_columns(*x_)) : std::nullopt;
     const Backward call{weight,
