@@ -35,7 +35,7 @@ def level(request):
 @pytest.fixture(autouse=True)
 def _one_thread_count():
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     yield
     torch.set_num_threads(before)
 
