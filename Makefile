@@ -6,16 +6,20 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TRITON_3_6 := $(VENV)/triton-3.6
 
-.PHONY: setup test test-all test-gpu lint
+.PHONY: setup test test-all test-gpu lint extension bench sanitize
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install --quiet "torch>=2.10"
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
+	RLRR_BUILD_CPP=1 $(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
 	touch $@
+
+# The C++ extension alone, beside the sources.
+extension: $(STAMP)
+	RLRR_BUILD_CPP=1 $(PY) setup.py --quiet build_ext --inplace
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -41,3 +45,17 @@ test-gpu: setup
 $(TRITON_3_6): $(STAMP)
 	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0
 	touch $@
+
+# The CPU benchmarks: about 20 minutes on two otherwise idle cores, one JSON file a dtype.
+bench: $(STAMP)
+	mkdir -p benchmarks/results
+	for dtype in float32 bfloat16; do \
+	  $(PY) -m pytest benchmarks/test_linear.py -q --benchmark-only -k $$dtype \
+	    --benchmark-json benchmarks/results/linear_cpu_$$dtype.json || exit 1; \
+	done
+	$(PY) -m benchmarks.report benchmarks/results/linear_cpu_*.json \
+	  --markdown benchmarks/results/linear_cpu.md --picture benchmarks/results/linear_cpu.png
+
+# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
+sanitize: $(STAMP)
+	PYTHON=$(CURDIR)/$(PY) csrc/sanitize.sh

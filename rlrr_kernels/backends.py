@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -66,6 +67,21 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton can be imported; it is looked for here and imported at the first launch."""
 
 
+def _cpp_failure() -> str | None:
+    """Loads the C++ operators; returns why they cannot be used, None when they can."""
+    try:
+        importlib.import_module("rlrr_kernels.ops.linear_cpp")
+    except ImportError as error:
+        if importlib.util.find_spec("rlrr_kernels._cpp") is None:
+            return "the C++ extension is not built; installing with RLRR_BUILD_CPP=1 shows what stops it"
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+CPP_FAILURE = _cpp_failure()
+"""Why the C++ extension cannot be used; None when it can. Found out at import: torch.compile sees a constant."""
+
+
 def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves a call: never ``auto``.
 
@@ -81,8 +97,9 @@ def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
         name = default_backend()
     if name == "auto":
         # fp64 has no tensor-core path worth a kernel: cuBLAS on merged blocks is faster.
-        use_triton = device_type == "cuda" and dtype != torch.float64 and HAS_TRITON
-        return "triton" if use_triton else "torch"
+        if device_type == "cuda" and dtype != torch.float64 and HAS_TRITON:
+            return "triton"
+        return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
     if name == "torch":
         return name
     reason = unavailable(name, device_type)
@@ -95,7 +112,10 @@ def unavailable(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve tensors of ``device_type``; None when it can."""
     check_name(name, "backend")
     if name == "cpp":
-        return "the C++ extension is not built"
+        if CPP_FAILURE is not None:
+            return CPP_FAILURE
+        if device_type != "cpu":
+            return f"the C++ operators serve cpu tensors; got {device_type}"
     if name.startswith("triton"):
         if not HAS_TRITON:
             return "the package triton is not installed"
@@ -107,12 +127,17 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def backend_report() -> dict[str, Any]:
-    """What each backend could do on this machine and what ``auto`` chooses, as plain data."""
+    """What each backend could do on this machine and what ``auto`` chooses, as plain data.
+
+    ``cpu_level`` is the instruction set of the C++ operators in use, None where they cannot be used.
+    """
     cuda = torch.cuda.is_available()
     devices = ["cpu"] + (["cuda"] if cuda else [])
+    cpp = None if CPP_FAILURE is not None else importlib.import_module("rlrr_kernels.ops.linear_cpp").cpu_level()
     return {
         "torch": torch.__version__,
         "default": default_backend(),
+        "cpu_level": cpp,
         "devices": {
             device: {
                 "auto": resolve("auto", device, torch.float32),

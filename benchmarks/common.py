@@ -1,0 +1,198 @@
+"""What every benchmark shares: the rivals, the problems, interleaved timing and the counting of bytes."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlrr_kernels import rlrr_linear
+from rlrr_kernels.ops import linear_torch
+from rlrr_kernels.reference import rlrr_linear_reference
+
+LAYER_SHAPES = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
+"""(K, N) of the four linear layers in a ViT-B block."""
+
+RIVALS = ("reference", "compiled", "frozen", "merged", "floor", "torch")
+"""``reference``: the literal formula, eager. ``compiled``: torch.compile of it. ``frozen``: the layer without an
+adapter, which computes ∂x and ∂b. ``merged``: F.linear with W', forward only. ``floor``: the three matrix products an
+exact backward needs (one in forward), called bare, without autograd. ``torch``: our plain torch."""
+
+
+class Problem(NamedTuple):
+    """One layer call: x [rows, in_features] to y [rows, out_features], rank 1, one group."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    backward: bool
+    device: str = "cpu"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The arguments of rlrr_linear, and ``grad_y``; what is trained requires a gradient if ``backward``."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * std).to(self.device, dtype)
+
+        m, k, n = self.rows, self.in_features, self.out_features
+        tensors = {
+            "x": normal(m, k),
+            "weight": normal(n, k, std=k**-0.5),
+            "scale_row": normal(n, 1, dtype=torch.float32),
+            "scale_col": normal(1, 1, k, dtype=torch.float32, std=k**-0.5),
+            "bias": normal(n, dtype=torch.float32),
+            "grad_y": normal(m, n),
+        }
+        for name in ("x", "scale_row", "scale_col", "bias"):
+            tensors[name].requires_grad_(self.backward)
+        return tensors
+
+
+Step = Callable[[], object]
+
+
+def rivals(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
+    """A call without arguments for every name: one of :data:`RIVALS`, or a backend of rlrr_linear."""
+    t = problem.tensors()
+    forwards = {name: _forward(name, t) for name in names if name != "floor"}
+    steps = {name: _step(forward, t, problem.backward) for name, forward in forwards.items()}
+    if "floor" in names:
+        x, weight, grad_y = t["x"].detach(), t["weight"], t["grad_y"]
+        steps["floor"] = (
+            (lambda: (F.linear(x, weight), grad_y @ weight, grad_y.t() @ x))
+            if problem.backward
+            else (lambda: F.linear(x, weight))
+        )
+    return {name: steps[name] for name in names}
+
+
+def _forward(name: str, t: dict[str, Tensor]) -> Callable[[], Tensor]:
+    x, weight, bias = t["x"], t["weight"], t["bias"]
+    if name == "frozen":
+        return lambda: F.linear(x, weight, bias.to(x.dtype))
+    if name == "merged":
+        merged = linear_torch.merge(weight, t["scale_row"].detach(), t["scale_col"].detach(), True)
+        same = bias.detach().to(x.dtype)
+        return lambda: F.linear(x, merged, same)
+    arguments = (x, weight, t["scale_row"], t["scale_col"], bias)
+    if name in ("reference", "compiled"):
+        function = rlrr_linear_reference
+        if name == "compiled":
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+        # The formula in the dtype of x, as a model in that dtype has it.
+        same = [argument.detach().to(x.dtype).requires_grad_(argument.requires_grad) for argument in arguments[2:]]
+        return lambda: function(x, weight, *same)
+    return lambda: rlrr_linear(*arguments, backend=name)
+
+
+def _step(forward: Callable[[], Tensor], t: dict[str, Tensor], backward: bool) -> Step:
+    if not backward:
+        return forward
+    trained, grad_y = [t[name] for name in ("x", "scale_row", "scale_col", "bias")], t["grad_y"]
+
+    def step():
+        forward().backward(grad_y)
+        for tensor in trained:
+            tensor.grad = None
+
+    return step
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device's queue; nothing to wait for on a CPU."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(steps: dict[str, Step], device: str = "cpu", seconds: float = 1.0, most: int = 300) -> dict[str, float]:
+    """Median seconds of each step: all of them once a round, for about ``seconds`` and at least seven rounds."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():  # compilation and first-touch costs are no one's run time
+        step(), step()
+    synchronize(device)
+    started = time.perf_counter()
+    while True:
+        for name, step in steps.items():
+            before = time.perf_counter()
+            step()
+            synchronize(device)
+            times[name].append(time.perf_counter() - before)
+        rounds = len(times[name])
+        if rounds >= most or (rounds >= 7 and time.perf_counter() - started > seconds):
+            return {name: median(values) for name, values in times.items()}
+
+
+def peak_bytes(step: Step, device: str = "cpu") -> int:
+    """Most bytes torch's allocator held for one call of ``step`` beyond what it held before."""
+    step()
+    if device != "cpu":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def kept_bytes(forward: Callable[[], Tensor], given: list[Tensor]) -> int:
+    """Bytes that autograd keeps from forward to backward, beyond the storages of the tensors ``given``."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
+    del y
+    return sum(kept.values())
+
+
+def rival_kept_bytes(problem: Problem, name: str) -> int:
+    """:func:`kept_bytes` of the rival ``name`` on ``problem``."""
+    tensors = problem.tensors()
+    return kept_bytes(_forward(name, tensors), list(tensors.values()))
+
+
+def environment() -> dict[str, str | int]:
+    """What a row must say about where it was measured."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    return {
+        "cpu": _processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in values.get("flags", "")]
+    return f"{values.get('model name', platform.machine())} ({', '.join(extensions)})"

@@ -1,0 +1,94 @@
+// Shared by the kernels of one level; included inside that level's namespace after its vectors.
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+// A whole vector, or the first `n` lanes and zeros, or zeros alone.
+template <class T>
+INLINE Vec load_upto(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : n > 0 ? load_first(p, n) : zero();
+}
+template <class T>
+INLINE void store_upto(T* p, Vec a, int64_t n) {
+  if (n >= kWidth) {
+    store(p, a);
+  } else if (n > 0) {
+    store_first(p, a, n);
+  }
+}
+
+// base + Σ_j row[j] col[j], of which `n` lanes exist. High ranks are summed by eights: one chain would lose to eager.
+INLINE Vec factor(Vec base, const float* row, const float* col, int64_t cols, int64_t rank, int64_t n) {
+  for (int64_t start = 0; start < rank; start += 8) {
+    Vec part = start == 0 ? base : zero();
+    for (int64_t j = start; j < least(start + 8, rank); ++j) part = fma(splat(row[j]), load_upto(col + j * cols, n), part);
+    base = start == 0 ? part : add(base, part);
+  }
+  return base;
+}
+
+// total += value with the rounding error carried along: the sums over many rows must not lose to eager's pairwise ones.
+INLINE void add_compensated(float* total, float* error, Vec value) {
+  const Vec before = load(total);
+  const Vec corrected = sub(value, load(error));
+  const Vec after = add(before, corrected);
+  store(error, sub(sub(after, before), corrected));
+  store(total, after);
+}
+
+template <class Body>
+void parallel(int64_t count, Body& body) {
+  parallel_slots(
+      count,
+      [](void* context, int64_t slot, int64_t begin, int64_t end) {
+        (*static_cast<Body*>(context))(slot, begin, end);
+      },
+      &body);
+}
+
+// out [count, cols] = the fp32 values of a matrix.
+template <class T>
+void widen_rows(const Matrix& from, int64_t count, int64_t cols, float* out) {
+  auto body = [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* row = static_cast<const T*>(from.data) + m * from.stride;
+      for (int64_t k = 0; k < cols; k += kWidth) {
+        store_upto(out + m * cols + k, load_upto(row + k, cols - k), cols - k);
+      }
+    }
+  };
+  if (count * cols < 1 << 16) return body(0, 0, count);
+  parallel(count, body);
+}
+
+// A matrix as fp32: itself, or widened into scratch.
+class Widened {
+ public:
+  Widened(const Matrix& from, Type type, int64_t count, int64_t cols)
+      : buffer_(type == Type::bf16 && from.data != nullptr ? count * cols * sizeof(float) : 0),
+        data(static_cast<const float*>(from.data)),
+        stride(from.stride) {
+    if (type != Type::bf16 || from.data == nullptr) return;
+    float* out = static_cast<float*>(buffer_.data());
+    widen_rows<bf16>(from, count, cols, out);
+    data = out;
+    stride = cols;
+  }
+
+ private:
+  Buffer buffer_;
+
+ public:
+  const float* data;
+  int64_t stride;
+};
+
+// ∂s_r summed by slot in double, then written in slot order. partial [slots, rows, rank].
+inline void finish_grad_row(const double* partial, int64_t slots, int64_t count, float* grad_row) {
+  for (int64_t i = 0; i < count; ++i) {
+    double total = 0;
+    for (int64_t s = 0; s < slots; ++s) total += partial[s * count + i];
+    grad_row[i] = static_cast<float>(total);
+  }
+}

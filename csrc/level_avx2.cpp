@@ -1,0 +1,42 @@
+// The kernels compiled for AVX-2. Everything below the pragma has this level's own namespace: a function shared
+// with another unit could be the copy the linker keeps, and fail on a processor without these instructions.
+#include "levels.h"
+
+#ifdef RLRR_X86
+#include <immintrin.h>
+
+#include "runtime.h"
+
+#pragma GCC target("avx2,fma")
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace rlrr {
+namespace avx2 {
+namespace {
+
+#include "vector_avx2.h"
+
+#include "common.inl"
+#include "elementwise.inl"
+#include "one_pass.inl"
+#include "panels.inl"
+
+}  // namespace
+}  // namespace avx2
+
+const Level level_avx2 = {
+    "avx2",
+    avx2::forward_one_pass,
+    avx2::forward_panels,
+    avx2::backward_one_pass,
+    avx2::backward_panels,
+    avx2::merge,
+    avx2::reduce,
+    avx2::sum_rows,
+};
+
+}  // namespace rlrr
+
+#endif  // RLRR_X86

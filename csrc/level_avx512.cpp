@@ -1,0 +1,42 @@
+// The kernels compiled for AVX-512. Everything below the pragma has this level's own namespace: a function shared
+// with another unit could be the copy the linker keeps, and fail on a processor without these instructions.
+#include "levels.h"
+
+#ifdef RLRR_X86
+#include <immintrin.h>
+
+#include "runtime.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace rlrr {
+namespace avx512 {
+namespace {
+
+#include "vector_avx512.h"
+
+#include "common.inl"
+#include "elementwise.inl"
+#include "one_pass.inl"
+#include "panels.inl"
+
+}  // namespace
+}  // namespace avx512
+
+const Level level_avx512 = {
+    "avx512",
+    avx512::forward_one_pass,
+    avx512::forward_panels,
+    avx512::backward_one_pass,
+    avx512::backward_panels,
+    avx512::merge,
+    avx512::reduce,
+    avx512::sum_rows,
+};
+
+}  // namespace rlrr
+
+#endif  // RLRR_X86

@@ -1,0 +1,33 @@
+// The kernels for any processor: the compiler's baseline, no intrinsics.
+#include "levels.h"
+#include "runtime.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace rlrr {
+namespace portable {
+namespace {
+
+#include "vector_portable.h"
+
+#include "common.inl"
+#include "elementwise.inl"
+#include "one_pass.inl"
+#include "panels.inl"
+
+}  // namespace
+}  // namespace portable
+
+const Level level_portable = {
+    "portable",
+    portable::forward_one_pass,
+    portable::forward_panels,
+    portable::backward_one_pass,
+    portable::backward_panels,
+    portable::merge,
+    portable::reduce,
+    portable::sum_rows,
+};
+
+}  // namespace rlrr

@@ -1,0 +1,244 @@
+// The operators rlrr_kernels_cpp::linear and ::linear_backward on torch's stable ABI: arguments in, a way chosen,
+// outputs allocated. Their fake and autograd kernels are in rlrr_kernels/ops/linear_cpp.py.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "dispatch.h"
+#include "levels.h"
+#include "runtime.h"
+
+namespace rlrr {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Type type_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::Double: return Type::f64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "rlrr_kernels_cpp: ", name, " must be float32, float16, bfloat16 or float64");
+  return Type::f32;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3], step = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor with_dense_columns(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+Tensor dense(const Tensor& tensor, ScalarType dtype) {
+  const Tensor same = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+// The frozen weight with its scales, and the tensors that keep the pointers alive.
+struct Operands {
+  Tensor data, row, col;
+  ScalarType accumulate;
+  Weight weight;
+
+  Operands(const Tensor& weight_, const Tensor& scale_row, const Tensor& scale_col, bool residual)
+      : data(with_dense_columns(weight_)),
+        row(scale_row),
+        col(scale_col),
+        accumulate(weight_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
+    row = dense(scale_row, accumulate);
+    col = dense(scale_col, accumulate);
+    weight = {data.const_data_ptr(), type_of(data, "weight"), data.stride(0), row.const_data_ptr(),
+              col.const_data_ptr(),  data.size(0),            data.size(1),   row.size(1),
+              col.size(0),           residual ? 1.0 : 0.0};
+  }
+};
+
+void check(const Tensor& matrix, const char* name, int64_t columns, const Tensor& weight, const Tensor& scale_row,
+           const Tensor& scale_col) {
+  STD_TORCH_CHECK(weight.dim() == 2, "rlrr_kernels_cpp: weight must be [N, K]");
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(1) == weight.size(columns), "rlrr_kernels_cpp: ", name,
+                  " must be [M, ", weight.size(columns), "]");
+  STD_TORCH_CHECK(scale_row.dim() == 2 && scale_row.size(0) == weight.size(0) && scale_row.size(1) >= 1,
+                  "rlrr_kernels_cpp: scale_row must be [N, r] with N = ", weight.size(0));
+  STD_TORCH_CHECK(scale_col.dim() == 3 && scale_col.size(1) == scale_row.size(1) &&
+                      scale_col.size(2) == weight.size(1) && scale_col.size(0) >= 1 &&
+                      weight.size(0) % scale_col.size(0) == 0,
+                  "rlrr_kernels_cpp: scale_col must be [G, r, K] with r = ", scale_row.size(1),
+                  ", K = ", weight.size(1), " and G a divisor of N = ", weight.size(0));
+  const ScalarType own = matrix.scalar_type(), held = weight.scalar_type();
+  const bool half = own == ScalarType::Half || own == ScalarType::BFloat16;
+  STD_TORCH_CHECK(own == held || (half && held != ScalarType::Double), "rlrr_kernels_cpp: weight must have the dtype of ",
+                  name, ", or be float32 beside 16 bits");
+}
+
+Path checked(int64_t path, Path automatic, const Weight& weight, Type type, int64_t count) {
+  STD_TORCH_CHECK(path >= 0 && path <= 3, "rlrr_kernels_cpp: path must be 0 to 3; got ", path);
+  const auto vectors = [](Type t) { return t == Type::f32 || t == Type::bf16; };
+  if (!vectors(type) || !vectors(weight.type) || count == 0 || weight.rows == 0 || weight.cols == 0) {
+    return Path::library;
+  }
+  return path == 0 ? automatic : static_cast<Path>(path);
+}
+
+// ---------------------------------------------------------------- forward
+
+Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, const Tensor& scale_col,
+              const std::optional<Tensor>& bias, bool residual, int64_t path_) {
+  check(x_, "x", 1, weight_, scale_row, scale_col);
+  const Operands operands(weight_, scale_row, scale_col, residual);
+  const Weight& weight = operands.weight;
+  const ScalarType dtype = x_.scalar_type();
+  const Type type = type_of(x_, "x");
+  const int64_t count = x_.size(0);
+  Tensor y = empty({count, weight.rows}, dtype);
+  const Path path = checked(path_, choose_forward(current_level(), type, count), weight, type, count);
+  if (path != Path::library) {
+    const Tensor x = with_dense_columns(x_);
+    const std::optional<Tensor> wide = bias ? std::optional(dense(*bias, ScalarType::Float)) : std::nullopt;
+    const Forward call{weight,
+                       type,
+                       count,
+                       {x.const_data_ptr(), x.stride(0)},
+                       wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr,
+                       y.mutable_data_ptr()};
+    (path == Path::one_pass ? level().forward_one_pass : level().forward_panels)(call);
+    return y;
+  }
+  Tensor merged = empty({weight.rows, weight.cols}, dtype);
+  level().merge(weight, type, merged.mutable_data_ptr());
+  merged = torch::stable::transpose(merged, 0, 1);
+  if (bias) {
+    const Tensor same = dense(*bias, dtype);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), same.get(), x_.get(), merged.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x_.get(), merged.get()));
+  }
+  return y;
+}
+
+// ---------------------------------------------------------------- backward
+
+void clear(const Tensor& tensor) {
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);  // memset refuses the null of an empty tensor
+}
+
+// A scale gradient: computed in the accumulation dtype, returned in the dtype of the scale.
+struct ScaleGradient {
+  Tensor out;
+  ScalarType dtype;
+  void* data = nullptr;
+
+  ScaleGradient(bool needed, std::initializer_list<int64_t> sizes, ScalarType accumulate, ScalarType dtype_)
+      : out(needed ? empty(sizes, accumulate) : empty({0}, dtype_)), dtype(dtype_) {
+    if (needed) data = out.mutable_data_ptr();
+  }
+  Tensor result() const { return out.scalar_type() == dtype ? out : torch::stable::to(out, dtype); }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& grad_y_, const std::optional<Tensor>& x_, const Tensor& weight_, const Tensor& scale_row,
+    const Tensor& scale_col, bool residual, bool need_x, bool need_row, bool need_col, bool need_bias, int64_t path_) {
+  check(grad_y_, "grad_y", 0, weight_, scale_row, scale_col);
+  const bool scales = need_row || need_col;
+  const ScalarType dtype = grad_y_.scalar_type();
+  const int64_t count = grad_y_.size(0);
+  STD_TORCH_CHECK(!scales || (x_ && x_->dim() == 2 && x_->size(0) == count && x_->size(1) == weight_.size(1) &&
+                              x_->scalar_type() == dtype),
+                  "rlrr_kernels_cpp: x must be [M, K] = [", count, ", ", weight_.size(1),
+                  "] of the dtype of grad_y when a scale gradient is needed");
+  const Operands operands(weight_, scale_row, scale_col, residual);
+  const Weight& weight = operands.weight;
+  const Type type = type_of(grad_y_, "grad_y");
+  const ScalarType wide = operands.accumulate;
+
+  // Gradients of a sum come expanded, those of a transposed product transposed; every way here reads rows.
+  const Tensor grad_y = with_dense_columns(grad_y_);
+  const Matrix g{grad_y.const_data_ptr(), grad_y.stride(0)};
+  Tensor grad_x = need_x ? empty({count, weight.cols}, dtype) : empty({0}, dtype);
+  const ScaleGradient row(need_row, {weight.rows, weight.rank}, wide, scale_row.scalar_type());
+  const ScaleGradient col(need_col, {weight.groups, weight.rank, weight.cols}, wide, scale_col.scalar_type());
+  Tensor grad_bias = need_bias ? empty({weight.rows}, wide) : empty({0}, wide);
+  if (need_bias) level().sum_rows(type, g, count, weight.rows, grad_bias.mutable_data_ptr());
+
+  const Path path = checked(path_, choose_backward(current_level(), type, count), weight, type, count);
+  if (!scales && !need_x) {
+  } else if (count == 0 || weight.rows == 0 || weight.cols == 0) {
+    clear(row.out);
+    clear(col.out);
+    clear(grad_x);
+  } else if (path != Path::library) {
+    const std::optional<Tensor> x = scales ? std::optional(with_dense_columns(*x_)) : std::nullopt;
+    const Backward call{weight,
+                        type,
+                        count,
+                        g,
+                        x ? Matrix{x->const_data_ptr(), x->stride(0)} : Matrix{nullptr, 0},
+                        need_x ? grad_x.mutable_data_ptr() : nullptr,
+                        static_cast<float*>(row.data),
+                        static_cast<float*>(col.data)};
+    (path == Path::one_pass ? level().backward_one_pass : level().backward_panels)(call);
+  } else {
+    const Tensor scratch = empty({weight.rows, weight.cols}, dtype);  // W', then G
+    if (need_x) {
+      level().merge(weight, type, scratch.mutable_data_ptr());
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(grad_x.get(), grad_y.get(), scratch.get()));
+    }
+    if (scales) {
+      const Tensor across = torch::stable::transpose(grad_y, 0, 1);
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(scratch.get(), across.get(), x_->get()));
+      level().reduce(weight, type, scratch.const_data_ptr(), row.data, col.data);
+    }
+  }
+  return {grad_x, row.result(), col.result(), grad_bias};
+}
+
+int64_t cpu_level(int64_t number) {
+  STD_TORCH_CHECK(number <= best_level(), "rlrr_kernels_cpp: this processor reaches level ", best_level(), "; got ",
+                  number);
+  if (number >= 0) set_level(number);
+  return current_level();
+}
+
+}  // namespace
+}  // namespace rlrr
+
+STABLE_TORCH_LIBRARY(rlrr_kernels_cpp, m) {
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor scale_row, Tensor scale_col, Tensor? bias=None, bool residual=True, "
+      "int path=0) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor scale_row, Tensor scale_col, bool residual, "
+      "bool need_x, bool need_row, bool need_col, bool need_bias, int path=0) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_level(int number=-1) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CPU, m) {
+  m.impl("linear", TORCH_BOX(&rlrr::linear));
+  m.impl("linear_backward", TORCH_BOX(&rlrr::linear_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&rlrr::cpu_level));
+}
