@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install --quiet "torch>=2.10"
-	RLRR_BUILD_CPP=1 $(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
 	touch $@
 
 # The C++ extension alone, beside the sources.
