@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,10 +16,8 @@ def reset_peak_memory() -> None:
     """Starts a new measurement; on systems other than Linux the CPU's peak is that of the process since its start."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text("5")  # resets the high-water mark of the resident set
-    except OSError:
-        pass
 
 
 def peak_memory() -> int:
