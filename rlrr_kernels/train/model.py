@@ -1,9 +1,8 @@
-"""timm backbones by name: made, filled with weights from a hub or a file, and recognised again."""
+"""timm backbones by name: made, and filled with weights from a hub or a file."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import socket
 import urllib.parse
 import urllib.request
@@ -49,8 +48,8 @@ def create_model(
         name: timm's name, with or without a tag: ``vit_base_patch16_224.augreg_in21k``.
         classes: outputs of the head.
         image_size: pixels; None: what the weights were made for. A position embedding is resized by timm.
-        weights: ``hub`` fetches them as timm does, ``none`` leaves the model random, anything else is a file
-            (safetensors, PyTorch, or ``.npz`` as Google published them).
+        weights: ``hub`` fetches them as timm does, ``none`` is a random start, the same every time, anything else is a
+            file (safetensors, PyTorch, or ``.npz`` as Google published them).
 
     Raises:
         ValueError: unknown name (the nearest are suggested), an image size the patches do not tile, or a weights file
@@ -69,7 +68,9 @@ def create_model(
     if str(weights) == HUB:
         model = _from_hub(name, options)
     elif str(weights) == NO_WEIGHTS:
-        model = timm.create_model(name, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
     else:
         model = _from_file(name, options, Path(weights))
     data = resolve_model_data_config(model)
@@ -163,12 +164,3 @@ def _choose_attention(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the frozen parameters of ``model``, names left out: an adapter fits one backbone only."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

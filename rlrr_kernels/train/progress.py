@@ -77,7 +77,8 @@ class TrainProgress:
         self._print(
             f"epoch {entry['epoch']:>{len(str(self._count))}}/{self._count}  train loss {entry['train_loss']:.3f}  "
             f"val loss {entry['val_loss']:.3f}  val accuracy {entry['val_accuracy']:.3f}  "
-            f"val macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s" + ("  best so far" if improved else "")
+            f"val macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s"
+            + ("  best so far" if improved else "")
         )
 
     def warn(self, message: str) -> None:
