@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TRITON_3_6 := $(VENV)/triton-3.6
 
-.PHONY: setup test test-all test-gpu lint
+.PHONY: setup test test-all test-gpu lint demo demo-seeds
 
 setup: $(STAMP)
 
@@ -41,3 +41,10 @@ test-gpu: setup
 $(TRITON_3_6): $(STAMP)
 	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0
 	touch $@
+
+# A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
+demo: $(STAMP)
+	$(VENV)/bin/rlrr demo $(DEMO)
+
+demo-seeds: $(STAMP)
+	$(VENV)/bin/rlrr demo --out runs/demo-seeds --seed 1 --seed 2 --seed 3 $(DEMO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -254,14 +255,14 @@ def demo(
 
 def main() -> None:
     """Runs the program; an error that names its cause is printed without a traceback unless RLRR_TRACEBACK is set."""
-    import os
-
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes one prints
     warnings.showwarning = lambda message, *_, **__: console.print(
         f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True
     )
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
+        console.quiet = False
         if os.environ.get("RLRR_TRACEBACK"):
             raise
         console.print("[bold red]error:[/bold red]", end=" ")

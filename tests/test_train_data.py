@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from image_folders import make_images, make_splits
+from image_folders import make_images
 from PIL import Image
 
 pytest.importorskip("timm", reason="the training library needs timm")

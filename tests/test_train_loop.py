@@ -221,7 +221,9 @@ def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     assert not (out / "adapter").exists()
     subprocess.run([*program, str(out), "--resume"], check=True, **options)
     subprocess.run([*program, str(tmp_path / "straight")], check=True, **options)
-    resumed, straight = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (out, tmp_path / "straight"))
+    resumed, straight = (
+        load_file(folder / "adapter" / "adapter.safetensors") for folder in (out, tmp_path / "straight")
+    )
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
@@ -233,13 +235,13 @@ def test_a_parameter_without_gradient_is_named(images, tmp_path):
     model.unused = torch.nn.Parameter(torch.zeros(1))
     data = ImageDataset(splits["train"], preprocessing.transform())
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3, "weight_decay": 0.0}]
-    with pytest.raises(ValueError, match="1 of 3 trained parameters got no gradient.*unused"):
+    with pytest.raises(ValueError, match=r"1 of 3 trained parameters got no gradient.*unused"):
         fit(model, groups, data, data, CONFIG, tmp_path, quiet=True)
 
 
 def test_a_loss_that_explodes_is_told(images, tmp_path):
-    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 1"):
-        train(images, tmp_path / "run", lr=math.nan)
+    with pytest.raises(FloatingPointError, match=r"training loss is (nan|inf) in epoch 1 at learning rate"):
+        train(images, tmp_path / "run", lr=1e30)
 
 
 def test_schedule_warms_up_falls_and_rests():

@@ -13,7 +13,7 @@ from rlrr_kernels.train.model import check_model_name, create_model
 def test_a_typo_gets_the_nearest_names():
     with pytest.raises(ValueError, match=r"no model 'vit_bse_patch16_224'; did you mean vit_base_patch16_224"):
         check_model_name("vit_bse_patch16_224")
-    with pytest.raises(ValueError, match="there are .*augreg_in21k"):
+    with pytest.raises(ValueError, match=r"there are .*augreg_in21k"):
         check_model_name("vit_base_patch16_224.augrag")
     check_model_name("vit_base_patch16_224.augreg_in21k")
 
@@ -50,7 +50,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 
 def test_image_size_must_be_a_multiple_of_the_patch():
-    with pytest.raises(ValueError, match="multiple of 16.* got 100, the nearest are 96 and 112"):
+    with pytest.raises(ValueError, match=r"multiple of 16.* got 100, the nearest are 96 and 112"):
         create_model("test_vit", 2, image_size=100, weights="none")
 
 

