@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import signal
@@ -56,7 +57,9 @@ class StoppingDataset(ImageDataset):
         return super().__getitem__(index)
 
 
-CONFIG = TrainConfig(epochs=4, batch_size=5, accumulate=2, warmup_epochs=1, checkpoint_minutes=0, clip_grad=1.0)
+CONFIG = TrainConfig(
+    epochs=4, batch_size=5, accumulate=2, warmup_epochs=1, checkpoint_minutes=0, clip_grad=1.0, mixed_precision="no"
+)
 
 
 def train(images, folder, config=CONFIG, *, reads=math.inf, resume=False, lr=1e-2, identity=None):
@@ -205,26 +208,49 @@ def test_a_run_folder_is_never_overwritten(images, tmp_path):
 def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     arguments = (
         "finetune --model test_vit --weights none --image-size 32 --epochs 12 --batch-size 4 --checkpoint-minutes 0 "
-        f"--lr 0.01 --augment timm --data {images} --out"
+        f"--lr 0.01 --augment timm --mixed-precision no --data {images} --out {tmp_path / 'killed'}"
     ).split()
-    program = [sys.executable, "-m", "rlrr_kernels.cli", *arguments]
-    out = tmp_path / "killed"
-    options = {"stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen([*program, str(out)], **options)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlrr_kernels.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-        if (out / checkpoint.NAME).exists() and checkpoint.load_checkpoint(out)["epoch"] >= 2:
+        path = tmp_path / "killed" / checkpoint.NAME
+        if path.exists() and checkpoint.load_checkpoint(path.parent)["epoch"] >= 2:
             break
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (out / "adapter").exists()
-    subprocess.run([*program, str(out), "--resume"], check=True, **options)
-    subprocess.run([*program, str(tmp_path / "straight")], check=True, **options)
-    resumed, straight = (
-        load_file(folder / "adapter" / "adapter.safetensors") for folder in (out, tmp_path / "straight")
-    )
+    assert not (tmp_path / "killed" / "adapter").exists()
+
+    def run(folder, resume):
+        settings = TrainConfig(epochs=12, batch_size=4, mixed_precision="no")
+        config = dataclasses.replace(
+            finetune_config(images, tmp_path / folder), lr=0.01, augment="timm", train=settings
+        )
+        return load_file(finetune.finetune(config, resume=resume, quiet=True).adapter / "adapter.safetensors")
+
+    resumed, straight = run("killed", True), run("straight", False)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(images, tmp_path):
+    arguments = (
+        "-m rlrr_kernels.cli finetune --model test_vit --weights none --image-size 32 --epochs 3 --lr 0.01 --cpu "
+        f"--augment none --mixed-precision no --data {images} --checkpoint-minutes 0 --out"
+    ).split()
+    options = {"check": True, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, *arguments, str(tmp_path / "two"), "--batch-size", "4"], **options)
+    subprocess.run([sys.executable, *arguments, str(tmp_path / "one"), "--batch-size", "8"], **options)
+    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    for ours, theirs in zip(two["history"], one["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+    assert two["test"]["count"] == one["test"]["count"] == 12
 
 
 def test_a_parameter_without_gradient_is_named(images, tmp_path):

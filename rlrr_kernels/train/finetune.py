@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.preprocessing import AUGMENTATIONS
 from rlrr_kernels.train.progress import console, track
 from rlrr_kernels.train.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 RECIPES = ("auto", "paper", "layers")
 
@@ -143,12 +146,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = Fals
     )
     adapter = out / ADAPTER
     if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
-        _save(model, adapter, _metadata(config, task, result, None), out)
+        _save(model, adapter, _metadata(config, task, accelerator, result, None), out)
     test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
     if accelerator.is_main_process:
         if test is not None:
-            _save(model, adapter, _metadata(config, task, result, test), out)
-        _write_result(out, config, task, report, result, test, talk)
+            _save(model, adapter, _metadata(config, task, accelerator, result, test), out)
+        _write_result(out, _metadata(config, task, accelerator, result, test), report, result, talk)
     return FinetuneResult(model, adapter, task, report, result, test)
 
 
@@ -196,11 +199,14 @@ def _score(model, test_set, task, batch_size, accelerator, talk) -> Scores | Non
     )
 
 
-def _metadata(config: FinetuneConfig, task: Task, result: FitResult, test: Scores | None) -> dict[str, Any]:
+def _metadata(
+    config: FinetuneConfig, task: Task, accelerator: Accelerator, result: FitResult, test: Scores | None
+) -> dict[str, Any]:
     return {
         "task": task.to_dict(),
         "training": dataclasses.asdict(config.train)
         | {"lr": config.lr, "weight_decay": config.weight_decay, "augment": config.augment},
+        "precision": accelerator.mixed_precision,
         "epoch": result.best_epoch,
         "epoch_chosen_on": "validation",
         "validation": dataclasses.asdict(result.best),
@@ -222,8 +228,8 @@ def _save(model: nn.Module, folder: Path, metadata: dict[str, Any], out: Path) -
         raise OSError(error.errno, f"{error.strerror}; {rescue}", str(folder)) from error
 
 
-def _write_result(out: Path, config, task, report: AdaptReport, result: FitResult, test, talk: bool) -> None:
-    document = _metadata(config, task, result, test) | {
+def _write_result(out: Path, metadata: dict[str, Any], report: AdaptReport, result: FitResult, talk: bool) -> None:
+    document = metadata | {
         "trained_parameters": report.trained,
         "adapter_parameters": report.adapter,
         "seconds": result.seconds,
@@ -232,7 +238,7 @@ def _write_result(out: Path, config, task, report: AdaptReport, result: FitResul
     }
     try:
         write_together(out, {RESULT: json.dumps(document, indent=2).encode()})
-        learning_curve(result, out / CURVE, f"{task.model} fine-tuned by RLRR")
+        learning_curve(result, out / CURVE, f"{metadata['task']['model']} fine-tuned by RLRR")
     except OSError as error:  # the adapter is safe already
         if talk:
             console.print(f"[yellow]warning:[/yellow] {error}", highlight=False)

@@ -38,7 +38,7 @@ class TrainConfig:
         min_lr, warmup_lr: where the cosine ends and the warm-up starts.
         label_smoothing: of the cross-entropy, 0 to 1.
         clip_grad: largest norm of the gradient; None: not clipped.
-        mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: ``bf16`` or ``fp16`` on a GPU, else ``no``.
+        mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
         seed: of the order of the images, their augmentation and dropout.
         workers: processes that load images; None: up to 8 beside a GPU, none beside a CPU that is busy training.
         select_by: validation metric the epoch is chosen by, ``accuracy`` or ``macro_f1``; the loss breaks ties.
@@ -109,13 +109,21 @@ class FitResult:
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps the first precision of a process for good; a second run may want another one.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = config.mixed_precision
     if precision == "auto":
-        precision = "no"
-        if torch.cuda.is_available() and not cpu:
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = _fastest_precision(torch.cuda.is_available() and not cpu)
     return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulate, cpu=cpu)
+
+
+def _fastest_precision(cuda: bool) -> str:
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Three times as fast as float32 where the processor multiplies bfloat16, and slower where it does not.
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
 def fit(

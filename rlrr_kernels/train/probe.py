@@ -50,7 +50,7 @@ def linear_probe(
     """
     start = time.monotonic()
     reset_peak_memory()
-    accelerator = make_accelerator(TrainConfig(mixed_precision="no"), cpu=cpu)
+    accelerator = make_accelerator(TrainConfig(), cpu=cpu)
     model = model.to(accelerator.device).eval()
     features = {
         name: _features(model, data, batch_size, accelerator.device, track, name) for name, data in sets.items()
@@ -78,13 +78,15 @@ def linear_probe(
 
 
 @torch.no_grad()
-def _features(model, dataset, batch_size, device, track, name) -> tuple[Tensor, Tensor]:
+def _features(model, dataset, batch_size, accelerator, track, name) -> tuple[Tensor, Tensor]:
     """(features [M, D], labels [M]) of all images."""
     loader = make_loader(dataset, batch_size)
-    pairs = [
-        (model.forward_head(model.forward_features(images.to(device)), pre_logits=True).float(), labels.to(device))
-        for images, labels in track(loader, len(loader), name)
-    ]
+    device = accelerator.device
+    pairs = []
+    for images, labels in track(loader, len(loader), name):
+        with accelerator.autocast():
+            tokens = model.forward_features(images.to(device))
+            pairs.append((model.forward_head(tokens, pre_logits=True).float(), labels.to(device)))
     features, labels = zip(*pairs, strict=True)
     return torch.cat(features), torch.cat(labels)
 
