@@ -29,6 +29,12 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     write_together(Path(folder), {NAME: buffer.getvalue()})
 
 
+def remove_partial(folder: str | Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint has left in ``folder``."""
+    for path in Path(folder).glob(f".{NAME}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     """Reads ``folder/checkpoint.pt``, tensors on the CPU.
 

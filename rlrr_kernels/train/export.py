@@ -50,8 +50,11 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     report = merge_adapter(model)
     after = logits(model, images)
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_together(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
+    try:
+        write_together(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
+    except OSError as error:
+        message = f"the merged model could not be written ({error.strerror}); a file that was there is untouched"
+        raise OSError(error.errno, message, str(file)) from error
     return Merged(
         task,
         report,

@@ -193,6 +193,8 @@ class _Run:
             raise ValueError("the model has no parameter that requires a gradient; adapt it first")
         # Now and best, two moments of AdamW; and the old file is there until the new one is complete.
         checkpoint.require_space(folder, 8 * sum(p.numel() * p.element_size() for p in self.trained.values()) + 2**20)
+        if accelerator.is_main_process:
+            checkpoint.remove_partial(folder)
         self.sampler = EpochShuffle(len(train_set), config.seed)
         workers = config.workers
         if workers is None:
@@ -387,7 +389,7 @@ class _Run:
         try:
             checkpoint.save_checkpoint(self.folder, state)
         except OSError as error:
-            progress.warn(f"the checkpoint could not be written, the one before stays: {error}")
+            progress.warn(f"the checkpoint in {self.folder} could not be written, the one before stays: {error}")
 
     def load(self) -> None:
         """Goes back to where the checkpoint was written."""
