@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
-from rlrr_kernels.train.progress import console
+from rlrr_kernels.train.progress import console, program
 
 app = typer.Typer(
     help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
@@ -78,7 +78,7 @@ def finetune(
     select_by: Annotated[str, typer.Option(help="Validation metric to choose the epoch by: accuracy, macro_f1")] = (
         "accuracy"
     ),
-    mixed_precision: Annotated[str, typer.Option(help="auto (16 bits on a GPU), no, fp16 or bf16")] = "auto",
+    mixed_precision: Annotated[str, typer.Option(help="auto (16 bits where the device computes with them), no, fp16, bf16")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random")] = 42,
     checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
@@ -90,7 +90,7 @@ def finetune(
 ) -> None:
     """Fine-tune a timm model on a folder of images; keep the epoch that is best on the validation images.
 
-    Under `accelerate launch -m rlrr_kernels.cli finetune ...` the same command runs on several GPUs.
+    On several GPUs: accelerate launch -m rlrr_kernels.cli finetune ...
     """
     from rlrr_kernels.train.finetune import CURVE, FinetuneConfig
     from rlrr_kernels.train.finetune import finetune as run
@@ -137,7 +137,7 @@ def finetune(
         highlight=False,
     )
     hint = f" --weights {weights}" if result.task.weights not in ("hub", "none") else ""
-    console.print(f"next: rlrr merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
+    console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -52,7 +52,12 @@ def test_finetune_evaluate_merge(rlrr, images, tmp_path):
     run, adapter = tmp_path / "run", tmp_path / "run" / "adapter"
     status, printed = rlrr(*arguments(images, run))
     assert status == 0
-    for text in ("2 classes, 24 train, 12 val, 12 test images", "epoch 6/6", "best so far", f"rlrr merge {adapter}"):
+    for text in (
+        "2 classes, 24 train, 12 val, 12 test images",
+        "epoch 6/6",
+        "best so far",
+        f"next: rlrr merge {adapter}",
+    ):
         assert text in printed
     result = json.loads((run / "result.json").read_text())
     assert len(result["history"]) == 6

@@ -24,7 +24,7 @@ from rlrr_kernels.train.loop import TrainConfig
 from rlrr_kernels.train.model import create_model
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.probe import ProbeResult, linear_probe
-from rlrr_kernels.train.progress import console, track
+from rlrr_kernels.train.progress import console, program, track
 from rlrr_kernels.train.task import load_task
 
 DEFAULT_LR = 3e-3
@@ -89,8 +89,8 @@ def run_demo(config: DemoConfig, seed: int, *, fresh: bool = False) -> None:
 
 def _say_next(config: DemoConfig, result: FinetuneResult, inputs: _Inputs) -> None:
     console.print(
-        f"next: rlrr evaluate {result.adapter} --data {inputs.data} --weights {inputs.weights}\n"
-        f"then your own images: rlrr finetune --model {TIMM_NAME} --weights {inputs.weights} --image-size "
+        f"next: {program()} evaluate {result.adapter} --data {inputs.data} --weights {inputs.weights}\n"
+        f"then your own images: {program()} finetune --model {TIMM_NAME} --weights {inputs.weights} --image-size "
         f"{config.image_size} --data FOLDER --out runs/mine",
         highlight=False,
         soft_wrap=True,
@@ -248,7 +248,7 @@ def _check_adapter(result: FinetuneResult, inputs: _Inputs) -> None:
     if not torch.equal(logits(loaded.to(next(result.model.parameters()).device), images), trained):
         raise RuntimeError(f"the adapter saved in {result.adapter} does not give the trained model's logits")
     console.print(
-        f"loaded into a fresh backbone: logits of {len(images)} test images equal, bit by bit", highlight=False
+        f"loaded into a fresh backbone: the logits of {len(images)} test images are equal, bit by bit", highlight=False
     )
 
     file = result.adapter.parent / "merged.safetensors"
@@ -260,7 +260,7 @@ def _check_adapter(result: FinetuneResult, inputs: _Inputs) -> None:
     if difference > MERGED_TOLERANCE:
         raise RuntimeError(f"the merged model's logits differ by {difference:.1e} of the largest")
     console.print(
-        f"merged: {file}, loads in plain timm; logits differ by {difference:.1e} of the largest (rounding)",
+        f"merged: {file}, a checkpoint of plain timm; its logits are equal within rounding ({difference:.1e})",
         highlight=False,
         soft_wrap=True,
     )

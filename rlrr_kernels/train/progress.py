@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
 """Where the library and its command-line program print."""
+
+
+def program() -> str:
+    """How the command-line program was started, for commands to try next."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "rlrr" else "python -m rlrr_kernels.cli"
 
 
 def make_progress(*, enabled: bool = True) -> Progress:
