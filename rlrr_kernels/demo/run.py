@@ -240,7 +240,7 @@ def _check_adapter(result: FinetuneResult, inputs: _Inputs) -> None:
     console.print(f"adapter: {result.adapter}, {size / 1e6:.2f} MB", highlight=False)
     task = result.task
     dataset = ImageDataset(find_splits(inputs.data)["test"], task.preprocessing.transform())
-    images = torch.stack([dataset[i][0] for i in range(0, len(dataset), len(dataset) // COMPARED)])
+    images = torch.stack([dataset[i][0] for i in range(0, len(dataset), max(1, len(dataset) // COMPARED))])
     trained = logits(result.model, images)
 
     loaded, _ = load_task(result.adapter, inputs.weights)

@@ -52,9 +52,7 @@ def linear_probe(
     reset_peak_memory()
     accelerator = make_accelerator(TrainConfig(), cpu=cpu)
     model = model.to(accelerator.device).eval()
-    features = {
-        name: _features(model, data, batch_size, accelerator.device, track, name) for name, data in sets.items()
-    }
+    features = {name: _features(model, data, batch_size, accelerator, track, name) for name, data in sets.items()}
     classes = len(sets["train"].samples.classes)
     mean, std = features["train"][0].mean(0), features["train"][0].std(0).clamp_min(1e-6)
     loaders = {
