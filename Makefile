@@ -43,6 +43,9 @@ $(TRITON_3_6): $(STAMP)
 	touch $@
 
 # A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
+# Threads that spin while they wait make a training step up to eight times slower as soon as the machine is shared.
+demo demo-seeds: export OMP_WAIT_POLICY = PASSIVE
+
 demo: $(STAMP)
 	$(VENV)/bin/rlrr demo $(DEMO)
 
