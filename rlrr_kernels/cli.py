@@ -78,7 +78,9 @@ def finetune(
     select_by: Annotated[str, typer.Option(help="Validation metric to choose the epoch by: accuracy, macro_f1")] = (
         "accuracy"
     ),
-    mixed_precision: Annotated[str, typer.Option(help="auto (16 bits where the device computes with them), no, fp16, bf16")] = "auto",
+    mixed_precision: Annotated[
+        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
+    ] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random")] = 42,
     checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,

@@ -14,6 +14,7 @@ pytest.importorskip("typer", reason="the program needs typer")
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import rlrr_kernels
 from rlrr_kernels import adapter_info
 from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data import ImageDataset, find_samples
@@ -177,6 +178,18 @@ def test_doctor_names_versions_devices_and_reasons(rlrr):
     assert status == 0
     for text in ("torch", torch.__version__, "timm", "cpu", "rlrr_linear", "norm_rescale", "why"):
         assert text in printed
+
+
+def test_doctor_explains_a_default_that_cannot_run(rlrr, monkeypatch):
+    from rlrr_kernels import backends
+
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    with rlrr_kernels.use_backend("triton"):
+        status, printed = rlrr("doctor")
+    assert status == 0
+    assert "default: triton" in printed
+    if not torch.cuda.is_available():
+        assert "cannot run here" in printed
 
 
 def test_help_and_version():

@@ -56,12 +56,20 @@ def _system_memory() -> str:
 
 
 def _backends() -> Table:
-    found = rlrr_kernels.backend_report()
-    table = Table("operator", "device", "backend", "why", title=f"backends (default: {found['default']})")
+    default = backends.default_backend()
+    table = Table("operator", "device", "backend", "why", title=f"backends (default: {default})")
+    try:
+        found = rlrr_kernels.backend_report()
+    except ValueError as error:  # the default was set to what cannot run on one of the devices
+        table.add_row("all", "", "none", str(error))
+        return table
     for device, entry in found["devices"].items():
-        reasons = "; ".join(f"not {name}: {reason}" for name, reason in entry["unavailable"].items())
-        if found["default"] != "auto":
-            reasons = "; ".join(filter(None, (f"chosen by {backends.ENVIRONMENT_VARIABLE}", reasons)))
-        table.add_row("rlrr_linear", device, entry["auto"], reasons or "the fastest that runs here")
-        table.add_row("norm_rescale", device, "torch", "plain torch is its only implementation")
+        reasons = [f"not {name}: {reason}" for name, reason in entry["unavailable"].items()]
+        if default != "auto":
+            reasons.insert(0, f"chosen by {backends.ENVIRONMENT_VARIABLE}")
+        table.add_row("rlrr_linear", device, entry["auto"], "; ".join(reasons) or "the fastest that runs here")
+        on_triton = entry["auto"].startswith("triton")
+        table.add_row(
+            "norm_rescale", device, "triton" if on_triton else "torch", "triton beside a triton rlrr_linear, else torch"
+        )
     return table
