@@ -1,0 +1,279 @@
+"""The command-line program ``rlrr``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
+
+from rlrr_kernels.train.progress import console, program
+
+app = typer.Typer(
+    help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_WEIGHTS = "'hub' fetches them, 'none' is a random start, anything else is a file (.safetensors, .pth, .npz)"
+
+Model = Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")]
+Weights = Annotated[str, typer.Option(help=f"Weights of the backbone: {_WEIGHTS}")]
+AdapterWeights = Annotated[
+    str | None, typer.Option(help="File with the backbone's weights, where the adapter was not trained on a hub's")
+]
+AdapterFolder = Annotated[Path, typer.Argument(help="Adapter folder, as rlrr finetune or save_adapter wrote it")]
+BatchSize = Annotated[int, typer.Option(help="Images a step")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from rlrr_kernels import __version__
+
+        typer.echo(f"rlrr-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>")],
+    out: Annotated[Path, typer.Option(help="Run folder: adapter, checkpoint, result.json, learning_curve.png")] = Path(
+        "runs/finetune"
+    ),
+    weights: Weights = "hub",
+    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 20,
+    batch_size: BatchSize = 32,
+    accumulate: Annotated[int, typer.Option(help="Steps an optimizer update")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW")] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of s_r, s_c and the head's weight")] = 5e-5,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up; may be a fraction")] = 1,
+    label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy")] = 0.0,
+    augment: Annotated[str, typer.Option(help="none, flip, or timm (random crops, flips, colours)")] = "flip",
+    recipe: Annotated[
+        str, typer.Option(help="paper, layers (RLRR alone), or auto: paper where it is defined")
+    ] = "auto",
+    rank: Annotated[int, typer.Option(help="1 is the paper's RLRR")] = 1,
+    init: Annotated[str, typer.Option(help="paper, identity or normal")] = "paper",
+    val_fraction: Annotated[float, typer.Option(help="Share of the training images, where there is no val")] = 0.2,
+    select_by: Annotated[str, typer.Option(help="Validation metric to choose the epoch by: accuracy, macro_f1")] = (
+        "accuracy"
+    ),
+    mixed_precision: Annotated[
+        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
+    ] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random")] = 42,
+    checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in --out was stopped, if it was")
+    ] = False,
+    check: Annotated[bool, typer.Option(help="Decode every image once before the training")] = True,
+    cpu: Cpu = False,
+) -> None:
+    """Fine-tune a timm model on a folder of images; keep the epoch that is best on the validation images.
+
+    On several GPUs: accelerate launch -m rlrr_kernels.cli finetune ...
+    """
+    from rlrr_kernels.train.finetune import CURVE, FinetuneConfig
+    from rlrr_kernels.train.finetune import finetune as run
+    from rlrr_kernels.train.loop import TrainConfig
+
+    config = FinetuneConfig(
+        model=model,
+        data=data,
+        out=out,
+        weights=weights,
+        image_size=image_size,
+        recipe=recipe,
+        rank=rank,
+        init=init,
+        lr=lr,
+        weight_decay=weight_decay,
+        augment=augment,
+        val_fraction=val_fraction,
+        check=check,
+        cpu=cpu,
+        train=TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            warmup_epochs=min(warmup_epochs, epochs / 2),
+            label_smoothing=label_smoothing,
+            mixed_precision=mixed_precision,
+            seed=seed,
+            workers=workers,
+            select_by=select_by,
+            checkpoint_minutes=checkpoint_minutes,
+        ),
+    )
+    result = run(config, resume=resume)
+    table = Table("images", "accuracy", "macro-F1", "loss")
+    for name, scores in (("validation", result.fit.best), ("test", result.test)):
+        if scores is not None:
+            table.add_row(name, f"{scores.accuracy:.4f}", f"{scores.macro_f1:.4f}", f"{scores.loss:.4f}")
+    console.print(table)
+    console.print(
+        f"epoch {result.fit.best_epoch} of {epochs}, chosen on the validation images; {result.fit.seconds:.0f} s, "
+        f"peak memory {result.fit.peak_memory / 2**30:.2f} GiB\nlearning curve: {out / CURVE}\n"
+        f"adapter: {result.adapter}",
+        highlight=False,
+    )
+    hint = f" --weights {weights}" if result.task.weights not in ("hub", "none") else ""
+    console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    adapter: AdapterFolder,
+    data: Annotated[Path, typer.Option(help="FOLDER/<class>/<image> or FOLDER/test/<class>/<image>")],
+    split: Annotated[str | None, typer.Option(help="Folder in DATA; default: test where there is one")] = None,
+    weights: AdapterWeights = None,
+    batch_size: BatchSize = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
+    cpu: Cpu = False,
+) -> None:
+    """Score an adapter on a folder of images."""
+    import dataclasses
+    import json
+
+    from rlrr_kernels.train.data import ImageDataset, check_images, find_samples, make_loader
+    from rlrr_kernels.train.evaluate import evaluate as score
+    from rlrr_kernels.train.loop import TrainConfig, make_accelerator
+    from rlrr_kernels.train.progress import track
+    from rlrr_kernels.train.task import Task, load_task
+
+    task = Task.of_adapter(adapter)
+    folder = data / split if split else data / "test" if (data / "test").is_dir() else data
+    samples = find_samples(folder, task.classes)
+    check_images(samples.paths, lambda items, total: track(items, total, "checking images"))
+    model, task = load_task(adapter, weights)
+    accelerator = make_accelerator(TrainConfig(), cpu=cpu)
+    model, loader = accelerator.prepare(
+        model, make_loader(ImageDataset(samples, task.preprocessing.transform()), batch_size)
+    )
+    scores = score(model, loader, len(task.classes), accelerator, lambda items: track(items, len(loader), "scoring"))
+    table = Table("class", "images", "recognised")
+    for label, name in enumerate(task.classes):
+        recall = scores.recall[label]
+        table.add_row(name, str(samples.labels.count(label)), "-" if recall is None else f"{recall:.4f}")
+    console.print(table)
+    console.print(
+        f"{folder}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
+        f"{scores.count} images",
+        highlight=False,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
+
+
+@app.command()
+def merge(
+    adapter: AdapterFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: merged.safetensors beside ADAPTER")
+    ] = None,
+    weights: AdapterWeights = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists")] = False,
+) -> None:
+    """Fold an adapter into its backbone: a plain timm checkpoint, with nothing left to pay at inference."""
+    from rlrr_kernels.train.export import merge_to_file
+
+    output = output or adapter.parent / "merged.safetensors"
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; replace it with --overwrite, or name another file with --output")
+    merged = merge_to_file(adapter, output, weights)
+    task = merged.task
+    console.print(str(merged.report), highlight=False, markup=False)
+    console.print(
+        f"logits differ from the adapted model's by at most {merged.difference:.1e} (they reach {merged.largest:.2g})",
+        highlight=False,
+    )
+    arguments = f'"{task.model}", num_classes={len(task.classes)}'
+    if merged.image_size_argument:
+        arguments += f", img_size={task.preprocessing.image_size}"
+    console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False)
+    if not merged.report.gained:
+        console.print(
+            f'next: timm.create_model({arguments}, checkpoint_path="{output}")',
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which backend each operator would use and why."""
+    from rlrr_kernels.train.doctor import report
+
+    for table in report():
+        console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder")] = Path("runs/demo"),
+    cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 5,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Repeat to choose between several on validation images")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat for mean and spread over several")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew where OUT holds a finished or stopped run")
+    ] = False,
+) -> None:
+    """Fine-tune DINOv2 ViT-S/14 on photographs of solar cells: fetch, train, save, load, merge."""
+    from rlrr_kernels.demo.run import DEFAULT_LR, DEFAULT_SEED, DemoConfig, run_demo, run_seeds
+
+    config = DemoConfig(out=out, cache=cache, epochs=epochs, lrs=tuple(lr or [DEFAULT_LR]), image_size=image_size)
+    seeds = seed or [DEFAULT_SEED]
+    if len(seeds) == 1:
+        run_demo(config, seeds[0], fresh=fresh)
+    else:
+        run_seeds(config, seeds, fresh=fresh)
+
+
+def main() -> None:
+    """Runs the program; an error that names its cause is printed without a traceback unless RLRR_TRACEBACK is set."""
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes one prints
+    warnings.showwarning = lambda message, *_, **__: console.print(
+        f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True
+    )
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.quiet = False
+        if os.environ.get("RLRR_TRACEBACK"):
+            raise
+        console.print("[bold red]error:[/bold red]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped; go on with the same command and --resume")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

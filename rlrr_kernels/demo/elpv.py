@@ -1,0 +1,51 @@
+"""The ELPV photographs of solar cells as a folder of classes (Buerhop-Lutz et al., EU PVSEC 2018)."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+from rlrr_kernels.train.data import stratified_split
+
+CLASSES = ("functional", "defective")
+TEST_FRACTION = 0.25
+VAL_FRACTION = 1 / 6
+SEED = 0
+
+_ROOT = "elpv_dataset/data/"
+
+
+def read_labels(wheel: str | Path) -> list[tuple[str, int, str]]:
+    """(image path in the wheel, label, cell type) of every photograph; label 1, defective, is a probability ≥ 0.5."""
+    with zipfile.ZipFile(wheel) as archive:
+        lines = archive.read(_ROOT + "labels.csv").decode().splitlines()
+    rows = [line.split() for line in lines if line.strip()]
+    return [(_ROOT + name, int(float(probability) >= 0.5), kind) for name, probability, kind in rows]
+
+
+def split_labels(rows: list[tuple[str, int, str]]) -> dict[str, list[int]]:
+    """Row numbers of train, val and test: fixed, with the same share of each class and cell type in all three."""
+    keys = [row[1:] for row in rows]
+    rest, test = stratified_split(keys, TEST_FRACTION, SEED)
+    train, val = stratified_split([keys[i] for i in rest], VAL_FRACTION, SEED)
+    return {"train": [rest[i] for i in train], "val": [rest[i] for i in val], "test": test}
+
+
+def unpack(wheel: str | Path, folder: str | Path) -> Path:
+    """Writes the photographs to ``folder/{train,val,test}/{functional,defective}`` unless that was done before."""
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    rows = read_labels(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        for split, numbers in split_labels(rows).items():
+            for label in CLASSES:
+                (partial / split / label).mkdir(parents=True)
+            for number in numbers:
+                name, label, _ = rows[number]
+                (partial / split / CLASSES[label] / Path(name).name).write_bytes(archive.read(name))
+    partial.rename(folder)
+    return folder

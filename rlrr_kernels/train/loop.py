@@ -1,0 +1,435 @@
+"""``fit``: trains what a model leaves trainable, on accelerate; survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrr_kernels.train import checkpoint
+from rlrr_kernels.train.data import EpochShuffle, ImageDataset, make_loader
+from rlrr_kernels.train.evaluate import Scores, evaluate
+from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
+from rlrr_kernels.train.progress import TrainProgress
+from rlrr_kernels.train.schedule import cosine_schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+METRICS = ("accuracy", "macro_f1")
+PRECISIONS = ("auto", "no", "fp16", "bf16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained; the learning rate and weight decay of each tensor come with the optimizer groups.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images a process and step.
+        accumulate: steps an optimizer update.
+        warmup_epochs, cooldown_epochs: of these, spent rising to the learning rate and at the minimum; fractions too.
+        min_lr, warmup_lr: where the cosine ends and the warm-up starts.
+        label_smoothing: of the cross-entropy, 0 to 1.
+        clip_grad: largest norm of the gradient; None: not clipped.
+        mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
+        seed: of the order of the images, their augmentation and dropout.
+        workers: processes that load images; None: up to 8 beside a GPU, none beside a CPU that is busy training.
+        select_by: validation metric the epoch is chosen by, ``accuracy`` or ``macro_f1``; the loss breaks ties.
+        checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    accumulate: int = 1
+    warmup_epochs: float = 1
+    cooldown_epochs: float = 0
+    min_lr: float = 1e-8
+    warmup_lr: float = 1e-7
+    label_smoothing: float = 0.0
+    clip_grad: float | None = None
+    mixed_precision: str = "auto"
+    seed: int = 42
+    workers: int | None = None
+    select_by: str = "accuracy"
+    checkpoint_minutes: float = 5
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("warmup_epochs", "cooldown_epochs", "min_lr", "warmup_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+        if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs + cooldown_epochs must be less than epochs = {self.epochs}; "
+                f"got {self.warmup_epochs} + {self.cooldown_epochs}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be from 0 to 1; got {self.label_smoothing}")
+        for name, choices in (("mixed_precision", PRECISIONS), ("select_by", METRICS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+
+_FREE_ON_RESUME = ("workers", "checkpoint_minutes")
+"""Settings that may differ from those a checkpoint was written under: they change no number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What came of :func:`fit`.
+
+    Attributes:
+        best_epoch: counted from 1. best: its validation scores.
+        history: one entry an epoch: epoch, lr, train_loss, val_loss, val_accuracy, val_macro_f1, seconds.
+        loss_curve: (epochs done, mean training loss since the last point), about 20 an epoch.
+        seconds: training and validation, over all the sessions of a resumed run.
+        peak_memory: bytes; see :func:`rlrr_kernels.train.memory.peak_memory`.
+    """
+
+    best_epoch: int
+    best: Scores
+    history: list[dict[str, float]]
+    loss_curve: list[tuple[float, float]]
+    seconds: float
+    peak_memory: int
+
+
+def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
+    """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate keeps the first precision of a process for good; a second run may want another one.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = _fastest_precision(torch.cuda.is_available() and not cpu)
+    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulate, cpu=cpu)
+
+
+def _fastest_precision(cuda: bool) -> str:
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Three times as fast as float32 where the processor multiplies bfloat16, and slower where it does not.
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+def fit(
+    model: nn.Module,
+    groups: Iterable[dict[str, Any]],
+    train_set: ImageDataset,
+    val_set: ImageDataset,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> FitResult:
+    """Trains the parameters of ``model`` that require gradients by AdamW; leaves it with the best epoch's in place.
+
+    The epoch is chosen by ``val_set`` alone. The checkpoint in ``folder`` holds the trained tensors of now and of the
+    best epoch, the optimizer and the random states: a run that was killed, even by ``kill -9``, and resumed ends with
+    the same numbers as one that was not. A checkpoint that cannot be written (no space left) is reported and the run
+    goes on; the one before stays.
+
+    Args:
+        model: images [B, 3, H, W] to logits [B, C].
+        groups: optimizer groups with their ``lr`` and ``weight_decay``, see :func:`rlrr_kernels.parameter_groups`.
+        train_set, val_set: the images; C is the number of their classes.
+        config: how.
+        folder: exists; gets ``checkpoint.pt``.
+        identity: what else makes this run what it is (model, data, ...), as plain data: refused on resumption when
+            it differs.
+        accelerator: default: :func:`make_accelerator`.
+        resume: go on from the checkpoint in ``folder``.
+        quiet: no progress bars and no line an epoch.
+
+    Raises:
+        ValueError: the checkpoint is of another run, or a trained parameter got no gradient.
+        FloatingPointError: the loss is no longer finite.
+        OSError: less space on the disk of ``folder`` than two checkpoints need.
+    """
+    accelerator = accelerator or make_accelerator(config)
+    run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
+    if resume:
+        run.load()
+    with TrainProgress(config.epochs, enabled=run.accelerator.is_main_process and not quiet) as progress:
+        while run.epoch < config.epochs:
+            run.train_epoch(progress)
+            run.validate(progress)
+            run.save(progress)
+    return run.finish()
+
+
+class _Run:
+    """The state of one run: everything a checkpoint has to hold."""
+
+    def __init__(
+        self, model, groups, train_set, val_set, config: TrainConfig, folder: Path, accelerator, identity
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.train_set, self.classes = train_set, len(train_set.samples.classes)
+        self.identity = identity | {
+            "groups": [[group["lr"], group["weight_decay"], len(group["params"])] for group in groups],
+            "images": len(train_set),
+            "processes": accelerator.num_processes,
+        }
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("the model has no parameter that requires a gradient; adapt it first")
+        # Now and best, two moments of AdamW; and the old file is there until the new one is complete.
+        checkpoint.require_space(folder, 8 * sum(p.numel() * p.element_size() for p in self.trained.values()) + 2**20)
+        if accelerator.is_main_process:
+            checkpoint.remove_partial(folder)
+        self.sampler = EpochShuffle(len(train_set), config.seed)
+        workers = config.workers
+        if workers is None:
+            workers = min(8, torch.get_num_threads()) if accelerator.device.type != "cpu" else 0
+        train_loader = make_loader(train_set, config.batch_size, sampler=self.sampler, workers=workers)
+        val_loader = make_loader(val_set, config.batch_size, workers=workers)
+        # Not its steps but its length counts here; accelerate deals the batches out to the processes.
+        self.batches = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
+        self.updates_per_epoch = math.ceil(self.batches / config.accumulate)
+        optimizer = torch.optim.AdamW(groups)
+        self.schedule = cosine_schedule(
+            optimizer,
+            config.epochs * self.updates_per_epoch,
+            warmup_updates=round(config.warmup_epochs * self.updates_per_epoch),
+            cooldown_updates=round(config.cooldown_epochs * self.updates_per_epoch),
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+        )
+        self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
+            model, optimizer, train_loader, val_loader
+        )
+        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.epoch = self.batch = self.updates = 0
+        self.loss_sum, self.loss_count = 0.0, 0  # of the epoch so far
+        self.point_count = 0  # images since the last point of the curve
+        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, float]] = []
+        self.loss_curve: list[tuple[float, float]] = []
+        self.seconds = 0.0
+        self.peak = 0
+        self.checked_gradients = False
+        self.clock = time.monotonic()
+        torch.manual_seed(config.seed)
+        reset_peak_memory()
+
+    def train_epoch(self, progress: TrainProgress) -> None:
+        """The rest of the current epoch."""
+        config, accelerator = self.config, self.accelerator
+        self.sampler.epoch = self.train_set.epoch = self.epoch
+        self.sampler.skip = self.batch * config.batch_size * accelerator.num_processes
+        if self.batch >= self.batches:  # the checkpoint was written between the last update and the validation
+            return
+        progress.start_epoch(self.epoch, self.batch, self.batches)
+        self._train_mode()
+        saved = time.monotonic()
+        pending: list[Tensor] = []  # losses that nobody has waited for yet
+        every = max(1, self.batches // 20)
+        for images, labels in self.train_loader:
+            with accelerator.accumulate(self.model):
+                loss = self.loss(self.model(images).float(), labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self._check_gradients()
+                    if config.clip_grad is not None:
+                        accelerator.clip_grad_norm_(self.trained.values(), config.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            pending.append(loss.detach() * len(labels))
+            self.point_count += len(labels)
+            self.batch += 1
+            if accelerator.sync_gradients:
+                self.updates += 1
+                self.schedule.step_update(self.updates)
+            if self.batch % every == 0 or self.batch == self.batches:
+                self._add_losses(pending)
+            progress.advance(self.loss_sum / max(self.loss_count, 1), self.lr)
+            if accelerator.sync_gradients and self._checkpoint_is_due(saved):
+                self._add_losses(pending)
+                self.save(progress)
+                saved = time.monotonic()
+
+    def _checkpoint_is_due(self, saved: float) -> bool:
+        """Whether it is time, by the main process's clock: all processes take part in a checkpoint."""
+        due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+        if self.accelerator.num_processes == 1:
+            return due
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)))
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of the groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _train_mode(self) -> None:
+        """Training mode, except for batch normalisation that is frozen: its statistics are part of the backbone."""
+        self.model.train()
+        for module in self.model.modules():
+            frozen = all(not p.requires_grad for p in module.parameters(recurse=False))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
+                module.eval()
+
+    def _add_losses(self, pending: list[Tensor]) -> None:
+        if not pending:
+            return
+        sums = torch.stack(
+            (torch.stack(pending).sum(), torch.tensor(float(self.point_count), device=pending[0].device))
+        )
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        pending.clear()
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the training loss is {total} in epoch {self.epoch + 1} at learning rate {self.lr:.2g}; lower the "
+                "learning rate, or train without mixed precision"
+            )
+        self.loss_sum += total
+        self.loss_count += count
+        self.loss_curve.append((self.epoch + self.batch / self.batches, total / count))
+        self.point_count = 0
+
+    def _check_gradients(self) -> None:
+        if self.checked_gradients:
+            return
+        missing = [name for name, parameter in self.trained.items() if parameter.grad is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.trained)} trained parameters got no gradient, so the model does not use "
+                f"them: {', '.join(missing[:6])}" + (" ..." if len(missing) > 6 else "")
+            )
+        self.checked_gradients = True
+
+    def validate(self, progress: TrainProgress) -> None:
+        """Scores the validation images, and keeps the trained tensors when they are the best so far."""
+        scores = evaluate(self.model, self.val_loader, self.classes, self.accelerator, progress.validation)
+        self._tick()
+        done = sum(entry["seconds"] for entry in self.history)
+        entry = {
+            "epoch": self.epoch + 1,
+            "lr": self.lr,
+            "train_loss": self.loss_sum / max(self.loss_count, 1),
+            "val_loss": scores.loss,
+            "val_accuracy": scores.accuracy,
+            "val_macro_f1": scores.macro_f1,
+            "seconds": self.seconds - done,
+        }
+        self.history.append(entry)
+        key = (getattr(scores, self.config.select_by), -scores.loss)
+        improved = self.best is None or key > tuple(self.best["key"])
+        if improved:
+            self.best = {
+                "key": list(key),
+                "epoch": self.epoch + 1,
+                "scores": dataclasses.asdict(scores),
+                "tensors": self._trained_tensors(),
+            }
+        self.epoch += 1
+        self.batch, self.loss_sum, self.loss_count = 0, 0.0, 0
+        progress.finish_epoch(entry, improved)
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        self.clock = now
+        self.peak = max(self.peak, peak_memory())
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config)
+        for name in _FREE_ON_RESUME:
+            del settings[name]
+        shapes = {name: list(parameter.shape) for name, parameter in self.trained.items()}
+        return settings | self.identity | {"parameters": shapes}
+
+    def save(self, progress: TrainProgress) -> None:
+        """Writes the checkpoint; says so when it cannot, and goes on."""
+        from accelerate.utils import gather_object
+
+        random_states = gather_object([checkpoint.rng_state()])  # every process takes part
+        if not self.accelerator.is_main_process:
+            return
+        self._tick()
+        scaler = self.accelerator.scaler
+        state = {
+            "settings": self._settings(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "updates": self.updates,
+            "loss": [self.loss_sum, self.loss_count],
+            "best": self.best,
+            "history": self.history,
+            "loss_curve": self.loss_curve,
+            "seconds": self.seconds,
+            "peak_memory": self.peak,
+            "tensors": self._trained_tensors(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random_states,
+        }
+        try:
+            checkpoint.save_checkpoint(self.folder, state)
+        except OSError as error:
+            progress.warn(f"the checkpoint in {self.folder} could not be written, the one before stays: {error}")
+
+    def load(self) -> None:
+        """Goes back to where the checkpoint was written."""
+        state = checkpoint.load_checkpoint(self.folder)
+        ours, theirs = self._settings(), state["settings"]
+        differing = [name for name in ours if ours[name] != theirs.get(name)]
+        if differing:
+            details = "; ".join(
+                name if name == "parameters" else f"{name} was {theirs.get(name)}, is {ours[name]}"
+                for name in differing
+            )
+            raise ValueError(f"the checkpoint in {self.folder} belongs to a run with other settings: {details}")
+        self._put(state["tensors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.updates = state["epoch"], state["batch"], state["updates"]
+        self.schedule.step_update(self.updates)
+        self.loss_sum, self.loss_count = state["loss"]
+        self.best, self.history, self.loss_curve = state["best"], state["history"], state["loss_curve"]
+        self.seconds, self.peak = state["seconds"], state["peak_memory"]
+        checkpoint.set_rng_state(state["random"][self.accelerator.process_index])
+        self.clock = time.monotonic()
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(tensors[name])
+
+    def finish(self) -> FitResult:
+        """Leaves the model as it came, with the best epoch's tensors in it."""
+        self._put(self.best["tensors"])
+        # Also takes back the forward that accelerate wrapped for mixed precision.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        scores = dict(self.best["scores"])
+        return FitResult(
+            best_epoch=self.best["epoch"],
+            best=Scores(**scores | {"recall": tuple(scores["recall"])}),
+            history=self.history,
+            loss_curve=[tuple(point) for point in self.loss_curve],
+            seconds=self.seconds,
+            peak_memory=self.peak,
+        )

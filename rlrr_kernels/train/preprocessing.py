@@ -1,0 +1,56 @@
+"""From an image to the input of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from PIL import Image
+from torch import Tensor
+
+AUGMENTATIONS = ("none", "flip", "timm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the input of a model, as timm's configuration of its weights says.
+
+    Args:
+        image_size: pixels, height and width.
+        crop: share of the shorter side that the centre crop keeps.
+        interpolation: of the resize, a name of timm's.
+        mean, std: per channel, of values in [0, 1].
+    """
+
+    image_size: int
+    crop: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+    def transform(self, augment: str | None = None) -> Callable[[Image.Image], Tensor]:
+        """An image to [3, image_size, image_size] float32.
+
+        Args:
+            augment: None for evaluation (resize, centre crop). For training ``none`` (the same), ``flip`` (and a
+                horizontal flip of every other image) or ``timm`` (timm's random crops, flips and colours).
+        """
+        from timm.data import create_transform
+        from torchvision.transforms import Compose, RandomHorizontalFlip
+
+        if augment is not None and augment not in AUGMENTATIONS:
+            raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}; got {augment!r}")
+        options = {
+            "input_size": (3, self.image_size, self.image_size),
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+        }
+        if augment == "timm":
+            return create_transform(is_training=True, **options)
+        plain = create_transform(crop_pct=self.crop, **options)
+        return Compose([RandomHorizontalFlip(), plain]) if augment == "flip" else plain

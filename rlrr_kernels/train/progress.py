@@ -1,0 +1,97 @@
+"""Progress bars and the line an epoch leaves behind, by rich."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+"""Where the library and its command-line program print."""
+
+
+def program() -> str:
+    """How the command-line program was started, for commands to try next."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "rlrr" else "python -m rlrr_kernels.cli"
+
+
+def make_progress(*, enabled: bool = True) -> Progress:
+    """Bars that vanish when done; nothing where output is no terminal, beyond what is printed."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not enabled,
+    )
+
+
+def track(items: Iterable, total: int, description: str, *, enabled: bool = True) -> Iterable:
+    """Yields from ``items`` under a bar of its own."""
+    with make_progress(enabled=enabled) as progress:
+        task = progress.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+class TrainProgress:
+    """A bar over the epochs, one over the batches of the current one, and a printed line for each that is done."""
+
+    def __init__(self, epochs: int, *, enabled: bool = True) -> None:
+        self._progress = make_progress(enabled=enabled)
+        self._enabled = enabled
+        self._count = epochs
+        self._epochs = self._progress.add_task("epochs", total=epochs, note="")
+        self._batches = self._progress.add_task("training", total=None, note="", visible=False)
+
+    def __enter__(self) -> TrainProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
+        """``epoch`` and ``batch`` have been done before."""
+        self._progress.update(self._epochs, completed=epoch)
+        self._progress.reset(
+            self._batches, total=batches, completed=batch, description=f"epoch {epoch + 1}", visible=True
+        )
+
+    def advance(self, loss: float, lr: float) -> None:
+        """One batch done; ``loss`` is the epoch's mean so far."""
+        self._progress.update(self._batches, advance=1, note=f"loss {loss:.3f}  lr {lr:.1e}")
+
+    def validation(self, batches: Iterable) -> Iterable:
+        """Yields from ``batches`` under the batch bar."""
+        self._progress.reset(self._batches, total=len(batches), description="validation", visible=True)
+        for batch in batches:
+            yield batch
+            self._progress.update(self._batches, advance=1)
+
+    def finish_epoch(self, entry: dict[str, float], improved: bool) -> None:
+        """Prints the line of an epoch; ``entry`` as in ``FitResult.history``."""
+        self._progress.update(self._epochs, completed=entry["epoch"])
+        self._print(
+            f"epoch {entry['epoch']:>{len(str(self._count))}}/{self._count}  train loss {entry['train_loss']:.3f}  "
+            f"val loss {entry['val_loss']:.3f}  val accuracy {entry['val_accuracy']:.3f}  "
+            f"val macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s"
+            + ("  best so far" if improved else "")
+        )
+
+    def warn(self, message: str) -> None:
+        """Prints a warning above the bars."""
+        self._print(f"[yellow]warning:[/yellow] {message}")
+
+    def _print(self, line: str) -> None:
+        if self._enabled:
+            self._progress.console.print(line, highlight=False, soft_wrap=True)

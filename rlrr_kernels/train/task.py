@@ -1,0 +1,85 @@
+"""A classifier as an adapter folder describes it: enough to make the model again and to feed it images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlrr_kernels.adapt import adapter_info, load_adapter
+from rlrr_kernels.train.model import HUB, NO_WEIGHTS, create_model
+from rlrr_kernels.train.preprocessing import Preprocessing
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a classifier is.
+
+    Args:
+        model: timm's name of the backbone.
+        weights: where its weights came from: ``hub``, ``none``, or the name of a file.
+        classes: names, in label order.
+        preprocessing: of its images.
+    """
+
+    model: str
+    weights: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as JSON types."""
+        return dataclasses.asdict(self) | {"classes": list(self.classes)}
+
+    @classmethod
+    def of_adapter(cls, folder: str | Path) -> Task:
+        """Reads the task out of an adapter folder.
+
+        Raises:
+            FileNotFoundError, ValueError: as for :func:`rlrr_kernels.adapter_info`; or it was not written by
+                ``rlrr finetune``.
+        """
+        values = adapter_info(folder).metadata.get("task")
+        try:
+            preprocessing = Preprocessing(**values["preprocessing"])
+            return cls(values["model"], values["weights"], tuple(values["classes"]), preprocessing)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the adapter in {folder} does not say which model and classes it is for: it was not written by "
+                "`rlrr finetune`"
+            ) from error
+
+    def backbone(self, weights: str | Path | None = None) -> nn.Module:
+        """The frozen model with a new head.
+
+        Args:
+            weights: as for :func:`rlrr_kernels.train.model.create_model`; None: where they came from in training,
+                unless that was a file.
+
+        Raises:
+            ValueError: weights are None and came from a file; or as for ``create_model``.
+        """
+        if weights is None:
+            if self.weights not in (HUB, NO_WEIGHTS):
+                raise ValueError(
+                    f"the adapter was trained on weights from a file called {self.weights}; "
+                    "say where it is with --weights FILE"
+                )
+            weights = self.weights
+        size = self.preprocessing.image_size
+        return create_model(self.model, len(self.classes), image_size=size, weights=weights)[0]
+
+
+def load_task(folder: str | Path, weights: str | Path | None = None) -> tuple[nn.Module, Task]:
+    """The adapted model of an adapter folder written by ``rlrr finetune``, and its task.
+
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: as for :meth:`Task.of_adapter`, :meth:`Task.backbone` and
+            :func:`rlrr_kernels.load_adapter`.
+    """
+    task = Task.of_adapter(folder)
+    model = task.backbone(weights)
+    load_adapter(model, folder)
+    return model, task
