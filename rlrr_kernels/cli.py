@@ -236,7 +236,7 @@ def demo(
     cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
     epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 5,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Repeat to choose between several on validation images")
+        list[float] | None, typer.Option(help="Repeat for several; validation images choose  [default: 1e-3 and 3e-3]")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for mean and spread over several")] = None,
@@ -245,9 +245,9 @@ def demo(
     ] = False,
 ) -> None:
     """Fine-tune DINOv2 ViT-S/14 on photographs of solar cells: fetch, train, save, load, merge."""
-    from rlrr_kernels.demo.run import DEFAULT_LR, DEFAULT_SEED, DemoConfig, run_demo, run_seeds
+    from rlrr_kernels.demo.run import DEFAULT_LRS, DEFAULT_SEED, DemoConfig, run_demo, run_seeds
 
-    config = DemoConfig(out=out, cache=cache, epochs=epochs, lrs=tuple(lr or [DEFAULT_LR]), image_size=image_size)
+    config = DemoConfig(out=out, cache=cache, epochs=epochs, lrs=tuple(lr or DEFAULT_LRS), image_size=image_size)
     seeds = seed or [DEFAULT_SEED]
     if len(seeds) == 1:
         run_demo(config, seeds[0], fresh=fresh)

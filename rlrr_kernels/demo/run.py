@@ -27,7 +27,9 @@ from rlrr_kernels.train.probe import ProbeResult, linear_probe
 from rlrr_kernels.train.progress import console, program, track
 from rlrr_kernels.train.task import load_task
 
-DEFAULT_LR = 3e-3
+DEFAULT_LRS = (1e-3, 3e-3)
+"""Both are trained in full; the validation images choose."""
+
 DEFAULT_SEED = 42
 
 TABLE = "table.json"
@@ -46,7 +48,7 @@ class DemoConfig:
     out: Path
     cache: Path
     epochs: int = 5
-    lrs: tuple[float, ...] = (DEFAULT_LR,)
+    lrs: tuple[float, ...] = DEFAULT_LRS
     image_size: int = 112
 
 
