@@ -74,8 +74,8 @@ def _driver() -> str:
 class Session:
     """One run: the rows so far, where they go, and the time that is left."""
 
-    def __init__(self, plan: Plan, folder: Path, here: Row, minutes: float) -> None:
-        self.plan, self.folder, self.here = plan, folder, here
+    def __init__(self, plan: Plan, folder: Path, here: Row, minutes: float, sections: list[str]) -> None:
+        self.plan, self.folder, self.here, self.sections = plan, folder, here, sections
         self.deadline = time.perf_counter() + 60 * minutes - REPORT_SECONDS
         self.rows: list[Row] = []
         self.file = report.RowFile(folder / report.JSON, here)
@@ -97,8 +97,9 @@ class Session:
             *step_units(self.plan, gate),
             *tune_units(self.plan, gate),
         ]
+        units = [unit for unit in units if unit.section in self.sections]
         units.sort(key=lambda unit: (unit.tier, SECTIONS.index(unit.section)))
-        tier = units[0].tier
+        tier = units[0].tier if units else 0
         for unit in units:
             if unit.tier != tier:
                 tier = unit.tier
@@ -109,7 +110,7 @@ class Session:
         left = self.deadline - time.perf_counter()
         head = {"section": unit.section, "label": unit.label}
         if left < (0 if self.plan.tiny else unit.seconds):
-            self.add([{**head, "skipped": "no time left"}])
+            self.add([{**head, "skipped": report.NO_TIME}])
             return
         started, known = time.perf_counter(), len(gate.rows)
         try:
@@ -132,7 +133,7 @@ class Session:
             )
             print(f"{verdict.text:13s} {verdict.target}{value}")
         if self.here["meaningless"]:
-            print("CPU: timings and verdicts mean nothing")
+            print("This was a CPU: the timings and verdicts above mean nothing.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,6 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; at most 5 files are written")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these (default: all of them)"
+    )
     parser.add_argument("--commit", help="what the rows say, where the checkout has no git history")
     parser.add_argument("--report-only", action="store_true", help="write the report of an earlier run's rows again")
     options = parser.parse_args(arguments)
@@ -150,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = gpu_plan() if device == "cuda" else cpu_plan()
     options.out.mkdir(parents=True, exist_ok=True)
-    session = Session(plan, options.out, environment(device, options.commit), options.minutes)
+    session = Session(plan, options.out, environment(device, options.commit), options.minutes, options.sections)
     signal.signal(signal.SIGTERM, _interrupt)
     status = 0
     try:

@@ -96,7 +96,9 @@ def interleave(
                 step()
             synchronize(device)
             wall[name].append((time.perf_counter() - before) / len(steps))
-        events = {name: (torch.cuda.Event(True), torch.cuda.Event(True)) for name in captured}
+        events = {
+            name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in captured
+        }
         for name, (start, end) in events.items():
             start.record()
             captured[name].replay()

@@ -141,5 +141,5 @@ def cpu_plan() -> Plan:
 
     return Plan(
         "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(2, shape, 8, "fp32")],
-        [(4, shape, 8, "fp32")], [(9, 6, 8, 3)], shape, models, build, {"backend": "eager"}, 0.0, False,
+        [(4, shape, 8, "fp32")], [(60, 33, 40, 3)], shape, models, build, {"backend": "eager"}, 0.0, False,
     )  # fmt: skip

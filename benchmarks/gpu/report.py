@@ -13,7 +13,11 @@ from benchmarks.gpu.work import Row
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 PICTURES = ("gpu_layers.png", "gpu_memory.png", "gpu_steps.png")
 
+NO_TIME = "no time left"
+"""Why a unit was not started; the report counts such rows instead of listing them."""
+
 _END = b"\n]}\n"
+_NAMES = ("rival", "backend", "kernel", "label")
 
 
 class RowFile:
@@ -82,7 +86,10 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     ]  # fmt: skip
     lines += _table(
         ["target", "verdict", "worst", "bound there", "where", "cases"],
-        [[v.target, v.text, v.value, v.bound, v.where, v.count] for v in verdicts(rows, plan)],
+        [
+            [v.target, v.text if not plan.tiny else f"meaningless ({v.text})", v.value, v.bound, v.where, v.count]
+            for v in verdicts(rows, plan)
+        ],
     )
     lines += ["## Ceilings measured here", ""]
     lines += _table(
@@ -117,11 +124,8 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     for row in rows:
         reason = row.get("skipped") or row.get("error") or (row.get("reason") if not row.get("passed", True) else None)
         if reason:
-            key = (
-                row["section"],
-                row.get("rival") or row.get("backend") or row.get("kernel") or row.get("label"),
-                reason,
-            )
+            what = "" if reason == NO_TIME else next((row[k] for k in _NAMES if row.get(k)), "")
+            key = row["section"], what, reason
             reasons[key] = reasons.get(key, 0) + 1
     lines += _table(["section", "what", "why", "rows"], [[*key, count] for key, count in reasons.items()])
     return "\n".join(lines)

@@ -146,7 +146,7 @@ def _inexact(arch, kernel, size, tiles, problem, precision: Precision, gate: Gat
             rows, out_features, in_features, groups=groups, dtype=precision.dtype, device=gate.plan.device
         )
         try:
-            numerics.check_error_rule(function, case, seeds=numerics.SEEDS)
+            numerics.check_error_rule(function, case)
         except AssertionError as error:
             return "fails the error rule: " + "; ".join(str(error).splitlines()[1:])
     return None
