@@ -16,7 +16,7 @@ from benchmarks.gpu import gate as gate_module
 from benchmarks.gpu import measure, model, report, targets, tune
 from benchmarks.gpu.layers import layer_rows
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
-from rlrr_kernels import rlrr_linear
+from rlrr_kernels import backends, rlrr_linear
 from rlrr_kernels.ops import linear_configs
 
 ROOT = Path(__file__).parent.parent
@@ -291,6 +291,23 @@ def test_the_model_charges_what_each_path_moves():
     assert model.model_us("dora", "step", problem, "bf16", CEILINGS) is None
     one = problem_of(plan, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
     assert math.isclose(model.model_us("floor", "forward", one, "bf16", CEILINGS), 1e6 * 2 * (n * k + n + k) / 4e12)
+
+
+@pytest.mark.slow
+def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90():
+    if backends.INTERPRETING:
+        pytest.skip("with Triton's interpreter on, nothing compiles")
+    compile_report = pytest.importorskip("benchmarks.compile_report", reason="needs Triton")
+    for (kernel, size, limit), candidates in tune.CANDIDATES.items():
+        for values in candidates:
+            dtype = torch.bfloat16 if size == 2 else torch.float32
+            tiles = linear_configs.Tiles(*values)
+            name = "bf16" if size == 2 else "fp32"
+            case = compile_report._case(kernel, "sm_90", name, tiles, (dtype, dtype), limit or 4096)
+            row = compile_report.report_row(case, "sm_90")
+            # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
+            problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
+            assert not problems, (kernel, values, problems)
 
 
 def test_tiles_are_put_back_after_a_trial():
