@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import gate as gate_module
-from benchmarks.gpu import measure, model, report, targets, tune
-from benchmarks.gpu.layers import layer_rows
+from benchmarks.gpu import measure, model, report, steps, targets, tune
+from benchmarks.gpu.layers import layer_rows, problem_of
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from rlrr_kernels import backends, rlrr_linear
 from rlrr_kernels.ops import linear_configs
@@ -184,25 +184,39 @@ class Event:
         return 1.0
 
 
-def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch):
-    capturing = []
+class Within:
+    """Stands for ``torch.cuda.stream``."""
+
+    def __init__(self, stream: Stream) -> None:
+        pass
+
+    __enter__ = __exit__ = lambda self, *error: None
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Stand-ins for CUDA's graphs, streams and events; not empty while a graph is being captured."""
+    active: list[bool] = []
 
     class Capture:
         def __init__(self, graph: Graph, pool: object) -> None:
             assert pool == "pool"
 
         def __enter__(self) -> None:
-            capturing.append(True)
+            active.append(True)
 
         def __exit__(self, *error: object) -> None:
-            capturing.pop()
+            active.pop()
 
-    class Within:
-        def __init__(self, stream: Stream) -> None:
-            pass
+    for name, value in {
+        "Stream": Stream, "current_stream": Stream, "stream": Within, "CUDAGraph": Graph, "graph": Capture,
+        "Event": Event, "graph_pool_handle": lambda: "pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return active
 
-        __enter__ = __exit__ = lambda self, *error: None
 
+def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(capturing: list[bool]):
     def uncapturable() -> None:
         if capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -210,18 +224,41 @@ def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(
     def broken() -> None:
         raise ValueError("no such layer\nand more")
 
-    for name, value in {
-        "Stream": Stream, "current_stream": Stream, "stream": Within, "CUDAGraph": Graph, "graph": Capture,
-        "Event": Event, "graph_pool_handle": lambda: "pool",
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    steps = {"good": [lambda: None] * 4, "uncapturable": [uncapturable], "broken": [broken]}
-    timings, failures = measure.interleave(steps, "cpu", 0.0, graphs=True)
+    rivals = {"good": [lambda: None] * 4, "uncapturable": [uncapturable], "broken": [broken]}
+    timings, failures = measure.interleave(rivals, "cpu", 0.0, graphs=True)
     assert timings["good"].graph_us == 250.0  # a millisecond for four calls
     assert timings["uncapturable"].graph_us is None
     assert timings["uncapturable"].wall_us > 0
     assert "stream is capturing" in timings["uncapturable"].note
     assert failures == {"broken": "ValueError: no such layer"}
+
+
+def test_every_set_of_tensors_is_captured(capturing: list[bool]):
+    seen = []
+    calls = [lambda i=i: seen.append(i) if capturing else None for i in range(100)]
+    measure.interleave({"it": calls}, "cpu", 0.0, graphs=True)
+    assert seen == list(range(100))
+
+
+def test_a_training_step_is_captured_whole(capturing: list[bool]):
+    pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    gate = gate_module.Gate(PLAN)
+    rows = steps.step_rows(PLAN, gate, "vit_base_patch16_224", 2, PRECISIONS["fp32"], "graph")
+    assert {row["rival"] for row in rows if row.get("ms", 0) > 0} >= {"auto", "reference"}
+    assert all("peft" in row["skipped"] for row in rows if "skipped" in row)
+
+
+def test_the_reference_model_computes_what_ours_computes():
+    pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    ours, reference = (
+        steps.build_model(PLAN, rival, "vit_base_patch16_224", PRECISIONS["fp32"])[0] for rival in ("auto", "reference")
+    )
+    reference.load_state_dict(ours.state_dict())
+    assert {type(module).__name__ for module in reference.modules()} >= {"ReferenceLinear", "ReferenceNorm"}
+    images = torch.randn(2, 3, 16, 16)
+    for network in (ours, reference):  # the recipe zeroes the head, which would make all logits equal
+        torch.nn.init.normal_(network.head.weight, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reference(images), ours(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
@@ -276,10 +313,7 @@ def test_verdicts_take_the_worst_case_and_its_bound():
 
 
 def test_the_model_charges_what_each_path_moves():
-    plan = PLAN._replace(device="cpu")
-    from benchmarks.gpu.layers import problem_of
-
-    problem = problem_of(plan, Shape("fc1", 768, 3072), 12608, PRECISIONS["bf16"])
+    problem = problem_of(PLAN, Shape("fc1", 768, 3072), 12608, PRECISIONS["bf16"])
     m, n, k = 12608, 3072, 768
     floor = model.model_us("floor", "step", problem, "bf16", CEILINGS)
     assert math.isclose(floor, 1e6 * 3 * 2 * m * n * k / 8e14)  # the matrix rate rules at this size
@@ -289,7 +323,7 @@ def test_the_model_charges_what_each_path_moves():
     eager = model.model_us("reference", "step", problem, "bf16", CEILINGS)
     assert math.isclose(eager - floor, 1e6 * 34 * n * k / 4e12)  # the elementwise passes
     assert model.model_us("dora", "step", problem, "bf16", CEILINGS) is None
-    one = problem_of(plan, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
+    one = problem_of(PLAN, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
     assert math.isclose(model.model_us("floor", "forward", one, "bf16", CEILINGS), 1e6 * 2 * (n * k + n + k) / 4e12)
 
 

@@ -10,6 +10,7 @@ its rows are marked meaningless.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import platform
 import signal
@@ -28,6 +29,7 @@ from benchmarks.gpu.layers import layer_units
 from benchmarks.gpu.measure import describe
 from benchmarks.gpu.memory import memory_units
 from benchmarks.gpu.plan import Plan, cpu_plan, gpu_plan
+from benchmarks.gpu.rivals import peft_module
 from benchmarks.gpu.steps import step_units
 from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.tune import tune_units
@@ -88,6 +90,8 @@ class Session:
     def run(self) -> None:
         """Everything, until the time is up; a failing unit leaves a row that says why."""
         gate = Gate(self.plan)
+        peft_module()
+        gc.freeze()  # what the imports made need not be searched again after every unit
         print("ceilings", flush=True)
         ceilings, rows = measure_ceilings(self.plan)
         self.add(rows)

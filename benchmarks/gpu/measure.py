@@ -13,6 +13,9 @@ import torch
 from benchmarks.common import Problem, Step, synchronize
 
 MAX_COPIES = 64
+MAX_WALL_COPIES = 16
+"""Of the sets of tensors, how many an eager round uses: small calls wait for the host, not for memory."""
+
 MAX_ROUNDS = 60
 MIN_ROUNDS = 7
 
@@ -36,11 +39,11 @@ def copies_for(problem: Problem) -> int:
 
 
 def capture(steps: list[Step], pool: object | None) -> torch.cuda.CUDAGraph:
-    """One graph of all steps, after two warm-up rounds on a side stream, as capturing autograd requires."""
+    """One graph of all steps, after warming the first up on a side stream, as capturing autograd requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for step in steps * 2:
+        for step in steps[:1] * 2:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -53,7 +56,7 @@ def capture(steps: list[Step], pool: object | None) -> torch.cuda.CUDAGraph:
 def interleave(
     rivals: dict[str, list[Step]], device: str, seconds: float, graphs: bool
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times every rival: all of its steps (one per set of rotating tensors) once a round, rivals in turn.
+    """Times every rival: its steps (one per set of rotating tensors) once a round, rivals in turn.
 
     Args:
         rivals: name → steps.
@@ -70,7 +73,7 @@ def interleave(
     pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no graph's results are read
     for name, steps in rivals.items():
         try:
-            for step in (*steps, *steps):  # compilation and first-touch costs are no one's run time
+            for step in steps[:2] * 2:  # compilation and first-touch costs are no one's run time
                 step()
             synchronize(device)
         except Exception as error:
@@ -92,10 +95,10 @@ def interleave(
         rounds += 1
         for name, steps in running.items():
             before = time.perf_counter()
-            for step in steps:
+            for step in steps[:MAX_WALL_COPIES]:
                 step()
             synchronize(device)
-            wall[name].append((time.perf_counter() - before) / len(steps))
+            wall[name].append((time.perf_counter() - before) / min(len(steps), MAX_WALL_COPIES))
         events = {
             name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in captured
         }

@@ -59,7 +59,8 @@ def build_model(plan: Plan, rival: str, name: str, precision: Precision) -> tupl
     A 16-bit reference has 16-bit scales, its cheapest form: fp32 ones would make every product fp32.
     """
     torch.manual_seed(0)
-    model = plan.build(name).to(plan.device, precision.weight_dtype)
+    with torch.device(plan.device):  # drawing a large model on the host takes many seconds
+        model = plan.build(name).to(precision.weight_dtype)
     if rival in ("auto", "reference"):
         adapt_model(model, RLRRConfig(recipe="paper"))
         if rival == "reference":
@@ -100,6 +101,7 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
     rivals = COMPILED if mode == "compile" else RIVALS
     if mode == "compile":
         torch._dynamo.reset()
+    pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # shared: a step reads no other's results
     skipped, steps, peaks, trained = {}, {}, {}, {}
     for rival in rivals:
         reason = gate.reason_against(rival, precision) if rival == "auto" and not plan.tiny else None
@@ -114,7 +116,7 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
             for _ in range(1 if plan.tiny else 3):
                 step()
             peaks[rival] = peak_bytes(step, plan.device) if not plan.tiny else None
-            steps[rival] = capture([step], None).replay if mode == "graph" else step
+            steps[rival] = capture([step], pool).replay if mode == "graph" else step
         except Exception as error:
             skipped[rival] = describe(error)
             steps.pop(rival, None)
