@@ -98,6 +98,7 @@ def test_the_tuner_names_one_winner_for_each_kernel(interpreted):
         assert len(winners) == 1
         assert winners[0]["us"] == min(row["us"] for row in here)
         assert winners[0]["table_row"].startswith(f"({kernel!r}, 4): (0, Tiles(")
+        assert winners[0]["table_row"] in interpreted[1]
 
 
 def test_files_and_verdicts(interpreted):

@@ -126,6 +126,9 @@ class Session:
             rows = [{**head, "error": describe(error)}]
         self.add([*gate.rows[known:], *rows])
         print(f"{time.perf_counter() - started:6.1f} s  tier {unit.tier}  {unit.section}: {unit.label}", flush=True)
+        for row in rows:
+            if "table_row" in row:
+                print(f"          fastest on {row['arch']}, {row['precision']}: {row['table_row']}", flush=True)
 
     def finish(self) -> None:
         """The last report, and the verdicts on the terminal."""

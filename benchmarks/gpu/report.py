@@ -164,7 +164,8 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     note = " (CPU, meaningless)" if plan.tiny else ""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    colours: dict[str, Any] = {}  # the same rival in both panels
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     for axis, (work, title) in zip(axes, (("forward", "forward"), ("step", "forward + backward")), strict=True):
         points: dict[str, dict[int, list[float]]] = {}
         for head, group in layer_groups(rows):
@@ -174,17 +175,18 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
                     points.setdefault(name, {}).setdefault(head["M"], []).append(ratio)
         for name, by_rows in points.items():
             counts = sorted(by_rows)
-            axis.plot(counts, [max(by_rows[m]) for m in counts], marker="o", markersize=3, label=name)
+            colour = colours.setdefault(name, plt.get_cmap("tab20")(len(colours) % 20))
+            axis.plot(counts, [max(by_rows[m]) for m in counts], marker="o", markersize=3, color=colour)
         axis.set(xscale="log", yscale="log", xlabel="rows of x (M)", title=f"{title}, {plan.main}{note}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time over bare matrix products, worst shape")
-    if points:
-        axes[1].legend(fontsize=7)
+    lines = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    axes[1].legend(handles=lines, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, folder / PICTURES[0])
 
     memory = _done(rows, "memory")
-    figure, axis = plt.subplots(figsize=(8, 4))
-    labels = [f"{r['rival']}\n{r['shape']}, {r['precision']}" for r in memory]
+    figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(memory))))
+    labels = [f"{r['rival']}: {r['shape']}, {r['precision']}" for r in memory]
     axis.barh(labels, [r["peak_bytes"] / 1e6 for r in memory], label="peak of a step")
     axis.barh(labels, [r["kept_bytes"] / 1e6 for r in memory], label="kept between forward and backward")
     axis.set(xlabel="MB beyond arguments", title=f"one layer{note}")
@@ -193,7 +195,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     _save(figure, folder / PICTURES[1])
 
     steps = _done(rows, "steps")
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(steps))))
     labels = [f"{r['rival']}: {r['model']}, batch {r['batch']}, {r['precision']}, {r['mode']}" for r in steps]
     axis.barh(labels, [r["images_per_s"] for r in steps])
     axis.set(xlabel="images a second", title=f"training steps{note}")
