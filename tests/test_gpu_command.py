@@ -16,6 +16,7 @@ from benchmarks.gpu import gate as gate_module
 from benchmarks.gpu import measure, model, report, steps, targets, tune
 from benchmarks.gpu.layers import layer_rows, problem_of
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
+from benchmarks.gpu.work import Unit
 from rlrr_kernels import backends, rlrr_linear
 from rlrr_kernels.ops import linear_configs
 
@@ -122,6 +123,38 @@ def test_without_time_nothing_is_started_and_bad_arguments_are_named(tmp_path: P
     assert result.returncode == 2
     assert "--minutes" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path):
+    from benchmarks.gpu import __main__ as command
+
+    session = command.Session(PLAN, tmp_path, command.environment("cpu", "abc"), 0.0, list(command.SECTIONS))
+    session.run()
+    session.finish()
+    rows = report.read_rows(tmp_path / report.JSON)
+    skipped = [row for row in rows if row.get("skipped") == report.NO_TIME]
+    assert {row["section"] for row in skipped} == set(command.SECTIONS)
+    assert {row["section"] for row in rows} - set(command.SECTIONS) == {"ceilings"}
+    assert all(row["commit"] == "abc" for row in rows)
+    text = (tmp_path / report.MARKDOWN).read_text(encoding="utf-8")
+    for section in command.SECTIONS:
+        count = sum(row["section"] == section for row in skipped)
+        assert f"| {section} |  | no time left | {count} |" in text
+
+
+def test_a_failing_unit_leaves_a_row_and_the_report_takes_it(tmp_path: Path):
+    from benchmarks.gpu import __main__ as command
+
+    def fail() -> list[dict]:
+        raise ValueError("no such thing")
+
+    session = command.Session(PLAN, tmp_path, command.environment("cpu", None), 1.0, list(command.SECTIONS))
+    gate = gate_module.Gate(PLAN)
+    for section in command.SECTIONS:
+        session._run_unit(Unit(1, section, "it", 0.0, fail), gate)
+    session.finish()
+    assert {row["section"] for row in report.read_rows(tmp_path / report.JSON)} == set(command.SECTIONS)
+    assert (tmp_path / report.MARKDOWN).read_text(encoding="utf-8").count("ValueError: no such thing") == 5
 
 
 def test_the_file_of_rows_is_whole_after_every_write(tmp_path: Path):

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ class Session:
         for unit in units:
             if unit.tier != tier:
                 tier = unit.tier
-                report.write_report(self.rows, self.plan, self.here, self.folder, with_pictures=False)
+                self._report(with_pictures=False)
             self._run_unit(unit, gate)
 
     def _run_unit(self, unit: Unit, gate: Gate) -> None:
@@ -130,10 +131,18 @@ class Session:
             if "table_row" in row:
                 print(f"          fastest on {row['arch']}, {row['precision']}: {row['table_row']}", flush=True)
 
+    def _report(self, with_pictures: bool) -> None:
+        """Never stops the measuring: the rows are safe, and ``--report-only`` can repeat it."""
+        try:
+            report.write_report(self.rows, self.plan, self.here, self.folder, with_pictures)
+        except Exception:
+            traceback.print_exc()
+
     def finish(self) -> None:
         """The last report, and the verdicts on the terminal."""
+        gc.unfreeze()
         self.file.close()
-        report.write_report(self.rows, self.plan, self.here, self.folder)
+        self._report(with_pictures=True)
         for verdict in verdicts(self.rows, self.plan):
             value = (
                 "" if verdict.value is None else f"  {verdict.value:.3g} (bound {verdict.bound:.3g}; {verdict.where})"

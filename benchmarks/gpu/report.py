@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.targets import layer_groups, merge_crossovers, time_of, verdicts
+from benchmarks.gpu.targets import layer_groups, measured, merge_crossovers, time_of, verdicts
 from benchmarks.gpu.work import Row
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
@@ -94,26 +94,26 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += ["## Ceilings measured here", ""]
     lines += _table(
         ["what", "TB/s", "TFLOP/s"],
-        [[r["what"], r.get("TB_per_s"), r.get("TFLOP_per_s")] for r in rows if r["section"] == "ceilings"],
+        [[r["what"], r.get("TB_per_s"), r.get("TFLOP_per_s")] for r in measured(rows, "ceilings")],
     )
     lines += _layer_tables(rows)
     lines += ["## Host time of one call, µs", ""]
     lines += _table(
         ["work", "call", "host", "over F.linear"],
-        [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in _done(rows, "host")],
+        [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
     )
     lines += ["## Memory of one layer, bytes", ""]
     keys = ["shape", "M", "precision", "rival", "kept_bytes", "alive_bytes", "peak_bytes"]
-    lines += _table(keys, [[r[key] for key in keys] for r in _done(rows, "memory")])
+    lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
     lines += ["## Training steps", ""]
     keys = ["model", "batch", "precision", "mode", "rival", "ms", "images_per_s", "peak_bytes", "trained"]
-    lines += _table(keys, [[r[key] for key in keys] for r in _done(rows, "steps")])
+    lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
     lines += _table(
         ["arch", "precision", "shape", "row", "µs", "shipped"],
         [
             [r["arch"], r["precision"], f"{r['M']} x {r['N']} x {r['K']}", f"`{r['table_row']}`", r["us"], r["shipped"]]
-            for r in _done(rows, "tune")
+            for r in measured(rows, "tune")
             if "table_row" in r
         ],
     )
@@ -129,10 +129,6 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
             reasons[key] = reasons.get(key, 0) + 1
     lines += _table(["section", "what", "why", "rows"], [[*key, count] for key, count in reasons.items()])
     return "\n".join(lines)
-
-
-def _done(rows: list[Row], section: str) -> list[Row]:
-    return [r for r in rows if r["section"] == section and "skipped" not in r and "error" not in r]
 
 
 def _layer_tables(rows: list[Row]) -> list[str]:
@@ -184,7 +180,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     axes[1].legend(handles=lines, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, folder / PICTURES[0])
 
-    memory = _done(rows, "memory")
+    memory = measured(rows, "memory")
     figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(memory))))
     labels = [f"{r['rival']}: {r['shape']}, {r['precision']}" for r in memory]
     axis.barh(labels, [r["peak_bytes"] / 1e6 for r in memory], label="peak of a step")
@@ -194,7 +190,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     axis.legend(fontsize=7)
     _save(figure, folder / PICTURES[1])
 
-    steps = _done(rows, "steps")
+    steps = measured(rows, "steps")
     figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(steps))))
     labels = [f"{r['rival']}: {r['model']}, batch {r['batch']}, {r['precision']}, {r['mode']}" for r in steps]
     axis.barh(labels, [r["images_per_s"] for r in steps])

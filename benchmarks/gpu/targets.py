@@ -54,12 +54,16 @@ def time_of(row: Row) -> float | None:
     return row.get("graph_us") or row.get("wall_us")
 
 
+def measured(rows: list[Row], section: str) -> list[Row]:
+    """The rows of a section that hold a measurement: not those of what was skipped or failed."""
+    return [row for row in rows if row["section"] == section and "skipped" not in row and "error" not in row]
+
+
 def _groups(rows: list[Row], section: str, keys: tuple[str, ...]) -> list[tuple[Row, dict[str, Row]]]:
     """Rows that were measured together: (one of them, rival → row)."""
     groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        if row["section"] == section and "skipped" not in row and "error" not in row:
-            groups.setdefault(tuple(row[key] for key in keys), {})[row["rival"]] = row
+    for row in measured(rows, section):
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["rival"]] = row
     return [(next(iter(group.values())), group) for group in groups.values()]
 
 
@@ -88,7 +92,7 @@ def layer_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
         cases = _layer_cases(rows, plan, work, "triton" if work == "scales" else "auto", rival, is_few)
         return [((b / a) if inverse else (a / b), bound, where) for a, b, _, where in cases]
 
-    copy = next((row["TB_per_s"] for row in rows if row["section"] == "ceilings" and row.get("what") == "copy"), None)
+    copy = next((row["TB_per_s"] for row in measured(rows, "ceilings") if row["what"] == "copy"), None)
     bandwidths = []
     for ours, _, group, where in _layer_cases(rows, plan, "forward", "auto", "auto", True):
         m, n, k = (group["auto"][key] for key in "MNK")
@@ -120,15 +124,15 @@ def other_verdicts(rows: list[Row]) -> list[Verdict]:
     """The targets for kept memory and host time."""
     kept = [
         (max(row["kept_bytes"], row["alive_bytes"] or 0), 0, f"{row['shape']}, M = {row['M']}, {row['precision']}")
-        for row in rows
-        if row["section"] == "memory" and row["rival"] == "auto" and "skipped" not in row and "error" not in row
+        for row in measured(rows, "memory")
+        if row["rival"] == "auto"
     ]
     verdicts = [at_most("kept beyond x and parameters: 0 bytes a layer", kept)]
     for work, limit in (("forward", 15.0), ("step", 30.0)):
         host = [
             (row["over_linear_us"], limit, "one row of x")
-            for row in rows
-            if row["section"] == "host" and row["work"] == work and row["rival"] == "auto" and "host_us" in row
+            for row in measured(rows, "host")
+            if row["work"] == work and row["rival"] == "auto"
         ]
         name = "forward" if work == "forward" else "forward + backward"
         verdicts.append(at_most(f"host time over F.linear, {name} ≤ {limit:.0f} µs", host))
