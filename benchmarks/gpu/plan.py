@@ -113,6 +113,7 @@ def gpu_plan() -> Plan:
     models += [(5, "vit_base_patch16_224", batch, "bf16/fp32", "compile") for batch in (64, 8)]
     for name in ("vit_large_patch16_224", "vit_huge_patch14_224"):
         models += [(6, name, batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
+        models.append((8, name, 8, "bf16/fp32", "compile"))
 
     def build(name: str) -> Any:
         import timm

@@ -200,8 +200,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def write_report(rows: list[Row], plan: Plan, environment: Row, folder: Path, with_pictures: bool = True) -> None:
