@@ -36,18 +36,19 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     backward: bool
     device: str = "cpu"
+    weight_dtype: torch.dtype | None = None  # None: dtype
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
         """The arguments of rlrr_linear, and ``grad_y``; what is trained requires a gradient if ``backward``."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(seed)
 
         def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * std).to(self.device, dtype)
+            return (torch.randn(*shape, generator=generator, device=self.device) * std).to(dtype)
 
         m, k, n = self.rows, self.in_features, self.out_features
         tensors = {
             "x": normal(m, k),
-            "weight": normal(n, k, std=k**-0.5),
+            "weight": normal(n, k, dtype=self.weight_dtype or self.dtype, std=k**-0.5),
             "scale_row": normal(n, 1, dtype=torch.float32),
             "scale_col": normal(1, 1, k, dtype=torch.float32, std=k**-0.5),
             "bias": normal(n, dtype=torch.float32),
@@ -64,7 +65,7 @@ Step = Callable[[], object]
 def rivals(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
     """A call without arguments for every name: one of :data:`RIVALS`, or a backend of rlrr_linear."""
     t = problem.tensors()
-    forwards = {name: _forward(name, t) for name in names if name != "floor"}
+    forwards = {name: forward_of(name, t)[0] for name in names if name != "floor"}
     steps = {name: _step(forward, t, problem.backward) for name, forward in forwards.items()}
     if "floor" in names:
         x, weight, grad_y = t["x"].detach(), t["weight"], t["grad_y"]
@@ -76,24 +77,34 @@ def rivals(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
     return {name: steps[name] for name in names}
 
 
-def _forward(name: str, t: dict[str, Tensor]) -> Callable[[], Tensor]:
+Forward = Callable[[], Tensor]
+
+
+def forward_of(name: str, t: dict[str, Tensor]) -> tuple[Forward, list[Tensor]]:
+    """The forward of a rival (not ``floor``) or a backend on the tensors ``t``, and what it trains, x first."""
     x, weight, bias = t["x"], t["weight"], t["bias"]
     if name == "frozen":
-        return lambda: F.linear(x, weight, bias.to(x.dtype))
+        return lambda: F.linear(x, weight, bias.to(x.dtype)), [x, bias]
     if name == "merged":
-        merged = linear_torch.merge(weight, t["scale_row"].detach(), t["scale_col"].detach(), True)
+        merged = linear_torch.merge(weight, t["scale_row"].detach(), t["scale_col"].detach(), True, x.dtype)
         same = bias.detach().to(x.dtype)
-        return lambda: F.linear(x, merged, same)
-    arguments = (x, weight, t["scale_row"], t["scale_col"], bias)
-    if name in ("reference", "compiled"):
-        function = rlrr_linear_reference
-        if name == "compiled":
-            torch._dynamo.reset()
-            function = torch.compile(function, fullgraph=True, dynamic=False)
-        # The formula in the dtype of x, as a model in that dtype has it.
-        same = [argument.detach().to(x.dtype).requires_grad_(argument.requires_grad) for argument in arguments[2:]]
-        return lambda: function(x, weight, *same)
-    return lambda: rlrr_linear(*arguments, backend=name)
+        return lambda: F.linear(x, merged, same), [x]
+    if name == "compiled":
+        torch._dynamo.reset()
+        return formula(torch.compile(rlrr_linear_reference, fullgraph=True, dynamic=False), t)
+    if name == "reference":
+        return formula(rlrr_linear_reference, t)
+    leaves = [x, t["scale_row"], t["scale_col"], bias]
+    return lambda: rlrr_linear(x, weight, *leaves[1:], backend=name), leaves
+
+
+def formula(function: Callable[..., Tensor], t: dict[str, Tensor]) -> tuple[Forward, list[Tensor]]:
+    """:func:`forward_of` for the literal formula, compiled or not: its scales have the dtype of W, as in a model."""
+    x, weight = t["x"], t["weight"]
+    same = [t[name].detach().to(weight.dtype) for name in ("scale_row", "scale_col", "bias")]
+    for scale in same:
+        scale.requires_grad_(x.requires_grad)
+    return lambda: function(x, weight, *same), [x, *same]
 
 
 def _step(forward: Callable[[], Tensor], t: dict[str, Tensor], backward: bool) -> Step:
@@ -172,7 +183,7 @@ def kept_bytes(forward: Callable[[], Tensor], given: list[Tensor]) -> int:
 def rival_kept_bytes(problem: Problem, name: str) -> int:
     """:func:`kept_bytes` of the rival ``name`` on ``problem``."""
     tensors = problem.tensors()
-    return kept_bytes(_forward(name, tensors), list(tensors.values()))
+    return kept_bytes(forward_of(name, tensors)[0], list(tensors.values()))
 
 
 def environment() -> dict[str, str | int]:

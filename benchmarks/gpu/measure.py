@@ -1,0 +1,144 @@
+"""Timing: CUDA-graph replay for the kernels, eager wall time beside it, rivals interleaved, medians."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.common import Problem, Step, synchronize
+
+MAX_COPIES = 64
+MAX_WALL_COPIES = 16
+"""Of the sets of tensors, how many an eager round uses: small calls wait for the host, not for memory."""
+
+MAX_ROUNDS = 60
+MIN_ROUNDS = 7
+
+
+class Timing(NamedTuple):
+    """Medians in microseconds of one step: replayed from a CUDA graph (None without), and called eagerly."""
+
+    graph_us: float | None
+    wall_us: float
+    note: str = ""
+
+
+def copies_for(problem: Problem) -> int:
+    """How many sets of tensors rotate, so that together they are larger than twice the L2 cache; 2 on a CPU."""
+    if problem.device == "cpu":
+        return 2
+    cache = torch.cuda.get_device_properties(problem.device).L2_cache_size
+    m, n, k = problem.rows, problem.out_features, problem.in_features
+    size = problem.dtype.itemsize * (m * k + m * n) + (problem.weight_dtype or problem.dtype).itemsize * n * k
+    return max(1, min(MAX_COPIES, -(-2 * cache // size)))
+
+
+def capture(steps: list[Step], pool: object | None) -> torch.cuda.CUDAGraph:
+    """One graph of all steps, after warming the first up on a side stream, as capturing autograd requires."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps[:1] * 2:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for step in steps:
+            step()
+    return graph
+
+
+def interleave(
+    rivals: dict[str, list[Step]], device: str, seconds: float, graphs: bool
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times every rival: its steps (one per set of rotating tensors) once a round, rivals in turn.
+
+    Args:
+        rivals: name → steps.
+        device: ``cpu`` or ``cuda``.
+        seconds: for all rounds; at least 7 are made, at most 60.
+        graphs: whether steps are also replayed from a CUDA graph.
+
+    Returns:
+        Timings, and for every rival that raised its error. One that cannot be captured is timed eagerly, with a note.
+    """
+    failures: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    captured: dict[str, torch.cuda.CUDAGraph] = {}
+    pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no graph's results are read
+    for name, steps in rivals.items():
+        try:
+            for step in steps[:2] * 2:  # compilation and first-touch costs are no one's run time
+                step()
+            synchronize(device)
+        except Exception as error:
+            failures[name] = describe(error)
+            continue
+        if graphs:
+            try:
+                captured[name] = capture(steps, pool)
+            except Exception as error:
+                notes[name] = f"no CUDA graph: {describe(error)}"
+    running = {name: steps for name, steps in rivals.items() if name not in failures}
+    wall: dict[str, list[float]] = {name: [] for name in running}
+    replay: dict[str, list[float]] = {name: [] for name in captured}
+    for graph in captured.values():
+        graph.replay()
+    synchronize(device)
+    started, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - started < seconds):
+        rounds += 1
+        for name, steps in running.items():
+            before = time.perf_counter()
+            for step in steps[:MAX_WALL_COPIES]:
+                step()
+            synchronize(device)
+            wall[name].append((time.perf_counter() - before) / min(len(steps), MAX_WALL_COPIES))
+        events = {
+            name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in captured
+        }
+        for name, (start, end) in events.items():
+            start.record()
+            captured[name].replay()
+            end.record()
+        synchronize(device)
+        for name, (start, end) in events.items():
+            replay[name].append(start.elapsed_time(end) / len(running[name]))
+    timings = {
+        name: Timing(
+            1e3 * median(replay[name]) if name in replay else None, 1e6 * median(wall[name]), notes.get(name, "")
+        )
+        for name in running
+    }
+    return timings, failures
+
+
+def host_us(call: Callable[[], object], device: str, calls: int, rounds: int) -> float:
+    """Median microseconds the host takes to issue one call, without waiting for the device."""
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        before = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - before) / calls)
+    return 1e6 * median(times)
+
+
+def describe(error: BaseException) -> str:
+    """The error on one short line, for a row."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def release(device: str) -> None:
+    """Gives the memory of finished problems back, so that graph pools do not add up."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()

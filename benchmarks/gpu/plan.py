@@ -1,0 +1,146 @@
+"""What is measured: precisions, layer shapes, models, and their tiny stand-ins for the run on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+TOKENS = 197
+"""Of a 224 pixel image in 16 pixel patches, with the class token."""
+
+
+class Precision(NamedTuple):
+    """Dtypes of one case. With ``weight_dtype`` other than ``dtype`` every rival runs under autocast to ``dtype``."""
+
+    name: str
+    dtype: torch.dtype  # of x and the products
+    weight_dtype: torch.dtype
+    matmul: str = "highest"  # torch.set_float32_matmul_precision
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the weight is wider than the products."""
+        return self.dtype != self.weight_dtype
+
+    def autocast(self, device: str) -> AbstractContextManager:
+        """Autocast where the weight is wider; its cache is off, because a CUDA graph must hold the casts."""
+        if not self.mixed:
+            return nullcontext()
+        return torch.autocast(device, self.dtype, cache_enabled=False)
+
+    @contextmanager
+    def applied(self):
+        """Sets the float32 matmul precision for a block."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.matmul)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+PRECISIONS = {
+    "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
+    "bf16/fp32": Precision("bf16/fp32", torch.bfloat16, torch.float32),
+    "fp16/fp32": Precision("fp16/fp32", torch.float16, torch.float32),
+    "fp16": Precision("fp16", torch.float16, torch.float16),
+    "fp32": Precision("fp32", torch.float32, torch.float32),
+    "tf32": Precision("tf32", torch.float32, torch.float32, "high"),
+}
+"""The name is the dtype of x and, behind a slash, that of W: fp32 weights under bf16 autocast. tf32 is fp32 in TF32."""
+
+
+class Shape(NamedTuple):
+    """A linear layer of a model: K to N."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+def vit_layers(model: str, width: int) -> list[Shape]:
+    """The four linear layers of a ViT block of this width."""
+    sizes = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
+    return [Shape(f"{model} {name}", k * width, n * width) for name, (k, n) in sizes.items()]
+
+
+class Plan(NamedTuple):
+    """Everything the sections iterate over; ``tiny`` marks the CPU's run, whose timings mean nothing."""
+
+    device: str
+    tiny: bool
+    main: str  # the precision of the targets
+    many_rows: int  # M from which the targets for many rows hold
+    layers: list[tuple[int, Shape, int, str]]  # tier, shape, M, precision
+    compiled: list[tuple[int, Shape, int, str, str]]  # and the mode of torch.compile
+    memory: list[tuple[int, Shape, int, str]]
+    tuned: list[tuple[int, Shape, int, str]]  # tiles of the three kernels at this M
+    gate: list[tuple[int, int, int, int]]  # M, N, K, G
+    host: Shape
+    models: list[tuple[int, str, int, str, str]]  # tier, model, batch, precision, mode
+    build: Callable[[str], Any]  # a timm model by name
+    compile_options: dict[str, Any]
+    seconds: float  # for the rounds of one group of rivals
+    graphs: bool
+
+
+def gpu_plan() -> Plan:
+    """The plan for a CUDA GPU. A lower tier is measured earlier."""
+    base, large, huge = vit_layers("ViT-B", 768), vit_layers("ViT-L", 1024), vit_layers("ViT-H", 1280)
+    batches = [TOKENS * batch for batch in (1, 8, 64, 256)]
+    wide = Shape("wide", 8192, 8192)  # 128 MiB of bf16: more than any L2 holds
+    layers = [(1, shape, rows, "bf16") for rows in (batches[2], batches[1], 16, 64, 1) for shape in base]
+    layers += [(1, wide, rows, "bf16") for rows in (1, 16, 64)]
+    layers += [(3, shape, rows, "bf16/fp32") for rows in (batches[2], batches[1], 16) for shape in base]
+    layers += [(4, shape, rows, "bf16") for rows in (batches[2], batches[1], 16) for shape in large + huge]
+    layers += [(5, shape, rows, "bf16") for rows in (batches[3], batches[0], 4) for shape in base]
+    layers += [(5, shape, rows, "fp16") for rows in (batches[2], 16) for shape in base]
+    layers += [(6, shape, rows, name) for name in ("tf32", "fp32") for rows in (batches[2], 16) for shape in base]
+    done = {entry[1:] for entry in layers}
+    rest = [(shape, rows, "bf16") for rows in (*batches, 1, 4, 16, 64) for shape in base + large + huge]
+    layers += [(8, *entry) for entry in rest if entry not in done]
+    fc1 = base[2]
+    compiled = [(3, shape, batches[2], "bf16", "default") for shape in base]
+    compiled += [(5, fc1, rows, "bf16", "default") for rows in (batches[1], 16)]
+    compiled += [(7, shape, batches[2], "bf16", "max-autotune") for shape in base]
+    memory = [(2, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
+    tuned = [(4, fc1, rows, "bf16") for rows in (batches[2], batches[1], 64, 16)] + [(6, fc1, batches[2], "tf32")]
+    models = [(2, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
+    models += [(3, "vit_base_patch16_224", 8, "bf16", mode) for mode in ("eager", "graph")]
+    models += [(5, "vit_base_patch16_224", batch, "bf16/fp32", "compile") for batch in (64, 8)]
+    for name in ("vit_large_patch16_224", "vit_huge_patch14_224"):
+        models += [(6, name, batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
+        models.append((8, name, 8, "bf16/fp32", "compile"))
+
+    def build(name: str) -> Any:
+        import timm
+
+        return timm.create_model(name, num_classes=100)
+
+    # Tiles differ at M = 16, 64 and above, and for strides that are no multiple of 16: the gate meets each kind.
+    gate = [(256, 768, 768, 3), (48, 768, 768, 1), (8, 768, 768, 1), (197, 387, 201, 3)]
+    return Plan(
+        "cuda", False, "bf16", 4096, layers, compiled, memory, tuned, gate, base[1], models, build, {}, 0.15, True
+    )  # fmt: skip
+
+
+def cpu_plan() -> Plan:
+    """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
+    shape, wide = Shape("ViT-B fc1", 16, 32), Shape("wide", 32, 32)
+    layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape, 3, "fp16/fp32")]
+    models = [(2, "vit_base_patch16_224", 8, "fp32", "eager"), (3, "vit_base_patch16_224", 8, "fp32", "compile")]
+
+    def build(name: str) -> Any:
+        import timm
+
+        return timm.create_model(
+            name, num_classes=3, depth=1, embed_dim=16, num_heads=1, img_size=16, patch_size=8, mlp_ratio=1
+        )
+
+    return Plan(
+        "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(2, shape, 8, "fp32")],
+        [(4, shape, 8, "fp32")], [(60, 33, 40, 3)], shape, models, build, {"backend": "eager"}, 0.0, False,
+    )  # fmt: skip

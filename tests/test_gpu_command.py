@@ -1,0 +1,397 @@
+"""``python -m benchmarks.gpu``, run on a CPU as the test of itself that it is; what it does on a GPU with stand-ins."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import gate as gate_module
+from benchmarks.gpu import measure, model, report, steps, targets, tune
+from benchmarks.gpu.layers import layer_rows, problem_of
+from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
+from benchmarks.gpu.work import Unit
+from rlrr_kernels import backends, rlrr_linear
+from rlrr_kernels.ops import linear_configs
+
+ROOT = Path(__file__).parent.parent
+CEILINGS = model.Ceilings(4e12, {"bf16": 8e14, "fp16": 8e14, "fp32": 5e13, "tf32": 4e14})
+PLAN = cpu_plan()
+SHAPE = PLAN.layers[0][1]
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and output of one run through Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs Triton")
+    pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    folder = tmp_path_factory.mktemp("gpu")
+    result = run(folder, "--minutes", "10", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_every_section_has_rows_that_say_where_they_were_measured(interpreted):
+    rows = report.read_rows(interpreted[0] / report.JSON)
+    assert {row["section"] for row in rows} == {"ceilings", "gate", "layers", "host", "memory", "steps", "tune"}
+    for row in rows:
+        assert row["meaningless"] is True
+        assert row["gpu"] == "none"
+        assert row["torch"] == torch.__version__
+        assert {"driver", "triton", "commit", "python"} <= set(row)
+    assert not [row for row in rows if "error" in row]
+
+
+def test_every_rival_is_timed_where_it_is_installed(interpreted):
+    rows = report.read_rows(interpreted[0] / report.JSON)
+    layers = [row for row in rows if row["section"] == "layers"]
+    peft = {"hira", "dora", "lora"}
+    expected = {
+        "forward": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "merged", "floor"}
+        | peft,
+        "step": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "floor"} | peft,
+        "scales": {"triton", "torch", "floor"},
+    }
+    for work, names in expected.items():
+        here = [row for row in layers if row["work"] == work]
+        assert {row["rival"] for row in here if not row["compile_mode"]} == names
+        for row in here:
+            if "skipped" in row:
+                assert row["rival"] in peft
+                assert "peft" in row["skipped"]
+            else:
+                assert row["wall_us"] > 0
+                assert row["graph_us"] is None
+    assert {row["rival"] for row in layers if row["compile_mode"]} >= {"auto", "compiled (default)"}
+    assert {row["rival"] for row in rows if row["section"] == "steps" and "ms" in row} >= {"auto", "reference"}
+
+
+def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
+    rows = report.read_rows(interpreted[0] / report.JSON)
+    gates = [row for row in rows if row["section"] == "gate"]
+    assert {row["backend"] for row in gates} == {"triton.one_pass", "triton.merge", "torch"}
+    assert all(row["passed"] for row in gates)
+    kept = {row["rival"]: row["kept_bytes"] for row in rows if row["section"] == "memory" and "kept_bytes" in row}
+    assert kept["auto"] == kept["triton.one_pass"] == kept["torch"] == 0
+    assert kept["reference"] > 0
+
+
+def test_the_tuner_names_one_winner_for_each_kernel(interpreted):
+    rows = report.read_rows(interpreted[0] / report.JSON)
+    tuned = [row for row in rows if row["section"] == "tune"]
+    for kernel in linear_configs.KERNELS:
+        here = [row for row in tuned if row["kernel"] == kernel]
+        winners = [row for row in here if row.get("winner")]
+        assert len(here) == 2
+        assert len(winners) == 1
+        assert winners[0]["us"] == min(row["us"] for row in here)
+        assert winners[0]["table_row"].startswith(f"({kernel!r}, 4): (0, Tiles(")
+        assert winners[0]["table_row"] in interpreted[1]
+
+
+def test_files_and_verdicts(interpreted):
+    folder, output = interpreted
+    names = {path.name for path in folder.iterdir()}
+    assert {report.JSON, report.MARKDOWN} <= names <= {report.JSON, report.MARKDOWN, *report.PICTURES}
+    assert len(names) <= 6
+    text = (folder / report.MARKDOWN).read_text(encoding="utf-8")
+    assert "Timings mean nothing" in text
+    for verdict in targets.verdicts(report.read_rows(folder / report.JSON), PLAN):
+        assert verdict.target in text
+        assert verdict.target in output
+    assert "kept beyond x and parameters: 0 bytes a layer | meaningless (reached)" in text
+
+
+def test_without_time_nothing_is_started_and_bad_arguments_are_named(tmp_path: Path):
+    result = run(tmp_path / "none", "--report-only")
+    assert result.returncode == 2
+    assert "gpu.json" in result.stderr
+    result = run(tmp_path / "none", "--minutes", "0")
+    assert result.returncode == 2
+    assert "--minutes" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path):
+    from benchmarks.gpu import __main__ as command
+
+    session = command.Session(PLAN, tmp_path, command.environment("cpu", "abc"), 0.0, list(command.SECTIONS))
+    session.run()
+    session.finish()
+    rows = report.read_rows(tmp_path / report.JSON)
+    skipped = [row for row in rows if row.get("skipped") == report.NO_TIME]
+    assert {row["section"] for row in skipped} == set(command.SECTIONS)
+    assert {row["section"] for row in rows} - set(command.SECTIONS) == {"ceilings"}
+    assert all(row["commit"] == "abc" for row in rows)
+    text = (tmp_path / report.MARKDOWN).read_text(encoding="utf-8")
+    for section in command.SECTIONS:
+        count = sum(row["section"] == section for row in skipped)
+        assert f"| {section} |  | no time left | {count} |" in text
+
+
+def test_a_failing_unit_leaves_a_row_and_the_report_takes_it(tmp_path: Path):
+    from benchmarks.gpu import __main__ as command
+
+    def fail() -> list[dict]:
+        raise ValueError("no such thing")
+
+    session = command.Session(PLAN, tmp_path, command.environment("cpu", None), 1.0, list(command.SECTIONS))
+    gate = gate_module.Gate(PLAN)
+    for section in command.SECTIONS:
+        session._run_unit(Unit(1, section, "it", 0.0, fail), gate)
+    session.finish()
+    assert {row["section"] for row in report.read_rows(tmp_path / report.JSON)} == set(command.SECTIONS)
+    assert (tmp_path / report.MARKDOWN).read_text(encoding="utf-8").count("ValueError: no such thing") == 5
+
+
+def test_the_file_of_rows_is_whole_after_every_write(tmp_path: Path):
+    file = report.RowFile(tmp_path / "rows.json", {"gpu": "none"})
+    assert report.read_rows(tmp_path / "rows.json") == []
+    for count in range(1, 4):
+        file.write([{"section": "layers", "what": f"{count} ³"}])
+        rows = report.read_rows(tmp_path / "rows.json")
+        assert [row["what"] for row in rows] == [f"{n} ³" for n in range(1, count + 1)]
+        assert rows[-1]["gpu"] == "none"
+    file.close()
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
+    gate = gate_module.Gate(PLAN)
+    rows = layer_rows(PLAN, gate, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward")
+    wrong = next(row for row in rows if row["rival"] == "torch")
+    assert "error rule" in wrong["skipped"]
+    assert "wall_us" not in wrong
+    assert next(row for row in rows if row["rival"] == "floor")["wall_us"] > 0
+    assert not next(row for row in gate.rows if row["backend"] == "torch")["passed"]
+
+
+def test_an_error_on_the_timed_problem_alone_is_found(monkeypatch: pytest.MonkeyPatch):
+    def wrong_for_five_rows(x, *args, **options):
+        return rlrr_linear(x, *args, **options) * (1.01 if x.shape[0] == 5 else 1.0)
+
+    monkeypatch.setattr(gate_module, "rlrr_linear", wrong_for_five_rows)
+    gate = gate_module.Gate(PLAN)
+    for count, wrong in ((5, True), (6, False)):
+        rows = layer_rows(PLAN, gate, CEILINGS, SHAPE, count, PRECISIONS["fp32"], "forward")
+        assert ("skipped" in next(row for row in rows if row["rival"] == "torch")) == wrong
+
+
+class Graph:
+    """Stands for a CUDA graph: replays the steps that ran while it was captured."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class Event:
+    """Stands for a CUDA event: one millisecond passes between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
+class Within:
+    """Stands for ``torch.cuda.stream``."""
+
+    def __init__(self, stream: Stream) -> None:
+        pass
+
+    __enter__ = __exit__ = lambda self, *error: None
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Stand-ins for CUDA's graphs, streams and events; not empty while a graph is being captured."""
+    active: list[bool] = []
+
+    class Capture:
+        def __init__(self, graph: Graph, pool: object) -> None:
+            assert pool == "pool"
+
+        def __enter__(self) -> None:
+            active.append(True)
+
+        def __exit__(self, *error: object) -> None:
+            active.pop()
+
+    for name, value in {
+        "Stream": Stream, "current_stream": Stream, "stream": Within, "CUDAGraph": Graph, "graph": Capture,
+        "Event": Event, "graph_pool_handle": lambda: "pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return active
+
+
+def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(capturing: list[bool]):
+    def uncapturable() -> None:
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def broken() -> None:
+        raise ValueError("no such layer\nand more")
+
+    rivals = {"good": [lambda: None] * 4, "uncapturable": [uncapturable], "broken": [broken]}
+    timings, failures = measure.interleave(rivals, "cpu", 0.0, graphs=True)
+    assert timings["good"].graph_us == 250.0  # a millisecond for four calls
+    assert timings["uncapturable"].graph_us is None
+    assert timings["uncapturable"].wall_us > 0
+    assert "stream is capturing" in timings["uncapturable"].note
+    assert failures == {"broken": "ValueError: no such layer"}
+
+
+def test_every_set_of_tensors_is_captured(capturing: list[bool]):
+    seen = []
+    calls = [lambda i=i: seen.append(i) if capturing else None for i in range(100)]
+    measure.interleave({"it": calls}, "cpu", 0.0, graphs=True)
+    assert seen == list(range(100))
+
+
+def test_a_training_step_is_captured_whole(capturing: list[bool]):
+    pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    gate = gate_module.Gate(PLAN)
+    rows = steps.step_rows(PLAN, gate, "vit_base_patch16_224", 2, PRECISIONS["fp32"], "graph")
+    assert {row["rival"] for row in rows if row.get("ms", 0) > 0} >= {"auto", "reference"}
+    assert all("peft" in row["skipped"] for row in rows if "skipped" in row)
+
+
+def test_the_reference_model_computes_what_ours_computes():
+    pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    ours, reference = (
+        steps.build_model(PLAN, rival, "vit_base_patch16_224", PRECISIONS["fp32"])[0] for rival in ("auto", "reference")
+    )
+    reference.load_state_dict(ours.state_dict())
+    assert {type(module).__name__ for module in reference.modules()} >= {"ReferenceLinear", "ReferenceNorm"}
+    images = torch.randn(2, 3, 16, 16)
+    for network in (ours, reference):  # the recipe zeroes the head, which would make all logits equal
+        torch.nn.init.normal_(network.head.weight, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reference(images), ours(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
+    plan = gpu_plan()
+    widths = {"ViT-B": 768, "ViT-L": 1024, "ViT-H": 1280}
+    measured = {(shape, rows) for _, shape, rows, precision in plan.layers if precision == "bf16"}
+    for name, width in widths.items():
+        for part, k, n in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
+            shape = Shape(f"{name} {part}", k * width, n * width)
+            assert {rows for s, rows in measured if s == shape} == {1, 4, 16, 64, 197, 1576, 12608, 50432}
+    assert {entry[3] for entry in plan.layers} == {"bf16", "bf16/fp32", "fp16", "tf32", "fp32"}
+    first = [entry for entry in plan.layers if entry[0] == 1]
+    assert {entry[3] for entry in first} == {"bf16"}
+    assert {(entry[1], entry[2]) for entry in plan.models} == {
+        (model, batch)
+        for model in ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
+        for batch in (8, 64)
+    }
+    assert {entry[4] for entry in plan.compiled} == {"default", "max-autotune"}
+    for _, shape, rows, name in plan.tuned:
+        for kernel in linear_configs.KERNELS:
+            precision = PRECISIONS[name]
+            limit = tune.shape_class("sm_90", kernel, precision.dtype.itemsize, rows)
+            assert (kernel, precision.dtype.itemsize, limit) in tune.CANDIDATES, (shape, rows, name)
+
+
+def row(rival: str, graph_us: float, work: str = "step", rows: int = 4096) -> dict:
+    head = {"section": "layers", "shape": "fc1", "M": rows, "N": 8, "K": 8, "precision": "bf16", "work": work}
+    return head | {"compile_mode": None, "rival": rival, "graph_us": graph_us, "wall_us": 99.0}
+
+
+def verdict(rows: list[dict], start: str) -> targets.Verdict:
+    return next(v for v in targets.verdicts(rows, gpu_plan()) if v.target.startswith(start))
+
+
+def test_verdicts_take_the_worst_case_and_its_bound():
+    rows = [row("auto", 1.0, "forward"), row("merged", 1.0, "forward")]
+    assert verdict(rows, "forward, M ≥ 4096").text == "reached"
+    rows += [row("auto", 1.2, "forward", 12608), row("merged", 1.0, "forward", 12608)]
+    worst = verdict(rows, "forward, M ≥ 4096")
+    assert (worst.text, worst.value, worst.count) == ("not reached", 1.2, 2)
+    assert "12608" in worst.where
+    assert verdict(rows, "forward, M ≤ 64: time").text == "not measured"
+    # Eager takes 1.2 times the floor: 0.95 * 1.2 = 1.14 times its speed is asked for, not 1.5 times.
+    rows = [row("floor", 1.0), row("reference", 1.2), row("auto", 1.0)]
+    speed = verdict(rows, "forward + backward, M ≥ 4096: speed")
+    assert speed.reached
+    assert math.isclose(speed.bound, 1.14)
+    kept = {"section": "memory", "shape": "fc1", "M": 8, "precision": "bf16", "rival": "auto", "kept_bytes": 0}
+    assert verdict([kept | {"alive_bytes": 512}], "kept").text == "not reached"
+    assert verdict([kept | {"alive_bytes": 0}], "kept").text == "reached"
+
+
+def test_the_model_charges_what_each_path_moves():
+    problem = problem_of(PLAN, Shape("fc1", 768, 3072), 12608, PRECISIONS["bf16"])
+    m, n, k = 12608, 3072, 768
+    floor = model.model_us("floor", "step", problem, "bf16", CEILINGS)
+    assert math.isclose(floor, 1e6 * 3 * 2 * m * n * k / 8e14)  # the matrix rate rules at this size
+    merge = model.model_us("triton.merge", "step", problem, "bf16", CEILINGS)
+    assert math.isclose(merge - floor, 1e6 * 2 * 2 * 2 * n * k / 4e12)  # W' is written twice, W read twice
+    assert model.model_us("auto", "step", problem, "bf16", CEILINGS) == floor
+    eager = model.model_us("reference", "step", problem, "bf16", CEILINGS)
+    assert math.isclose(eager - floor, 1e6 * 34 * n * k / 4e12)  # the elementwise passes
+    assert model.model_us("dora", "step", problem, "bf16", CEILINGS) is None
+    one = problem_of(PLAN, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
+    assert math.isclose(model.model_us("floor", "forward", one, "bf16", CEILINGS), 1e6 * 2 * (n * k + n + k) / 4e12)
+
+
+@pytest.mark.slow
+def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90():
+    if backends.INTERPRETING:
+        pytest.skip("with Triton's interpreter on, nothing compiles")
+    compile_report = pytest.importorskip("benchmarks.compile_report", reason="needs Triton")
+    for (kernel, size, limit), candidates in tune.CANDIDATES.items():
+        for values in candidates:
+            dtype = torch.bfloat16 if size == 2 else torch.float32
+            tiles = linear_configs.Tiles(*values)
+            name = "bf16" if size == 2 else "fp32"
+            case = compile_report._case(kernel, "sm_90", name, tiles, (dtype, dtype), limit or 4096)
+            row = compile_report.report_row(case, "sm_90")
+            # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
+            problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
+            assert not problems, (kernel, values, problems)
+
+
+def test_tiles_are_put_back_after_a_trial():
+    before = {key: list(value) for key, value in linear_configs.TABLE["sm_90"].items()}
+    tiles = linear_configs.Tiles(16, 32, 128, 4, 4)
+    with tune.only_tiles("sm_90", "forward", 2, tiles):
+        assert linear_configs.tiles_for("forward", "sm_90", torch.bfloat16, 4096) == tiles
+    assert before == linear_configs.TABLE["sm_90"]
+    assert linear_configs.tiles_for("forward", "sm_90", torch.bfloat16, 4096) != tiles
+
+
+def test_report_only_writes_the_report_of_earlier_rows(interpreted, tmp_path: Path):
+    rows = json.loads((interpreted[0] / report.JSON).read_text(encoding="utf-8"))
+    (tmp_path / report.JSON).write_text(json.dumps(rows), encoding="utf-8")
+    assert run(tmp_path, "--report-only").returncode == 0
+    again = (tmp_path / report.MARKDOWN).read_text(encoding="utf-8")
+    assert sorted(again.splitlines()[4:]) == sorted(
+        (interpreted[0] / report.MARKDOWN).read_text(encoding="utf-8").splitlines()[4:]
+    )
