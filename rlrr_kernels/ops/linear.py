@@ -237,25 +237,32 @@ class _Linear(torch.autograd.Function):
         return _forward(x, weight, scale_row, scale_col, bias, residual, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        residual, backend, through_op, needs, bias_dtype = ctx.options
-        x, weight, scale_row, scale_col = ctx.saved_tensors or (None, None, None, None)
-        if weight is None:
-            grad_x = grad_row = grad_col = None
-            grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
-        elif through_op:
-            grads = torch.ops.rlrr_kernels.linear_backward(
-                grad_y, x, weight, scale_row, scale_col, residual, backend, needs
-            )
-            grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        else:
-            grad_x, grad_row, grad_col, grad_bias = _backward(
-                grad_y, x, weight, scale_row, scale_col, residual, backend, needs
-            )
-        if grad_bias is not None and grad_bias.dtype != bias_dtype:
-            grad_bias = grad_bias.to(bias_dtype)
-        return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
+        # Gradients are on under create_graph=True alone: only then the guard, which costs a microsecond, has a task.
+        return _gradients_once(ctx, grad_y) if torch.is_grad_enabled() else _gradients(ctx, grad_y)
+
+
+def _gradients(ctx, grad_y):
+    residual, backend, through_op, needs, bias_dtype = ctx.options
+    x, weight, scale_row, scale_col = ctx.saved_tensors or (None, None, None, None)
+    if weight is None:
+        grad_x = grad_row = grad_col = None
+        grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
+    elif through_op:
+        grads = torch.ops.rlrr_kernels.linear_backward(
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs
+        )
+        grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    else:
+        grad_x, grad_row, grad_col, grad_bias = _backward(
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs
+        )
+    if grad_bias is not None and grad_bias.dtype != bias_dtype:
+        grad_bias = grad_bias.to(bias_dtype)
+    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 # ---------------------------------------------------------------- torch.func
