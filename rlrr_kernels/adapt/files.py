@@ -140,7 +140,11 @@ def save_adapter(
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes all files beside their targets first, then replaces these in order; on an error all targets are kept."""
+    """Writes all files beside their targets first, then replaces these in order.
+
+    An error while writing, such as a full disk, leaves all targets as they were. A process that dies between two
+    replacements leaves the earlier targets new and the later ones old.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f".{uuid.uuid4().hex[:8]}.tmp"
