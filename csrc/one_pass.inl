@@ -1,5 +1,7 @@
 // Few rows of x: W is read once and rescaled in registers, nothing W-sized is written.
 
+constexpr int64_t kChain = 128;  // vectors of W summed in one go: narrow vectors would make long chains, inexact in fp32
+
 // y tile [MR, NR] of rows n.. of W; every row of the tile lies in one group.
 template <int MR, int NR, class W, bool kRankOne>
 INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride, int64_t n, const float* bias, float* y,
@@ -9,10 +11,10 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
   const float* row = static_cast<const float*>(weight.row) + n * rank;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
   const Vec base = splat(static_cast<float>(weight.base));
-  Vec scale[NR], total[MR][NR];
+  Vec scale[NR], total[MR][NR], earlier[MR][NR];
   UNROLL for (int i = 0; i < NR; ++i) {
     scale[i] = splat(row[i * rank]);
-    UNROLL for (int m = 0; m < MR; ++m) total[m][i] = zero();
+    UNROLL for (int m = 0; m < MR; ++m) total[m][i] = earlier[m][i] = zero();
   }
   auto step = [&](int64_t k, auto load_some, int64_t lanes) __attribute__((always_inline)) {
     Vec x_k[MR];
@@ -26,13 +28,20 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
     }
   };
   int64_t k = 0;
-  for (; k + kWidth <= cols; k += kWidth) {
-    step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
+  while (k + kWidth <= cols) {
+    UNROLL for (int m = 0; m < MR; ++m) {
+      UNROLL for (int i = 0; i < NR; ++i) earlier[m][i] = add(earlier[m][i], total[m][i]), total[m][i] = zero();
+    }
+    const int64_t last = least(cols - kWidth, k + (kChain - 1) * kWidth);
+    for (; k <= last; k += kWidth) {
+      step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
+    }
   }
   if (const int64_t lanes = cols - k; lanes > 0) {
     step(k, [lanes](const auto* p) __attribute__((always_inline)) { return load_first(p, lanes); }, lanes);
   }
   UNROLL for (int m = 0; m < MR; ++m) {
+    UNROLL for (int i = 0; i < NR; ++i) total[m][i] = add(total[m][i], earlier[m][i]);
     if (NR % 4 == 0) {
       UNROLL for (int i = 0; i + 3 < NR; i += 4) {
         sum4(total[m][i], total[m][i + 1], total[m][i + 2], total[m][i + 3], y + m * y_stride + i);
