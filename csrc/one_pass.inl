@@ -1,6 +1,7 @@
 // Few rows of x: W is read once and rescaled in registers, nothing W-sized is written.
 
-constexpr int64_t kChain = 128;  // vectors of W summed in one go: narrow vectors would make long chains, inexact in fp32
+// Vectors of W summed in one go where they are narrow: longer chains lose to eager's fp32. Sixteen lanes need no break.
+constexpr int64_t kChain = 128;
 
 // y tile [MR, NR] of rows n.. of W; every row of the tile lies in one group.
 template <int MR, int NR, class W, bool kRankOne>
@@ -28,13 +29,12 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
     }
   };
   int64_t k = 0;
-  while (k + kWidth <= cols) {
-    UNROLL for (int m = 0; m < MR; ++m) {
-      UNROLL for (int i = 0; i < NR; ++i) earlier[m][i] = add(earlier[m][i], total[m][i]), total[m][i] = zero();
-    }
-    const int64_t last = least(cols - kWidth, k + (kChain - 1) * kWidth);
-    for (; k <= last; k += kWidth) {
-      step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
+  for (int64_t vectors = 1; k + kWidth <= cols; k += kWidth, ++vectors) {
+    step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
+    if (kWidth < 16 && vectors % kChain == 0) {
+      UNROLL for (int m = 0; m < MR; ++m) {
+        UNROLL for (int i = 0; i < NR; ++i) earlier[m][i] = add(earlier[m][i], total[m][i]), total[m][i] = zero();
+      }
     }
   }
   if (const int64_t lanes = cols - k; lanes > 0) {
