@@ -76,6 +76,7 @@ def test_compile_without_a_graph_break(backend: str, compiler: str, dynamic: boo
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.skipif(backends.INTERPRETING, reason="seen by an error that the interpreter's presence removes")
 def test_compiled_code_follows_use_backend():
     tensors = problem()
     function = torch.compile(
@@ -84,12 +85,7 @@ def test_compiled_code_follows_use_backend():
         backend="aot_eager",
     )
     function(tensors["x"])
-    with (
-        use_backend("triton"),
-        pytest.raises(Exception, match="TRITON_INTERPRET")
-        if not backends.INTERPRETING
-        else (pytest.MonkeyPatch.context()),
-    ):
+    with use_backend("triton"), pytest.raises(Exception, match="TRITON_INTERPRET"):
         function(tensors["x"])
 
 
@@ -180,7 +176,7 @@ def test_second_derivatives_and_forward_mode_say_that_they_are_missing(backend: 
         (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward()
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"forward|setup_context"):
+        with pytest.raises(NotImplementedError, match="forward"):
             torch.func.jvp(function, (x.detach(),), (x.detach(),))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())

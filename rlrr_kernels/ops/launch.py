@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels import backends
+
+TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+"""Triton's name of a dtype of sums."""
 
 
 def cdiv(a: int, b: int) -> int:

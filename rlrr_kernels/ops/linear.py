@@ -381,6 +381,11 @@ def _linear_fake(x, weight, scale_row, scale_col, bias=None, residual=True, back
 def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto"):
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen: rlrr_kernels::linear computes no gradient for it")
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
+            "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
+        )
     return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, True)
 
 

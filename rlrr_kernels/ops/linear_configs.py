@@ -95,7 +95,7 @@ def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def regular(rank: int, *strides: int) -> bool:
-    """Whether the measured tiles apply: rows 16 elements apart (or contiguous) and a factor loop that is unrolled."""
+    """Whether the tiles of :data:`TABLE` apply: rows 16 elements apart or contiguous, and no loop over the rank."""
     return rank <= UNROLLED_RANK and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 

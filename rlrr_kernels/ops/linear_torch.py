@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
-"""Weight elements handled at once: 4 MiB of fp32. On two cores blocks of a quarter of it cost up to a third more (more
-operations of fewer elements), blocks of four times as much fall out of the cache at the larger layers."""
+"""Weight elements handled at once, 4 MiB of fp32: small ones mean more operations, large ones fall out of the cache."""
 
 _DEFAULT_BLOCK_ELEMENTS = 1 << 24  # elsewhere a launch costs more than a cache miss
 

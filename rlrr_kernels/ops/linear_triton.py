@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.ops import linear_configs
-from rlrr_kernels.ops.launch import Launch, cdiv, check_interpreter
+from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, cdiv, check_interpreter
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 
 UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
@@ -301,7 +301,6 @@ def _merge_kernel(
 # ---------------------------------------------------------------- launches: pure functions of their arguments
 
 
-_TL_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
@@ -312,7 +311,7 @@ def _meta(dtype: torch.dtype, tiles: linear_configs.Tiles) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1024)
 def _tile_meta(dtype: torch.dtype, tiles: linear_configs.Tiles, precision: str) -> dict[str, Any]:
     return {
-        "ACC": _TL_ACC[accumulate_dtype(dtype)],
+        "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
         "PRECISION": _PRECISION[precision],
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -472,7 +471,7 @@ def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual:
     meta = {
         "RANK": rank,
         "RESIDUAL": residual,
-        "ACC": _TL_ACC[accumulate_dtype(weight.dtype)],
+        "ACC": TL_ACCUMULATE[accumulate_dtype(weight.dtype)],
         "BLOCK_N": 16,
         "BLOCK_K": 128,
         "num_warps": 4,

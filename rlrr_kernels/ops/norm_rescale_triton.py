@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.launch import Launch, cdiv, check_interpreter
+from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, cdiv, check_interpreter
 
 MAX_SIZE = 8192
 """Largest D: a row lives in the registers of one program."""
@@ -135,12 +135,10 @@ def _norm_rescale_bwd_reduce_kernel(
 
 # ---------------------------------------------------------------- launches
 
-_TL_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-
 
 def _row_meta(size: int, wide: torch.dtype) -> dict:
     block = 1 << max(0, size - 1).bit_length()
-    return {"ACC": _TL_ACC[wide], "BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
+    return {"ACC": TL_ACCUMULATE[wide], "BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
 
 
 def forward_launch(
