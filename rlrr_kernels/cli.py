@@ -68,7 +68,7 @@ def finetune(
     weight_decay: Annotated[float, typer.Option(help="Of s_r, s_c and the head's weight")] = 5e-5,
     warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up; may be a fraction")] = 1,
     label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy")] = 0.0,
-    augment: Annotated[str, typer.Option(help="none, flip, or timm (random crops, flips, colours)")] = "flip",
+    augment: Annotated[str, typer.Option(help="none, flip, crop (and flip), or timm (crops, flips, colours)")] = "flip",
     recipe: Annotated[
         str, typer.Option(help="paper, layers (RLRR alone), or auto: paper where it is defined")
     ] = "auto",

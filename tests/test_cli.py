@@ -144,7 +144,7 @@ def test_bad_input_is_told_in_a_line_before_any_work(rlrr, images, tmp_path):
     fails("--data", tmp_path / "nowhere", text="nowhere does not exist")
     fails("--weights", tmp_path / "absent.pth", text="absent.pth does not exist")
     fails("--lr", "-1", text="lr must be a finite number of at least 0; got -1.0")
-    fails("--augment", "mirror", text="augment must be one of none, flip, timm; got 'mirror'")
+    fails("--augment", "mirror", text="augment must be one of none, flip, crop, timm; got 'mirror'")
     fails("--recipe", "book", text="recipe must be one of auto, paper, layers; got 'book'")
     fails("--epochs", "0", text="epochs must be at least 1; got 0")
     fails("--data", make_images(tmp_path / "one", {"only": 3}), text="one class folder only, 'only'")

@@ -231,12 +231,20 @@ class EpochShuffle(Sampler[int]):
         return iter(order[self.skip :])
 
 
-def make_loader(dataset: Dataset, batch_size: int, *, sampler: Sampler | None = None, workers: int = 0) -> DataLoader:
-    """A loader over ``dataset``, in order unless a ``sampler`` is given; the last batch may be short."""
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    sampler: Sampler | None = None,
+    workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader:
+    """A loader over ``dataset``, in order unless a ``sampler`` is given; the last batch may be short or dropped."""
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
+        drop_last=drop_last,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every pass draws from the global one, which a resumed run has restored

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop import FitResult, TrainConfig, fit, make_accelerator
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
 from rlrr_kernels.train.plot import learning_curve
-from rlrr_kernels.train.preprocessing import AUGMENTATIONS
+from rlrr_kernels.train.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.progress import console, track
 from rlrr_kernels.train.task import Task
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RECIPES = ("auto", "paper", "layers")
+CHOSEN_ON = ("validation", "test")
 
 ADAPTER, RESULT, CURVE = "adapter", "result.json", "learning_curve.png"
 
@@ -39,26 +41,30 @@ class FinetuneConfig:
 
     Args:
         model: timm's name of the backbone.
-        data: image folder, see :func:`rlrr_kernels.train.data.find_splits`.
+        data: image folder, see :func:`rlrr_kernels.train.data.find_splits`; None: the splits are passed.
         out: run folder: gets ``adapter/``, ``checkpoint.pt``, ``result.json`` and ``learning_curve.png``.
         weights: of the backbone: ``hub``, ``none`` or a file.
         image_size: pixels; None: what the weights were made for.
+        preprocessing: of the images, in place of what the weights were made for.
         recipe: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first where it
             is defined for the model.
         rank, init: as in :class:`rlrr_kernels.RLRRConfig`.
         lr, weight_decay: of AdamW.
-        augment: of the training images: ``none``, ``flip`` or ``timm``.
+        augment: of the training images, see :meth:`rlrr_kernels.train.preprocessing.Preprocessing.transform`.
         val_fraction: share of the training images to choose the epoch by, where the folder has no ``val``.
+        epoch_chosen_on: images the epoch is chosen by, ``validation`` or ``test``. The second makes the test score an
+            optimistic one; the history's ``val_`` entries are then of the test images, and the result says so.
         check: whether every image is decoded once before the training.
         cpu: leave a GPU alone.
         train: the rest.
     """
 
     model: str
-    data: Path
+    data: Path | None = None
     out: Path
     weights: str | Path = HUB
     image_size: int | None = None
+    preprocessing: Preprocessing | None = None
     recipe: str = "auto"
     rank: int = 1
     init: str = "paper"
@@ -66,18 +72,23 @@ class FinetuneConfig:
     weight_decay: float = 5e-5
     augment: str = "flip"
     val_fraction: float = 0.2
+    epoch_chosen_on: str = "validation"
     check: bool = True
     cpu: bool = False
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("recipe", RECIPES), ("augment", AUGMENTATIONS)):
+        for name, choices in (("recipe", RECIPES), ("augment", AUGMENTATIONS), ("epoch_chosen_on", CHOSEN_ON)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+        if self.preprocessing is not None and self.image_size not in (None, self.preprocessing.image_size):
+            raise ValueError(
+                f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,8 @@ class FinetuneResult:
 
     Attributes:
         model: adapted, with the best epoch's tensors. adapter: the folder it is saved in. task: what it classifies.
-        report: of the adaptation. fit: of the training. test: scores on the test images; None without any.
+        report: of the adaptation. fit: of the training. test: scores on the test images; None without any; equal to
+            ``fit.best`` where the epoch was chosen on them.
     """
 
     model: nn.Module
@@ -97,11 +109,18 @@ class FinetuneResult:
     test: Scores | None
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = False) -> FinetuneResult:
-    """Fine-tunes ``config.model`` on ``config.data`` by RLRR and saves the adapter of the best validation epoch.
+def finetune(
+    config: FinetuneConfig,
+    *,
+    splits: Mapping[str, Samples] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> FinetuneResult:
+    """Fine-tunes ``config.model`` by RLRR and saves the adapter of the best epoch.
 
     Args:
         config: the run.
+        splits: the images in place of a folder: ``train``, and ``val`` or ``test`` as ``config.epoch_chosen_on`` needs.
         resume: go on from the checkpoint in ``config.out`` where there is one.
         quiet: print nothing.
 
@@ -115,14 +134,18 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = Fals
     resume = _look_for_run(out, resume)
     accelerator = make_accelerator(config.train, cpu=config.cpu)
     talk = accelerator.is_main_process and not quiet
-    splits = find_splits(config.data, val_fraction=config.val_fraction, seed=config.train.seed)
+    splits = _splits(config, splits)
     if config.check and accelerator.is_main_process:
-        paths = [path for samples in splits.values() for path in samples.paths]
+        paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
         check_images(paths, lambda items, total: track(items, total, "checking images", enabled=talk))
     torch.manual_seed(config.train.seed)
     model, preprocessing = create_model(
-        config.model, len(splits["train"].classes), image_size=config.image_size, weights=config.weights
+        config.model,
+        len(splits["train"].classes),
+        image_size=config.preprocessing.image_size if config.preprocessing else config.image_size,
+        weights=config.weights,
     )
+    preprocessing = config.preprocessing or preprocessing
     weights = str(config.weights) if str(config.weights) in (HUB, NO_WEIGHTS) else Path(config.weights).name
     task = Task(config.model, weights, splits["train"].classes, preprocessing)
     adaptation = RLRRConfig(recipe=_recipe(config, model), rank=config.rank, init=config.init)
@@ -136,10 +159,15 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = Fals
         model,
         parameter_groups(model, config.lr, config.weight_decay),
         sets["train"],
-        sets["val"],
+        sets[_deciding(config)],
         config.train,
         out,
-        identity={"task": task.to_dict(), "adaptation": adaptation.to_dict(), "augment": config.augment},
+        identity={
+            "task": task.to_dict(),
+            "adaptation": adaptation.to_dict(),
+            "augment": config.augment,
+            "epoch_chosen_on": config.epoch_chosen_on,
+        },
         accelerator=accelerator,
         resume=resume,
         quiet=quiet,
@@ -147,12 +175,40 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = Fals
     adapter = out / ADAPTER
     if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
         _save(model, adapter, _metadata(config, task, accelerator, result, None), out)
-    test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
+    if config.epoch_chosen_on == "test":
+        test = result.best
+    else:
+        test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
     if accelerator.is_main_process:
         if test is not None:
             _save(model, adapter, _metadata(config, task, accelerator, result, test), out)
         _write_result(out, _metadata(config, task, accelerator, result, test), report, result, talk)
     return FinetuneResult(model, adapter, task, report, result, test)
+
+
+def _deciding(config: FinetuneConfig) -> str:
+    """The split that the epoch is chosen on."""
+    return "test" if config.epoch_chosen_on == "test" else "val"
+
+
+def _splits(config: FinetuneConfig, given: Mapping[str, Samples] | None) -> dict[str, Samples]:
+    if (given is None) == (config.data is None):
+        raise ValueError("give either config.data, an image folder, or splits=; got " + ("both", "none")[given is None])
+    splits = given
+    if given is None:
+        splits = find_splits(config.data, val_fraction=config.val_fraction, seed=config.train.seed)
+    missing = [name for name in ("train", _deciding(config)) if name not in splits]
+    if missing:
+        raise ValueError(
+            f"the epoch is chosen on {config.epoch_chosen_on} images, which needs the splits train and "
+            f"{_deciding(config)}; got {', '.join(splits) or 'none'}"
+        )
+    for name, samples in splits.items():
+        if samples.classes != splits["train"].classes:
+            raise ValueError(f"the split {name} has other classes than the split train")
+        if not samples.paths:
+            raise ValueError(f"the split {name} holds no image")
+    return dict(splits)
 
 
 def _look_for_run(out: Path, resume: bool) -> bool:
@@ -180,7 +236,10 @@ def _introduce(config, task: Task, splits: dict[str, Samples], report: AdaptRepo
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
     console.print(f"[bold]{task.model}[/bold], weights {task.weights}, {size} x {size} px", highlight=False)
-    console.print(f"{config.data}: {len(task.classes)} classes, {counts} images", highlight=False)
+    place = "" if config.data is None else f"{config.data}: "
+    console.print(f"{place}{len(task.classes)} classes, {counts} images", highlight=False)
+    if config.epoch_chosen_on == "test":
+        console.print("the epoch is chosen on the test images: an optimistic score")
     console.print(
         f"RLRR on {len(report.layers)} linear layers: {report.trained:,} of {report.total:,} parameters trained "
         f"({report.share:.2%})",
@@ -208,8 +267,8 @@ def _metadata(
         | {"lr": config.lr, "weight_decay": config.weight_decay, "augment": config.augment},
         "precision": accelerator.mixed_precision,
         "epoch": result.best_epoch,
-        "epoch_chosen_on": "validation",
-        "validation": dataclasses.asdict(result.best),
+        "epoch_chosen_on": config.epoch_chosen_on,
+        "validation": dataclasses.asdict(result.best) if config.epoch_chosen_on == "validation" else None,
         "test": None if test is None else dataclasses.asdict(test),
     }
 
@@ -238,7 +297,8 @@ def _write_result(out: Path, metadata: dict[str, Any], report: AdaptReport, resu
     }
     try:
         write_together(out, {RESULT: json.dumps(document, indent=2).encode()})
-        learning_curve(result, out / CURVE, f"{metadata['task']['model']} fine-tuned by RLRR")
+        title = f"{metadata['task']['model']} fine-tuned by RLRR"
+        learning_curve(result, out / CURVE, title, chosen_on=metadata["epoch_chosen_on"])
     except OSError as error:  # the adapter is safe already
         if talk:
             console.print(f"[yellow]warning:[/yellow] {error}", highlight=False)

@@ -34,6 +34,7 @@ class TrainConfig:
         epochs: passes over the training images.
         batch_size: images a process and step.
         accumulate: steps an optimizer update.
+        drop_last: leave out an epoch's last batch where it would be short; other images each epoch.
         warmup_epochs, cooldown_epochs: of these, spent rising to the learning rate and at the minimum; fractions too.
         min_lr, warmup_lr: where the cosine ends and the warm-up starts.
         label_smoothing: of the cross-entropy, 0 to 1.
@@ -51,6 +52,7 @@ class TrainConfig:
     epochs: int = 20
     batch_size: int = 32
     accumulate: int = 1
+    drop_last: bool = False
     warmup_epochs: float = 1
     cooldown_epochs: float = 0
     min_lr: float = 1e-8
@@ -199,10 +201,15 @@ class _Run:
         workers = config.workers
         if workers is None:
             workers = min(8, torch.get_num_threads()) if accelerator.device.type != "cpu" else 0
-        train_loader = make_loader(train_set, config.batch_size, sampler=self.sampler, workers=workers)
+        train_loader = make_loader(
+            train_set, config.batch_size, sampler=self.sampler, workers=workers, drop_last=config.drop_last
+        )
         val_loader = make_loader(val_set, config.batch_size, workers=workers)
         # Not its steps but its length counts here; accelerate deals the batches out to the processes.
-        self.batches = math.ceil(len(train_set) / (config.batch_size * accelerator.num_processes))
+        per_step = config.batch_size * accelerator.num_processes
+        self.batches = len(train_set) // per_step if config.drop_last else math.ceil(len(train_set) / per_step)
+        if self.batches == 0:
+            raise ValueError(f"drop_last leaves no batch: {len(train_set)} training images, {per_step} images a step")
         self.updates_per_epoch = math.ceil(self.batches / config.accumulate)
         optimizer = torch.optim.AdamW(groups)
         self.schedule = cosine_schedule(

@@ -10,7 +10,12 @@ from rlrr_kernels.train.loop import FitResult
 
 
 def learning_curve(
-    result: FitResult, path: str | Path, title: str, *, baseline: tuple[str, float] | None = None
+    result: FitResult,
+    path: str | Path,
+    title: str,
+    *,
+    baseline: tuple[str, float] | None = None,
+    chosen_on: str = "validation",
 ) -> Path:
     """Draws training and validation loss, and validation accuracy and macro-F1, over the epochs, as PNG.
 
@@ -18,6 +23,7 @@ def learning_curve(
         result: of :func:`rlrr_kernels.train.loop.fit`.
         path: of the picture.
         title: above it.
+        chosen_on: the images that the epoch was chosen on, in words.
         baseline: name and validation accuracy of something to compare with, drawn as a horizontal line.
 
     Raises:
@@ -38,7 +44,7 @@ def learning_curve(
     left.plot(
         epochs, [entry["train_loss"] for entry in result.history], "o-", color="tab:blue", label="training, epoch"
     )
-    left.plot(epochs, [entry["val_loss"] for entry in result.history], "s-", color="tab:orange", label="validation")
+    left.plot(epochs, [entry["val_loss"] for entry in result.history], "s-", color="tab:orange", label=chosen_on)
     left.set(xlabel="epochs", ylabel="cross-entropy")
 
     for key, label, style in (("val_accuracy", "accuracy", "o-"), ("val_macro_f1", "macro-F1", "s--")):
@@ -48,7 +54,7 @@ def learning_curve(
     right.plot(
         result.best_epoch, result.best.accuracy, "*", color="tab:red", markersize=14, label="chosen epoch", zorder=3
     )
-    right.set(xlabel="epochs", ylabel="on the validation images")
+    right.set(xlabel="epochs", ylabel=f"on the {chosen_on} images")
 
     for axes in (left, right):
         axes.set_xlim(0, max(epochs) + 0.2)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from PIL import Image
 from torch import Tensor
 
-AUGMENTATIONS = ("none", "flip", "timm")
+AUGMENTATIONS = ("none", "flip", "crop", "timm")
+
+RESIZES = ("center", "squash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,10 @@ class Preprocessing:
         crop: share of the shorter side that the centre crop keeps.
         interpolation: of the resize, a name of timm's.
         mean, std: per channel, of values in [0, 1].
+        resize: ``center`` keeps the aspect ratio (the shorter side becomes ``image_size / crop``), ``squash`` does not.
+
+    Raises:
+        ValueError: ``resize`` is another word, or ``crop`` is not in (0, 1].
     """
 
     image_size: int
@@ -27,8 +33,13 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: str = "center"
 
     def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise ValueError(f"resize must be one of {', '.join(RESIZES)}; got {self.resize!r}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be above 0 and at most 1; got {self.crop}")
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
@@ -37,10 +48,11 @@ class Preprocessing:
 
         Args:
             augment: None for evaluation (resize, centre crop). For training ``none`` (the same), ``flip`` (and a
-                horizontal flip of every other image) or ``timm`` (timm's random crops, flips and colours).
+                horizontal flip of every other image), ``crop`` (that flip, and the crop at random instead of in the
+                centre) or ``timm`` (timm's random crops, flips and colours).
         """
         from timm.data import create_transform
-        from torchvision.transforms import Compose, RandomHorizontalFlip
+        from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
 
         if augment is not None and augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}; got {augment!r}")
@@ -52,5 +64,10 @@ class Preprocessing:
         }
         if augment == "timm":
             return create_transform(is_training=True, **options)
-        plain = create_transform(crop_pct=self.crop, **options)
-        return Compose([RandomHorizontalFlip(), plain]) if augment == "flip" else plain
+        plain = create_transform(crop_pct=self.crop, crop_mode=self.resize, **options)
+        if augment in (None, "none"):
+            return plain
+        if augment == "crop":
+            crop = RandomCrop((self.image_size, self.image_size))
+            plain = Compose([crop if isinstance(step, CenterCrop) else step for step in plain.transforms])
+        return Compose([RandomHorizontalFlip(), plain])
