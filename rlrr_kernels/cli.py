@@ -74,6 +74,12 @@ def finetune(
     ] = "auto",
     rank: Annotated[int, typer.Option(help="1 is the paper's RLRR")] = 1,
     init: Annotated[str, typer.Option(help="paper, identity or normal")] = "paper",
+    drop: Annotated[
+        float | None, typer.Option(help="Drop rate of the last block's branches, rising from 0; default: timm's")
+    ] = None,
+    drop_kind: Annotated[
+        str, typer.Option(help="depth (stochastic depth) or branch (single elements, as the authors' ViT does)")
+    ] = "depth",
     val_fraction: Annotated[float, typer.Option(help="Share of the training images, where there is no val")] = 0.2,
     select_by: Annotated[str, typer.Option(help="Validation metric to choose the epoch by: accuracy, macro_f1")] = (
         "accuracy"
@@ -107,6 +113,8 @@ def finetune(
         recipe=recipe,
         rank=rank,
         init=init,
+        drop=drop,
+        drop_kind=drop_kind,
         lr=lr,
         weight_decay=weight_decay,
         augment=augment,

@@ -146,6 +146,8 @@ def test_bad_input_is_told_in_a_line_before_any_work(rlrr, images, tmp_path):
     fails("--lr", "-1", text="lr must be a finite number of at least 0; got -1.0")
     fails("--augment", "mirror", text="augment must be one of none, flip, crop, timm; got 'mirror'")
     fails("--recipe", "book", text="recipe must be one of auto, paper, layers; got 'book'")
+    fails("--drop", "1", text="drop must be at least 0 and less than 1; got 1.0")
+    fails("--drop-kind", "path", text="drop_kind must be one of branch, depth; got 'path'")
     fails("--epochs", "0", text="epochs must be at least 1; got 0")
     fails("--data", make_images(tmp_path / "one", {"only": 3}), text="one class folder only, 'only'")
     (images / "train" / "green").mkdir()

@@ -18,6 +18,7 @@ from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.adapt.recipe import paper_recipe
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.data import ImageDataset, Samples, check_images, find_splits, make_loader
+from rlrr_kernels.train.drop import check_drop, set_drop
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop import FitResult, TrainConfig, fit, make_accelerator
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
@@ -49,6 +50,8 @@ class FinetuneConfig:
         recipe: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first where it
             is defined for the model.
         rank, init: as in :class:`rlrr_kernels.RLRRConfig`.
+        drop, drop_kind: of residual branches in training, see :func:`rlrr_kernels.train.drop.set_drop`; None leaves the
+            model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
         lr, weight_decay: of AdamW.
         augment: of the training images, see :meth:`rlrr_kernels.train.preprocessing.Preprocessing.transform`.
         val_fraction: share of the training images to choose the epoch by, where the folder has no ``val``.
@@ -68,6 +71,8 @@ class FinetuneConfig:
     recipe: str = "auto"
     rank: int = 1
     init: str = "paper"
+    drop: float | None = None
+    drop_kind: str = "depth"
     lr: float = 3e-3
     weight_decay: float = 5e-5
     augment: str = "flip"
@@ -89,6 +94,7 @@ class FinetuneConfig:
             raise ValueError(
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
             )
+        check_drop(self.drop or 0.0, self.drop_kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,8 @@ def finetune(
         weights=config.weights,
     )
     preprocessing = config.preprocessing or preprocessing
+    if config.drop is not None:
+        set_drop(model, config.drop, config.drop_kind)
     weights = str(config.weights) if str(config.weights) in (HUB, NO_WEIGHTS) else Path(config.weights).name
     task = Task(config.model, weights, splits["train"].classes, preprocessing)
     adaptation = RLRRConfig(recipe=_recipe(config, model), rank=config.rank, init=config.init)
@@ -165,8 +173,8 @@ def finetune(
         identity={
             "task": task.to_dict(),
             "adaptation": adaptation.to_dict(),
-            "augment": config.augment,
             "epoch_chosen_on": config.epoch_chosen_on,
+            **_settings(config),
         },
         accelerator=accelerator,
         resume=resume,
@@ -249,6 +257,12 @@ def _introduce(config, task: Task, splits: dict[str, Samples], report: AdaptRepo
         console.print(f"going on from {Path(config.out) / checkpoint.NAME}", highlight=False)
 
 
+def _settings(config: FinetuneConfig) -> dict[str, Any]:
+    """What makes this training what it is and is neither in the task, the adaptation nor the ``TrainConfig``."""
+    drop = {} if config.drop is None else {"drop": config.drop, "drop_kind": config.drop_kind}
+    return {"augment": config.augment, **drop}
+
+
 def _score(model, test_set, task, batch_size, accelerator, talk) -> Scores | None:
     if test_set is None:
         return None
@@ -264,7 +278,7 @@ def _metadata(
     return {
         "task": task.to_dict(),
         "training": dataclasses.asdict(config.train)
-        | {"lr": config.lr, "weight_decay": config.weight_decay, "augment": config.augment},
+        | {"lr": config.lr, "weight_decay": config.weight_decay, **_settings(config)},
         "precision": accelerator.mixed_precision,
         "epoch": result.best_epoch,
         "epoch_chosen_on": config.epoch_chosen_on,
