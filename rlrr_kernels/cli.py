@@ -14,6 +14,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
+from rlrr_kernels.train.finetune import FinetuneConfig
+from rlrr_kernels.train.options import takes_options_of
 from rlrr_kernels.train.progress import console, program
 
 app = typer.Typer(
@@ -23,10 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_WEIGHTS = "'hub' fetches them, 'none' is a random start, anything else is a file (.safetensors, .pth, .npz)"
-
-Model = Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")]
-Weights = Annotated[str, typer.Option(help=f"Weights of the backbone: {_WEIGHTS}")]
 AdapterWeights = Annotated[
     str | None, typer.Option(help="File with the backbone's weights, where the adapter was not trained on a hub's")
 ]
@@ -53,87 +51,15 @@ def _options(
 
 
 @app.command()
-def finetune(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>")],
-    out: Annotated[Path, typer.Option(help="Run folder: adapter, checkpoint, result.json, learning_curve.png")] = Path(
-        "runs/finetune"
-    ),
-    weights: Weights = "hub",
-    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 20,
-    batch_size: BatchSize = 32,
-    accumulate: Annotated[int, typer.Option(help="Steps an optimizer update")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW")] = 3e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of s_r, s_c and the head's weight")] = 5e-5,
-    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up; may be a fraction")] = 1,
-    label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy")] = 0.0,
-    augment: Annotated[str, typer.Option(help="none, flip, crop (and flip), or timm (crops, flips, colours)")] = "flip",
-    recipe: Annotated[
-        str, typer.Option(help="paper, layers (RLRR alone), or auto: paper where it is defined")
-    ] = "auto",
-    rank: Annotated[int, typer.Option(help="1 is the paper's RLRR")] = 1,
-    init: Annotated[str, typer.Option(help="paper, identity or normal")] = "paper",
-    drop: Annotated[
-        float | None, typer.Option(help="Drop rate of the last block's branches, rising from 0; default: timm's")
-    ] = None,
-    drop_kind: Annotated[
-        str, typer.Option(help="depth (stochastic depth) or branch (single elements, as the authors' ViT does)")
-    ] = "depth",
-    val_fraction: Annotated[float, typer.Option(help="Share of the training images, where there is no val")] = 0.2,
-    select_by: Annotated[str, typer.Option(help="Validation metric to choose the epoch by: accuracy, macro_f1")] = (
-        "accuracy"
-    ),
-    mixed_precision: Annotated[
-        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
-    ] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random")] = 42,
-    checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in --out was stopped, if it was")
-    ] = False,
-    check: Annotated[bool, typer.Option(help="Decode every image once before the training")] = True,
-    cpu: Cpu = False,
-) -> None:
+@takes_options_of(FinetuneConfig, required=("data",))
+def finetune(config: FinetuneConfig, resume: bool) -> None:
     """Fine-tune a timm model on a folder of images; keep the epoch that is best on the validation images.
 
     On several GPUs: accelerate launch -m rlrr_kernels.cli finetune ...
     """
-    from rlrr_kernels.train.finetune import CURVE, FinetuneConfig
+    from rlrr_kernels.train.finetune import CURVE
     from rlrr_kernels.train.finetune import finetune as run
-    from rlrr_kernels.train.loop import TrainConfig
 
-    config = FinetuneConfig(
-        model=model,
-        data=data,
-        out=out,
-        weights=weights,
-        image_size=image_size,
-        recipe=recipe,
-        rank=rank,
-        init=init,
-        drop=drop,
-        drop_kind=drop_kind,
-        lr=lr,
-        weight_decay=weight_decay,
-        augment=augment,
-        val_fraction=val_fraction,
-        check=check,
-        cpu=cpu,
-        train=TrainConfig(
-            epochs=epochs,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            warmup_epochs=min(warmup_epochs, epochs / 2),
-            label_smoothing=label_smoothing,
-            mixed_precision=mixed_precision,
-            seed=seed,
-            workers=workers,
-            select_by=select_by,
-            checkpoint_minutes=checkpoint_minutes,
-        ),
-    )
     result = run(config, resume=resume)
     table = Table("images", "accuracy", "macro-F1", "loss")
     for name, scores in (("validation", result.fit.best), ("test", result.test)):
@@ -141,12 +67,12 @@ def finetune(
             table.add_row(name, f"{scores.accuracy:.4f}", f"{scores.macro_f1:.4f}", f"{scores.loss:.4f}")
     console.print(table)
     console.print(
-        f"epoch {result.fit.best_epoch} of {epochs}, chosen on the validation images; {result.fit.seconds:.0f} s, "
-        f"peak memory {result.fit.peak_memory / 2**30:.2f} GiB\nlearning curve: {out / CURVE}\n"
-        f"adapter: {result.adapter}",
+        f"epoch {result.fit.best_epoch} of {config.train.epochs}, chosen on the {config.epoch_chosen_on} images; "
+        f"{result.fit.seconds:.0f} s, peak memory {result.fit.peak_memory / 2**30:.2f} GiB\n"
+        f"learning curve: {config.out / CURVE}\nadapter: {result.adapter}",
         highlight=False,
     )
-    hint = f" --weights {weights}" if result.task.weights not in ("hub", "none") else ""
+    hint = f" --weights {config.weights}" if result.task.weights not in ("hub", "none") else ""
     console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
 
 
@@ -164,9 +90,10 @@ def evaluate(
     import dataclasses
     import json
 
+    from rlrr_kernels.train.config import TrainConfig
     from rlrr_kernels.train.data import ImageDataset, check_images, find_samples, make_loader
     from rlrr_kernels.train.evaluate import evaluate as score
-    from rlrr_kernels.train.loop import TrainConfig, make_accelerator
+    from rlrr_kernels.train.loop import make_accelerator
     from rlrr_kernels.train.progress import track
     from rlrr_kernels.train.task import Task, load_task
 

@@ -11,9 +11,9 @@ from PIL import Image
 pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 
+from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import EpochShuffle, ImageDataset, find_splits, make_loader
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
-from rlrr_kernels.train.loop import TrainConfig
 from rlrr_kernels.train.preprocessing import Preprocessing
 from rlrr_kernels.train.task import load_task
 

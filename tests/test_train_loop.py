@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from rlrr_kernels import RLRRConfig, adapt_model, parameter_groups
 from rlrr_kernels.train import checkpoint, finetune, loop
+from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import ImageDataset, find_splits
-from rlrr_kernels.train.loop import TrainConfig, fit
+from rlrr_kernels.train.loop import fit
 from rlrr_kernels.train.model import create_model
 from rlrr_kernels.train.schedule import cosine_schedule
 

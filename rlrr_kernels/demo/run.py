@@ -17,10 +17,10 @@ from rlrr_kernels.demo import elpv
 from rlrr_kernels.demo.backbone import TIMM_NAME, write_weights
 from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
 from rlrr_kernels.train import checkpoint
+from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import ImageDataset, find_splits
 from rlrr_kernels.train.export import logits, merge_to_file
 from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune
-from rlrr_kernels.train.loop import TrainConfig
 from rlrr_kernels.train.model import create_model
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.probe import ProbeResult, linear_probe

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 
 import torch
 from rich.table import Table
 
 import rlrr_kernels
 from rlrr_kernels import backends
-
-_PACKAGES = ("triton", "timm", "safetensors", "accelerate", "torchmetrics", "typer", "rich", "matplotlib")
+from rlrr_kernels.train.environment import versions
 
 
 def report() -> list[Table]:
@@ -22,14 +20,7 @@ def report() -> list[Table]:
 
 def _versions() -> Table:
     table = Table("package", "version", title="versions")
-    table.add_row("rlrr-kernels", rlrr_kernels.__version__)
-    table.add_row("python", platform.python_version())
-    table.add_row("torch", torch.__version__)  # says more than the package's version: which CUDA it was built for
-    for name in _PACKAGES:
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
+    for name, version in versions().items():
         table.add_row(name, version)
     return table
 

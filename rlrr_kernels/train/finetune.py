@@ -17,10 +17,13 @@ from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_model, parameter_g
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.adapt.recipe import paper_recipe
 from rlrr_kernels.train import checkpoint
+from rlrr_kernels.train.config import TrainConfig
+from rlrr_kernels.train.config_file import write_config
 from rlrr_kernels.train.data import ImageDataset, Samples, check_images, find_splits, make_loader
 from rlrr_kernels.train.drop import check_drop, set_drop
+from rlrr_kernels.train.environment import add_session, environment
 from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.loop import FitResult, TrainConfig, fit, make_accelerator
+from rlrr_kernels.train.loop import FitResult, fit, make_accelerator
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.preprocessing import AUGMENTATIONS, Preprocessing
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
 
-ADAPTER, RESULT, CURVE = "adapter", "result.json", "learning_curve.png"
+ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
+RESULT, CURVE = "result.json", "learning_curve.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,30 +45,40 @@ class FinetuneConfig:
     """A fine-tuning run.
 
     Args:
-        model: timm's name of the backbone.
-        data: image folder, see :func:`rlrr_kernels.train.data.find_splits`; None: the splits are passed.
-        out: run folder: gets ``adapter/``, ``checkpoint.pt``, ``result.json`` and ``learning_curve.png``.
-        weights: of the backbone: ``hub``, ``none`` or a file.
+        model: timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k.
+        data: image folder: FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>; None: splits are passed.
+        out: run folder: gets ``adapter/``, ``config.json``, ``environment.json``, ``checkpoint.pt``, ``result.json``
+            and ``learning_curve.png``.
+        weights: of the backbone: ``hub`` fetches them, ``none`` is a random start, anything else is a file
+            (.safetensors, .pth, .npz).
         image_size: pixels; None: what the weights were made for.
         preprocessing: of the images, in place of what the weights were made for.
         recipe: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first where it
             is defined for the model.
-        rank, init: as in :class:`rlrr_kernels.RLRRConfig`.
-        drop, drop_kind: of residual branches in training, see :func:`rlrr_kernels.train.drop.set_drop`; None leaves the
-            model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
-        lr, weight_decay: of AdamW.
-        augment: of the training images, see :meth:`rlrr_kernels.train.preprocessing.Preprocessing.transform`.
+        rank: of the scales; 1 is the paper's RLRR.
+        init: of the scales: ``paper``, ``identity`` or ``normal``.
+        drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
+            depth; None leaves the model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
+        drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
+            :func:`rlrr_kernels.train.drop.set_drop`.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW, on s_r, s_c and the head's weight.
+        augment: of the training images: ``none``, ``flip``, ``crop`` (at random, and flip) or ``timm`` (random crops,
+            flips, colours).
         val_fraction: share of the training images to choose the epoch by, where the folder has no ``val``.
         epoch_chosen_on: images the epoch is chosen by, ``validation`` or ``test``. The second makes the test score an
             optimistic one; the history's ``val_`` entries are then of the test images, and the result says so.
         check: whether every image is decoded once before the training.
         cpu: leave a GPU alone.
         train: the rest.
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     model: str
     data: Path | None = None
-    out: Path
+    out: Path = Path("runs/finetune")
     weights: str | Path = HUB
     image_size: int | None = None
     preprocessing: Preprocessing | None = None
@@ -83,6 +97,8 @@ class FinetuneConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if str(self.weights) not in (HUB, NO_WEIGHTS):
+            object.__setattr__(self, "weights", Path(self.weights))
         for name, choices in (("recipe", RECIPES), ("augment", AUGMENTATIONS), ("epoch_chosen_on", CHOSEN_ON)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -160,7 +176,8 @@ def finetune(
     report = adapt_model(model, adaptation)
     if talk:
         _introduce(config, task, splits, report, resume)
-    out.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        _describe_run(out, config, accelerator, resume)
     sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
     sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
     result = fit(
@@ -299,6 +316,11 @@ def _save(model: nn.Module, folder: Path, metadata: dict[str, Any], out: Path) -
         else:
             rescue = f"it was saved to {elsewhere} instead"
         raise OSError(error.errno, f"{error.strerror}; {rescue}", str(folder)) from error
+
+
+def _describe_run(out: Path, config: FinetuneConfig, accelerator: Accelerator, resume: bool) -> None:
+    session = add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)
+    write_together(out, {CONFIG: write_config(config), ENVIRONMENT: session})
 
 
 def _write_result(out: Path, metadata: dict[str, Any], report: AdaptReport, result: FitResult, talk: bool) -> None:
