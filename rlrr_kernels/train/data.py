@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,20 +156,17 @@ def read_image(path: str | Path) -> Image.Image:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
-def check_images(
+def unreadable_images(
     paths: Sequence[Path],
     track: Callable[[Iterable, int], Iterable] = lambda results, total: results,
-    threads: int = 4,
-) -> None:
-    """Decodes every image once, so that a broken one shows before the training and not hours into it.
+    threads: int | None = None,
+) -> list[str]:
+    """Decodes every image once; returns what is wrong with those that cannot be read, naming each file.
 
     Args:
         paths: the images.
         track: wraps the results to show progress; gets the iterable and its length.
-        threads: how many are decoded at once.
-
-    Raises:
-        ValueError: some image cannot be read; names the first ten and counts the rest.
+        threads: how many are decoded at once; None: one a processor.
     """
 
     def problem(path: Path) -> str | None:
@@ -178,15 +176,32 @@ def check_images(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(threads) as pool:
-        problems = [found for found in track(pool.map(problem, paths), len(paths)) if found]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return [found for found in track(pool.map(problem, paths), len(paths)) if found]
+
+
+def check_images(
+    paths: Sequence[Path], track: Callable[[Iterable, int], Iterable] = lambda results, total: results
+) -> None:
+    """Decodes every image once, so that a broken one shows before the training and not hours into it.
+
+    Args:
+        paths, track: as for :func:`unreadable_images`.
+
+    Raises:
+        ValueError: some image cannot be read; names the first ten and counts the rest.
+    """
+    problems = unreadable_images(paths, track)
     if problems:
-        more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
-            f"{len(problems)} of {len(paths)} images cannot be read; repair or remove them:\n"
-            + "\n".join(problems[:_SHOWN])
-            + more
+            f"{len(problems)} of {len(paths)} images cannot be read; repair or remove them:\n{first_lines(problems)}"
         )
+
+
+def first_lines(problems: Sequence[str]) -> str:
+    """The first ten of ``problems``, a line each, and how many more there are."""
+    more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "\n".join(problems[:_SHOWN]) + more
 
 
 class ImageDataset(Dataset):
