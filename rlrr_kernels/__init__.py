@@ -16,6 +16,7 @@ from rlrr_kernels.adapt import (
     save_adapter,
 )
 from rlrr_kernels.backends import backend_report, use_backend
+from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.linear import rlrr_linear
@@ -29,6 +30,7 @@ __all__ = [
     "MergeReport",
     "NormRescale",
     "RLRRConfig",
+    "RLRRConv2d",
     "RLRRLinear",
     "__version__",
     "adapt_model",

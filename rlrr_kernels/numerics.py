@@ -88,9 +88,11 @@ def outputs(function: Function, tensors: dict[str, Tensor], residual: bool) -> d
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def exact_outputs(tensors: dict[str, Tensor], residual: bool) -> dict[str, Tensor]:
-    """The same by the literal formula in float64."""
-    return outputs(rlrr_linear_reference, {name: tensor.double() for name, tensor in tensors.items()}, residual)
+def exact_outputs(
+    tensors: dict[str, Tensor], residual: bool, reference: Function = rlrr_linear_reference
+) -> dict[str, Tensor]:
+    """The same by the literal formula ``reference`` in float64."""
+    return outputs(reference, {name: tensor.double() for name, tensor in tensors.items()}, residual)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -99,11 +101,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return error if error == 0 or math.isnan(error) else error / exact.norm().item()
 
 
-def error_rule(function: Function, case: Case, seeds: int | None = None) -> dict[str, tuple[float, float]]:
+def error_rule(
+    function: Function, case: Case, seeds: int | None = None, reference: Function = rlrr_linear_reference
+) -> dict[str, tuple[float, float]]:
     """Root mean square of the relative errors over ``seeds`` seeds, by output: of ``function``, and of eager PyTorch.
 
     By default there are :data:`SEEDS` of them, more for small cases. In float64 the second number is not an error but
-    :data:`FLOAT64_ROUNDOFFS` unit roundoffs over :data:`RATIO`.
+    :data:`FLOAT64_ROUNDOFFS` unit roundoffs over :data:`RATIO`. ``reference`` is the eager formula; another one than
+    the linear layer's goes with a ``case`` of its own that has :class:`Case`'s ``draw``, ``residual`` and ``dtype``.
     """
     if seeds is None:
         values = max(1, case.rows * min(case.out_features, case.in_features))
@@ -111,8 +116,8 @@ def error_rule(function: Function, case: Case, seeds: int | None = None) -> dict
     squares: dict[str, list[float]] = {}
     for seed in range(seeds):
         tensors = case.draw(seed)
-        exact = exact_outputs(tensors, case.residual)
-        for index, candidate in enumerate((function, rlrr_linear_reference)):
+        exact = exact_outputs(tensors, case.residual, reference)
+        for index, candidate in enumerate((function, reference)):
             for name, actual in outputs(candidate, tensors, case.residual).items():
                 squares.setdefault(name, [0.0, 0.0])[index] += relative_error(actual, exact[name]) ** 2
     errors = {name: (math.sqrt(ours / seeds), math.sqrt(eager / seeds)) for name, (ours, eager) in squares.items()}
@@ -122,9 +127,11 @@ def error_rule(function: Function, case: Case, seeds: int | None = None) -> dict
     return errors
 
 
-def check_error_rule(function: Function, case: Case, seeds: int | None = None) -> None:
+def check_error_rule(
+    function: Function, case: Case, seeds: int | None = None, reference: Function = rlrr_linear_reference
+) -> None:
     """Raises ``AssertionError`` naming every output whose error is over :data:`RATIO` times eager's (or is NaN)."""
-    errors = error_rule(function, case, seeds)
+    errors = error_rule(function, case, seeds, reference)
     broken = [
         f"{name}: {ours:.2e}, eager {eager:.2e}, ratio {ours / eager if eager else math.inf:.2f}"
         for name, (ours, eager) in errors.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,6 +46,27 @@ def rlrr_linear_reference(
     """y = x · (W ⊙ (s_r s_c) + W)ᵀ + b as eager PyTorch computes it; shapes as in :func:`rlrr_kernels.rlrr_linear`."""
     weight = rescaled_weight_reference(weight, scale_row, scale_col, residual=residual)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rlrr_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: str = "out,in*kh*kw",
+    residual: bool = True,
+    **options: Any,
+) -> Tensor:
+    """y = conv2d(x, W ⊙ (s_r s_c) + W) + b as eager PyTorch computes it; shapes as in ``rlrr_conv2d`` (ops/conv.py)."""
+    out, channels, height, width = weight.shape
+    if layout == "out,in*kh*kw":
+        factor = (scale_row @ scale_col[0].to(scale_row.dtype)).view(weight.shape)
+    else:
+        factor = (scale_row @ scale_col[0].to(scale_row.dtype)).view(out, height, channels, width).transpose(1, 2)
+    kernel = weight * factor + weight if residual else weight * factor
+    return F.conv2d(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
 def norm_rescale_reference(

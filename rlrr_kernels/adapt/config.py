@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.nn.linear import INITS
+from rlrr_kernels.nn.rescaled import INITS
 from rlrr_kernels.ops.linear import MAX_RANK
 
 SCHEMA_VERSION = 1

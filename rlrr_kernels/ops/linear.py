@@ -68,7 +68,7 @@ def rlrr_linear(
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
-    _check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
+    check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
     _check_shapes(x, weight, scale_row, scale_col, bias)
     backend = backends.resolve(backend, device_type, x.dtype)
     if torch.compiler.is_compiling() or not _plain(x):
@@ -108,7 +108,7 @@ def _check_tensors(x, weight, scale_row, scale_col, bias) -> None:
             raise ValueError(f"{name} must be on the device of x, {device}; got {tensor.device}")
 
 
-def _check_dtypes(dtype, weight_dtype, scale_row, scale_col, bias, autocast: bool) -> None:
+def check_dtypes(dtype, weight_dtype, scale_row, scale_col, bias, autocast: bool) -> None:
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
     if weight_dtype != dtype and not (

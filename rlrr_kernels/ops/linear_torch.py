@@ -71,6 +71,26 @@ def forward(
     return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
 
 
+# Products, then torch.sum, which adds pairwise: matrix-vector products add in sequence, up to 1.4 times eager's error,
+# and matrix products could run in TF32 or bf16.
+
+
+def row_sums(product: Tensor, scale_col: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """∂s_r [n, r] = (G ⊙ W) s_cᵀ of the product G ⊙ W [n, K] with s_c [r, K], both in the accumulation dtype."""
+    out = product.new_empty(product.shape[0], scale_col.shape[0]) if out is None else out
+    for j, col in enumerate(scale_col):
+        out[:, j] = (product * col).sum(1)
+    return out
+
+
+def col_sums(product: Tensor, scale_row: Tensor) -> Tensor:
+    """∂s_c [r, K] = s_rᵀ (G ⊙ W) of the product G ⊙ W [n, K] with s_r [n, r], both in the accumulation dtype."""
+    out = product.new_empty(scale_row.shape[1], product.shape[1])
+    for j in range(scale_row.shape[1]):
+        out[j] = (product * scale_row[:, j : j + 1]).sum(0)
+    return out
+
+
 def backward(
     grad_y: Tensor,
     x: Tensor | None,
@@ -95,13 +115,10 @@ def backward(
         for group, start, end in _row_blocks(weight, scale_col.shape[0]):
             product = (grad_y[:, start:end].t() @ x).to(wide)
             product *= weight[start:end]
-            # Products, then torch.sum, which adds pairwise: matrix-vector products add in sequence, up to 1.4 times
-            # eager's error, and matrix products could run in TF32 or bf16.
-            for j in range(scale_row.shape[1]):
-                if need_row:
-                    grad_row[start:end, j] = (product * col[group, j]).sum(1)
-                if need_col:
-                    grad_col[group, j] += (product * row[start:end, j : j + 1]).sum(0)
+            if need_row:
+                row_sums(product, col[group], out=grad_row[start:end])
+            if need_col:
+                grad_col[group] += col_sums(product, row[start:end])
     return (
         grad_x,
         None if grad_row is None else grad_row.to(scale_row.dtype),

@@ -1,0 +1,179 @@
+"""``Rescaled``: what the layers with a frozen weight under a trained low-rank rescaling share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlrr_kernels.ops.linear import MAX_RANK
+
+INITS = ("paper", "identity", "normal")
+
+
+class Rescaled(nn.Module):
+    """A frozen layer whose weight, seen as a matrix W [N, K], is W ⊙ (1 + s_r s_c), with a shift f on its bias.
+
+    A subclass says how W' is made and used: :meth:`merged_weight`, :meth:`_rescaled` and :meth:`_plain`.
+
+    Attributes:
+        weight, bias: of the frozen layer, its own parameter objects under its own state-dict keys; bias may be None.
+        scale_row: [N, r]. scale_col: [G, r, K]. shift: [out] or None. (trained)
+        rank: r. residual: whether the 1 is there. init: see :meth:`reset_parameters`.
+    """
+
+    def _adopt(
+        self,
+        layer: nn.Module,
+        rows: int,
+        cols: int,
+        *,
+        rank: int,
+        col_groups: int,
+        shift: bool,
+        residual: bool,
+        init: str,
+        scale_dtype: torch.dtype,
+    ) -> None:
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"rank must be from 1 to {MAX_RANK}; got {rank}")
+        if not scale_dtype.is_floating_point:
+            raise TypeError(f"scale_dtype must be a floating-point dtype; got {scale_dtype}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
+        self.rank, self.residual, self.init = rank, residual, init
+        self.weight = layer.weight.requires_grad_(False)
+        self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
+        options = {"dtype": scale_dtype, "device": layer.weight.device}
+        self.scale_row = nn.Parameter(torch.empty(rows, rank, **options))
+        self.scale_col = nn.Parameter(torch.empty(col_groups, rank, cols, **options))
+        self.shift = nn.Parameter(torch.empty(layer.weight.shape[0], **options)) if shift else None
+        self._merged: tuple[Tensor, Tensor | None] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the scales anew; the frozen tensors stay. F = 1 + s_r s_c below is the factor W'/W.
+
+        * ``paper``: s_c ~ U(±√(6/K)), s_r ~ U(±√(6/r)), the authors' ``kaiming_uniform_`` on [1, K] and [N, 1]. F has
+          mean 1 and standard deviation 2/√K at any rank: 7 % for K = 768.
+        * ``identity``: s_r = 0, s_c as in ``paper``. F = 1; in the first step only s_r has a gradient.
+        * ``normal``: both N(0, 0.02). F has standard deviation 0.0004 √r.
+
+        Without the residual F = s_r s_c starts near 1 too: the first pair of vectors is 1 plus U(±√(6/K)) for
+        ``paper`` (standard deviation 2/√K), exactly 1 for ``identity``, 1 plus N(0, 0.02) for ``normal`` (0.028);
+        further pairs start as they do with the residual. The shift starts at 0.
+        """
+        col_bound = math.sqrt(6 / max(self.scale_col.shape[-1], 1))
+        row_bound = math.sqrt(6 / self.rank)
+        with torch.no_grad():
+            if self.init == "normal":
+                self.scale_row.normal_(std=0.02)
+                self.scale_col.normal_(std=0.02)
+            else:
+                self.scale_col.uniform_(-col_bound, col_bound)
+                if self.init == "paper":
+                    self.scale_row.uniform_(-row_bound, row_bound)
+                else:
+                    self.scale_row.zero_()
+            if not self.residual:
+                first_row, first_col = self.scale_row[:, 0], self.scale_col[:, 0]
+                if self.init == "paper":
+                    first_row.mul_(col_bound / row_bound)
+                elif self.init == "identity":
+                    first_col.zero_()
+                first_row.add_(1)
+                first_col.add_(1)
+            if self.shift is not None:
+                self.shift.zero_()
+
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W' in the shape of the weight, as a new tensor."""
+        raise NotImplementedError
+
+    def _rescaled(self, x: Tensor) -> Tensor:
+        """The layer's result for ``x``, differentiable in the scales and the shift."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The frozen layer's operation with another weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rescaled layer, or the merged one after :meth:`merge`.
+
+        Raises:
+            RuntimeError: the layer is merged and in training mode with gradients on: nothing would be trained.
+        """
+        if self._merged is None:
+            return self._rescaled(x)
+        if self.training and torch.is_grad_enabled():
+            kind = type(self).__name__
+            raise RuntimeError(f"this {kind} is merged, so its scales would not be trained; call unmerge() first")
+        weight, bias = self._merged
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return self._plain(x, weight, bias)
+
+    def _total_bias(self) -> Tensor | None:
+        if self.shift is None:
+            return self.bias
+        return self.shift if self.bias is None else self.bias + self.shift
+
+    @torch.no_grad()
+    def merged_bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """b + f, rounded once to ``dtype`` (default: W's); None without a bias and a shift."""
+        bias = self._total_bias()
+        return None if bias is None else bias.to(dtype or self.weight.dtype, copy=True)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the forward uses a merged weight."""
+        return self._merged is not None
+
+    def merge(self) -> Rescaled:
+        """Computes W' and b + f once and uses them from now on, as the plain layer would; returns self.
+
+        ``weight`` is neither written nor replaced (it may be shared): ``state_dict``, ``deepcopy`` and saving see the
+        frozen tensors as before. Costs one more weight of memory until :meth:`unmerge`; a plain layer of its own
+        (``to_linear``, ``to_conv``) does not.
+        """
+        self._merged = self.merged_weight(), self.merged_bias()
+        return self
+
+    def unmerge(self) -> Rescaled:
+        """Goes back to the frozen weight, which was never touched; returns self."""
+        self._merged = None
+        return self
+
+    @torch.no_grad()
+    def merge_error(self, x: Tensor) -> float:
+        """‖y_merged - y‖ / ‖y‖ for inputs x: what rounding W' to the dtype of the weight costs."""
+        weight, bias = self.merged_weight().to(x.dtype), self.merged_bias()
+        y = self._rescaled(x).double()
+        error = self._plain(x, weight, None if bias is None else bias.to(x.dtype)).double() - y
+        return (error.norm() / y.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+    @torch.no_grad()
+    def _merged_into(self, plain: nn.Module) -> nn.Module:
+        """``plain``, a layer of the same kind without values, with W' and b + f, sharing nothing with this one."""
+        weight, bias = self.merged_weight(), self.merged_bias()
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
+        return plain.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rescaled:
+        super()._apply(fn, recurse)
+        return self.merge() if self.merged else self  # a moved or cast layer merges its moved or cast tensors
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.merged:
+            self.merge()
+
+    def _extra_repr(self) -> str:
+        return (
+            f"bias={self.bias is not None}, rank={self.rank}, shift={self.shift is not None}, residual={self.residual}"
+            + (", merged" if self.merged else "")
+        )

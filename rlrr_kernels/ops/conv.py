@@ -1,0 +1,200 @@
+"""``rlrr_conv2d``: a convolution with a frozen kernel under a trained rescaling; keeps x and the parameters alone."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlrr_kernels.ops import linear_torch
+from rlrr_kernels.ops.linear import MAX_RANK, check_dtypes
+
+CONV_LAYOUTS = ("out,in*kh*kw", "out*kh,in*kw")
+"""How a kernel [out, in, kh, kw] is seen as a matrix W: which of its axes index the rows, and which the columns."""
+
+
+def rlrr_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    layout: str = CONV_LAYOUTS[0],
+    residual: bool = True,
+) -> Tensor:
+    """y = conv2d(x, W') + b with W' = W ⊙ (1 + s_r s_c), W [R, C] being the frozen kernel seen as a matrix.
+
+    RLRR (CVPR 2024) on convolutions, as in the paper's CNN appendix. W' never outlives the call: the backward makes it
+    again for ∂x, and the kernel's gradient G for ∂s_r = (G ⊙ W) s_cᵀ and ∂s_c = s_rᵀ (G ⊙ W), and drops both. Under
+    ``torch.compile`` and inside ``torch.func`` it is the formula in PyTorch's own operations: every transform works,
+    and what is kept is theirs to decide.
+
+    Args:
+        x: [B, in, H, W] or [in, H, W]; float32, float16, bfloat16 or float64. Autocast casts it as it would for
+            ``F.conv2d``.
+        weight: [out, in / groups, kh, kw], frozen; the dtype of x, or float32 beside a 16-bit x.
+        scale_row: s_r [R, r], r ≤ 64. scale_col: s_c [1, r, C]. float32 or the dtype of x.
+        bias: [out], float32 or the dtype of x.
+        stride, padding, dilation, groups: as in ``F.conv2d``, in pairs; zeros are padded.
+        layout: ``out,in*kh*kw``: R = out, C = (in / groups) kh kw. ``out*kh,in*kw``: rows are the pairs (output channel,
+            kernel row) and columns the pairs (input channel, kernel column), R = out kh, C = (in / groups) kw; this is
+            the authors' choice.
+        residual: ``False`` drops the 1.
+
+    Returns:
+        y, [B, out, H', W'], in the dtype of x after autocast. 1 + s_r s_c and the sums of the scales' gradients are
+        fp32 (fp64 for float64), W' is rounded once.
+
+    Raises:
+        TypeError: an argument has a dtype not named above.
+        ValueError: a shape does not fit, or ``weight`` requires a gradient.
+    """
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
+    _check(x, weight, scale_row, scale_col, bias, groups, layout)
+    options = (stride, padding, dilation, groups)
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _Conv2d.apply if plain and not transformed else _formula
+    if x.dim() == 3:
+        return function(x[None], weight, scale_row, scale_col, bias, options, layout, residual)[0]
+    return function(x, weight, scale_row, scale_col, bias, options, layout, residual)
+
+
+def matrix_shape(kernel: tuple[int, ...], layout: str) -> tuple[int, int]:
+    """(R, C) of a kernel [out, in / groups, kh, kw].
+
+    Raises:
+        ValueError: unknown layout.
+    """
+    out, channels, height, width = kernel
+    if layout == "out,in*kh*kw":
+        return out, channels * height * width
+    if layout == "out*kh,in*kw":
+        return out * height, channels * width
+    raise ValueError(f"layout must be one of {' or '.join(map(repr, CONV_LAYOUTS))}; got {layout!r}")
+
+
+def merge_kernel(
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    layout: str,
+    residual: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """W' as a kernel [out, in / groups, kh, kw]: a new tensor, rounded once to ``dtype`` (default: that of W)."""
+    merged = linear_torch.merge(_matrix(weight, layout), scale_row, scale_col, residual, dtype)
+    return _kernel(merged, weight.shape, layout)
+
+
+def _matrix(kernel: Tensor, layout: str) -> Tensor:
+    shape = matrix_shape(kernel.shape, layout)
+    return (kernel if layout == "out,in*kh*kw" else kernel.transpose(1, 2)).reshape(shape)
+
+
+def _kernel(matrix: Tensor, shape: tuple[int, ...], layout: str) -> Tensor:
+    if layout == "out,in*kh*kw":
+        return matrix.reshape(shape)
+    out, channels, height, width = shape
+    return matrix.reshape(out, height, channels, width).transpose(1, 2).contiguous()
+
+
+def _check(x, weight, scale_row, scale_col, bias, groups: int, layout: str) -> None:
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must be frozen: it has requires_grad=True, and rlrr_conv2d computes no gradient for it. "
+            "Call weight.requires_grad_(False), or use torch.nn.functional.conv2d to train it"
+        )
+    for name, tensor in (("weight", weight), ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [out, in / groups, kh, kw]; got shape {tuple(weight.shape)}")
+    channels = weight.shape[1] * groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"x must be [B, in, H, W] or [in, H, W] with in = {channels}; got shape {tuple(x.shape)}")
+    rows, cols = matrix_shape(weight.shape, layout)
+    rank = scale_row.shape[-1]
+    if scale_row.shape != (rows, rank) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(
+            f"scale_row must be [R, r] with R = {rows} in the layout {layout!r} and r from 1 to {MAX_RANK}; "
+            f"got shape {tuple(scale_row.shape)}"
+        )
+    if scale_col.shape != (1, rank, cols):
+        raise ValueError(
+            f"scale_col must be [1, r, C] with r = {rank} and C = {cols} in the layout {layout!r}; "
+            f"got shape {tuple(scale_col.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [out] with out = {weight.shape[0]}; got shape {tuple(bias.shape)}")
+
+
+def _formula(x, weight, scale_row, scale_col, bias, options, layout, residual) -> Tensor:
+    """The same in operations that compilers and transforms see through, one pair of vectors at a time."""
+    wide = linear_torch.accumulate_dtype(weight.dtype)
+    row, col = scale_row.to(wide), scale_col[0].to(wide)
+    factor = float(residual) + row[:, :1] * col[:1]
+    for j in range(1, row.shape[1]):
+        factor = factor + row[:, j : j + 1] * col[j : j + 1]
+    kernel = _kernel(_matrix(weight, layout) * factor, weight.shape, layout).to(x.dtype)
+    with _no_autocast(x.device.type):
+        return F.conv2d(x, kernel, None if bias is None else bias.to(x.dtype), *options)
+
+
+def _no_autocast(device_type: str):
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+class _Conv2d(torch.autograd.Function):
+    """Keeps x for the scales' gradients, and the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale_row, scale_col, bias, options, layout, residual):
+        need_x, _, need_row, need_col, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_row or need_col else None, weight, scale_row, scale_col)
+        ctx.settings = options, layout, residual, x.shape, None if bias is None else bias.dtype
+        with torch._C._DisableAutocast():
+            kernel = merge_kernel(weight, scale_row, scale_col, layout, residual, x.dtype)
+            return F.conv2d(x, kernel, None if bias is None else bias.to(x.dtype), *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, scale_row, scale_col = ctx.saved_tensors
+        (stride, padding, dilation, groups), layout, residual, x_shape, bias_dtype = ctx.settings
+        need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
+        wide = linear_torch.accumulate_dtype(grad_y.dtype)
+        grad_x = grad_row = grad_col = grad_bias = None
+        with torch._C._DisableAutocast():
+            if need_x or need_row or need_col:
+                # Where a tensor's values are not read, one element in its shape stands for it.
+                kernel = (
+                    merge_kernel(weight, scale_row, scale_col, layout, residual, grad_y.dtype)
+                    if need_x
+                    else grad_y.new_zeros(()).expand(weight.shape)
+                )
+                grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+                    grad_y, grad_y.new_zeros(()).expand(x_shape) if x is None else x, kernel, None,
+                    stride, padding, dilation, False, (0, 0), groups, (need_x, need_row or need_col, False),
+                )  # fmt: skip
+            if need_row or need_col:
+                product = _matrix(grad_kernel, layout).to(wide) * _matrix(weight, layout)
+                if need_row:
+                    grad_row = linear_torch.row_sums(product, scale_col[0].to(wide)).to(scale_row.dtype)
+                if need_col:
+                    grad_col = linear_torch.col_sums(product, scale_row.to(wide))[None].to(scale_col.dtype)
+            if need_bias:
+                grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype)
+        return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
