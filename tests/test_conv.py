@@ -266,11 +266,11 @@ def test_bad_arguments_are_named():
         RLRRConv2d(4, 6, 3, layout="rows")
     with pytest.raises(ValueError, match="rank must be from 1 to 64; got 0"):
         RLRRConv2d(4, 6, 3, rank=0)
-    with pytest.raises(TypeError, match="conv must be an nn.Conv2d; got Linear"):
+    with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d; got Linear"):
         RLRRConv2d.from_conv(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"x must be \[B, in, H, W\] .* with in = 4; got shape \(2, 3, 7, 8\)"):
         layer(x[:, :3])
-    with pytest.raises(TypeError, match=r"weight must be torch.float64 for x of torch.float64; got torch.float32"):
+    with pytest.raises(TypeError, match=r"weight must be torch\.float64 for x of torch\.float64; got torch\.float32"):
         layer(x.double())
     good = {"weight": layer.weight, "scale_row": layer.scale_row, "scale_col": layer.scale_col}
     for name, bad, message in (

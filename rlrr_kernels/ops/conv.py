@@ -44,9 +44,9 @@ def rlrr_conv2d(
         scale_row: s_r [R, r], r ≤ 64. scale_col: s_c [1, r, C]. float32 or the dtype of x.
         bias: [out], float32 or the dtype of x.
         stride, padding, dilation, groups: as in ``F.conv2d``, in pairs; zeros are padded.
-        layout: ``out,in*kh*kw``: R = out, C = (in / groups) kh kw. ``out*kh,in*kw``: rows are the pairs (output channel,
-            kernel row) and columns the pairs (input channel, kernel column), R = out kh, C = (in / groups) kw; this is
-            the authors' choice.
+        layout: ``out,in*kh*kw``: R = out, C = (in / groups) kh kw. ``out*kh,in*kw``, the authors' choice: rows are the
+            pairs (output channel, kernel row) and columns the pairs (input channel, kernel column), so R = out kh and
+            C = (in / groups) kw.
         residual: ``False`` drops the 1.
 
     Returns:
@@ -162,7 +162,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scale_row, scale_col, bias, options, layout, residual):
-        need_x, _, need_row, need_col, *_ = ctx.needs_input_grad
+        _, _, need_row, need_col, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_row or need_col else None, weight, scale_row, scale_col)
         ctx.settings = options, layout, residual, x.shape, None if bias is None else bias.dtype
         with torch._C._DisableAutocast():
