@@ -66,7 +66,7 @@ class Case(NamedTuple):
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """Types, constants and divisibility of a launch, as Triton's own launcher would specialise them."""
     signature, constants, attributes = {}, {}, {}
-    names = launch.kernel.arg_names
+    plan, names = launch.plan, launch.plan.kernel.arg_names
     for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
@@ -78,16 +78,16 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     for name in names[len(launch.args) :]:
-        signature[name], constants[name] = "constexpr", launch.meta[name]
+        signature[name], constants[name] = "constexpr", plan.meta[name]
     return signature, constants, attributes
 
 
 def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
     signature, constants, attributes = _signature(launch)
-    options = {key: launch.meta[key] for key in ("num_warps", "num_stages") if key in launch.meta}
+    options = {key: launch.plan.meta[key] for key in ("num_warps", "num_stages") if key in launch.plan.meta}
     return triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
+        ASTSource(launch.plan.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
     )
 
 

@@ -1,18 +1,36 @@
-"""``Launch``: a Triton kernel with its grid and arguments, as a value."""
+"""``Plan`` and ``Launch``: a Triton kernel with its grid and arguments as a value, and the short way to start it.
+
+Triton's own launcher binds and classifies every argument at every call, 6 to 13 µs of Python. A plan remembers the
+compiled kernel instead and calls the launcher's C function with it. That is right as long as all that the just-in-time
+compiler specialises on is the same: the numbers and constants are the plan's own, the dtypes are part of the key, and
+pointers that are not all multiples of 16 take Triton's way, as do hooks, debugging, instrumentation, AMD devices (there
+the size of a tensor counts as well) and versions of Triton whose C function is not known here. Environment variables of
+Triton are read when a kernel is compiled, not at later launches.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from rlrr_kernels import backends
 
 TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's name of a dtype of sums."""
+
+_dtype = operator.attrgetter("dtype")
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+StartKernel = Callable[[int, Sequence[int]], None]
+"""Starts one compiled kernel on a stream, given the addresses of its tensors."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -20,22 +38,136 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Plan:
+    """A kernel with its grid, numbers and constants: all of a launch but the tensors, its first parameters.
+
+    Making one costs as much as a launch by Triton's way: keep it for as long as shapes and strides are the same.
+    """
+
+    __slots__ = ("_starts", "grid", "kernel", "meta", "numbers")
+
+    def __init__(
+        self,
+        kernel: triton.JITFunction,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...],
+        meta: dict[str, Any],
+    ) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self.numbers = numbers
+        self.meta = meta
+        self._starts: dict[tuple, tuple[Any, StartKernel]] = {}
+
+    def run(self, *tensors: Tensor) -> None:
+        """Launches on the device of the first tensor, which Triton leaves to the caller."""
+        device = tensors[0].get_device()
+        if device >= 0 and device != _current_device():
+            with torch.cuda.device(device):
+                return self.run(*tensors)
+        key = (device, *map(_dtype, tensors))
+        known = self._starts.get(key)
+        if known is not None:
+            driver, start = known
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            if not reduce(operator.or_, pointers) & 15 and driver is triton.runtime.driver.active and self._plain():
+                return start(driver.get_current_stream(device), pointers)
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+        if self._direct_from_now_on(tensors):
+            start = _make_start(self, compiled)
+            if start is not None:
+                self._starts[key] = triton.runtime.driver.active, start
+        return None
+
+    def _plain(self) -> bool:
+        """Whether nothing watches or alters launches."""
+        runtime = knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return not (
+            getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+            or self.kernel.pre_run_hooks
+            or knobs.compilation.__dict__
+        )
+
+    def _direct_from_now_on(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the kernel that Triton just launched may be started without it the next time."""
+        return (
+            _make_start is not None
+            and isinstance(self.kernel, triton.JITFunction)
+            and triton.runtime.driver.active.get_current_target().backend == "cuda"
+            and not any(tensor.data_ptr() % 16 for tensor in tensors)
+            and self._plain()
+        )
+
+
 class Launch(NamedTuple):
     """One kernel launch. Built from tensors on any device, meta included, so that it can be compiled without a GPU."""
 
-    kernel: triton.JITFunction
-    grid: tuple[int, ...]
-    args: tuple[Tensor | int | float, ...]
-    meta: dict[str, Any]
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def args(self) -> tuple[Tensor | int | float, ...]:
+        """What the kernel is given, its constants left out."""
+        return (*self.tensors, *self.plan.numbers)
 
     def run(self) -> None:
-        """Launches on the device of the first tensor, which Triton leaves to the caller."""
-        device = self.args[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self.kernel[self.grid](*self.args, **self.meta)
-        else:
-            self.kernel[self.grid](*self.args, **self.meta)
+        """Launches on the device of the first tensor."""
+        self.plan.run(*self.tensors)
+
+
+def _arguments_after_tensors(plan: Plan) -> tuple:
+    """Numbers, then constants in the order of the kernel's parameters: the launcher skips the latter."""
+    names = plan.kernel.arg_names[-sum(name in plan.meta for name in plan.kernel.arg_names) :]
+    return (*plan.numbers, *(plan.meta[name] for name in names))
+
+
+def _grid(plan: Plan) -> tuple[int, int, int]:
+    return (*plan.grid, 1, 1)[:3]
+
+
+def _make_start_3_6(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
+    """For Triton 3.6, where every signature has a C function of its own."""
+    launcher, launch = compiled.run, compiled.run.launch
+    x, y, z = _grid(plan)
+    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+
+    def start(stream: int, pointers: Sequence[int]) -> None:
+        launch(
+            x, y, z, stream, function, cooperative, dependent, None, None, metadata, None, None, None, *pointers, *rest
+        )
+
+    return start
+
+
+def _make_start_3_7(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
+    """For Triton 3.7 to 3.9, where one C function reads a description of the signature."""
+    launcher, launch = compiled.run, compiled.run.launch
+    x, y, z = _grid(plan)
+    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    kinds, signature = launcher.arg_annotations, launcher.kernel_signature
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return None
+
+    def start(stream: int, pointers: Sequence[int]) -> None:
+        launch(
+            x, y, z, stream, function, cooperative, dependent, metadata, None, None, None, None, None,
+            kinds, signature, (*pointers, *rest),
+        )  # fmt: skip
+
+    return start
+
+
+_make_start = {"3.6": _make_start_3_6, "3.7": _make_start_3_7, "3.8": _make_start_3_7, "3.9": _make_start_3_7}.get(
+    ".".join(triton.__version__.split(".")[:2])
+)
 
 
 def check_interpreter(*dtypes: torch.dtype) -> None:

@@ -9,7 +9,7 @@ Scales, 1 + s_r s_c and sums are fp32 (fp64 for float64).
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.ops import linear_configs
-from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, cdiv, check_interpreter
+from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 
 UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
@@ -303,22 +303,42 @@ def _merge_kernel(
 
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
-
-def _meta(dtype: torch.dtype, tiles: linear_configs.Tiles) -> dict[str, Any]:
-    return _tile_meta(dtype, tiles, torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest")
+_plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-@functools.lru_cache(maxsize=1024)
-def _tile_meta(dtype: torch.dtype, tiles: linear_configs.Tiles, precision: str) -> dict[str, Any]:
+def _precision(dtype: torch.dtype) -> str:
+    return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+
+
+def _meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> dict[str, Any]:
     return {
         "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
-        "PRECISION": _PRECISION[precision],
+        "PRECISION": precision,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
+
+
+@_plans
+def _forward_plan(
+    x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str,
+    tiles: linear_configs.Tiles,
+) -> Plan:  # fmt: skip
+    (count, cols), rows, (groups, rank, _) = x_shape, weight_shape[0], col_shape
+    size = rows // groups
+    return Plan(
+        _rlrr_linear_fwd_kernel,
+        (groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m),),
+        (count, rows, cols, size, *x_strides, *weight_strides),
+        {
+            "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
+            "EVEN_K": cols % tiles.block_k == 0, **_meta(dtype, precision, tiles),
+        },
+    )  # fmt: skip
 
 
 def forward_launch(
@@ -332,18 +352,28 @@ def forward_launch(
     tiles: linear_configs.Tiles,
 ) -> Launch:
     """y [M, N] = x W'ᵀ + b in one pass over W; the scales must be contiguous."""
-    (count, cols), (rows, _), (groups, rank, _) = x.shape, weight.shape, scale_col.shape
+    has_bias, dtype = bias is not None, x.dtype
+    plan = _forward_plan(
+        x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, has_bias, residual, dtype,
+        _precision(dtype), tiles,
+    )  # fmt: skip
+    return Launch(plan, (x, weight, scale_row, scale_col, bias if has_bias else x, y))
+
+
+@_plans
+def _grad_x_plan(
+    grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles,
+) -> Plan:  # fmt: skip
+    (count, rows), cols, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     size = rows // groups
-    return Launch(
-        _rlrr_linear_fwd_kernel,
-        (groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m),),
-        (
-            x, weight, scale_row, scale_col, x if bias is None else bias, y,
-            count, rows, cols, size, *x.stride(), *weight.stride(),
-        ),
+    return Plan(
+        _rlrr_linear_bwd_dx_kernel,
+        (cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),),
+        (count, rows, cols, size, *grad_strides, *weight_strides),
         {
-            "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": bias is not None,
-            "EVEN_K": cols % tiles.block_k == 0, **_meta(x.dtype, tiles),
+            "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
+            "EVEN_N": size % tiles.block_n == 0, **_meta(dtype, precision, tiles),
         },
     )  # fmt: skip
 
@@ -358,65 +388,51 @@ def grad_x_launch(
     tiles: linear_configs.Tiles,
 ) -> Launch:
     """∂x [M, K] = g W' in one pass over W; the scales must be contiguous."""
-    (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
-    size = rows // groups
-    return Launch(
-        _rlrr_linear_bwd_dx_kernel,
-        (cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),),
-        (
-            grad_y, weight, scale_row, scale_col, grad_x,
-            count, rows, cols, size, *grad_y.stride(), *weight.stride(),
-        ),
-        {
-            "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-            "EVEN_N": size % tiles.block_n == 0, **_meta(grad_y.dtype, tiles),
-        },
+    dtype = grad_y.dtype
+    plan = _grad_x_plan(
+        grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, dtype,
+        _precision(dtype), tiles,
     )  # fmt: skip
-
-
-class _Split(NamedTuple):
-    """How the scale gradients are cut into partial sums: the grid, then [count, size] of each kind of part in turn."""
-
-    grid: tuple[int, int, int]
-    rows_per_split: int
-    row: tuple[int, int]
-    col: tuple[int, int]
-    bias: tuple[int, int]
-    col_offset: int
-    bias_offset: int
-    parts: int
-    reduce_blocks: int
+    return Launch(plan, (grad_y, weight, scale_row, scale_col, grad_x))
 
 
 _REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
 
 
-@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _split(
-    count: int, rows: int, cols: int, groups: int, rank: int, needs: tuple[bool, bool, bool], arch: str,
-    tiles: linear_configs.Tiles,
-) -> _Split:  # fmt: skip
+@_plans
+def _grad_scales_plans(
+    grad_shape: torch.Size, grad_strides: tuple[int, int], x_strides: tuple[int, int], weight_shape: torch.Size,
+    weight_strides: tuple[int, int], col_shape: torch.Size, needs: tuple[bool, bool, bool], dtype: torch.dtype,
+    precision: str, arch: str, tiles: linear_configs.Tiles,
+) -> tuple[Plan, Plan, int]:  # fmt: skip
+    """How the scale gradients are cut into partial sums, how these are added up, and how many there are."""
+    count, (rows, cols), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
     tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
     splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
     rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, cdiv(count, rows_per_split))
+    # [count, size] of each kind of part; they lie one after another.
     row = (splits * tiles_k, rows * rank) if need_row else (0, 0)
     col = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
     bias = (splits, rows) if need_bias else (0, 0)
     col_offset = row[0] * row[1]
     bias_offset = col_offset + col[0] * col[1]
-    return _Split(
-        grid=(tiles_k + need_bias, groups * tiles_per_group, splits),
-        rows_per_split=rows_per_split,
-        row=row,
-        col=col,
-        bias=bias,
-        col_offset=col_offset,
-        bias_offset=bias_offset,
-        parts=bias_offset + bias[0] * bias[1],
-        reduce_blocks=sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias)),
-    )
+    partial = Plan(
+        _rlrr_linear_bwd_scales_kernel,
+        (tiles_k + need_bias, groups * tiles_per_group, splits),
+        (
+            col_offset, bias_offset, count, rows, cols, rows // groups, rows_per_split,
+            *grad_strides, *x_strides, *weight_strides,
+        ),
+        {
+            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
+            "EVEN_M": count % tiles.block_m == 0, **_meta(dtype, precision, tiles),
+        },
+    )  # fmt: skip
+    blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
+    reduction = Plan(_rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
+    return partial, reduction, bias_offset + bias[0] * bias[1]
 
 
 def grad_scales_launches(
@@ -434,51 +450,44 @@ def grad_scales_launches(
     A gradient that is not needed is None. The scales must be contiguous.
     """
     grad_row, grad_col, grad_bias = grads
-    needs = (grad_row is not None, grad_col is not None, grad_bias is not None)
-    (count, rows), (_, cols), (groups, rank, _) = grad_y.shape, weight.shape, scale_col.shape
-    split = _split(count, rows, cols, groups, rank, needs, arch, tiles)
-    parts = torch.empty(split.parts, dtype=accumulate_dtype(grad_y.dtype), device=grad_y.device)
-    partial = Launch(
-        _rlrr_linear_bwd_scales_kernel,
-        split.grid,
-        (
-            grad_y, x, weight, scale_row, scale_col, parts, split.col_offset, split.bias_offset,
-            count, rows, cols, rows // groups, split.rows_per_split,
-            *grad_y.stride(), *x.stride(), *weight.stride(),
-        ),
-        {
-            "RANK": rank, "NEED_ROW": needs[0], "NEED_COL": needs[1], "NEED_BIAS": needs[2],
-            "EVEN_M": count % tiles.block_m == 0, **_meta(grad_y.dtype, tiles),
-        },
+    needs, dtype = (grad_row is not None, grad_col is not None, grad_bias is not None), grad_y.dtype
+    partial, reduction, size = _grad_scales_plans(
+        grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), scale_col.shape, needs, dtype,
+        _precision(dtype), arch, tiles,
     )  # fmt: skip
+    parts = torch.empty(size, dtype=accumulate_dtype(dtype), device=grad_y.device)
     outputs = (
         parts if grad_row is None else grad_row,
         parts if grad_col is None else grad_col,
         parts if grad_bias is None else grad_bias,
     )
-    reduction = Launch(
-        _rlrr_linear_bwd_reduce_kernel,
-        (split.reduce_blocks,),
-        (parts, *outputs, *split.row, *split.col, *split.bias),
-        _REDUCE_META,
+    return (
+        Launch(partial, (grad_y, x, weight, scale_row, scale_col, parts)),
+        Launch(reduction, (parts, *outputs)),
     )
-    return partial, reduction
 
 
-def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, out: Tensor) -> Launch:
-    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once; the scales must be contiguous."""
-    (rows, cols), (groups, rank, _) = weight.shape, scale_col.shape
+@_plans
+def _merge_plan(
+    weight_shape: torch.Size, weight_strides: tuple[int, int], col_shape: torch.Size, residual: bool, dtype: torch.dtype
+) -> Plan:
+    (rows, cols), (groups, rank, _) = weight_shape, col_shape
     meta = {
         "RANK": rank,
         "RESIDUAL": residual,
-        "ACC": TL_ACCUMULATE[accumulate_dtype(weight.dtype)],
+        "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
         "BLOCK_N": 16,
         "BLOCK_K": 128,
         "num_warps": 4,
     }
     grid = (cdiv(cols, meta["BLOCK_K"]), groups * cdiv(rows // groups, meta["BLOCK_N"]))
-    args = (weight, scale_row, scale_col, out, cols, rows // groups, *weight.stride())
-    return Launch(_merge_kernel, grid, args, meta)
+    return Plan(_merge_kernel, grid, (cols, rows // groups, *weight_strides), meta)
+
+
+def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, out: Tensor) -> Launch:
+    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once; the scales must be contiguous."""
+    plan = _merge_plan(weight.shape, weight.stride(), scale_col.shape, residual, weight.dtype)
+    return Launch(plan, (weight, scale_row, scale_col, out))
 
 
 # ---------------------------------------------------------------- the backend

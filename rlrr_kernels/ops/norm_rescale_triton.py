@@ -6,12 +6,14 @@ with w' = γ ⊙ w and b' = γ ⊙ b + β. Statistics and sums are fp32 (fp64 fo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, cdiv, check_interpreter
+from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
 
 MAX_SIZE = 8192
 """Largest D: a row lives in the registers of one program."""
@@ -136,9 +138,20 @@ def _norm_rescale_bwd_reduce_kernel(
 # ---------------------------------------------------------------- launches
 
 
+_plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+
+
 def _row_meta(size: int, wide: torch.dtype) -> dict:
     block = 1 << max(0, size - 1).bit_length()
     return {"ACC": TL_ACCUMULATE[wide], "BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
+
+
+@_plans
+def _forward_plan(
+    rows: int, size: int, stride: int, has_weight: bool, has_bias: bool, eps: float, wide: torch.dtype
+) -> Plan:
+    meta = {"EPS": eps, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias, **_row_meta(size, wide)}
+    return Plan(_norm_rescale_fwd_kernel, (rows,), (size, stride), meta)
 
 
 def forward_launch(
@@ -153,15 +166,32 @@ def forward_launch(
     rstd: Tensor,
 ) -> Launch:
     """y [M, D], mean [M] and rstd [M] of x [M, D], whose rows must be contiguous."""
-    rows, size = x.shape
-    present = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    return Launch(
-        _norm_rescale_fwd_kernel,
-        (rows,),
-        (x, x if weight is None else weight, x if bias is None else bias, scale, shift, y, mean, rstd,
-         size, x.stride(0)),
-        {"EPS": eps} | present | _row_meta(size, mean.dtype),
-    )  # fmt: skip
+    has_weight, has_bias = weight is not None, bias is not None
+    plan = _forward_plan(*x.shape, x.stride(0), has_weight, has_bias, eps, mean.dtype)
+    return Launch(plan, (x, weight if has_weight else x, bias if has_bias else x, scale, shift, y, mean, rstd))
+
+
+@_plans
+def _backward_plan(
+    rows: int, size: int, strides: tuple[int, int], has_weight: bool, need_x: bool, need_parameters: bool,
+    wide: torch.dtype,
+) -> Plan:  # fmt: skip
+    meta = {
+        "HAS_WEIGHT": has_weight, "NEED_X": need_x, "NEED_PARAMETERS": need_parameters,
+        "ROWS": ROWS_PER_PROGRAM, **_row_meta(size, wide),
+    }  # fmt: skip
+    return Plan(_norm_rescale_bwd_kernel, (cdiv(rows, ROWS_PER_PROGRAM),), (rows, size, *strides), meta)
+
+
+@_plans
+def _reduce_plan(
+    programs: int, size: int, has_weight: bool, has_bias: bool, need_scale: bool, need_shift: bool
+) -> Plan:
+    meta = {
+        "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias, "NEED_SCALE": need_scale, "NEED_SHIFT": need_shift,
+        "BLOCK_P": 32, "BLOCK": 32, "num_warps": 4,
+    }  # fmt: skip
+    return Plan(_norm_rescale_bwd_reduce_kernel, (cdiv(size, 32),), (programs, size), meta)
 
 
 def backward_launches(
@@ -177,32 +207,19 @@ def backward_launches(
     """Fills ``grads`` = (∂x [M, D], ∂γ [D], ∂β [D]), None where unneeded; the rows of grad_y and x are contiguous."""
     grad_x, grad_scale, grad_shift = grads
     (rows, size), wide = x.shape, mean.dtype
+    has_weight, has_bias = weight is not None, bias is not None
+    need_scale, need_shift = grad_scale is not None, grad_shift is not None
+    need_parameters = need_scale or need_shift
     programs = cdiv(rows, ROWS_PER_PROGRAM)
-    need_parameters = grad_scale is not None or grad_shift is not None
     parts = torch.empty((programs, 2, size) if need_parameters else (0,), dtype=wide, device=x.device)
-    has_weight = weight is not None
-    weight, bias_or_x = x if weight is None else weight, x if bias is None else bias
-    launches = [
-        Launch(
-            _norm_rescale_bwd_kernel,
-            (programs,),
-            (grad_y, x, weight, scale, mean, rstd, x if grad_x is None else grad_x, parts,
-             rows, size, grad_y.stride(0), x.stride(0)),
-            {"HAS_WEIGHT": has_weight, "NEED_X": grad_x is not None, "NEED_PARAMETERS": need_parameters,
-             "ROWS": ROWS_PER_PROGRAM, **_row_meta(size, wide)},
-        )
-    ]  # fmt: skip
+    weight, bias = weight if has_weight else x, bias if has_bias else x
+    strides = grad_y.stride(0), x.stride(0)
+    plan = _backward_plan(rows, size, strides, has_weight, grad_x is not None, need_parameters, wide)
+    launches = [Launch(plan, (grad_y, x, weight, scale, mean, rstd, x if grad_x is None else grad_x, parts))]
     if need_parameters:
-        scale_out, shift_out = (parts if grad is None else grad for grad in (grad_scale, grad_shift))
-        launches.append(
-            Launch(
-                _norm_rescale_bwd_reduce_kernel,
-                (cdiv(size, 32),),
-                (parts, weight, bias_or_x, scale_out, shift_out, programs, size),
-                {"HAS_WEIGHT": has_weight, "HAS_BIAS": bias is not None, "NEED_SCALE": grad_scale is not None,
-                 "NEED_SHIFT": grad_shift is not None, "BLOCK_P": 32, "BLOCK": 32, "num_warps": 4},
-            )
-        )  # fmt: skip
+        outputs = grad_scale if need_scale else parts, grad_shift if need_shift else parts
+        plan = _reduce_plan(programs, size, has_weight, has_bias, need_scale, need_shift)
+        launches.append(Launch(plan, (parts, weight, bias, *outputs)))
     return launches
 
 

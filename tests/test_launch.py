@@ -1,0 +1,187 @@
+"""The short way to start kernels: what reaches the driver is what Triton's own launcher would have sent there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlrr_kernels import backends
+
+if backends.INTERPRETING or shutil.which("cc") is None:
+    pytest.skip("needs Triton's compiler and a C compiler", allow_module_level=True)
+
+import triton
+from triton import knobs
+
+from benchmarks import host_overhead
+from benchmarks.fake_cuda import FakeCuda, fake_cuda
+from rlrr_kernels.ops import launch as launching
+from rlrr_kernels.ops import linear_triton, norm_rescale_triton
+from rlrr_kernels.ops.launch import Launch
+from rlrr_kernels.ops.linear_configs import Tiles
+
+TILES = Tiles(16, 32, 32, 4, 1)
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with fake_cuda() as fake:
+        yield fake
+
+
+def by_triton(launch: Launch) -> None:
+    launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
+
+
+def sent(fake: FakeCuda, launch: Launch, start=Launch.run) -> dict:
+    """What a launch hands to the driver; numbers that are 1 are part of the kernel and not handed over."""
+    types = [f"*{v.dtype}" if isinstance(v, Tensor) else "i32" for v in launch.args if isinstance(v, Tensor) or v != 1]
+    fake.record(types)
+    before = fake.count
+    start(launch)
+    assert fake.count == before + 1
+    return fake.last()
+
+
+def linear_launches(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x: Tensor | None = None) -> list[Launch]:
+    """Every kernel of ``rlrr_linear`` on one problem."""
+    x = torch.zeros(count, cols, dtype=dtype) if x is None else x
+    y, weight = torch.zeros(len(x), rows, dtype=dtype), torch.zeros(rows, cols, dtype=dtype)
+    row, col, bias = torch.zeros(rows, 1), torch.zeros(groups, 1, cols), torch.zeros(rows)
+    grads = torch.zeros_like(row), torch.zeros_like(col), torch.zeros_like(bias)
+    return [
+        linear_triton.forward_launch(x, weight, row, col, bias, True, y, TILES),
+        linear_triton.grad_x_launch(y, weight, row, col, True, torch.zeros_like(x), TILES),
+        *linear_triton.grad_scales_launches(y, x, weight, row, col, grads, "sm_90", TILES),
+        linear_triton.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
+    ]
+
+
+def norm_launches() -> list[Launch]:
+    x, vectors, statistics = torch.zeros(20, 64), [torch.zeros(64) for _ in range(4)], [torch.zeros(20)] * 2
+    forward = norm_rescale_triton.forward_launch(x, *vectors, 1e-6, torch.zeros_like(x), *statistics)
+    grads = torch.zeros_like(x), *vectors[2:]
+    return [forward, *norm_rescale_triton.backward_launches(x, x, *vectors[:3], *statistics, grads)]
+
+
+def starts(launch: Launch) -> int:
+    """Compiled kernels that the launch's plan can start on its own."""
+    return len(launch.plan._starts)
+
+
+def test_the_driver_is_sent_the_same(cuda: FakeCuda):
+    for launch in [*linear_launches(), *linear_launches(groups=2), *norm_launches()]:
+        expected = sent(cuda, launch, by_triton)
+        for _ in range(3):
+            assert sent(cuda, launch) == expected
+        assert starts(launch) == 1
+
+
+def test_every_change_that_needs_another_kernel_gets_it(cuda: FakeCuda):
+    """Sizes that are 1 or multiples of 16 or not, dtypes, strides and alignment, in turn and back again."""
+    storage = torch.zeros(20 * 128 + 8, dtype=torch.float16)
+    variants = [
+        {},
+        {"count": 1},
+        {"count": 16},
+        {"rows": 72},
+        {"cols": 90},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float32},
+        {"x": storage[1:1921].view(20, 96)},  # 2 bytes past a multiple of 16
+        {"x": storage[8:1928].view(20, 96)},  # 16 bytes past one
+        {"x": storage[: 20 * 128].view(20, 128)[:, :96]},
+        {"x": torch.zeros(96, 20, dtype=torch.float16).t()},
+    ]
+    functions = set()
+    for _ in range(2):
+        for variant in variants:
+            launches = linear_launches(**variant)
+            for launch in launches:
+                actual = sent(cuda, launch)
+                assert actual == sent(cuda, launch, by_triton), variant
+            functions.add(sent(cuda, launches[0])["function"])
+    assert len(functions) > 6
+
+
+def test_a_misaligned_tensor_takes_tritons_way(cuda: FakeCuda):
+    x = torch.zeros(20 * 96 + 1, dtype=torch.float16)[1:].view(20, 96)
+    aligned, misaligned = linear_launches()[0], linear_launches(x=x)[0]
+    assert aligned.plan is misaligned.plan
+    first, other = sent(cuda, aligned), sent(cuda, misaligned)
+    assert first["function"] != other["function"], "Triton loads 16 bytes at once where all pointers are aligned"
+    assert sent(cuda, aligned) == first
+    assert sent(cuda, misaligned) == other
+
+
+def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    (launch, *_), seen = linear_launches(count=24), []
+    launch.run()
+    hook = lambda *args, **kwargs: seen.append("pre-run")  # noqa: E731
+    monkeypatch.setattr(launch.plan.kernel, "pre_run_hooks", [hook])
+    launch.run()
+    monkeypatch.undo()
+    knobs.runtime.launch_enter_hook.add(enter := lambda metadata: seen.append(metadata.get()["name"]))
+    try:
+        launch.run()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+    launch.run()
+    assert seen == ["pre-run", "_rlrr_linear_fwd_kernel"]
+
+
+def test_debugging_compiles_and_takes_tritons_way(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    launch = linear_launches(count=28)[0]
+    plain = sent(cuda, launch)["function"]
+    monkeypatch.setattr(knobs.runtime, "debug", True)
+    assert sent(cuda, launch)["function"] != plain
+    monkeypatch.undo()
+    assert sent(cuda, launch)["function"] == plain
+
+
+def test_an_unknown_triton_launches_its_own_way(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "_make_start", None)
+    launch = linear_launches(count=36)[0]
+    assert sent(cuda, launch) == sent(cuda, launch) == sent(cuda, launch, by_triton)
+    assert starts(launch) == 0
+
+
+def test_another_driver_is_not_sent_this_ones_kernels(cuda: FakeCuda):
+    launch = linear_launches(count=44)[0]
+    launch.run()
+    with fake_cuda() as other:
+        assert sent(other, launch) == sent(other, launch, by_triton)
+
+
+def test_the_installed_triton_is_known():
+    assert launching._make_start is not None, f"the launcher of Triton {triton.__version__} is not in ops/launch.py"
+
+
+def test_the_host_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(host_overhead, "CALLS", 2)
+    monkeypatch.setattr(host_overhead, "ROUNDS", 2)
+    host_overhead.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("rlrr_linear, triton: forward + backward")]
+
+
+@pytest.mark.slow
+def test_with_triton_3_6():
+    old = os.environ.get("RLRR_TRITON_3_6")
+    if not old:
+        pytest.skip("RLRR_TRITON_3_6 does not name a folder with Triton 3.6; `make test-all` makes one")
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([old, str(root)])}
+    environment.pop("RLRR_TRITON_3_6")
+    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__)), "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "9 passed" in result.stdout
