@@ -201,7 +201,7 @@ def main() -> None:
     )
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         console.quiet = False
         if os.environ.get("RLRR_TRACEBACK"):
             raise

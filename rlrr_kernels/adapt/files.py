@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,7 @@ from rlrr_kernels.adapt.report import AdaptReport
 
 TENSORS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 
-_FORMAT = "rlrr_adapter"
+ADAPTER_FORMAT = "rlrr_adapter"
 _HEADER_KEY = "rlrr_config"
 
 _SAMPLES = 4
@@ -103,22 +103,33 @@ def save_adapter(
         OSError: the folder cannot be written; names it.
         ImportError: safetensors is not installed.
     """
-    save = _safetensors().torch.save
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
     tensors, also_trained = _trained_tensors(model)
-    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if on_meta:
-        raise ValueError(f"model has tensors on the meta device, which hold no values to save: {on_meta[0]}")
     config = adaptation.config.to_dict()
     document = {
         "schema_version": config.pop("schema_version"),
-        "format": _FORMAT,
-        "base_model": _base_model(model),
+        "format": ADAPTER_FORMAT,
+        "base_model": describe_base(model),
         "adaptation": config,
         "also_trained": also_trained,
         "metadata": dict(metadata or {}),
-        "backbone_sample": _backbone_sample(model, adaptation.layers),
+        "backbone_sample": sample_backbone(model, adaptation.layers),
     }
+    return write_folder(folder, document, tensors, lambda: model_card(document, adapt_report(model)))
+
+
+def write_folder(
+    folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor], card: Callable[[], str]
+) -> Path:
+    """Writes ``document`` as ``config.json``, the tensors with a copy of it, and the model card to ``folder``.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: as for :func:`save_adapter`.
+    """
+    save = _safetensors().torch.save
+    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if on_meta:
+        raise ValueError(f"model has tensors on the meta device, which hold no values to save: {on_meta[0]}")
     try:
         text = json.dumps(document, indent=2)
     except (TypeError, ValueError) as error:
@@ -128,7 +139,7 @@ def save_adapter(
     data = save(copies, {_HEADER_KEY: text})
     contents = {
         CONFIG: text.encode(),
-        CARD: model_card(document, adapt_report(model)).encode(),
+        CARD: card().encode(),
         TENSORS: data,
     }
     try:
@@ -183,14 +194,16 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return {**tensors, **also_trained}, list(also_trained)
 
 
-def _base_model(model: nn.Module) -> dict[str, Any]:
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """``class``, ``name`` (timm's, or None) and ``num_classes`` (or None) of ``model``, as JSON types."""
     config = getattr(model, "pretrained_cfg", None)  # timm's
     name = config.get("architecture") if isinstance(config, Mapping) else None
     classes = getattr(model, "num_classes", None)
     return {"class": type(model).__name__, "name": name, "num_classes": classes if isinstance(classes, int) else None}
 
 
-def _backbone_sample(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[float]]:
+def sample_backbone(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[float]]:
+    """Layer → a few elements of its weight [N, K], to recognise a checkpoint by."""
     sample = {}
     for name in layers:
         weight = model.get_submodule(name).weight.detach()
@@ -215,18 +228,7 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
 
 
 def _read(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    _check_files(folder)
-    document = _parse(folder / CONFIG, (folder / CONFIG).read_bytes())
-    tensors, shapes, copy = _read_tensors(folder / TENSORS, with_tensors)
-    if copy is not None:
-        inner = _parse(folder / TENSORS, copy.encode())
-        if inner != document:
-            warnings.warn(
-                f"{folder / CONFIG} differs from its copy inside {TENSORS}, which is used: a save was interrupted, or "
-                "the file was edited",
-                stacklevel=4,
-            )
-        document = inner
+    document, tensors, shapes = read_folder(folder, (ADAPTER_FORMAT,), with_tensors)
     source = folder / CONFIG
     try:
         config = RLRRConfig.from_dict({"schema_version": document["schema_version"], **document["adaptation"]})
@@ -246,6 +248,31 @@ def _read(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, dict[st
     return info, tensors
 
 
+def read_folder(
+    folder: Path, formats: tuple[str, ...], with_tensors: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """What :func:`write_folder` wrote: the document, the tensors (none unless asked for) and their shapes, by name.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is truncated or not ours, ``format`` is not among ``formats``, or ``schema_version`` is not
+            one this package reads.
+    """
+    _check_files(folder)
+    document = _parse(folder / CONFIG, (folder / CONFIG).read_bytes(), formats)
+    tensors, shapes, copy = _read_tensors(folder / TENSORS, with_tensors)
+    if copy is not None:
+        inner = _parse(folder / TENSORS, copy.encode(), formats)
+        if inner != document:
+            warnings.warn(
+                f"{folder / CONFIG} differs from its copy inside {TENSORS}, which is used: a save was interrupted, or "
+                "the file was edited",
+                stacklevel=5,
+            )
+        document = inner
+    return document, tensors, shapes
+
+
 def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -259,7 +286,7 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
+def _parse(path: Path, data: bytes, formats: tuple[str, ...]) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except ValueError as error:
@@ -270,8 +297,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
         check_schema_version(document["schema_version"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if document.get("format") != _FORMAT:
-        raise ValueError(f"{path}: format must be {_FORMAT!r}; got {document.get('format')!r}")
+    if document.get("format") not in formats:
+        expected = " or ".join(map(repr, formats))
+        raise ValueError(f"{path}: format must be {expected}; got {document.get('format')!r}")
     return document
 
 
@@ -320,16 +348,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         try:
             plan = plan_adaptation(model, info.config)
         except ValueError as error:
-            raise ValueError(_misfit(folder, model, [str(error), *_missing_modules(model, info.shapes)])) from error
+            raise ValueError(misfit(folder, model, [str(error), *_missing_modules(model, info.shapes)])) from error
         expected = planned_shapes(model, plan)
     parameters = dict(model.named_parameters())
     expected |= {name: tuple(parameters[name].shape) for name in info.also_trained if name in parameters}
-    problems = _differences(info.shapes, expected)
+    problems = differences(info.shapes, expected)
     if problems:
-        raise ValueError(_misfit(folder, model, problems))
+        raise ValueError(misfit(folder, model, problems))
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("model is on the meta device; give it values before loading an adapter")
-    _warn_other_weights(folder, model, info)
+    warn_other_weights(folder, model, info.backbone_sample, stacklevel=3)
     if plan is not None:
         apply_adaptation(model, plan)
     for name in info.also_trained:
@@ -346,7 +374,8 @@ def _check_same_config(folder: Path, saved: RLRRConfig, present: RLRRConfig) -> 
         raise ValueError(f"the adapter in {folder} does not fit, the model is adapted with another RLRRConfig: {cases}")
 
 
-def _differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A sentence for every tensor that is missing, of another shape or too many; by name → shape."""
     problems = []
     for name, shape in expected.items():
         if name not in found:
@@ -362,21 +391,23 @@ def _missing_modules(model: nn.Module, names: Mapping[str, Any]) -> list[str]:
     return [f"not in the model: {name}" for name in needed if name not in present]
 
 
-def _misfit(folder: Path, model: nn.Module, problems: list[str]) -> str:
+def misfit(folder: Path, model: nn.Module, problems: list[str]) -> str:
+    """The message of the error that names ``problems``."""
     return "\n  ".join([f"the adapter in {folder} does not fit this {type(model).__name__}:", *problems])
 
 
-def _warn_other_weights(folder: Path, model: nn.Module, info: AdapterInfo) -> None:
-    present = _backbone_sample(model, tuple(info.backbone_sample))
+def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list[float]], *, stacklevel: int) -> None:
+    """Warns where the weights of ``model`` differ from ``sample``, which :func:`sample_backbone` took."""
+    present = sample_backbone(model, tuple(sample))
     differing = []
-    for name, values in info.backbone_sample.items():
+    for name, values in sample.items():
         saved = torch.tensor(values, dtype=torch.float64)
         distance = (torch.tensor(present[name], dtype=torch.float64) - saved).norm()
         if not distance <= _SAMPLE_TOLERANCE * saved.norm():
             differing.append(name)
     if differing:
         warnings.warn(
-            f"the frozen weights of {len(differing)} of {len(info.backbone_sample)} layers differ from those that the "
+            f"the frozen weights of {len(differing)} of {len(sample)} layers differ from those that the "
             f"adapter in {folder} was trained on (the first is {differing[0]}): is this the right checkpoint?",
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )

@@ -20,7 +20,7 @@ from rlrr_kernels.nn.norm_rescale import NormRescale
 _HEAD_NAMES = ("head", "head_dist", "heads", "fc", "classifier", "classification_head")
 
 _PLAIN_LINEARS = {"timm.layers.linear.Linear"}
-_PLAIN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
+PLAIN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
 
 _ATTRIBUTE = "rlrr_adaptation"
 
@@ -113,7 +113,7 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     _check_fresh(model, modules)
     recipe = paper_recipe(model) if config.recipe == "paper" else None
     resolved = with_recipe(config, recipe)
-    heads = _find_heads(model, modules, config)
+    heads = find_heads(model, config)
     layers = _find_layers(modules, heads, resolved)
     _check_groups(modules, layers, resolved)
     _check_group_patterns(layers, config)
@@ -135,7 +135,13 @@ def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use RLRRLinear.from_linear")
 
 
-def _find_heads(model: nn.Module, modules: dict[str, nn.Module], config: RLRRConfig) -> list[str]:
+def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
+    """Names of the modules of ``model`` that are trained as they are, by ``config.heads`` or what timm calls them.
+
+    Raises:
+        ValueError: a pattern of ``config.heads`` matches no module.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     if config.heads is not None:
         for pattern in config.heads:
             if not any(name and fnmatchcase(name, pattern) for name in modules):
@@ -160,12 +166,13 @@ def _outermost(names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def _under(name: str, ancestors: Iterable[str]) -> bool:
+def under(name: str, ancestors: Iterable[str]) -> bool:
+    """Whether the module called ``name`` is one of ``ancestors`` or lies inside one."""
     return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
 
 
 def _find_layers(modules: dict[str, nn.Module], heads: list[str], config: RLRRConfig) -> list[str]:
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not _under(name, heads)]
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not under(name, heads)]
     layers = [name for name in linears if matches(name, config.include) and not matches(name, config.exclude)]
     if not layers:
         raise ValueError(
@@ -242,7 +249,7 @@ def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[l
             )
     for name in [*norms, *([tokens] if tokens and not isinstance(modules[tokens], nn.Identity) else [])]:
         kind = type(modules[name])
-        if f"{kind.__module__}.{kind.__name__}" not in _PLAIN_NORMS:
+        if f"{kind.__module__}.{kind.__name__}" not in PLAIN_NORMS:
             raise ValueError(f"recipe='paper' puts scale and shift on LayerNorms; {name} is {kind.__name__}")
     return norms, tokens
 
@@ -290,7 +297,7 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     for name in plan.heads:
         head = model.get_submodule(name).requires_grad_(True)
         if config.recipe == "paper":
-            _zero(head)
+            zero_linears(head)
     setattr(model, _ATTRIBUTE, plan)
 
 
@@ -311,7 +318,8 @@ def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[s
 
 
 @torch.no_grad()
-def _zero(head: nn.Module) -> None:
+def zero_linears(head: nn.Module) -> None:
+    """Sets weight and bias of every ``nn.Linear`` in ``head`` to zero."""
     for module in head.modules():
         if isinstance(module, nn.Linear):
             module.weight.zero_()

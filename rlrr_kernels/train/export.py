@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rlrr_kernels.adapt import MergeReport, merge_adapter
+from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
 from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.train.methods import BaselineMergeReport, merge_baseline
 from rlrr_kernels.train.task import Task, load_task
 
 
@@ -24,14 +25,14 @@ class Merged:
     """
 
     task: Task
-    report: MergeReport
+    report: MergeReport | BaselineMergeReport
     difference: float
     largest: float
     image_size_argument: bool
 
 
 def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | None = None) -> Merged:
-    """Merges the adapter folder ``adapter`` into its backbone and writes the state dict to ``file`` as safetensors.
+    """Merges the folder ``adapter``, of RLRR or a baseline, into its backbone; writes the state dict as safetensors.
 
     Args:
         adapter: written by ``rlrr finetune``.
@@ -47,7 +48,7 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     model, task = load_task(adapter, weights)
     images = example_images(task)
     before = logits(model, images)
-    report = merge_adapter(model)
+    report = merge_adapter(model) if is_adapted(model) else merge_baseline(model)
     after = logits(model, images)
     file = Path(file)
     try:

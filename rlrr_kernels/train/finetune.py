@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_model, parameter_groups, save_adapter
+from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.adapt.recipe import paper_recipe
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.config_file import write_config
@@ -24,10 +23,22 @@ from rlrr_kernels.train.drop import check_drop, set_drop
 from rlrr_kernels.train.environment import add_session, environment
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop import FitResult, fit, make_accelerator
+from rlrr_kernels.train.method_files import save_trained
+from rlrr_kernels.train.methods import (
+    METHODS,
+    TITLES,
+    Baseline,
+    BaselineReport,
+    apply_method,
+    check_method,
+    optimizer_groups,
+    recipe_of,
+)
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.progress import console, track
+from rlrr_kernels.train.settings import settings_of
 from rlrr_kernels.train.task import Task
 
 if TYPE_CHECKING:
@@ -35,6 +46,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
+
+_RLRR_ONLY = ("recipe", "init")
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -53,16 +66,18 @@ class FinetuneConfig:
             (.safetensors, .pth, .npz).
         image_size: pixels; None: what the weights were made for.
         preprocessing: of the images, in place of what the weights were made for.
-        recipe: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first where it
-            is defined for the model.
-        rank: of the scales; 1 is the paper's RLRR.
-        init: of the scales: ``paper``, ``identity`` or ``normal``.
+        method: ``rlrr``, or one to compare it with: ``probe``, ``full``, ``bias``, ``ssf``, ``lora``, ``dora`` or
+            ``hira`` (:mod:`rlrr_kernels.train.methods`). Every method starts with a head of zeros.
+        recipe: of RLRR: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first
+            where it is defined for the model.
+        rank: of the adapter; None: 1 (the paper's) for rlrr, 8 for lora and dora (alpha = rank), 32 for hira.
+        init: of RLRR's scales: ``paper``, ``identity`` or ``normal``.
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
             depth; None leaves the model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
         drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
             :func:`rlrr_kernels.train.drop.set_drop`.
         lr: peak learning rate of AdamW.
-        weight_decay: of AdamW, on s_r, s_c and the head's weight.
+        weight_decay: of AdamW, on s_r, s_c and the head's weight; for other methods on all but vectors.
         augment: of the training images: ``none``, ``flip``, ``crop`` (at random, and flip) or ``timm`` (random crops,
             flips, colours).
         val_fraction: share of the training images to choose the epoch by, where the folder has no ``val``.
@@ -82,8 +97,9 @@ class FinetuneConfig:
     weights: str | Path = HUB
     image_size: int | None = None
     preprocessing: Preprocessing | None = None
+    method: str = "rlrr"
     recipe: str = "auto"
-    rank: int = 1
+    rank: int | None = None
     init: str = "paper"
     drop: float | None = None
     drop_kind: str = "depth"
@@ -99,7 +115,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if str(self.weights) not in (HUB, NO_WEIGHTS):
             object.__setattr__(self, "weights", Path(self.weights))
-        for name, choices in (("recipe", RECIPES), ("augment", AUGMENTATIONS), ("epoch_chosen_on", CHOSEN_ON)):
+        allowed = {"method": METHODS, "recipe": RECIPES, "augment": AUGMENTATIONS, "epoch_chosen_on": CHOSEN_ON}
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name in ("lr", "weight_decay"):
@@ -111,6 +128,12 @@ class FinetuneConfig:
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
             )
         check_drop(self.drop or 0.0, self.drop_kind)
+        if self.method != "rlrr":
+            Baseline(self.method, self.rank)
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in _RLRR_ONLY:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name} is a setting of rlrr; got {getattr(self, name)!r} for {self.method}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +149,7 @@ class FinetuneResult:
     model: nn.Module
     adapter: Path
     task: Task
-    report: AdaptReport
+    report: AdaptReport | BaselineReport
     fit: FitResult
     test: Scores | None
 
@@ -138,7 +161,7 @@ def finetune(
     resume: bool = False,
     quiet: bool = False,
 ) -> FinetuneResult:
-    """Fine-tunes ``config.model`` by RLRR and saves the adapter of the best epoch.
+    """Fine-tunes ``config.model`` and saves what was trained, as of the best epoch.
 
     Args:
         config: the run.
@@ -153,6 +176,7 @@ def finetune(
     """
     out = Path(config.out)
     check_model_name(config.model)
+    check_method(config.method)
     resume = _look_for_run(out, resume)
     accelerator = make_accelerator(config.train, cpu=config.cpu)
     talk = accelerator.is_main_process and not quiet
@@ -172,8 +196,8 @@ def finetune(
         set_drop(model, config.drop, config.drop_kind)
     weights = str(config.weights) if str(config.weights) in (HUB, NO_WEIGHTS) else Path(config.weights).name
     task = Task(config.model, weights, splits["train"].classes, preprocessing)
-    adaptation = RLRRConfig(recipe=_recipe(config, model), rank=config.rank, init=config.init)
-    report = adapt_model(model, adaptation)
+    method = _method(config, model)
+    report = apply_method(model, method)
     if talk:
         _introduce(config, task, splits, report, resume)
     if accelerator.is_main_process:
@@ -182,14 +206,15 @@ def finetune(
     sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
     result = fit(
         model,
-        parameter_groups(model, config.lr, config.weight_decay),
+        optimizer_groups(model, config.lr, config.weight_decay),
         sets["train"],
         sets[_deciding(config)],
         config.train,
         out,
         identity={
+            "method": config.method,
             "task": task.to_dict(),
-            "adaptation": adaptation.to_dict(),
+            "adaptation": method.to_dict(),
             "epoch_chosen_on": config.epoch_chosen_on,
             **_settings(config),
         },
@@ -207,7 +232,7 @@ def finetune(
     if accelerator.is_main_process:
         if test is not None:
             _save(model, adapter, _metadata(config, task, accelerator, result, test), out)
-        _write_result(out, _metadata(config, task, accelerator, result, test), report, result, talk)
+        _write_result(config, _metadata(config, task, accelerator, result, test), report, result, talk)
     return FinetuneResult(model, adapter, task, report, result, test)
 
 
@@ -247,17 +272,20 @@ def _look_for_run(out: Path, resume: bool) -> bool:
     return True
 
 
-def _recipe(config: FinetuneConfig, model: nn.Module) -> str | None:
-    if config.recipe != "auto":
-        return None if config.recipe == "layers" else config.recipe
-    try:
-        paper_recipe(model)
-    except ValueError:
-        return None
-    return "paper"
+def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
+    if config.method != "rlrr":
+        return Baseline(config.method, config.rank)
+    recipe = {"auto": recipe_of(model), "layers": None}.get(config.recipe, config.recipe)
+    return RLRRConfig(recipe=recipe, rank=1 if config.rank is None else config.rank, init=config.init)
 
 
-def _introduce(config, task: Task, splits: dict[str, Samples], report: AdaptReport, resume: bool) -> None:
+def _introduce(
+    config: FinetuneConfig,
+    task: Task,
+    splits: Mapping[str, Samples],
+    report: AdaptReport | BaselineReport,
+    resume: bool,
+) -> None:
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
     console.print(f"[bold]{task.model}[/bold], weights {task.weights}, {size} x {size} px", highlight=False)
@@ -265,8 +293,9 @@ def _introduce(config, task: Task, splits: dict[str, Samples], report: AdaptRepo
     console.print(f"{place}{len(task.classes)} classes, {counts} images", highlight=False)
     if config.epoch_chosen_on == "test":
         console.print("the epoch is chosen on the test images: an optimistic score")
+    where = f" on {len(report.layers)} linear layers" if report.layers else ""
     console.print(
-        f"RLRR on {len(report.layers)} linear layers: {report.trained:,} of {report.total:,} parameters trained "
+        f"{TITLES[config.method]}{where}: {report.trained:,} of {report.total:,} parameters trained "
         f"({report.share:.2%})",
         highlight=False,
     )
@@ -293,6 +322,7 @@ def _metadata(
     config: FinetuneConfig, task: Task, accelerator: Accelerator, result: FitResult, test: Scores | None
 ) -> dict[str, Any]:
     return {
+        "method": config.method,
         "task": task.to_dict(),
         "training": dataclasses.asdict(config.train)
         | {"lr": config.lr, "weight_decay": config.weight_decay, **_settings(config)},
@@ -306,11 +336,11 @@ def _metadata(
 
 def _save(model: nn.Module, folder: Path, metadata: dict[str, Any], out: Path) -> None:
     try:
-        save_adapter(model, folder, metadata=metadata)
+        save_trained(model, folder, metadata=metadata)
     except OSError as error:
         elsewhere = Path(tempfile.gettempdir()) / f"rlrr-adapter-{out.resolve().name}"
         try:
-            save_adapter(model, elsewhere, metadata=metadata)
+            save_trained(model, elsewhere, metadata=metadata)
         except OSError:
             rescue = f"make room and run the same command with --resume: {out / checkpoint.NAME} holds the training"
         else:
@@ -323,8 +353,16 @@ def _describe_run(out: Path, config: FinetuneConfig, accelerator: Accelerator, r
     write_together(out, {CONFIG: write_config(config), ENVIRONMENT: session})
 
 
-def _write_result(out: Path, metadata: dict[str, Any], report: AdaptReport, result: FitResult, talk: bool) -> None:
+def _write_result(
+    config: FinetuneConfig,
+    metadata: dict[str, Any],
+    report: AdaptReport | BaselineReport,
+    result: FitResult,
+    talk: bool,
+) -> None:
+    out, title = Path(config.out), f"{metadata['task']['model']}, {TITLES[config.method]}"
     document = metadata | {
+        "settings": settings_of(config),
         "trained_parameters": report.trained,
         "adapter_parameters": report.adapter,
         "seconds": result.seconds,
@@ -333,7 +371,6 @@ def _write_result(out: Path, metadata: dict[str, Any], report: AdaptReport, resu
     }
     try:
         write_together(out, {RESULT: json.dumps(document, indent=2).encode()})
-        title = f"{metadata['task']['model']} fine-tuned by RLRR"
         learning_curve(result, out / CURVE, title, chosen_on=metadata["epoch_chosen_on"])
     except OSError as error:  # the adapter is safe already
         if talk:

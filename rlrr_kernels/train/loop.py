@@ -19,6 +19,7 @@ from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
 from rlrr_kernels.train.progress import TrainProgress
 from rlrr_kernels.train.schedule import cosine_schedule
+from rlrr_kernels.train.trained import is_frozen, trained_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,6 +133,7 @@ class _Run:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("the model has no parameter that requires a gradient; adapt it first")
+        self.tensors = trained_tensors(model)
         # Now and best, two moments of AdamW; and the old file is there until the new one is complete.
         checkpoint.require_space(folder, 8 * sum(p.numel() * p.element_size() for p in self.trained.values()) + 2**20)
         if accelerator.is_main_process:
@@ -230,8 +232,7 @@ class _Run:
         """Training mode, except for batch normalisation that is frozen: its statistics are part of the backbone."""
         self.model.train()
         for module in self.model.modules():
-            frozen = all(not p.requires_grad for p in module.parameters(recurse=False))
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and is_frozen(module):
                 module.eval()
 
     def _add_losses(self, pending: list[Tensor]) -> None:
@@ -292,7 +293,7 @@ class _Run:
         progress.finish_epoch(entry, improved)
 
     def _trained_tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()}
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -362,8 +363,8 @@ class _Run:
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
 
     def finish(self) -> FitResult:
         """Leaves the model as it came, with the best epoch's tensors in it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.adapt import adapter_info, load_adapter
+from rlrr_kernels.train.method_files import folder_info, load_trained
 from rlrr_kernels.train.model import HUB, NO_WEIGHTS, create_model
 from rlrr_kernels.train.preprocessing import Preprocessing
 
@@ -38,10 +38,10 @@ class Task:
         """Reads the task out of an adapter folder.
 
         Raises:
-            FileNotFoundError, ValueError: as for :func:`rlrr_kernels.adapter_info`; or it was not written by
-                ``rlrr finetune``.
+            FileNotFoundError, ValueError: as for :func:`rlrr_kernels.train.method_files.folder_info`; or it was not
+                written by ``rlrr finetune``.
         """
-        values = adapter_info(folder).metadata.get("task")
+        values = folder_info(folder).metadata.get("task")
         try:
             preprocessing = Preprocessing(**values["preprocessing"])
             return cls(values["model"], values["weights"], tuple(values["classes"]), preprocessing)
@@ -73,13 +73,15 @@ class Task:
 
 
 def load_task(folder: str | Path, weights: str | Path | None = None) -> tuple[nn.Module, Task]:
-    """The adapted model of an adapter folder written by ``rlrr finetune``, and its task.
+    """The model of a folder written by ``rlrr finetune``, adapted by RLRR or a baseline, and its task.
+
+    Full fine-tuning left nothing of the backbone's weights: ``weights`` are not read for it.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: as for :meth:`Task.of_adapter`, :meth:`Task.backbone` and
-            :func:`rlrr_kernels.load_adapter`.
+            :func:`rlrr_kernels.train.method_files.load_trained`.
     """
     task = Task.of_adapter(folder)
-    model = task.backbone(weights)
-    load_adapter(model, folder)
+    model = task.backbone(NO_WEIGHTS if folder_info(folder).method == "full" else weights)
+    load_trained(model, folder)
     return model, task
