@@ -183,18 +183,18 @@ def finetune_config(images, out):
 def test_an_adapter_that_cannot_be_saved_is_saved_elsewhere(images, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
     out = tmp_path / "run"
-    original = finetune.save_adapter
+    original = finetune.save_trained
 
     def save(model, folder, **options):
         if folder.is_relative_to(out):
             raise OSError(errno.ENOSPC, "the adapter could not be saved (No space left on device)")
         return original(model, folder, **options)
 
-    monkeypatch.setattr(finetune, "save_adapter", save)
+    monkeypatch.setattr(finetune, "save_trained", save)
     with pytest.raises(OSError, match=r"it was saved to .*elsewhere/rlrr-adapter-run instead"):
         finetune.finetune(finetune_config(images, out), quiet=True)
     saved = load_file(tmp_path / "elsewhere" / "rlrr-adapter-run" / "adapter.safetensors")
-    monkeypatch.setattr(finetune, "save_adapter", original)
+    monkeypatch.setattr(finetune, "save_trained", original)
     result = finetune.finetune(finetune_config(images, out), quiet=True, resume=True)
     again = load_file(result.adapter / "adapter.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())

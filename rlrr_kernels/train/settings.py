@@ -22,8 +22,9 @@ def settings_of(config: FinetuneConfig) -> dict[str, Any]:
     values |= {f"train.{name}": value for name, value in values.pop("train").items()}
     for name in _CHANGES_NO_NUMBER:
         del values[name]
-    values["weights"] = Path(values["weights"]).name
-    return json.loads(json.dumps(values, default=lambda value: value.name if isinstance(value, Path) else str(value)))
+    for name in ("data", "weights"):
+        values[name] = None if values[name] is None else Path(values[name]).name
+    return json.loads(json.dumps(values))
 
 
 def differing_settings(config: FinetuneConfig, written: dict[str, Any]) -> list[str]:
