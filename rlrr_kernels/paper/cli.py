@@ -99,3 +99,34 @@ def list_datasets() -> None:
             "yes" if name in TORCHVISION else "no",
         )
     console.print(table)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of rlrr reproduce, or of its results files")],
+    compare: Annotated[
+        str | None, typer.Option(help="Row of the paper to compare with; default: that of the same backbone")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the files go; default: FOLDER")] = None,
+) -> None:
+    """Make the paper's table: ours, the reported number, the difference, as Markdown, CSV and PNG."""
+    from rlrr_kernels.paper.report import accuracy_text, build_report, headline, number, signed, write_report
+    from rlrr_kernels.paper.results import read_results
+
+    made = build_report(read_results(folder), compare)
+    table = Table("group", "dataset", "ours", "seeds", "reported", "difference", "note")
+    for row in made.rows:
+        table.add_row(
+            row.group,
+            row.title,
+            accuracy_text(row),
+            str(row.seeds),
+            number(row.reported),
+            signed(row.difference),
+            row.note,
+            style="bold" if row.is_mean else None,
+        )
+    for line in headline(made):
+        console.print(line, markup=False, highlight=False)
+    console.print(table)
+    for file in write_report(made, out or folder):
+        console.print(str(file), highlight=False)
