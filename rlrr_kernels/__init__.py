@@ -20,6 +20,7 @@ from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.linear import rlrr_linear
+from rlrr_kernels.ops.mlp import rlrr_mlp
 from rlrr_kernels.ops.norm_rescale import norm_rescale
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "norm_rescale",
     "parameter_groups",
     "rlrr_linear",
+    "rlrr_mlp",
     "save_adapter",
     "use_backend",
 ]

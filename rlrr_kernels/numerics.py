@@ -1,7 +1,7 @@
-"""The error rule: the one place that says how exact an implementation of ``rlrr_linear`` must be.
+"""The error rule: the one place that says how exact an implementation of ``rlrr_linear`` or ``rlrr_mlp`` must be.
 
-Over at least eight seeds, the root mean square error of y, ∂x, ∂s_r, ∂s_c and ∂b against float64 may be at most
-:data:`RATIO` times that of the eager formula in the same dtypes; in float64, where eager is the oracle, at most
+Over at least eight seeds, the root mean square error of y, ∂x and every ∂s_r, ∂s_c and ∂b against float64 may be at
+most :data:`RATIO` times that of the eager formula in the same dtypes; in float64, where eager is the oracle, at most
 :data:`FLOAT64_ROUNDOFFS` unit roundoffs. Where the exact result cancels (1 + s_r s_c ≈ 0) eager's relative error says
 nothing; there, and for any single case, the error may be at most :data:`BOUND` · u · ‖|x| · |W| (1 + |s_r s_c|)‖ with u
 the unit roundoff of the compute dtype, and likewise for the gradients: the formula on absolute values.
@@ -29,6 +29,9 @@ VALUES = 1 << 14
 
 OUTPUTS = ("y", "x", "scale_row", "scale_col", "bias")
 """y, then the gradients by the name of their tensor."""
+
+_LAYER = ("weight", "scale_row", "scale_col", "bias")
+_MLP_ARGUMENTS = ("x", *(f"{layer}_{name}" for layer in ("fc1", "fc2") for name in _LAYER))
 
 Function = Callable[..., Tensor]
 
@@ -74,16 +77,46 @@ class Case(NamedTuple):
         return tensors
 
 
+class MlpCase(NamedTuple):
+    """One problem for ``rlrr_mlp``: fc1 has the groups that are given, fc2 one."""
+
+    rows: int  # M
+    out_features: int  # N
+    hidden_features: int  # H
+    in_features: int  # K
+    rank: int = 1
+    groups: int = 1
+    bias: bool = True
+    residual: bool = True
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # None: dtype
+    scale_dtype: torch.dtype | None = None  # None: float32, float64 for float64
+    device: str = "cpu"
+
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        """Arguments of ``rlrr_mlp`` and grad_y [M, N]. h has a standard deviation near 2: both tails of GELU occur."""
+        options = self.bias, self.residual, self.dtype, self.weight_dtype, self.scale_dtype, 1.0, self.device
+        fc1 = Case(self.rows, self.hidden_features, self.in_features, self.rank, self.groups, *options).draw(2 * seed)
+        fc2 = Case(self.rows, self.out_features, self.hidden_features, self.rank, 1, *options).draw(2 * seed + 1)
+        fc1["weight"] = (fc1["weight"].double() * max(1, self.in_features) ** -0.5).to(fc1["weight"].dtype)
+        layers = {
+            f"{layer}_{name}": drawn[name]
+            for layer, drawn in (("fc1", fc1), ("fc2", fc2))
+            for name in _LAYER
+            if name in drawn
+        }
+        return {"x": fc1["x"], **layers, "grad_y": fc2["grad_y"]}
+
+
 def outputs(function: Function, tensors: dict[str, Tensor], residual: bool) -> dict[str, Tensor]:
-    """y and the gradients of x, scale_row, scale_col and bias under ``grad_y``, by their names in :data:`OUTPUTS`."""
+    """y and the gradients of x and all that is trained under ``grad_y``, by names as in :data:`OUTPUTS`."""
+    arguments = _MLP_ARGUMENTS if "fc1_weight" in tensors else ("x", *_LAYER)
     leaves = {
-        name: tensor.detach().requires_grad_()
-        for name, tensor in tensors.items()
-        if name in ("x", "scale_row", "scale_col", "bias")
+        name: tensors[name].detach().requires_grad_()
+        for name in arguments
+        if name in tensors and not name.endswith("weight")
     }
-    y = function(
-        leaves["x"], tensors["weight"], leaves["scale_row"], leaves["scale_col"], leaves.get("bias"), residual=residual
-    )
+    y = function(*((tensors | leaves).get(name) for name in arguments), residual=residual)
     gradients = torch.autograd.grad(y, list(leaves.values()), tensors["grad_y"])
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 

@@ -69,6 +69,26 @@ def rlrr_conv2d_reference(
     return F.conv2d(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
+def rlrr_mlp_reference(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_scale_row: Tensor,
+    fc1_scale_col: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_scale_row: Tensor,
+    fc2_scale_col: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    residual: bool = True,
+) -> Tensor:
+    """fc1, GELU (``gelu`` exact, ``gelu_tanh`` approximate), fc2; shapes as in :func:`rlrr_kernels.rlrr_mlp`."""
+    h = rlrr_linear_reference(x, fc1_weight, fc1_scale_row, fc1_scale_col, fc1_bias, residual=residual)
+    a = F.gelu(h, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+    return rlrr_linear_reference(a, fc2_weight, fc2_scale_row, fc2_scale_col, fc2_bias, residual=residual)
+
+
 def norm_rescale_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-5
 ) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlrr_kernels.nn.rescaled import INITS
-from rlrr_kernels.ops.linear import MAX_RANK
+from rlrr_kernels.ops.arguments import MAX_RANK
 
 SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlrr_kernels.ops import linear_torch
-from rlrr_kernels.ops.linear import MAX_RANK, check_dtypes
+from rlrr_kernels.ops.arguments import MAX_RANK, autocast_input, check_dtypes
 
 CONV_LAYOUTS = ("out,in*kh*kw", "out*kh,in*kw")
 """How a kernel [out, in, kh, kw] is seen as a matrix W: which of its axes index the rows, and which the columns."""
@@ -57,10 +57,7 @@ def rlrr_conv2d(
         TypeError: an argument has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x, autocast = autocast_input(x)
     check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)

@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops import linear_torch
-
-MAX_RANK = 64
-
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (torch.float32, *_HALF, torch.float64)
+from rlrr_kernels.ops import activation, linear_torch
+from rlrr_kernels.ops.arguments import (
+    autocast_input,
+    canonical,
+    check_dtypes,
+    check_input,
+    check_parameters,
+    check_tensors,
+)
 
 
 def rlrr_linear(
@@ -35,6 +38,7 @@ def rlrr_linear(
     bias: Tensor | None = None,
     *,
     residual: bool = True,
+    input_activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = x W'ᵀ + b with W' = W ⊙ (1 + s_r s_c): a frozen linear layer under a low-rank rescaling.
@@ -51,6 +55,8 @@ def rlrr_linear(
             ones. Row n of W uses group n // (N / G). float32 or the dtype of x.
         bias: [N], float32 or the dtype of x.
         residual: whether W itself is added; ``False`` gives W' = W ⊙ (s_r s_c).
+        input_activation: a function of :data:`rlrr_kernels.ops.activation.ACTIVATIONS` applied to x first, so that
+            y = act(x) W'ᵀ + b. Only x is kept; the backward computes act(x) again. None: x as it is.
         backend: ``auto``, ``triton``, ``triton.one_pass``, ``triton.merge``, ``cpp`` or ``torch``; ``auto`` asks
             :func:`rlrr_kernels.use_backend`, then the environment variable ``RLRR_BACKEND``, then the device.
 
@@ -61,117 +67,31 @@ def rlrr_linear(
     Raises:
         TypeError: an argument is no tensor or has a dtype not named above.
         ValueError: a shape does not fit, devices differ, G does not divide N, the rank is over 64, ``weight`` requires
-            a gradient, or the backend cannot run here.
+            a gradient, the activation is unknown, or the backend cannot run here.
     """
-    _check_tensors(x, weight, scale_row, scale_col, bias)
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    check_tensors(x, weight, scale_row, scale_col, bias)
+    if input_activation is not None:
+        activation.check_name("input_activation", input_activation)
+    x, autocast = autocast_input(x)
     check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
-    _check_shapes(x, weight, scale_row, scale_col, bias)
-    backend = backends.resolve(backend, device_type, x.dtype)
+    check_input(x, weight)
+    check_parameters(weight, scale_row, scale_col, bias)
+    backend = backends.resolve(backend, x.device.type, x.dtype)
+    return checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+
+
+def checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation) -> Tensor:
+    """:func:`rlrr_linear` of arguments that were checked, with a resolved backend."""
     if torch.compiler.is_compiling() or not _plain(x):
-        scale_row, scale_col = _canonical(scale_row, scale_col, weight)
-        return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend)
+        scale_row, scale_col = canonical(scale_row, scale_col, weight)
+        return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
     if torch._C._are_functorch_transforms_active():
-        return _LinearFunctorch.apply(x, weight, scale_row, scale_col, bias, residual, backend)
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, False)
+        return _LinearFunctorch.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False)
 
 
 def _plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
-
-
-# ---------------------------------------------------------------- arguments
-
-
-def _check_tensors(x, weight, scale_row, scale_col, bias) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor; got {type(weight).__name__}")
-    if weight.requires_grad:
-        raise ValueError(
-            "weight must be frozen: it has requires_grad=True, and rlrr_linear computes no gradient for it. "
-            "Call weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
-        )
-    device = x.device
-    if weight.device != device:
-        raise ValueError(f"weight must be on the device of x, {device}; got {weight.device}")
-    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor or None; got {type(tensor).__name__}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of x, {device}; got {tensor.device}")
-
-
-def check_dtypes(dtype, weight_dtype, scale_row, scale_col, bias, autocast: bool) -> None:
-    if dtype not in _DTYPES:
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
-    if weight_dtype != dtype and not (
-        dtype in _HALF and (weight_dtype == torch.float32 or (autocast and weight_dtype in _HALF))
-    ):
-        expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
-        raise TypeError(f"weight must be {expected} for x of {dtype}; got {weight_dtype}")
-    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight_dtype):
-            raise TypeError(f"{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
-
-
-def _check_shapes(x, weight, scale_row, scale_col, bias) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K]; got shape {tuple(weight.shape)}")
-    rows, cols = weight.shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise ValueError(f"x must be [..., K] with K = {cols} as in weight {[rows, cols]}; got shape {tuple(x.shape)}")
-    rank = 1
-    if scale_row is not None:
-        if scale_row.dim() not in (1, 2) or scale_row.shape[0] != rows:
-            raise ValueError(f"scale_row must be [N] or [N, r] with N = {rows}; got shape {tuple(scale_row.shape)}")
-        if scale_row.dim() == 2:
-            rank = scale_row.shape[1]
-            if not 1 <= rank <= MAX_RANK:
-                raise ValueError(
-                    f"scale_row must have a rank r from 1 to {MAX_RANK}; got shape {tuple(scale_row.shape)}"
-                )
-    if scale_col is not None:
-        shape = scale_col.shape
-        if scale_row is None or scale_row.dim() == 1:
-            expected, fits = "[K] or [G, K]", len(shape) in (1, 2)
-            groups = shape[0] if len(shape) == 2 else 1
-        else:
-            expected, fits = f"[r, K] or [G, r, K] with r = {rank}", len(shape) in (2, 3) and shape[-2] == rank
-            groups = shape[0] if len(shape) == 3 else 1
-        if not fits or shape[-1] != cols:
-            raise ValueError(f"scale_col must be {expected} with K = {cols}; got shape {tuple(shape)}")
-        if groups < 1 or rows % groups:
-            raise ValueError(
-                f"scale_col has G = {groups} groups, which must divide N = {rows}; got shape {tuple(shape)}"
-            )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows):
-        raise ValueError(f"bias must be [N] with N = {rows}; got shape {tuple(bias.shape)}")
-
-
-def _canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """scale_row as [N, r] and scale_col as [G, r, K]; None becomes ones that share one element."""
-    if scale_row is None:
-        dtype = linear_torch.accumulate_dtype(weight.dtype)
-        rank = 1 if scale_col is None or scale_col.dim() < 3 else scale_col.shape[1]
-        row = torch.ones((), dtype=dtype, device=weight.device).expand(weight.shape[0], rank)
-    else:
-        row = scale_row if scale_row.dim() == 2 else scale_row.unsqueeze(1)
-    if scale_col is None:
-        col = torch.ones((), dtype=row.dtype, device=weight.device).expand(1, row.shape[1], weight.shape[1])
-    elif scale_col.dim() == 3:
-        col = scale_col
-    elif scale_row is not None and scale_row.dim() == 2:
-        col = scale_col.unsqueeze(0)
-    else:
-        col = scale_col.unsqueeze(-2) if scale_col.dim() == 2 else scale_col[None, None]
-    return row, col
 
 
 # ---------------------------------------------------------------- the computation, whatever the road
@@ -187,11 +107,13 @@ def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     return module, {"path": path} if path else {}
 
 
-def _forward(x, weight, scale_row, scale_col, bias, residual, backend) -> Tensor:
+def _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation) -> Tensor:
     module, options = _implementation(backend)
-    scale_row, scale_col = _canonical(scale_row, scale_col, weight)
+    scale_row, scale_col = canonical(scale_row, scale_col, weight)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
+        if input_activation is not None:
+            flat = activation.forward(flat, input_activation)
         y = module.forward(flat, weight, scale_row, scale_col, bias, residual, **options)
     if x.dim() == 2:
         return y
@@ -199,17 +121,24 @@ def _forward(x, weight, scale_row, scale_col, bias, residual, backend) -> Tensor
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
-def _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs) -> list[Tensor | None]:
+def _backward(
+    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
+) -> list[Tensor | None]:
     """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype)."""
     module, options = _implementation(backend)
-    row, col = _canonical(scale_row, scale_col, weight)
+    row, col = canonical(scale_row, scale_col, weight)
     rows, cols = weight.shape
+    flat = x if x is None or x.dim() == 2 else x.reshape(-1, cols)
     with torch._C._DisableAutocast():
+        activated = flat
+        if input_activation is not None and (needs[1] or needs[2]):
+            activated = activation.forward(flat, input_activation)
         grad_x, grad_row, grad_col, grad_bias = module.backward(
             grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
-            x if x is None or x.dim() == 2 else x.reshape(-1, cols),
-            weight, row, col, residual, needs, **options,
+            activated, weight, row, col, residual, needs, **options,
         )  # fmt: skip
+        if input_activation is not None and grad_x is not None:
+            grad_x = activation.backward(grad_x, flat, input_activation)
     return [
         grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
         grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),
@@ -225,16 +154,20 @@ class _Linear(torch.autograd.Function):
     """Saves only what the gradients asked for will read: x for the scales, the weight for x and the scales."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, through_op):
+    def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op):
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         need_scales = need_row or need_col
         if need_scales or need_x:
-            ctx.save_for_backward(x if need_scales else None, weight, scale_row, scale_col)
-        ctx.options = residual, backend, through_op, (need_x, need_row, need_col, need_bias), need_bias and bias.dtype
+            reads_x = need_scales or input_activation is not None
+            ctx.save_for_backward(x if reads_x else None, weight, scale_row, scale_col)
+        needs = need_x, need_row, need_col, need_bias
+        ctx.options = residual, backend, input_activation, through_op, needs, need_bias and bias.dtype
         if through_op:
             with torch._C._AutoDispatchBelowAutograd():
-                return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend)
-        return _forward(x, weight, scale_row, scale_col, bias, residual, backend)
+                return torch.ops.rlrr_kernels.linear(
+                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation
+                )
+        return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -243,23 +176,23 @@ class _Linear(torch.autograd.Function):
 
 
 def _gradients(ctx, grad_y):
-    residual, backend, through_op, needs, bias_dtype = ctx.options
+    residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
     x, weight, scale_row, scale_col = ctx.saved_tensors or (None, None, None, None)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
     elif through_op:
         grads = torch.ops.rlrr_kernels.linear_backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
         )
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     else:
         grad_x, grad_row, grad_col, grad_bias = _backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
         grad_bias = grad_bias.to(bias_dtype)
-    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
+    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -272,8 +205,8 @@ class _LinearFunctorch(torch.autograd.Function):
     """The same under ``torch.func``: rows of a batched x are folded into one call, batched parameters are looped."""
 
     @staticmethod
-    def forward(x, weight, scale_row, scale_col, bias, residual, backend):
-        return _forward(x, weight, scale_row, scale_col, bias, residual, backend)
+    def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation):
+        return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -286,26 +219,25 @@ class _LinearFunctorch(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
         grads = _LinearBackwardFunctorch.apply(grad_y, *ctx.saved_tensors, *ctx.options, needs)
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return grad_x, None, grad_row, grad_col, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(_NO_JVP)
 
     @staticmethod
-    def vmap(info, in_dims, x, weight, scale_row, scale_col, bias, residual, backend):
+    def vmap(info, in_dims, *args):
         if all(dim is None for dim in in_dims[1:5]):
-            return _LinearFunctorch.apply(
-                x.movedim(in_dims[0], 0), weight, scale_row, scale_col, bias, residual, backend
-            ), 0
-        args = (x, weight, scale_row, scale_col, bias, residual, backend)
+            return _LinearFunctorch.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
         return torch.stack([_LinearFunctorch.apply(*_select(args, in_dims, i)) for i in range(info.batch_size)]), 0
 
 
 class _LinearBackwardFunctorch(torch.autograd.Function):
     @staticmethod
-    def forward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs):
-        grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs)
+    def forward(grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs):
+        grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation)
         return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
 
     @staticmethod
@@ -348,37 +280,40 @@ def _select(args, in_dims, index: int):
 _library = torch.library.Library("rlrr_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale_row, Tensor scale_col, Tensor? bias=None, bool residual=True, "
-    'str backend="auto") -> Tensor',
+    'str backend="auto", str? input_activation=None) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor scale_row, Tensor scale_col, bool residual, "
-    "str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str backend, bool[] needs, str? input_activation=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _linear_op(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto"):
-    _check_canonical(x, weight, scale_row, scale_col, bias)
+def _linear_op(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
+    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation)
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    return _forward(x, weight, scale_row, scale_col, bias, residual, backend)
+    return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
 
-def _check_canonical(x, weight, scale_row, scale_col, bias) -> None:
+def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation) -> None:
+    if input_activation is not None:
+        activation.check_name("input_activation", input_activation)
     if scale_row.dim() != 2 or scale_col.dim() != 3:
         raise ValueError(
             "torch.ops.rlrr_kernels.linear takes scale_row [N, r] and scale_col [G, r, K]; got shapes "
             f"{tuple(scale_row.shape)} and {tuple(scale_col.shape)}. rlrr_kernels.rlrr_linear takes the short forms"
         )
-    _check_shapes(x, weight, scale_row, scale_col, bias)
+    check_input(x, weight)
+    check_parameters(weight, scale_row, scale_col, bias)
 
 
-def _linear_fake(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto"):
-    _check_canonical(x, weight, scale_row, scale_col, bias)
+def _linear_fake(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
+    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto"):
+def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen: rlrr_kernels::linear computes no gradient for it")
     if torch._C._are_functorch_transforms_active():
@@ -386,26 +321,26 @@ def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, 
             "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, True)
+    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True)
 
 
 def _linear_autocast(device_type: str):
-    def cast(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto"):
+    def cast(x, *arguments):
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device_type))
         with torch.amp.autocast(device_type, enabled=False):
-            return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend)
+            return torch.ops.rlrr_kernels.linear(x, *arguments)
 
     return cast
 
 
-def _linear_backward_op(grad_y, x, weight, scale_row, scale_col, residual, backend, needs):
+def _linear_backward_op(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None):
     backend = backends.resolve(backend, grad_y.device.type, grad_y.dtype)
-    grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs))
+    grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation)
     return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _linear_backward_fake(grad_y, x, weight, scale_row, scale_col, residual, backend, needs):
+def _linear_backward_fake(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None):
     need_x, need_row, need_col, need_bias = needs
     empty = grad_y.new_empty
     return (
@@ -416,12 +351,12 @@ def _linear_backward_fake(grad_y, x, weight, scale_row, scale_col, residual, bac
     )
 
 
-def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, residual, backend, needs):
+def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options):
     tensors = (grad_y, x, weight, scale_row, scale_col)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(_NO_DOUBLE_BACKWARD)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.rlrr_kernels.linear_backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs)
+        return torch.ops.rlrr_kernels.linear_backward(*tensors, *options)
 
 
 _library.impl("linear", _linear_op, "CompositeExplicitAutograd")

@@ -1,0 +1,67 @@
+"""``rlrr_mlp``: two rescaled linear layers with an activation between them that is computed again in the backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlrr_kernels import backends
+from rlrr_kernels.ops.activation import check_name
+from rlrr_kernels.ops.arguments import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
+from rlrr_kernels.ops.linear import checked_linear
+
+
+def rlrr_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_scale_row: Tensor | None,
+    fc1_scale_col: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_scale_row: Tensor | None,
+    fc2_scale_col: Tensor | None,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    residual: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """y = act(h) W₂'ᵀ + b₂ with h = x W₁'ᵀ + b₁ and W' = W ⊙ (1 + s_r s_c): the MLP of a transformer under RLRR.
+
+    Two calls of :func:`rlrr_kernels.rlrr_linear`, the second with ``input_activation``: between forward and backward x,
+    the pre-activation h [..., H] and the parameters are kept, act(h) is not. The backward computes act(h) again for
+    ∂s_r and ∂s_c of fc2, and ∂h = (g W₂') ⊙ act'(h). Twice differentiable and forward mode: neither, as there.
+
+    Args:
+        x: [..., K], float32, float16, bfloat16 or float64; under autocast it is cast as ``F.linear`` would cast it.
+        fc1_weight, fc1_scale_row, fc1_scale_col, fc1_bias: of the first layer, K to H, as in ``rlrr_linear``.
+        fc2_weight, fc2_scale_row, fc2_scale_col, fc2_bias: of the second layer, H to N.
+        activation: ``gelu`` (exact) or ``gelu_tanh``, computed in fp32 (fp64 for float64).
+        residual: as in ``rlrr_linear``, of both layers.
+        backend: as in ``rlrr_linear``.
+
+    Returns:
+        y, [..., N] in the dtype of x after autocast.
+
+    Raises:
+        TypeError: as ``rlrr_linear``, naming the argument.
+        ValueError: likewise; or ``fc2_weight`` does not take H values, or the activation is unknown.
+    """
+    fc1 = fc1_weight, fc1_scale_row, fc1_scale_col, fc1_bias
+    fc2 = fc2_weight, fc2_scale_row, fc2_scale_col, fc2_bias
+    check_name("activation", activation)
+    check_tensors(x, *fc1, prefix="fc1_")
+    check_tensors(x, *fc2, prefix="fc2_")
+    x, autocast = autocast_input(x)
+    check_dtypes(x.dtype, fc1_weight.dtype, *fc1[1:], autocast, prefix="fc1_")
+    check_dtypes(x.dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
+    check_input(x, fc1_weight, prefix="fc1_")
+    hidden = fc1_weight.shape[0]
+    if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
+        raise ValueError(
+            f"fc2_weight must be [N, H] with H = {hidden}, the rows of fc1_weight; got shape {tuple(fc2_weight.shape)}"
+        )
+    check_parameters(*fc1, prefix="fc1_")
+    check_parameters(*fc2, prefix="fc2_")
+    backend = backends.resolve(backend, x.device.type, x.dtype)
+    h = checked_linear(x, *fc1, residual, backend, None)
+    return checked_linear(h, *fc2, residual, backend, activation)
