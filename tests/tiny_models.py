@@ -28,12 +28,16 @@ SIZES = {
     ),
 }
 
+"""Families with linear layers beside the head."""
+
+CONVOLUTIONAL = {"resnet": ("resnet50", {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 24)})}
+
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """A timm model of ``family`` with 5 classes and weights that depend on ``seed`` alone, in eval mode."""
     timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
     torch.manual_seed(seed)
-    name, arguments = SIZES[family]
+    name, arguments = (SIZES | CONVOLUTIONAL)[family]
     model = timm.create_model(name, **{"num_classes": 5, **arguments, **overrides})
     with torch.no_grad():
         for parameter in model.parameters():  # a fresh model has zero biases, which would hide mistakes with them
@@ -43,7 +47,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
 
 def tiny_images(family: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Three images of the size ``tiny_model(family)`` takes."""
-    size = SIZES[family][1].get("img_size", 64)
+    size = (SIZES | CONVOLUTIONAL)[family][1].get("img_size", 64)
     return torch.randn(3, 3, size, size, dtype=dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from rlrr_kernels.nn.rescaled import INITS
 from rlrr_kernels.ops.arguments import MAX_RANK
+from rlrr_kernels.ops.conv import CONV_LAYOUTS
 
 SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""
@@ -55,7 +56,10 @@ class RLRRConfig:
             recipe's SSF starts at γ = 1, β = 0 too, so the features start as the backbone's.
         scale_dtype: dtype of the scales and shifts, a torch dtype or its name.
         include: patterns of the linear layers to adapt. None: all, or the recipe's.
-        exclude: patterns of linear layers to leave alone.
+        exclude: patterns of linear layers and convolutions to leave alone.
+        convs: patterns of the ``nn.Conv2d`` layers to adapt too, see :class:`rlrr_kernels.RLRRConv2d`; none by default.
+            One without a bias (as before a batch norm) trains no shift, so that the merged model stays the plain one.
+        conv_layout: how their kernels are seen as matrices, ``out,in*kh*kw`` or ``out*kh,in*kw`` (the authors').
         heads: patterns of the modules trained as they are, matched against whole names only. None: what timm calls the
             model's classifier, else top-level modules with the usual names (head, fc, classifier, ...). ``()``: none.
         recipe: ``paper`` adds all that surrounds the layer in the paper: groups = 3 on a ViT's fused qkv, SSF scale
@@ -75,6 +79,8 @@ class RLRRConfig:
     scale_dtype: torch.dtype | str = torch.float32
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
+    convs: tuple[str, ...] = ()
+    conv_layout: str = CONV_LAYOUTS[0]
     heads: tuple[str, ...] | None = None
     recipe: str | None = None
 
@@ -94,13 +100,15 @@ class RLRRConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         _check_choice("init", self.init, INITS)
+        _check_choice("conv_layout", self.conv_layout, CONV_LAYOUTS)
         if self.recipe is not None:
             _check_choice("recipe", self.recipe, RECIPES)
         object.__setattr__(self, "scale_dtype", _as_dtype(self.scale_dtype))
-        for name in ("include", "exclude", "heads"):
+        for name in ("include", "exclude", "convs", "heads"):
             object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
-        if self.exclude is None:
-            object.__setattr__(self, "exclude", ())
+        for name in ("exclude", "convs"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
 
     def groups_of(self, name: str) -> int:
         """G of the layer called ``name``."""
@@ -112,7 +120,7 @@ class RLRRConfig:
         """The configuration as JSON types, with ``schema_version``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
-        for name in ("include", "exclude", "heads"):
+        for name in ("include", "exclude", "convs", "heads"):
             values[name] = None if values[name] is None else list(values[name])
         return {"schema_version": SCHEMA_VERSION, **values}
 

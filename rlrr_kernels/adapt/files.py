@@ -208,9 +208,8 @@ def sample_backbone(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list
     for name in layers:
         weight = model.get_submodule(name).weight.detach()
         if weight.numel() and not weight.is_meta:
-            index = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-            rows, cols = index // weight.shape[1], index % weight.shape[1]
-            sample[name] = [float(f"{w:.6g}") for w in weight[rows.to(weight.device), cols.to(weight.device)].tolist()]
+            index = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
+            sample[name] = [float(f"{w:.6g}") for w in weight[torch.unravel_index(index, weight.shape)].tolist()]
     return sample
 
 

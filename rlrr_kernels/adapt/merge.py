@@ -9,7 +9,8 @@ from torch import nn
 
 from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, replace_submodules, unwrap
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
-from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.nn.conv import RLRRConv2d
+from rlrr_kernels.nn.rescaled import Rescaled
 from rlrr_kernels.ops.norm_rescale import fold_norm
 
 
@@ -19,7 +20,7 @@ class MergeReport:
 
     Attributes:
         model: class name of the model.
-        layers: names of the linear layers that took in their scales and shift.
+        layers: names of the linear layers and convolutions that took in their scales and shift.
         norms: names of the norms that took in scale and shift.
         tokens: name of the patch projection or norm that took in the patch tokens' scale and shift, or None.
         gained: state-dict keys that the backbone does not have: a bias where it had none and a shift was trained.
@@ -32,7 +33,7 @@ class MergeReport:
     gained: tuple[str, ...]
 
     def __str__(self) -> str:
-        parts = [f"{len(self.layers)} linear layers"]
+        parts = [f"{len(self.layers)} layers"]
         if self.norms:
             parts.append(f"{len(self.norms)} norms")
         if self.tokens:
@@ -52,10 +53,11 @@ class MergeReport:
 def merge_adapter(model: nn.Module) -> MergeReport:
     """Folds the adapter of ``model`` into its weights, in place: W' = W ⊙ (1 + s_r s_c), b' = b + f (Eq. 20 of RLRR).
 
-    Every RLRRLinear becomes an ``nn.Linear``; SSF goes into the norm before it (γ ⊙ w, γ ⊙ b + β) and that of patch
-    tokens into the patch projection. Sums are fp32 and each tensor is rounded once to its own dtype, so logits agree
-    with the adapted model's within rounding. Nothing is left to pay at inference. For a ViT the state dict then loads
-    strictly into the plain timm model. All merged tensors are frozen; the head keeps its ``requires_grad``.
+    Every RLRRLinear becomes an ``nn.Linear``, every RLRRConv2d an ``nn.Conv2d``; SSF goes into the norm before it
+    (γ ⊙ w, γ ⊙ b + β) and that of patch tokens into the patch projection. Sums are fp32 and each tensor is rounded once
+    to its own dtype, so logits agree with the adapted model's within rounding. Nothing is left to pay at inference. For
+    a ViT the state dict then loads strictly into the plain timm model. All merged tensors are frozen; the head keeps
+    its ``requires_grad``.
 
     Returns:
         What was folded, and the keys that were gained.
@@ -68,7 +70,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     if broken:
         raise ValueError(f"adapter parameters that are not finite cannot be merged: {', '.join(broken)}")
     before = set(model.state_dict())
-    replace_submodules(model, adaptation.layers, lambda _, layer: _merged_linear(layer))
+    replace_submodules(model, adaptation.layers, lambda _, layer: _merged_layer(layer))
     for name in adaptation.patched:
         attention = model.get_submodule(name.rpartition(".")[0])
         attention.qkv_bias_separate = attention.qkv.bias is not None
@@ -83,11 +85,12 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     return MergeReport(type(model).__name__, adaptation.layers, adaptation.norms, tokens, gained)
 
 
-def _merged_linear(layer: RLRRLinear) -> nn.Linear:
-    linear = layer.to_linear().requires_grad_(False)
-    if layer.bias is None and linear.bias is not None and not linear.bias.is_meta and not linear.bias.any():
-        linear.bias = None  # a shift that never left zero needs no bias
-    return linear
+def _merged_layer(layer: Rescaled) -> nn.Module:
+    plain = layer.to_conv() if isinstance(layer, RLRRConv2d) else layer.to_linear()
+    plain.requires_grad_(False)
+    if layer.bias is None and plain.bias is not None and not plain.bias.is_meta and not plain.bias.any():
+        plain.bias = None  # a shift that never left zero needs no bias
+    return plain
 
 
 def _merge_into_projection(model: nn.Module, name: str) -> str:

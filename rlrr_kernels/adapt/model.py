@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
-from rlrr_kernels.adapt.config import RLRRConfig, matches, pattern_of
+from rlrr_kernels.adapt.config import RLRRConfig, matches
+from rlrr_kernels.adapt.find import exclude_hint, find_convs, find_heads, find_linears, some
 from rlrr_kernels.adapt.recipe import Recipe, paper_recipe, with_recipe
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
+from rlrr_kernels.nn.rescaled import Rescaled
+from rlrr_kernels.ops.conv import matrix_shape
 
-_HEAD_NAMES = ("head", "head_dist", "heads", "fc", "classifier", "classification_head")
-
-_PLAIN_LINEARS = {"timm.layers.linear.Linear"}
 PLAIN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
 
 _ATTRIBUTE = "rlrr_adaptation"
@@ -30,8 +31,9 @@ class Adaptation:
     """What was done to a model, by name; kept on the model by :func:`adapt_model`, see :func:`adaptation_of`.
 
     Attributes:
-        config: as given. layers: adapted linear layers. norms: norms with SSF. tokens: the SSF of the patch tokens or
-        None. heads: modules trained as they are. patched: layers whose parent's ``qkv_bias_separate`` was switched on.
+        config: as given. layers: adapted linear layers and convolutions. norms: norms with SSF. tokens: the SSF of the
+        patch tokens or None. heads: modules trained as they are. patched: layers whose parent's ``qkv_bias_separate``
+        was switched on.
     """
 
     config: RLRRConfig
@@ -45,8 +47,11 @@ class Adaptation:
 def adapt_model(model: nn.Module, config: RLRRConfig | None = None) -> AdaptReport:
     """Puts an :class:`rlrr_kernels.RLRRLinear` over every matched ``nn.Linear`` of ``model``, in place.
 
-    The head stays as it is and is trained; everything else is frozen. All checks come before the first change: a model
-    for which this raises is untouched. Works on the meta device.
+    So too an :class:`rlrr_kernels.RLRRConv2d` over every ``nn.Conv2d`` that ``config.convs`` matches. The head stays as
+    it is and is trained; everything else is frozen. All checks come before the first change: a model for which this
+    raises is untouched. Works on the meta device. Batch norms are frozen in their parameters; a loop of your own has to
+    call their ``eval()`` after ``model.train()``, as ``rlrr finetune`` does, or their statistics, which no adapter
+    holds, move.
 
     Args:
         model: any ``nn.Module``: timm's ViT, DeiT, DINOv2, Swin, ConvNeXt, ...
@@ -58,8 +63,8 @@ def adapt_model(model: nn.Module, config: RLRRConfig | None = None) -> AdaptRepo
     Raises:
         TypeError: ``model`` is no module or ``config`` no :class:`RLRRConfig`.
         ValueError: the model is adapted already; no layer, head or group pattern matches; G does not divide N; the
-            forward of a matched layer is bypassed (named); a matched layer is no plain ``nn.Linear``; the recipe is not
-            defined for the model.
+            forward of a matched layer is bypassed (named); a matched layer is no plain ``nn.Linear`` or ``nn.Conv2d``;
+            the recipe is not defined for the model.
     """
     model = unwrap(model)
     plan = plan_adaptation(model, RLRRConfig() if config is None else config)
@@ -114,9 +119,12 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     recipe = paper_recipe(model) if config.recipe == "paper" else None
     resolved = with_recipe(config, recipe)
     heads = find_heads(model, config)
-    layers = _find_layers(modules, heads, resolved)
-    _check_groups(modules, layers, resolved)
-    _check_group_patterns(layers, config)
+    convs = find_convs(modules, heads, resolved)
+    linears = find_linears(modules, heads, resolved, optional=bool(convs) and config.include is None)
+    _check_groups(modules, linears, resolved)
+    _check_group_patterns(linears, config)
+    found = {*convs, *linears}
+    layers = [name for name in modules if name in found]
     switches = qkv_bias_switches(model, layers)
     _check_called(find_bypassed(model, [name for name in layers if name not in switches]))
     patched = [name for name, needed in switches.items() if needed]
@@ -125,78 +133,15 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
 
 
 def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    adapted = [name for name, module in modules.items() if isinstance(module, RLRRLinear | NormRescale)]
+    adapted = [name for name, module in modules.items() if isinstance(module, Rescaled | NormRescale)]
     if adapted:
         raise ValueError(
-            f"model ({type(model).__name__}) is adapted already: {_some(adapted)}. "
+            f"model ({type(model).__name__}) is adapted already: {some(adapted)}. "
             "Use it as it is, or merge_adapter(model) first"
         )
-    if isinstance(model, nn.Linear):
-        raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use RLRRLinear.from_linear")
-
-
-def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
-    """Names of the modules of ``model`` that are trained as they are, by ``config.heads`` or what timm calls them.
-
-    Raises:
-        ValueError: a pattern of ``config.heads`` matches no module.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if config.heads is not None:
-        for pattern in config.heads:
-            if not any(name and fnmatchcase(name, pattern) for name in modules):
-                raise ValueError(
-                    f"heads pattern {pattern!r} matches no module of the model; its top-level modules are "
-                    f"{', '.join(name for name, _ in model.named_children())}"
-                )
-        return _outermost(
-            name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in config.heads)
-        )
-    if callable(getattr(model, "get_classifier", None)):
-        classifier = model.get_classifier()
-        classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
-        found = [name for name, module in modules.items() if any(module is head for head in classifiers)]
-    else:
-        found = [name for name in _HEAD_NAMES if name in modules]
-    return [name for name in found if next(modules[name].parameters(), None) is not None]
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    names = list(names)
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-
-
-def under(name: str, ancestors: Iterable[str]) -> bool:
-    """Whether the module called ``name`` is one of ``ancestors`` or lies inside one."""
-    return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
-
-
-def _find_layers(modules: dict[str, nn.Module], heads: list[str], config: RLRRConfig) -> list[str]:
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not under(name, heads)]
-    layers = [name for name in linears if matches(name, config.include) and not matches(name, config.exclude)]
-    if not layers:
-        raise ValueError(
-            f"no linear layer matches include={list(config.include)} and exclude={list(config.exclude)}; "
-            + (f"the model's linear layers are {_some(linears)}" if linears else "the model has none beside its head")
-        )
-    idle = [p for p in config.include if not any(matches(name, (p,)) for name in linears)]
-    if idle:
-        raise ValueError(f"include patterns match no linear layer: {', '.join(idle)}; these are {_some(linears)}")
-    strange = [name for name in layers if not _is_plain_linear(modules[name])]
-    if strange:
-        kinds = ", ".join(sorted({type(modules[name]).__name__ for name in strange}))
-        raise ValueError(
-            f"only a plain floating-point nn.Linear can be adapted; {_some(strange)} are of type {kinds}. "
-            f"Leave them alone with {_exclude(strange)}"
-        )
-    return layers
-
-
-def _is_plain_linear(module: nn.Linear) -> bool:
-    kind = type(module)
-    plain = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__name__}" in _PLAIN_LINEARS
-    weight = module._parameters.get("weight")  # a parametrised weight is a property instead
-    return plain and weight is not None and weight.dim() == 2 and weight.is_floating_point()
+    for kind, instead in ((nn.Linear, "RLRRLinear.from_linear"), (nn.Conv2d, "RLRRConv2d.from_conv")):
+        if isinstance(model, kind):
+            raise ValueError(f"model is itself an nn.{kind.__name__}, which cannot be replaced in place; use {instead}")
 
 
 def _check_groups(modules: dict[str, nn.Module], layers: list[str], config: RLRRConfig) -> None:
@@ -214,7 +159,7 @@ def _check_group_patterns(layers: list[str], config: RLRRConfig) -> None:
     patterns = config.groups if isinstance(config.groups, dict) else ()
     idle = [pattern for pattern in patterns if not any(matches(name, (pattern,)) for name in layers)]
     if idle:
-        raise ValueError(f"groups patterns match no adapted layer: {', '.join(idle)}; these are {_some(layers)}")
+        raise ValueError(f"groups patterns match no adapted layer: {', '.join(idle)}; these are {some(layers)}")
 
 
 def _check_called(bypassed: dict[str, str]) -> None:
@@ -223,10 +168,10 @@ def _check_called(bypassed: dict[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in bypassed.items():
         by_reason.setdefault(reason, []).append(name)
-    cases = "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
+    cases = "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason.items())
     raise ValueError(
         f"the model bypasses the forward of {len(bypassed)} matched layers, so an adapter on them would train nothing: "
-        f"{cases}. Leave them alone with {_exclude(bypassed)}"
+        f"{cases}. Leave them alone with {exclude_hint(bypassed)}"
     )
 
 
@@ -254,15 +199,6 @@ def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[l
     return norms, tokens
 
 
-def _some(names: Iterable[str], limit: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _exclude(names: Iterable[str]) -> str:
-    return f"exclude={list(dict.fromkeys(map(pattern_of, names)))}"
-
-
 # ---------------------------------------------------------------- apply
 
 
@@ -272,16 +208,18 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     ssf_options = {"init": "identity" if config.init == "identity" else "paper", "dtype": config.scale_dtype}
     model.requires_grad_(False)
 
-    def adapted(name: str, linear: nn.Module) -> nn.Module:
-        return RLRRLinear.from_linear(
-            linear,
-            rank=config.rank,
-            groups=config.groups_of(name),
-            shift=config.shift,
-            residual=config.residual,
-            init=config.init,
-            scale_dtype=config.scale_dtype,
-        )
+    layer_options = {
+        "rank": config.rank,
+        "residual": config.residual,
+        "init": config.init,
+        "scale_dtype": config.scale_dtype,
+    }
+
+    def adapted(name: str, layer: nn.Module) -> nn.Module:
+        shift = _has_shift(layer, config)
+        if isinstance(layer, nn.Conv2d):
+            return RLRRConv2d.from_conv(layer, layout=config.conv_layout, shift=shift, **layer_options)
+        return RLRRLinear.from_linear(layer, groups=config.groups_of(name), shift=shift, **layer_options)
 
     def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):
@@ -299,6 +237,11 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
         if config.recipe == "paper":
             zero_linears(head)
     setattr(model, _ATTRIBUTE, plan)
+
+
+def _has_shift(layer: nn.Module, config: RLRRConfig) -> bool:
+    # A batch norm follows a convolution without bias: one that it gained would keep plain timm from loading it.
+    return config.shift and not (isinstance(layer, nn.Conv2d) and layer.bias is None)
 
 
 def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
@@ -363,11 +306,13 @@ def planned_shapes(model: nn.Module, plan: Adaptation) -> dict[str, tuple[int, .
 def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, tuple[int, ...]]]:
     config = with_recipe(plan.config, paper_recipe(model) if plan.config.recipe else None)
     for name in plan.layers:
-        rows, cols = model.get_submodule(name).weight.shape
+        layer = model.get_submodule(name)
+        conv = isinstance(layer, nn.Conv2d)
+        rows, cols = matrix_shape(layer.weight.shape, config.conv_layout) if conv else layer.weight.shape
         yield f"{name}.scale_row", (rows, config.rank)
-        yield f"{name}.scale_col", (config.groups_of(name), config.rank, cols)
-        if config.shift:
-            yield f"{name}.shift", (rows,)
+        yield f"{name}.scale_col", (1 if conv else config.groups_of(name), config.rank, cols)
+        if _has_shift(layer, config):
+            yield f"{name}.shift", (layer.weight.shape[0],)
     for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
         norm = model.get_submodule(name)
         identity = isinstance(norm, nn.Identity)
@@ -391,8 +336,8 @@ def adapt_report(model: nn.Module) -> AdaptReport:
         layer = model.get_submodule(name)
         shift = layer.shift is not None
         trained = layer.scale_row.numel() + layer.scale_col.numel() + (layer.shift.numel() if shift else 0)
-        size = layer.out_features, layer.in_features
-        layers.append(LayerReport(name, *size, layer.rank, layer.groups, shift, trained))
+        rows, (groups, rank, cols) = layer.scale_row.shape[0], layer.scale_col.shape
+        layers.append(LayerReport(name, rows, cols, rank, groups, shift, trained))
     head = {id(p): p for name in adaptation.heads for p in model.get_submodule(name).parameters()}
     adapter = {id(p): p for p in adapter_parameters(model).values()}
     return AdaptReport(

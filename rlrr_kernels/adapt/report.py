@@ -10,7 +10,7 @@ from rlrr_kernels.adapt.config import pattern_of
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One adapted linear layer: its name, W [out_features, in_features], and what is trained on it."""
+    """One adapted layer: its name, W [out_features, in_features] (a kernel seen as a matrix), and what is trained."""
 
     name: str
     out_features: int
@@ -27,7 +27,7 @@ class AdaptReport:
 
     Attributes:
         model: class name of the model.
-        layers: the adapted linear layers.
+        layers: the adapted linear layers and convolutions.
         norms: names of the norms with SSF's scale and shift.
         tokens: name of the module with the SSF of the patch tokens, or None.
         heads: names of the modules trained as they are.

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_model, adapt_report, is_adapted, parameter_groups
-from rlrr_kernels.adapt.model import find_heads, plan_adaptation, unwrap, zero_linears
+from rlrr_kernels.adapt.find import find_heads
+from rlrr_kernels.adapt.model import plan_adaptation, unwrap, zero_linears
 from rlrr_kernels.adapt.recipe import paper_recipe
 from rlrr_kernels.train.ssf import SSFPlaces, find_places, fold_ssf, put_ssf
 

@@ -7,7 +7,8 @@ import dataclasses
 from torch import nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed
-from rlrr_kernels.adapt.model import PLAIN_NORMS, replace_submodules, under
+from rlrr_kernels.adapt.find import under
+from rlrr_kernels.adapt.model import PLAIN_NORMS, replace_submodules
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.nn.output_rescale import OutputRescale
 
