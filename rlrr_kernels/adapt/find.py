@@ -72,7 +72,8 @@ def find_linears(modules: dict[str, nn.Module], heads: list[str], config: RLRRCo
 
 
 def _convs(modules: dict[str, nn.Module], heads: list[str]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and not under(name, heads)]
+    named = {name: module for name, module in modules.items() if name}  # the model itself cannot be replaced in place
+    return [name for name, module in named.items() if isinstance(module, nn.Conv2d) and not under(name, heads)]
 
 
 def find_convs(modules: dict[str, nn.Module], heads: list[str], config: RLRRConfig) -> list[str]:

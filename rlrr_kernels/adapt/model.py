@@ -139,9 +139,8 @@ def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
             f"model ({type(model).__name__}) is adapted already: {some(adapted)}. "
             "Use it as it is, or merge_adapter(model) first"
         )
-    for kind, instead in ((nn.Linear, "RLRRLinear.from_linear"), (nn.Conv2d, "RLRRConv2d.from_conv")):
-        if isinstance(model, kind):
-            raise ValueError(f"model is itself an nn.{kind.__name__}, which cannot be replaced in place; use {instead}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use RLRRLinear.from_linear")
 
 
 def _check_groups(modules: dict[str, nn.Module], layers: list[str], config: RLRRConfig) -> None:
