@@ -104,7 +104,9 @@ def linear_cases(arch: str) -> Iterator[Case]:
         for kernel in configs.KERNELS:
             for limit, tiles in configs.TABLE[arch][kernel, x_dtype.itemsize]:
                 rows = limit or 4096
-                yield _case(kernel, arch, dtype, tiles, dtypes, rows)
+                yield (case := _case(kernel, arch, dtype, tiles, dtypes, rows))
+                if case.launch.plan.meta.get("SPLIT"):
+                    yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows)
             yield _case(kernel, arch, dtype, tiles, dtypes, rows, rank=4, groups=3)
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
@@ -118,6 +120,15 @@ def linear_cases(arch: str) -> Iterator[Case]:
     tiles = configs.tiles_for("grad_scales", arch, torch.float32, 4096)
     _, reduction = _scale_launches(x, y, weight, _meta(3072, 1), _meta(1, 1, 768), arch, tiles)
     yield Case("reduce", "fp32", "4096 x 3072 x 768, rank 1", reduction)
+    yield _sum_of_parts(arch)
+
+
+def _sum_of_parts(arch: str) -> Case:
+    x, y, weight = (_meta(*shape, dtype=torch.bfloat16) for shape in ((16, 3072), (16, 768), (768, 3072)))
+    tiles = configs.tiles_for("forward", arch, torch.bfloat16, 16)
+    scales = _meta(768, 1), _meta(1, 1, 3072)
+    _, launch = linear_triton.forward_launches(x, weight, *scales, _meta(768), True, y, arch, tiles)
+    return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -141,13 +152,14 @@ def norm_cases() -> Iterator[Case]:
 
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
     blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-    config = f"MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages; {rows} x {n} x {k}, rank {rank}"
+    split = "" if tiles.max_splits > 1 else ", never split"
+    config = f"MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages{split}; {rows} x {n} x {k}, rank {rank}"
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch = linear_triton.forward_launch(x, weight, scale_row, scale_col, _meta(n), True, y, tiles)
+        launch, *_ = linear_triton.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
     elif kernel == "grad_x":
-        launch = linear_triton.grad_x_launch(y, weight, scale_row, scale_col, True, x, tiles)
+        launch, *_ = linear_triton.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch)

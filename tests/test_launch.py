@@ -58,8 +58,8 @@ def linear_launches(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x
     row, col, bias = torch.zeros(rows, 1), torch.zeros(groups, 1, cols), torch.zeros(rows)
     grads = torch.zeros_like(row), torch.zeros_like(col), torch.zeros_like(bias)
     return [
-        linear_triton.forward_launch(x, weight, row, col, bias, True, y, TILES),
-        linear_triton.grad_x_launch(y, weight, row, col, True, torch.zeros_like(x), TILES),
+        *linear_triton.forward_launches(x, weight, row, col, bias, True, y, "sm_90", TILES),
+        *linear_triton.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", TILES),
         *linear_triton.grad_scales_launches(y, x, weight, row, col, grads, "sm_90", TILES),
         linear_triton.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
     ]

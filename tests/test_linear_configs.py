@@ -61,3 +61,15 @@ def test_splits_fill_the_gpu_without_slivers():
         assert splits >= 1
         assert splits == 1 or rows // splits >= 4 * tiles.block_m
         assert (splits - 1) * programs < 2 * configs.MULTIPROCESSORS["sm_90"]
+
+
+def test_products_are_cut_where_tiles_fill_no_gpu_and_into_no_slivers():
+    for arch, blocks, programs in itertools.product(configs.ARCHITECTURES, (0, 1, 3, 6, 24, 1000), (1, 12, 70, 5000)):
+        tiles = configs.tiles_for("forward", arch, torch.bfloat16, 16)
+        splits = configs.contraction_splits(blocks, programs, tiles, arch)
+        assert 1 <= splits <= tiles.max_splits
+        assert splits == 1 or (blocks >= 2 * splits and splits * programs <= configs.MULTIPROCESSORS[arch])
+        assert configs.contraction_splits(blocks, programs, tiles._replace(max_splits=1), arch) == 1
+    tiles = configs.tiles_for("forward", "sm_90", torch.bfloat16, 16)
+    assert configs.contraction_splits(768 // tiles.block_k, 768 // tiles.block_n, tiles, "sm_90") == 3
+    assert configs.contraction_splits(3072 // tiles.block_k, 768 // tiles.block_n, tiles, "sm_90") == 11

@@ -13,6 +13,7 @@ from implementations import BACKENDS, DTYPES, SHAPES
 
 from rlrr_kernels import backends, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops import linear_configs
 from rlrr_kernels.reference import rlrr_linear_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -70,6 +71,31 @@ def exact_case(**changes) -> dict[str, torch.Tensor]:
 def test_extreme_shapes(backend: str, rows: int, cols: int, count: int, rank: int):
     tensors = exact_case(rows=count, out_features=rows, in_features=cols, groups=1, rank=rank)
     numerics.check_bound(partial(rlrr_linear, backend=backend), tensors)
+
+
+@pytest.mark.skipif(not backends.INTERPRETING, reason="Triton's kernels alone split products")
+@pytest.mark.parametrize(("count", "rows", "cols"), [(7, 33, 500), (16, 130, 30), (5, 96, 320), (1, 40, 200)])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_products_that_fill_no_gpu_are_computed_in_parts(
+    count: int, rows: int, cols: int, rank: int, monkeypatch: pytest.MonkeyPatch
+):
+    from rlrr_kernels.ops import launch, linear_triton
+
+    started, run = [], launch.Plan.run
+    monkeypatch.setattr(launch.Plan, "run", lambda plan, *args: started.append(plan.kernel) or run(plan, *args))
+    groups = 1 if rows % 3 else 3
+    tensors = exact_case(rows=count, out_features=rows, in_features=cols, groups=groups, rank=rank)
+    for problem in (tensors, {name: tensor for name, tensor in tensors.items() if name != "bias"}):
+        numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), problem)
+    assert linear_triton._sum_splits_kernel in started
+
+
+@pytest.mark.skipif(not backends.INTERPRETING, reason="Triton's kernels alone split products")
+def test_error_rule_in_parts():
+    case = Case(16, 40, 260, dtype=torch.float16)
+    tiles = linear_configs.tiles_for("forward", "interpreter", case.dtype, case.rows)
+    assert linear_configs.contraction_splits(5, 2, tiles, "interpreter") == 2
+    numerics.check_error_rule(partial(rlrr_linear, backend="triton.one_pass"), case)
 
 
 @on_every_backend

@@ -16,13 +16,17 @@ UNROLLED_RANK = 4
 
 
 class Tiles(NamedTuple):
-    """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program."""
+    """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program.
+
+    ``max_splits`` is the largest number of parts into which :func:`contraction_splits` may cut a product.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    max_splits: int = 16
 
 
 KERNELS = ("forward", "grad_x", "grad_scales")
@@ -121,3 +125,13 @@ def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:
     """Into how many parts M is split so that about two waves of programs fill the GPU; each keeps at least 4 blocks."""
     wanted = -(-2 * MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) // max(programs, 1))
     return max(1, min(wanted, rows // (4 * tiles.block_m)))
+
+
+def contraction_splits(blocks: int, programs: int, tiles: Tiles, arch: str) -> int:
+    """Into how many parts forward and ∂x cut the ``blocks`` they contract, where tiles alone fill no GPU.
+
+    A 768-wide layer at M ≤ 64 has 12 tiles for 132 multiprocessors. 1 when there are as many programs as
+    multiprocessors; each part keeps at least 2 blocks, and all parts together start at most one wave.
+    """
+    waves = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) // max(programs, 1)
+    return max(1, min(waves, blocks // 2, tiles.max_splits))

@@ -9,7 +9,7 @@ Scales, 1 + s_r s_c and sums are fp32 (fp64 for float64).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,16 +61,17 @@ def _factor(
 @triton.jit
 def _rlrr_linear_fwd_kernel(
     x_ptr, w_ptr, row_ptr, col_ptr, bias_ptr, y_ptr,
-    M, N, K, group_size,
+    M, N, K, group_size, span,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """yᵀ [N, M] = (W ⊙ (1 + s_r s_c)) xᵀ + b, one read of W, accumulated in ACC; y is stored as [M, N].
 
-    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N · tiles of M,): the only axis
-    without a limit that a long x would reach.
+    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N · tiles of M, splits): the
+    first is the only axis without a limit that a long x would reach. With SPLIT a program sums ``span`` of the K
+    columns, and y is [splits, M, N] in ACC, without bias.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     tiles_n = (N // group_size) * tiles_per_group
@@ -93,7 +94,16 @@ def _rlrr_linear_fwd_kernel(
     step = tl.full((), BLOCK_K, tl.int64)
     row = tl.load(row_ptr + rows_n * RANK)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    for start in range(0, K, BLOCK_K):
+    if SPLIT:
+        first = tl.program_id(1) * span
+        last = tl.minimum(first + span, K)
+        x_ptrs += first.to(tl.int64) * stride_xk
+        w_ptrs += first.to(tl.int64) * stride_wk
+        y_ptr += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        first = 0
+        last = K
+    for start in range(first, last, BLOCK_K):
         here = start + offs_k
         mask_k = here < K
         if EVEN_K:
@@ -118,15 +128,16 @@ def _rlrr_linear_fwd_kernel(
 @triton.jit
 def _rlrr_linear_bwd_dx_kernel(
     g_ptr, w_ptr, row_ptr, col_ptr, dx_ptr,
-    M, N, K, group_size,
+    M, N, K, group_size, span,
     stride_gm, stride_gn, stride_wn, stride_wk,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """∂xᵀ [K, M] = (W ⊙ (1 + s_r s_c))ᵀ gᵀ, one read of W, accumulated in ACC; ∂x is stored as [M, K].
 
-    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid: (tiles of K · tiles of M,).
+    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid: (tiles of K · tiles of M, splits). With SPLIT a program sums
+    ``span`` of the tiles of N, and ∂x is [splits, M, K] in ACC.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_K)
@@ -140,7 +151,15 @@ def _rlrr_linear_bwd_dx_kernel(
     w_ptrs = w_ptr + lanes_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
     col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
     acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-    for tile in range((N // group_size) * tiles_per_group):
+    tiles = (N // group_size) * tiles_per_group
+    if SPLIT:
+        first_tile = tl.program_id(1) * span
+        last_tile = tl.minimum(first_tile + span, tiles)
+        dx_ptr += tl.program_id(1).to(tl.int64) * M * K
+    else:
+        first_tile = 0
+        last_tile = tiles
+    for tile in range(first_tile, last_tile):
         if ONE_GROUP:
             group = 0
             local_n = tile * BLOCK_N
@@ -165,6 +184,21 @@ def _rlrr_linear_bwd_dx_kernel(
         acc = tl.dot(w, g, acc, input_precision=PRECISION, out_dtype=ACC)
     dx_ptrs = dx_ptr + offs_m[None, :] * K + offs_k[:, None]
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_m[None, :])
+
+
+@triton.jit
+def _sum_splits_kernel(
+    parts_ptr, bias_ptr, out_ptr, size, columns, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [size] = Σ of parts [SPLITS, size], in a fixed order, + bias [columns] or unused. Grid: (blocks of size,)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(parts_ptr + tl.cast(size, tl.int64) * part + offs, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + offs % columns, mask=mask, other=0.0).to(total.dtype)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -322,26 +356,61 @@ def _meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> di
     }
 
 
+class _Product(NamedTuple):
+    """A product in one pass over W, and where its contraction is split, the sum of the parts [parts]."""
+
+    product: Plan
+    sum: Plan | None
+    parts: int
+
+
+def _product(
+    kernel: triton.JITFunction, programs: int, steps: int, steps_to_span: int, numbers: tuple[int, ...],
+    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], arch: str, tiles: linear_configs.Tiles,
+) -> _Product:  # fmt: skip
+    """``steps`` blocks are contracted for an output of ``shape``; a span is counted in 1 / steps_to_span of them."""
+    splits = linear_configs.contraction_splits(steps, programs, tiles, arch)
+    steps_per_split = max(1, cdiv(steps, splits))
+    splits = max(1, cdiv(steps, steps_per_split))
+    numbers = (*numbers, steps_per_split * steps_to_span, *strides)
+    if splits == 1:
+        return _Product(Plan(kernel, (programs,), numbers, meta | {"SPLIT": False}), None, 0)
+    has_bias, size = meta.get("HAS_BIAS", False), shape[0] * shape[1]
+    sum_meta = {"SPLITS": splits, "HAS_BIAS": has_bias, "BLOCK": 512, "num_warps": 4}
+    return _Product(
+        Plan(kernel, (programs, splits), numbers, meta | {"SPLIT": True} | ({"HAS_BIAS": False} if has_bias else {})),
+        Plan(_sum_splits_kernel, (cdiv(size, 512),), (size, shape[1]), sum_meta),
+        splits * size,
+    )
+
+
+def _product_launches(plans: _Product, inputs: tuple[Tensor, ...], bias: Tensor, out: Tensor) -> tuple[Launch, ...]:
+    if plans.sum is None:
+        return (Launch(plans.product, (*inputs, out)),)
+    parts = torch.empty(plans.parts, dtype=accumulate_dtype(out.dtype), device=out.device)
+    return Launch(plans.product, (*inputs, parts)), Launch(plans.sum, (parts, bias, out))
+
+
 @_plans
-def _forward_plan(
+def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str,
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, arch: str,
     tiles: linear_configs.Tiles,
-) -> Plan:  # fmt: skip
+) -> _Product:  # fmt: skip
     (count, cols), rows, (groups, rank, _) = x_shape, weight_shape[0], col_shape
     size = rows // groups
-    return Plan(
-        _rlrr_linear_fwd_kernel,
-        (groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m),),
-        (count, rows, cols, size, *x_strides, *weight_strides),
-        {
-            "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
-            "EVEN_K": cols % tiles.block_k == 0, **_meta(dtype, precision, tiles),
-        },
+    programs = groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m)
+    meta = {
+        "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
+        "EVEN_K": cols % tiles.block_k == 0, **_meta(dtype, precision, tiles),
+    }  # fmt: skip
+    return _product(
+        _rlrr_linear_fwd_kernel, programs, cdiv(cols, tiles.block_k), tiles.block_k, (count, rows, cols, size),
+        (*x_strides, *weight_strides), meta, (count, rows), arch, tiles,
     )  # fmt: skip
 
 
-def forward_launch(
+def forward_launches(
     x: Tensor,
     weight: Tensor,
     scale_row: Tensor,
@@ -349,51 +418,60 @@ def forward_launch(
     bias: Tensor | None,
     residual: bool,
     y: Tensor,
+    arch: str,
     tiles: linear_configs.Tiles,
-) -> Launch:
-    """y [M, N] = x W'ᵀ + b in one pass over W; the scales must be contiguous."""
+) -> tuple[Launch, ...]:
+    """y [M, N] = x W'ᵀ + b in one pass over W, in parts that are then summed where it has few tiles.
+
+    The scales must be contiguous.
+    """
     has_bias, dtype = bias is not None, x.dtype
-    plan = _forward_plan(
+    plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, has_bias, residual, dtype,
-        _precision(dtype), tiles,
+        _precision(dtype), arch, tiles,
     )  # fmt: skip
-    return Launch(plan, (x, weight, scale_row, scale_col, bias if has_bias else x, y))
+    bias = bias if has_bias else x
+    return _product_launches(plans, (x, weight, scale_row, scale_col, bias), bias, y)
 
 
 @_plans
-def _grad_x_plan(
+def _grad_x_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles,
-) -> Plan:  # fmt: skip
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
+) -> _Product:  # fmt: skip
     (count, rows), cols, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     size = rows // groups
-    return Plan(
-        _rlrr_linear_bwd_dx_kernel,
-        (cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),),
-        (count, rows, cols, size, *grad_strides, *weight_strides),
-        {
-            "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-            "EVEN_N": size % tiles.block_n == 0, **_meta(dtype, precision, tiles),
-        },
+    meta = {
+        "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
+        "EVEN_N": size % tiles.block_n == 0, **_meta(dtype, precision, tiles),
+    }  # fmt: skip
+    return _product(
+        _rlrr_linear_bwd_dx_kernel, cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),
+        groups * cdiv(size, tiles.block_n), 1, (count, rows, cols, size), (*grad_strides, *weight_strides), meta,
+        (count, cols), arch, tiles,
     )  # fmt: skip
 
 
-def grad_x_launch(
+def grad_x_launches(
     grad_y: Tensor,
     weight: Tensor,
     scale_row: Tensor,
     scale_col: Tensor,
     residual: bool,
     grad_x: Tensor,
+    arch: str,
     tiles: linear_configs.Tiles,
-) -> Launch:
-    """∂x [M, K] = g W' in one pass over W; the scales must be contiguous."""
+) -> tuple[Launch, ...]:
+    """∂x [M, K] = g W' in one pass over W, in parts that are then summed where it has few tiles.
+
+    The scales must be contiguous.
+    """
     dtype = grad_y.dtype
-    plan = _grad_x_plan(
+    plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, dtype,
-        _precision(dtype), tiles,
+        _precision(dtype), arch, tiles,
     )  # fmt: skip
-    return Launch(plan, (grad_y, weight, scale_row, scale_col, grad_x))
+    return _product_launches(plans, (grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
 
 _REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
@@ -536,7 +614,9 @@ def forward(
         regular = linear_configs.regular(scale_row.shape[1], *x.stride(), *weight.stride())
         tiles = linear_configs.tiles_for("forward", arch, x.dtype, count, regular)
         bias = None if bias is None else bias.contiguous()
-        forward_launch(x, weight, scale_row.contiguous(), scale_col.contiguous(), bias, residual, y, tiles).run()
+        scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
+        for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles):
+            launch.run()
     return y
 
 
@@ -583,5 +663,6 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
     if grad_x.numel():
         regular = linear_configs.regular(scale_row.shape[1], *grad_y.stride(), *weight.stride())
         tiles = linear_configs.tiles_for("grad_x", arch, grad_y.dtype, count, regular)
-        grad_x_launch(grad_y, weight, scale_row, scale_col, residual, grad_x, tiles).run()
+        for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles):
+            launch.run()
     return grad_x
