@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rlrr_kernels.ops import activation_triton, linear_triton, norm_rescale_triton
 from rlrr_kernels.ops import linear_configs as configs
-from rlrr_kernels.ops import linear_triton, norm_rescale_triton
+from rlrr_kernels.ops.activation import ACTIVATIONS
 from rlrr_kernels.ops.launch import Launch
 
 TARGETS = {
@@ -150,6 +151,14 @@ def norm_cases() -> Iterator[Case]:
                 yield Case(name, dtype, config, launch)
 
 
+def activation_cases() -> Iterator[Case]:
+    """The backward of every activation for ViT-B's hidden layer."""
+    for dtype, name in product(("bf16", "fp16", "fp32", "fp64"), ACTIVATIONS):
+        grad_a, h, value = (_meta(4096, 3072, dtype=_NAMES[dtype]) for _ in range(3))
+        launch = activation_triton.backward_launch(grad_a, h, name, value)
+        yield Case("activation_grad", dtype, f"4096 x 3072, {name}", launch)
+
+
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
     blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
     split = "" if tiles.max_splits > 1 else ", never split"
@@ -211,7 +220,7 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            for case in chain(linear_cases(arch), norm_cases()):
+            for case in chain(linear_cases(arch), norm_cases(), activation_cases()):
                 yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -22,5 +22,5 @@ def forward(h: Tensor, name: str) -> Tensor:
 
 
 def backward(grad_a: Tensor, h: Tensor, name: str) -> Tensor:
-    """∂h = ∂a ⊙ act'(h) in the dtype of ``grad_a``."""
-    return torch.ops.aten.gelu_backward(grad_a, h, approximate=ACTIVATIONS[name])
+    """∂h = ∂a ⊙ act'(h), which takes the memory of ``grad_a``."""
+    return torch.ops.aten.gelu_backward.grad_input(grad_a, h, approximate=ACTIVATIONS[name], grad_input=grad_a)

@@ -125,26 +125,46 @@ def _backward(
     grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
 ) -> list[Tensor | None]:
     """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype)."""
-    module, options = _implementation(backend)
     row, col = canonical(scale_row, scale_col, weight)
     rows, cols = weight.shape
-    flat = x if x is None or x.dim() == 2 else x.reshape(-1, cols)
+    flat = (
+        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
+        x if x is None or x.dim() == 2 else x.reshape(-1, cols),
+        weight, row, col, residual, backend, needs,
+    )  # fmt: skip
     with torch._C._DisableAutocast():
-        activated = flat
-        if input_activation is not None and (needs[1] or needs[2]):
-            activated = activation.forward(flat, input_activation)
-        grad_x, grad_row, grad_col, grad_bias = module.backward(
-            grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
-            activated, weight, row, col, residual, needs, **options,
-        )  # fmt: skip
-        if input_activation is not None and grad_x is not None:
-            grad_x = activation.backward(grad_x, flat, input_activation)
+        grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
+    grad_x, grad_row, grad_col, grad_bias = grads
     return [
         grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
         grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),
         grad_col if grad_col is None or scale_col.dim() == 3 else grad_col.view_as(scale_col),
         grad_bias,
     ]
+
+
+def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs):
+    module, options = _implementation(backend)
+    return module.backward(grad_y, x, weight, row, col, residual, needs, **options)
+
+
+def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, input_activation):
+    """The same for y = act(h) W'ᵀ + b: ∂a = g W' first, so that one pass makes ∂h of it and computes act(h) again."""
+    arguments = weight, row, col, residual, backend
+    need_h, need_row, need_col, need_bias = needs
+    need_scales = need_row or need_col
+    grad_h = a = None
+    if need_h:
+        grad_a, *_ = _flat_backward(grad_y, None, *arguments, (True, False, False, False))
+        if backend.startswith("triton"):
+            triton = importlib.import_module("rlrr_kernels.ops.activation_triton")
+            grad_h, a = triton.backward(grad_a, h, input_activation, need_scales)
+        else:
+            grad_h = activation.backward(grad_a, h, input_activation)
+    if need_scales and a is None:
+        a = activation.forward(h, input_activation)
+    _, *grads = _flat_backward(grad_y, a, *arguments, (False, need_row, need_col, need_bias))
+    return grad_h, *grads
 
 
 # ---------------------------------------------------------------- eager, and the operator's autograd
