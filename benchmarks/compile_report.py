@@ -48,6 +48,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int64: "i64",
 }
 _NAMES = {value: key for key, value in _TYPES.items()} | {"tf32": torch.float32}
 

@@ -22,6 +22,7 @@ from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.linear import rlrr_linear
 from rlrr_kernels.ops.mlp import rlrr_mlp
 from rlrr_kernels.ops.norm_rescale import norm_rescale
+from rlrr_kernels.ops.row_sample import RowSample
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "RLRRConfig",
     "RLRRConv2d",
     "RLRRLinear",
+    "RowSample",
     "__version__",
     "adapt_model",
     "adapt_report",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlrr_kernels.nn.rescaled import Rescaled
 from rlrr_kernels.ops import linear_torch
 from rlrr_kernels.ops.linear import rlrr_linear
+from rlrr_kernels.ops.row_sample import RowSample, check_fraction, sample_rows
 
 
 class RLRRLinear(Rescaled):
@@ -30,6 +31,12 @@ class RLRRLinear(Rescaled):
         residual: ``False`` drops the 1: W' = W ⊙ (s_r s_c).
         init: how the scales start; see :meth:`reset_parameters`.
         scale_dtype: dtype of scale_row, scale_col and shift.
+        scale_grad_rows: ρ under 1 estimates the gradients of s_r and s_c from a share ρ of the rows of x, without bias:
+            2 + ρ matrix products a step instead of 3, and only these rows are kept for the backward. The gradients of x
+            and f stay exact. Rows are drawn per image (the first dimension of an x of three or more) from the global
+            generator of the device in every forward in training mode, as dropout's are; eval mode draws nothing.
+        prefix_tokens: how many of an image's rows, the first ones, are always used (class and register tokens); the
+            last dimension but one counts tokens.
         device, dtype: of the frozen tensors, as in ``nn.Linear``.
 
     Attributes:
@@ -37,8 +44,9 @@ class RLRRLinear(Rescaled):
         scale_row: [N, r]. scale_col: [G, r, K]. shift: [N] or None. (trained)
 
     Raises:
-        TypeError: scale_dtype is not a floating-point dtype.
-        ValueError: groups does not divide out_features, rank is not from 1 to 64, or init is unknown.
+        TypeError: scale_dtype is not a floating-point dtype, or scale_grad_rows no number.
+        ValueError: groups does not divide out_features, rank is not from 1 to 64, init is unknown, scale_grad_rows is
+            not over 0 and at most 1, or prefix_tokens is negative.
     """
 
     def __init__(
@@ -53,14 +61,17 @@ class RLRRLinear(Rescaled):
         residual: bool = True,
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
+        scale_grad_rows: float = 1.0,
+        prefix_tokens: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         super().__init__()
         self._adopt_linear(
-            linear, groups, rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype
-        )
+            linear, groups, scale_grad_rows, prefix_tokens,
+            rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_linear(
@@ -73,6 +84,8 @@ class RLRRLinear(Rescaled):
         residual: bool = True,
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
+        scale_grad_rows: float = 1.0,
+        prefix_tokens: int = 0,
     ) -> RLRRLinear:
         """Wraps ``linear``: its parameter objects become this layer's (and are frozen); nothing is copied.
 
@@ -85,19 +98,36 @@ class RLRRLinear(Rescaled):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt_linear(
-            linear, groups, rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype
-        )
+            linear, groups, scale_grad_rows, prefix_tokens,
+            rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype,
+        )  # fmt: skip
         return layer.train(linear.training)
 
-    def _adopt_linear(self, linear: nn.Linear, groups: int, **options: Any) -> None:
+    def _adopt_linear(
+        self, linear: nn.Linear, groups: int, scale_grad_rows: float, prefix_tokens: int, **options: Any
+    ) -> None:
         rows, cols = linear.weight.shape
         if groups < 1 or rows % groups:
             raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
+        if prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens must be at least 0; got {prefix_tokens}")
+        self.scale_grad_rows, self.prefix_tokens = check_fraction(scale_grad_rows), prefix_tokens
         self.in_features, self.out_features, self.groups = cols, rows, groups
         self._adopt(linear, rows, cols, col_groups=groups, **options)
 
     def _rescaled(self, x: Tensor) -> Tensor:
-        return rlrr_linear(x, self.weight, self.scale_row, self.scale_col, self._total_bias(), residual=self.residual)
+        sample = None if self.scale_grad_rows == 1 else self._draw_rows(x)
+        return rlrr_linear(
+            x, self.weight, self.scale_row, self.scale_col, self._total_bias(),
+            residual=self.residual, scale_grad_rows=sample,
+        )  # fmt: skip
+
+    def _draw_rows(self, x: Tensor) -> RowSample | None:
+        # Whether gradients are on must not matter: reentrant checkpointing runs the first forward without them, and a
+        # second one that draws more would find the generator's state, and so the dropout masks, elsewhere.
+        if not (self.training and (self.scale_row.requires_grad or self.scale_col.requires_grad)):
+            return None
+        return sample_rows(x.shape, self.scale_grad_rows, self.prefix_tokens, x.device)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -113,4 +143,5 @@ class RLRRLinear(Rescaled):
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
-        return f"{size}, {self._extra_repr()}"
+        share = "" if self.scale_grad_rows == 1 else f", scale_grad_rows={self.scale_grad_rows}"
+        return f"{size}, {self._extra_repr()}{share}"

@@ -28,6 +28,7 @@ from rlrr_kernels.ops.arguments import (
     check_parameters,
     check_tensors,
 )
+from rlrr_kernels.ops.row_sample import RowSample, check_sample
 
 
 def rlrr_linear(
@@ -40,6 +41,7 @@ def rlrr_linear(
     residual: bool = True,
     input_activation: str | None = None,
     backend: str = "auto",
+    scale_grad_rows: RowSample | None = None,
 ) -> Tensor:
     """y = x W'ᵀ + b with W' = W ⊙ (1 + s_r s_c): a frozen linear layer under a low-rank rescaling.
 
@@ -59,15 +61,19 @@ def rlrr_linear(
             y = act(x) W'ᵀ + b. Only x is kept; the backward computes act(x) again. None: x as it is.
         backend: ``auto``, ``triton``, ``triton.one_pass``, ``triton.merge``, ``cpp`` or ``torch``; ``auto`` asks
             :func:`rlrr_kernels.use_backend`, then the environment variable ``RLRR_BACKEND``, then the device.
+        scale_grad_rows: an estimate instead of the exact ∂s_r and ∂s_c: G from these rows alone, see
+            :class:`rlrr_kernels.RowSample`. y, ∂x and ∂b stay exact. Of x only these rows are kept for the backward;
+            all of it with an ``input_activation``, whose derivative ∂x needs, and inside ``torch.func`` transforms.
 
     Returns:
         y, [..., N] in the dtype of x after autocast. 1 + s_r s_c and all sums are fp32 (fp64 for float64); float32
         products obey :func:`torch.get_float32_matmul_precision`.
 
     Raises:
-        TypeError: an argument is no tensor or has a dtype not named above.
+        TypeError: an argument is no tensor or has a dtype not named above, or ``scale_grad_rows`` is no RowSample.
         ValueError: a shape does not fit, devices differ, G does not divide N, the rank is over 64, ``weight`` requires
             a gradient, the activation is unknown, or the backend cannot run here.
+        IndexError: a row of ``scale_grad_rows`` is not in x (on a GPU: a device-side assertion).
     """
     check_tensors(x, weight, scale_row, scale_col, bias)
     if input_activation is not None:
@@ -76,22 +82,39 @@ def rlrr_linear(
     check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
     check_input(x, weight)
     check_parameters(weight, scale_row, scale_col, bias)
+    if scale_grad_rows is not None:
+        check_sample("scale_grad_rows", scale_grad_rows, x.device)
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    return checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+    return checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, scale_grad_rows)
 
 
-def checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation) -> Tensor:
+def checked_linear(
+    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, sample: RowSample | None = None
+) -> Tensor:
     """:func:`rlrr_linear` of arguments that were checked, with a resolved backend."""
     if torch.compiler.is_compiling() or not _plain(x):
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
-        return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+        return torch.ops.rlrr_kernels.linear(
+            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
+        )
     if torch._C._are_functorch_transforms_active():
-        return _LinearFunctorch.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False)
+        return _LinearFunctorch.apply(
+            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
+        )
+    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False, sample)
 
 
 def _plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def _flatten(sample: RowSample | None) -> tuple[Tensor | None, int, float]:
+    """A sample as arguments of an operator; :func:`_sample` is the inverse."""
+    return (None, 0, 1.0) if sample is None else tuple(sample)
+
+
+def _sample(index: Tensor | None = None, kept: int = 0, weight: float = 1.0) -> RowSample | None:
+    return None if index is None else RowSample(index, kept, weight)
 
 
 # ---------------------------------------------------------------- the computation, whatever the road
@@ -121,16 +144,26 @@ def _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_act
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
+def _rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str | None) -> Tensor:
+    """What the backward with scale gradients reads of x: all of it, or the sample's rows [S, K]."""
+    if sample is None or input_activation is not None:
+        return x
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).index_select(0, sample.index)
+
+
 def _backward(
-    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
+    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
 ) -> list[Tensor | None]:
-    """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype)."""
+    """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype).
+
+    x is what :func:`_rows_for_backward` returned.
+    """
     row, col = canonical(scale_row, scale_col, weight)
     rows, cols = weight.shape
     flat = (
         grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
         x if x is None or x.dim() == 2 else x.reshape(-1, cols),
-        weight, row, col, residual, backend, needs,
+        weight, row, col, residual, backend, needs, sample,
     )  # fmt: skip
     with torch._C._DisableAutocast():
         grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
@@ -143,12 +176,14 @@ def _backward(
     ]
 
 
-def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs):
+def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs, sample=None):
     module, options = _implementation(backend)
+    if sample is not None and (needs[1] or needs[2]):
+        options = options | {"sample": sample}
     return module.backward(grad_y, x, weight, row, col, residual, needs, **options)
 
 
-def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, input_activation):
+def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, sample, input_activation):
     """The same for y = act(h) W'ᵀ + b: ∂a = g W' first, so that one pass makes ∂h of it and computes act(h) again."""
     arguments = weight, row, col, residual, backend
     need_h, need_row, need_col, need_bias = needs
@@ -158,12 +193,12 @@ def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, i
         grad_a, *_ = _flat_backward(grad_y, None, *arguments, (True, False, False, False))
         if backend.startswith("triton"):
             triton = importlib.import_module("rlrr_kernels.ops.activation_triton")
-            grad_h, a = triton.backward(grad_a, h, input_activation, need_scales)
+            grad_h, a = triton.backward(grad_a, h, input_activation, need_scales and sample is None)
         else:
             grad_h = activation.backward(grad_a, h, input_activation)
     if need_scales and a is None:
-        a = activation.forward(h, input_activation)
-    _, *grads = _flat_backward(grad_y, a, *arguments, (False, need_row, need_col, need_bias))
+        a = activation.forward(h if sample is None else h.index_select(0, sample.index), input_activation)
+    _, *grads = _flat_backward(grad_y, a, *arguments, (False, need_row, need_col, need_bias), sample)
     return grad_h, *grads
 
 
@@ -171,21 +206,27 @@ def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, i
 
 
 class _Linear(torch.autograd.Function):
-    """Saves only what the gradients asked for will read: x for the scales, the weight for x and the scales."""
+    """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op):
+    def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op, sample):
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         need_scales = need_row or need_col
+        if not need_scales:
+            sample = None
         if need_scales or need_x:
             reads_x = need_scales or input_activation is not None
-            ctx.save_for_backward(x if reads_x else None, weight, scale_row, scale_col)
+            kept = _rows_for_backward(x, sample, input_activation) if reads_x else None
+            ctx.save_for_backward(kept, weight, scale_row, scale_col, *sample[:1] if sample else ())
         needs = need_x, need_row, need_col, need_bias
         ctx.options = residual, backend, input_activation, through_op, needs, need_bias and bias.dtype
+        ctx.counts = sample[1:] if sample else ()
         if through_op:
+            # The forward has no use for the sample. But what no output needs, a compiled backward draws anew: then g is
+            # of other rows than x.
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.rlrr_kernels.linear(
-                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation
+                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
                 )
         return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
@@ -197,22 +238,23 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(ctx, grad_y):
     residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
-    x, weight, scale_row, scale_col = ctx.saved_tensors or (None, None, None, None)
+    x, weight, scale_row, scale_col, *index = ctx.saved_tensors or (None, None, None, None)
+    sample = _sample(*index, *ctx.counts)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
     elif through_op:
         grads = torch.ops.rlrr_kernels.linear_backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, *_flatten(sample)
         )
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     else:
         grad_x, grad_row, grad_col, grad_bias = _backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
         grad_bias = grad_bias.to(bias_dtype)
-    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None, None
+    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -222,26 +264,31 @@ _gradients_once = once_differentiable(_gradients)
 
 
 class _LinearFunctorch(torch.autograd.Function):
-    """The same under ``torch.func``: rows of a batched x are folded into one call, batched parameters are looped."""
+    """The same under ``torch.func``: rows of a batched x are folded into one call, batched parameters are looped.
+
+    So are calls with sampled rows, which count within one x. All of x is saved: here only inputs and results may be.
+    """
 
     @staticmethod
-    def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation):
+    def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, index, kept, row_weight):
         return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, scale_row, scale_col, bias, *ctx.options = inputs
-        ctx.save_for_backward(x, weight, scale_row, scale_col)
+        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, index, *ctx.counts = inputs
+        ctx.options = residual, backend, input_activation
+        ctx.save_for_backward(x, weight, scale_row, scale_col, index)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad_y):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
-        grads = _LinearBackwardFunctorch.apply(grad_y, *ctx.saved_tensors, *ctx.options, needs)
+        *tensors, index = ctx.saved_tensors
+        grads = _LinearBackwardFunctorch.apply(grad_y, *tensors, *ctx.options, needs, index, *ctx.counts)
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
+        return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 6
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -249,15 +296,20 @@ class _LinearFunctorch(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        if all(dim is None for dim in in_dims[1:5]):
+        index = args[8]
+        if index is None and all(dim is None for dim in in_dims[1:5]):
             return _LinearFunctorch.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0
         return torch.stack([_LinearFunctorch.apply(*_select(args, in_dims, i)) for i in range(info.batch_size)]), 0
 
 
 class _LinearBackwardFunctorch(torch.autograd.Function):
     @staticmethod
-    def forward(grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs):
-        grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation)
+    def forward(
+        grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs, index, kept, row_weight
+    ):
+        sample = _sample(index, kept, row_weight)
+        x = _rows_for_backward(x, sample, input_activation)
+        grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample)
         return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
 
     @staticmethod
@@ -300,23 +352,26 @@ def _select(args, in_dims, index: int):
 _library = torch.library.Library("rlrr_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale_row, Tensor scale_col, Tensor? bias=None, bool residual=True, "
-    'str backend="auto", str? input_activation=None) -> Tensor',
+    'str backend="auto", str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor scale_row, Tensor scale_col, bool residual, "
-    "str backend, bool[] needs, str? input_activation=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str backend, bool[] needs, str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _linear_op(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
-    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation)
+def _linear_op(
+    x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None, *sample
+):
+    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample)
     backend = backends.resolve(backend, x.device.type, x.dtype)
     return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
 
-def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation) -> None:
+def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample) -> None:
     if input_activation is not None:
         activation.check_name("input_activation", input_activation)
     if scale_row.dim() != 2 or scale_col.dim() != 3:
@@ -326,14 +381,20 @@ def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation) ->
         )
     check_input(x, weight)
     check_parameters(weight, scale_row, scale_col, bias)
+    if (rows := _sample(*sample)) is not None:
+        check_sample("rows", rows, x.device)
 
 
-def _linear_fake(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
-    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation)
+def _linear_fake(
+    x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None, *sample
+):
+    _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None):
+def _linear_autograd(
+    x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None, *sample
+):
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen: rlrr_kernels::linear computes no gradient for it")
     if torch._C._are_functorch_transforms_active():
@@ -341,7 +402,9 @@ def _linear_autograd(x, weight, scale_row, scale_col, bias=None, residual=True, 
             "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True)
+    return _Linear.apply(
+        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True, _sample(*sample)
+    )
 
 
 def _linear_autocast(device_type: str):
@@ -354,13 +417,19 @@ def _linear_autocast(device_type: str):
     return cast
 
 
-def _linear_backward_op(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None):
+def _linear_backward_op(
+    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None, *sample
+):
     backend = backends.resolve(backend, grad_y.device.type, grad_y.dtype)
-    grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation)
+    grads = _backward(
+        grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation, _sample(*sample)
+    )
     return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _linear_backward_fake(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None):
+def _linear_backward_fake(
+    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None, *sample
+):
     need_x, need_row, need_col, need_bias = needs
     empty = grad_y.new_empty
     return (

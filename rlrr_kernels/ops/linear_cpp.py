@@ -6,12 +6,14 @@ compute a call, chosen by the crossovers in ``csrc/dispatch.h``; ``path`` forces
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 from torch import Tensor
 
 from rlrr_kernels import _cpp  # noqa: F401  (registers torch.ops.rlrr_kernels_cpp)
+from rlrr_kernels.ops.row_sample import RowSample
 
 PATHS = {"auto": 0, "one_pass": 1, "panels": 2, "library": 3}
 """``one_pass`` reads W once per few rows, ``panels`` are products on tiles of W' in cache, ``library`` is W' in scratch
@@ -82,17 +84,42 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
     *,
     path: str = "auto",
+    sample: RowSample | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [M, K], scale_row [N, r], scale_col [G, r, K] and bias [N]; None where ``needs`` says so.
 
     Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64). ``x`` may be None when no scale
-    gradient is needed.
+    gradient is needed. With a ``sample`` G is its estimate and x [S, K] holds its rows.
     """
+    if sample is not None:
+        return _backward_of_rows(grad_y, x, weight, scale_row, scale_col, residual, needs, sample, path)
     with _below_autograd():
         grads = _linear_backward(grad_y, x, weight, scale_row, scale_col, residual, *needs, _way(path, grad_y.dtype))
     if all(needs):
         return grads
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _backward_of_rows(grad_y, x, weight, scale_row, scale_col, residual, needs, sample, path):
+    """One call for ∂x and ∂b of all rows, and one for the scale gradients of each part of the sample."""
+    need_x, need_row, need_col, need_bias = needs
+    grad_x = grad_bias = None
+    if need_x or need_bias:
+        grad_x, _, _, grad_bias = backward(
+            grad_y, None, weight, scale_row, scale_col, residual, (need_x, False, False, need_bias), path=path
+        )
+    wide = _accumulate_dtype(weight.dtype)  # of the sums over parts, which the scales' own dtype may round
+    scales = scale_row.to(wide), scale_col.to(wide)
+    needs = (False, need_row, need_col, False)
+    total = []
+    for grad_part, x_part, factor in sample.parts(grad_y, x):
+        grads = backward(grad_part, x_part, weight, *scales, residual, needs, path=path)[1:3]
+        total.append([grad if grad is None or factor == 1 else grad.mul_(factor) for grad in grads])
+    grad_row, grad_col = (
+        None if terms[0] is None else functools.reduce(torch.add, terms).to(scale.dtype)
+        for terms, scale in zip(zip(*total, strict=True), (scale_row, scale_col), strict=True)
+    )
+    return grad_x, grad_row, grad_col, grad_bias
 
 
 # ---------------------------------------------------------------- torch.ops.rlrr_kernels_cpp: fake and autograd

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlrr_kernels.ops.row_sample import RowSample
+
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
 """Weight elements handled at once, 4 MiB of fp32: small ones mean more operations, large ones fall out of the cache."""
 
@@ -91,6 +93,17 @@ def col_sums(product: Tensor, scale_row: Tensor) -> Tensor:
     return out
 
 
+def _weighted_product(parts: list[tuple[Tensor, Tensor, float]], start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``start`` to ``end`` of G, [end - start, K]: Σ weight · gᵀx over parts (g [s, N], x [s, K], weight)."""
+    grad_y, x, weight = parts[0]
+    product = (grad_y[:, start:end].t() @ x).to(dtype)
+    if weight != 1:
+        product *= weight
+    for grad_y, x, weight in parts[1:]:
+        product.add_(grad_y[:, start:end].t() @ x, alpha=weight)
+    return product
+
+
 def backward(
     grad_y: Tensor,
     x: Tensor | None,
@@ -99,11 +112,13 @@ def backward(
     scale_col: Tensor,
     residual: bool,
     needs: tuple[bool, bool, bool, bool],
+    sample: RowSample | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [M, K], scale_row [N, r], scale_col [G, r, K] and bias [N]; None where ``needs`` says so.
 
     ∂x = g W';  with G = gᵀx: ∂s_r = (G ⊙ W) s_cᵀ, ∂s_c = s_rᵀ (G ⊙ W), ∂b = Σ_m g. Scale gradients come in the dtype of
-    their scale, ∂b in fp32 (fp64 for float64). ``x`` may be None when no scale gradient is needed.
+    their scale, ∂b in fp32 (fp64 for float64). ``x`` may be None when no scale gradient is needed. With a ``sample`` G
+    is its estimate and x [S, K] holds its rows.
     """
     need_x, need_row, need_col, need_bias = needs
     wide = accumulate_dtype(grad_y.dtype)
@@ -112,8 +127,9 @@ def backward(
     grad_col = torch.zeros(scale_col.shape, dtype=wide, device=weight.device) if need_col else None
     if need_row or need_col:
         row, col = scale_row.to(wide), scale_col.to(wide)
+        parts = [(grad_y, x, 1.0)] if sample is None else sample.parts(grad_y, x)
         for group, start, end in _row_blocks(weight, scale_col.shape[0]):
-            product = (grad_y[:, start:end].t() @ x).to(wide)
+            product = _weighted_product(parts, start, end, wide)
             product *= weight[start:end]
             if need_row:
                 row_sums(product, col[group], out=grad_row[start:end])

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlrr_kernels.ops import linear_configs
 from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
+from rlrr_kernels.ops.row_sample import RowSample
 
 UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
 
@@ -202,6 +203,41 @@ def _sum_splits_kernel(
 
 
 @triton.jit
+def store_scale_parts(
+    G, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk, pid_k, pid_n, split,
+    RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What one tile of G [n, k] from one split of the rows adds to ∂s_r and ∂s_c, into parts.
+
+    parts, all ACC: [splits, tiles of K, N, r] for ∂s_r, at col_offset [splits, tiles of a group, G, r, K] for ∂s_c.
+    """
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    group = pid_n // tiles_per_group
+    tile_in_group = pid_n % tiles_per_group
+    local_n = tile_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local_n < group_size
+    offs_n = group * group_size + local_n
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+    product = G * w.to(ACC)
+    col_ptr += group.to(tl.int64) * RANK * K
+    row_part_ptr = parts_ptr + (split * tiles_k + pid_k) * N * RANK
+    col_part = (split * tiles_per_group + tile_in_group) * (N // group_size) + group
+    col_part_ptr = parts_ptr + col_offset + col_part * RANK * K
+    for j in range(RANK):
+        if NEED_ROW:
+            col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
+            tl.store(row_part_ptr + offs_n * RANK + j, tl.sum(product * col[None, :], 1), mask=mask_n)
+        if NEED_COL:
+            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0).to(ACC)
+            tl.store(col_part_ptr + j * K + offs_k, tl.sum(product * row[:, None], 0), mask=mask_k)
+
+
+@triton.jit
 def _rlrr_linear_bwd_scales_kernel(
     g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, bias_offset,
     M, N, K, group_size, rows_per_split,
@@ -254,20 +290,10 @@ def _rlrr_linear_bwd_scales_kernel(
             acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=ACC)
             g_ptrs += step * stride_gm
             x_ptrs += step * stride_xm
-        w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-        w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        product = acc * w.to(ACC)
-        col_ptr += group.to(tl.int64) * RANK * K
-        row_part_ptr = parts_ptr + (split * tiles_k + pid_k) * N * RANK
-        col_part = (split * tiles_per_group + tile_in_group) * (N // group_size) + group
-        col_part_ptr = parts_ptr + col_offset + col_part * RANK * K
-        for j in range(RANK):
-            if NEED_ROW:
-                col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
-                tl.store(row_part_ptr + offs_n * RANK + j, tl.sum(product * col[None, :], 1), mask=mask_n)
-            if NEED_COL:
-                row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0).to(ACC)
-                tl.store(col_part_ptr + j * K + offs_k, tl.sum(product * row[:, None], 0), mask=mask_k)
+        store_scale_parts(
+            acc, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
+            pid_k, pid_n, split, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -340,11 +366,13 @@ _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
+    """What the kernels' products of ``dtype`` are told of fp32 and TF32."""
     return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
 
 
-def _meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> dict[str, Any]:
+def launch_meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> dict[str, Any]:
+    """Constants and options of a launch with ``tiles`` whose products are of ``dtype``."""
     return {
         "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
         "PRECISION": precision,
@@ -402,7 +430,7 @@ def _forward_plans(
     programs = groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m)
     meta = {
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "EVEN_K": cols % tiles.block_k == 0, **_meta(dtype, precision, tiles),
+        "EVEN_K": cols % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
     return _product(
         _rlrr_linear_fwd_kernel, programs, cdiv(cols, tiles.block_k), tiles.block_k, (count, rows, cols, size),
@@ -428,7 +456,7 @@ def forward_launches(
     has_bias, dtype = bias is not None, x.dtype
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, has_bias, residual, dtype,
-        _precision(dtype), arch, tiles,
+        precision_of(dtype), arch, tiles,
     )  # fmt: skip
     bias = bias if has_bias else x
     return _product_launches(plans, (x, weight, scale_row, scale_col, bias), bias, y)
@@ -443,7 +471,7 @@ def _grad_x_plans(
     size = rows // groups
     meta = {
         "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-        "EVEN_N": size % tiles.block_n == 0, **_meta(dtype, precision, tiles),
+        "EVEN_N": size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
     return _product(
         _rlrr_linear_bwd_dx_kernel, cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),
@@ -469,12 +497,24 @@ def grad_x_launches(
     dtype = grad_y.dtype
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, dtype,
-        _precision(dtype), arch, tiles,
+        precision_of(dtype), arch, tiles,
     )  # fmt: skip
     return _product_launches(plans, (grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
 
 _REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
+
+
+def plan_reduction(row: tuple[int, int], col: tuple[int, int], bias: tuple[int, int]) -> tuple[Plan, int, int, int]:
+    """The sum over parts of ∂s_r, ∂s_c and ∂b, [count, size] of each kind, which lie one after another.
+
+    Then where those of ∂s_c and of ∂b start, and how many values there are.
+    """
+    col_offset = row[0] * row[1]
+    bias_offset = col_offset + col[0] * col[1]
+    blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
+    plan = Plan(_rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
+    return plan, col_offset, bias_offset, bias_offset + bias[0] * bias[1]
 
 
 @_plans
@@ -490,12 +530,10 @@ def _grad_scales_plans(
     splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
     rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, cdiv(count, rows_per_split))
-    # [count, size] of each kind of part; they lie one after another.
     row = (splits * tiles_k, rows * rank) if need_row else (0, 0)
     col = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
     bias = (splits, rows) if need_bias else (0, 0)
-    col_offset = row[0] * row[1]
-    bias_offset = col_offset + col[0] * col[1]
+    reduction, col_offset, bias_offset, size = plan_reduction(row, col, bias)
     partial = Plan(
         _rlrr_linear_bwd_scales_kernel,
         (tiles_k + need_bias, groups * tiles_per_group, splits),
@@ -505,12 +543,10 @@ def _grad_scales_plans(
         ),
         {
             "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-            "EVEN_M": count % tiles.block_m == 0, **_meta(dtype, precision, tiles),
+            "EVEN_M": count % tiles.block_m == 0, **launch_meta(dtype, precision, tiles),
         },
     )  # fmt: skip
-    blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
-    reduction = Plan(_rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
-    return partial, reduction, bias_offset + bias[0] * bias[1]
+    return partial, reduction, size
 
 
 def grad_scales_launches(
@@ -527,18 +563,13 @@ def grad_scales_launches(
 
     A gradient that is not needed is None. The scales must be contiguous.
     """
-    grad_row, grad_col, grad_bias = grads
-    needs, dtype = (grad_row is not None, grad_col is not None, grad_bias is not None), grad_y.dtype
+    needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, reduction, size = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), scale_col.shape, needs, dtype,
-        _precision(dtype), arch, tiles,
+        precision_of(dtype), arch, tiles,
     )  # fmt: skip
     parts = torch.empty(size, dtype=accumulate_dtype(dtype), device=grad_y.device)
-    outputs = (
-        parts if grad_row is None else grad_row,
-        parts if grad_col is None else grad_col,
-        parts if grad_bias is None else grad_bias,
-    )
+    outputs = [parts if grad is None else grad for grad in grads]
     return (
         Launch(partial, (grad_y, x, weight, scale_row, scale_col, parts)),
         Launch(reduction, (parts, *outputs)),
@@ -629,15 +660,17 @@ def backward(
     residual: bool,
     needs: tuple[bool, bool, bool, bool],
     path: str | None = None,
+    sample: RowSample | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [M, K], scale_row [N, r], scale_col [G, r, K] and bias [N]; None where ``needs`` says so.
 
-    Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64).
+    Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64). With a ``sample`` G is its estimate
+    and x [S, K] holds its rows.
     """
     check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-    count, dtype, arch = grad_y.shape[0], accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)
+    dtype, arch = accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)
     grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) if need_x else None
     if not (need_row or need_col):
         return grad_x, None, None, grad_y.sum(0, dtype=dtype) if need_bias else None
@@ -647,8 +680,16 @@ def backward(
         torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None,
     )
     regular = linear_configs.regular(1, *grad_y.stride(), *x.stride())
-    tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, count, regular)
-    for launch in grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles):
+    tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, x.shape[0], regular)
+    if sample is None:
+        launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
+    else:
+        from rlrr_kernels.ops import linear_rows_triton  # it builds on this module
+
+        launches = linear_rows_triton.grad_scales_launches(
+            grad_y, x, sample, weight, scale_row, scale_col, grads, arch, tiles
+        )
+    for launch in launches:
         launch.run()
     return grad_x, *grads
 
