@@ -76,6 +76,12 @@ def finetune(config: FinetuneConfig, resume: bool) -> None:
         f"learning curve: {config.out / CURVE}\nadapter: {result.adapter}",
         highlight=False,
     )
+    if result.fit.exchanged is not None:
+        console.print(
+            f"exchanged a step: {result.fit.exchanged['gradients']:,} bytes of gradients, of {result.report.trained:,} "
+            f"trained parameters; {result.fit.exchanged['weights']:,} bytes of weights",
+            highlight=False,
+        )
     hint = f" --weights {config.weights}" if result.task.weights not in ("hub", "none") else ""
     console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
 
@@ -96,8 +102,8 @@ def evaluate(
 
     from rlrr_kernels.train.config import TrainConfig
     from rlrr_kernels.train.data import ImageDataset, check_images, find_samples, make_loader
+    from rlrr_kernels.train.distributed import make_accelerator
     from rlrr_kernels.train.evaluate import evaluate as score
-    from rlrr_kernels.train.loop import make_accelerator
     from rlrr_kernels.train.progress import track
     from rlrr_kernels.train.task import Task, load_task
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import errno
-import json
-import math
 import os
 import signal
 import subprocess
@@ -17,15 +15,15 @@ from image_folders import make_splits
 pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 
+from fitting import CONFIG, Stop, assert_same, numbers, train, trained
 from safetensors.torch import load_file
 
-from rlrr_kernels import RLRRConfig, adapt_model, parameter_groups
 from rlrr_kernels.train import checkpoint, finetune, loop
 from rlrr_kernels.train.config import TrainConfig
+from rlrr_kernels.train.config_file import read_config
 from rlrr_kernels.train.data import ImageDataset, find_splits
 from rlrr_kernels.train.loop import fit
 from rlrr_kernels.train.model import create_model
-from rlrr_kernels.train.schedule import cosine_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -40,55 +38,6 @@ def _one_thread():
 @pytest.fixture
 def images(tmp_path):
     return make_splits(tmp_path / "images")
-
-
-class Stop(Exception):
-    pass
-
-
-class StoppingDataset(ImageDataset):
-    """Raises ``Stop`` when ``reads`` images have been read."""
-
-    reads = math.inf
-
-    def __getitem__(self, index):
-        self.reads -= 1
-        if self.reads < 0:
-            raise Stop
-        return super().__getitem__(index)
-
-
-CONFIG = TrainConfig(
-    epochs=4, batch_size=5, accumulate=2, warmup_epochs=1, checkpoint_minutes=0, clip_grad=1.0, mixed_precision="no"
-)
-
-
-def train(images, folder, config=CONFIG, *, reads=math.inf, resume=False, lr=1e-2, identity=None):
-    """Adapts and fits test_vit on ``images``; returns the model and the result."""
-    folder.mkdir(exist_ok=True)
-    splits = find_splits(images)
-    torch.manual_seed(0)
-    model, preprocessing = create_model("test_vit", 2, image_size=32, weights="none")
-    adapt_model(model, RLRRConfig(recipe="paper"))
-    train_set = StoppingDataset(splits["train"], preprocessing.transform("flip"), seed=0)
-    train_set.reads = reads
-    val_set = ImageDataset(splits["val"], preprocessing.transform())
-    groups = parameter_groups(model, lr, 1e-2)
-    result = fit(model, groups, train_set, val_set, config, folder, resume=resume, quiet=True, identity=identity)
-    return model, result
-
-
-def trained(model):
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(model, other):
-    for name, tensor in trained(other).items():
-        assert torch.equal(trained(model)[name], tensor), name
-
-
-def numbers(result):
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.history]
 
 
 @pytest.mark.parametrize("reads", [3, 24, 24 + 12, 24 + 24 + 7, 24 * 4 - 1])
@@ -208,8 +157,10 @@ def test_a_run_folder_is_never_overwritten(images, tmp_path):
 
 def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     arguments = (
-        "finetune --model test_vit --weights none --image-size 32 --epochs 12 --batch-size 4 --checkpoint-minutes 0 "
-        f"--lr 0.01 --augment timm --mixed-precision no --data {images} --out {tmp_path / 'killed'}"
+        "finetune --model test_vit --weights none --image-size 32 --epochs 8 --batch-size 4 --checkpoint-minutes 0 "
+        "--lr 0.01 --augment timm --mixed-precision bf16 --accumulate 2 --mixup 0.8 --cutmix 1 --label-smoothing 0.1 "
+        "--ema-decay 0.9 --activation-checkpointing --schedule restarts --schedule-per epoch "
+        f"--data {images} --out {tmp_path / 'killed'}"
     ).split()
     process = subprocess.Popen(
         [sys.executable, "-m", "rlrr_kernels.cli", *arguments],
@@ -227,33 +178,14 @@ def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     assert not (tmp_path / "killed" / "adapter").exists()
 
     def run(folder, resume):
-        settings = TrainConfig(epochs=12, batch_size=4, mixed_precision="no")
-        config = dataclasses.replace(
-            finetune_config(images, tmp_path / folder), lr=0.01, augment="timm", train=settings
-        )
+        config = read_config(finetune.FinetuneConfig, tmp_path / "killed" / "config.json")
+        config = dataclasses.replace(config, out=tmp_path / folder)
         return load_file(finetune.finetune(config, resume=resume, quiet=True).adapter / "adapter.safetensors")
 
     (tmp_path / "killed" / ".checkpoint.pt.12345678.tmp").touch()  # as when the signal came while it was written
     resumed, straight = run("killed", True), run("straight", False)
     assert not list((tmp_path / "killed").glob(".*"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(images, tmp_path):
-    arguments = (
-        "-m rlrr_kernels.cli finetune --model test_vit --weights none --image-size 32 --epochs 3 --lr 0.01 --cpu "
-        f"--augment none --mixed-precision no --data {images} --checkpoint-minutes 0 --out"
-    ).split()
-    options = {"check": True, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, *arguments, str(tmp_path / "two"), "--batch-size", "4"], **options)
-    subprocess.run([sys.executable, *arguments, str(tmp_path / "one"), "--batch-size", "8"], **options)
-    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
-    for ours, theirs in zip(two["history"], one["history"], strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-    assert two["test"]["count"] == one["test"]["count"] == 12
 
 
 def test_a_parameter_without_gradient_is_named(images, tmp_path):
@@ -271,21 +203,6 @@ def test_a_parameter_without_gradient_is_named(images, tmp_path):
 def test_a_loss_that_explodes_is_told(images, tmp_path):
     with pytest.raises(FloatingPointError, match=r"training loss is (nan|inf) in epoch 1 at learning rate"):
         train(images, tmp_path / "run", lr=1e30)
-
-
-def test_schedule_warms_up_falls_and_rests():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 1.0}])
-    schedule = cosine_schedule(optimizer, 100, warmup_updates=10, cooldown_updates=20, min_lr=1e-3, warmup_lr=0.0)
-    rates = [optimizer.param_groups[0]["lr"]]
-    for update in range(1, 100):
-        schedule.step_update(update)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:11] == pytest.approx([0.1 * i for i in range(11)])
-    assert rates[45] == pytest.approx((1 + 1e-3) / 2)
-    assert rates[80:] == pytest.approx([1e-3] * 20)
-    with pytest.raises(ValueError, match="shorter than the run"):
-        cosine_schedule(optimizer, 10, warmup_updates=5, cooldown_updates=5)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,11 @@ import math
 
 METRICS = ("accuracy", "macro_f1")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
+SCHEDULES = ("cosine", "restarts")
+SCHEDULE_STEPS = ("update", "epoch")
+
+CHANGES_NO_NUMBER = ("workers", "checkpoint_minutes", "activation_checkpointing", "tensorboard")
+"""Settings in which a run may differ from the one it goes on with or repeats."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +25,26 @@ class TrainConfig:
         drop_last: leave out an epoch's last batch where it would be short; other images each epoch.
         warmup_epochs: of these, spent rising to the learning rate; fractions too. None: one, or half of a single one.
         cooldown_epochs: of these, spent at the minimum, last; fractions too.
+        schedule: of the learning rate after the warm-up: ``cosine``, one fall to the minimum, or ``restarts``, several.
+        restart_epochs: length of a cycle of ``restarts``; fractions too.
+        schedule_per: how often the learning rate changes: ``update``, or ``epoch`` as timm's programs do.
+        warmup_within: whether the warm-up takes the place of the cosine's beginning (timm's default) instead of
+            coming before it.
         min_lr: where the cosine ends.
         warmup_lr: where the warm-up starts.
+        mixup: alpha of mixup; 0: none. With cutmix, every batch gets one of the two.
+        cutmix: alpha of cutmix; 0: none.
         label_smoothing: of the cross-entropy, 0 to 1.
+        ema_decay: of a moving average of what is trained, which is validated and kept in its place; None: no average.
         clip_grad: largest norm of the gradient; None: not clipped.
         mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
+        activation_checkpointing: recompute a timm model's blocks in backward instead of keeping their activations.
+        fsdp: on several processes, spread the frozen weights over them (FSDP2) instead of copying them (DDP).
         seed: of the order of the images, their augmentation and dropout.
         workers: processes that load images; None: up to 8 beside a GPU, none beside a CPU that is busy training.
         select_by: validation metric the epoch is chosen by, ``accuracy`` or ``macro_f1``; the loss breaks ties.
         checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
+        tensorboard: also write TensorBoard logs to the run folder.
 
     Raises:
         ValueError: a value is not allowed.
@@ -40,15 +56,25 @@ class TrainConfig:
     drop_last: bool = False
     warmup_epochs: float | None = None
     cooldown_epochs: float = 0
+    schedule: str = "cosine"
+    restart_epochs: float = 5
+    schedule_per: str = "update"
+    warmup_within: bool = False
     min_lr: float = 1e-8
     warmup_lr: float = 1e-7
+    mixup: float = 0.0
+    cutmix: float = 0.0
     label_smoothing: float = 0.0
+    ema_decay: float | None = None
     clip_grad: float | None = None
     mixed_precision: str = "auto"
+    activation_checkpointing: bool = False
+    fsdp: bool = False
     seed: int = 42
     workers: int | None = None
     select_by: str = "accuracy"
     checkpoint_minutes: float = 5
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -56,7 +82,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(1, self.epochs / 2))
-        for name in ("warmup_epochs", "cooldown_epochs", "min_lr", "warmup_lr"):
+        for name in ("warmup_epochs", "cooldown_epochs", "min_lr", "warmup_lr", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
         if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
@@ -64,8 +90,17 @@ class TrainConfig:
                 f"warmup_epochs + cooldown_epochs must be less than epochs = {self.epochs}; "
                 f"got {self.warmup_epochs} + {self.cooldown_epochs}"
             )
+        if not 0 < self.restart_epochs < math.inf:
+            raise ValueError(f"restart_epochs must be above 0; got {self.restart_epochs}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be from 0 to 1; got {self.label_smoothing}")
-        for name, choices in (("mixed_precision", PRECISIONS), ("select_by", METRICS)):
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1; got {self.ema_decay}")
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("schedule_per", SCHEDULE_STEPS),
+            ("mixed_precision", PRECISIONS),
+            ("select_by", METRICS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -25,7 +25,7 @@ class Scores:
     count: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP2 trains on with the tensors it gathered
 def evaluate(
     model: nn.Module,
     loader: DataLoader,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -16,13 +17,15 @@ from torch import nn
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train import checkpoint
+from rlrr_kernels.train.board import require_tensorboard
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.config_file import write_config
 from rlrr_kernels.train.data import ImageDataset, Samples, check_images, find_splits, make_loader
+from rlrr_kernels.train.distributed import from_main, make_accelerator
 from rlrr_kernels.train.drop import check_drop, set_drop
 from rlrr_kernels.train.environment import add_session, environment
 from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.loop import FitResult, fit, make_accelerator
+from rlrr_kernels.train.loop import FitResult, fit
 from rlrr_kernels.train.method_files import save_trained
 from rlrr_kernels.train.methods import (
     METHODS,
@@ -177,13 +180,16 @@ def finetune(
     out = Path(config.out)
     check_model_name(config.model)
     check_method(config.method)
-    resume = _look_for_run(out, resume)
+    if config.train.tensorboard:
+        require_tensorboard()
     accelerator = make_accelerator(config.train, cpu=config.cpu)
+    resume = from_main(accelerator, lambda: _look_for_run(out, resume))
     talk = accelerator.is_main_process and not quiet
     splits = _splits(config, splits)
-    if config.check and accelerator.is_main_process:
+    if config.check:
         paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
-        check_images(paths, lambda items, total: track(items, total, "checking images", enabled=talk))
+        follow = functools.partial(track, description="checking images", enabled=talk)
+        from_main(accelerator, lambda: check_images(paths, follow))
     torch.manual_seed(config.train.seed)
     model, preprocessing = create_model(
         config.model,
@@ -200,8 +206,7 @@ def finetune(
     report = apply_method(model, method)
     if talk:
         _introduce(config, task, splits, report, resume)
-    if accelerator.is_main_process:
-        _describe_run(out, config, accelerator, resume)
+    from_main(accelerator, lambda: _describe_run(out, config, accelerator, resume))
     sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
     sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
     result = fit(
@@ -367,6 +372,7 @@ def _write_result(
         "adapter_parameters": report.adapter,
         "seconds": result.seconds,
         "peak_memory_bytes": result.peak_memory,
+        "exchanged_bytes_per_step": result.exchanged,
         "history": result.history,
     }
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.train import checkpoint
-from rlrr_kernels.train.config import TrainConfig
+from rlrr_kernels.train.averaging import Average
+from rlrr_kernels.train.board import Board
+from rlrr_kernels.train.config import CHANGES_NO_NUMBER, TrainConfig
 from rlrr_kernels.train.data import EpochShuffle, ImageDataset, make_loader
+from rlrr_kernels.train.distributed import Exchange, from_main, make_accelerator, shard_frozen
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
+from rlrr_kernels.train.mixing import Mixing
+from rlrr_kernels.train.model import set_activation_checkpointing
 from rlrr_kernels.train.progress import TrainProgress
-from rlrr_kernels.train.schedule import cosine_schedule
+from rlrr_kernels.train.schedule import Schedule
 from rlrr_kernels.train.trained import is_frozen, trained_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_FREE_ON_RESUME = ("workers", "checkpoint_minutes")
-"""Settings that may differ from those a checkpoint was written under: they change no number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ class FitResult:
         loss_curve: (epochs done, mean training loss since the last point), about 20 an epoch.
         seconds: training and validation, over all the sessions of a resumed run.
         peak_memory: bytes; see :func:`rlrr_kernels.train.memory.peak_memory`.
+        exchanged: bytes a process exchanges with the others for one optimizer update, see
+            :class:`rlrr_kernels.train.distributed.Exchange`; None in a single process.
     """
 
     best_epoch: int
@@ -46,26 +51,7 @@ class FitResult:
     loss_curve: list[tuple[float, float]]
     seconds: float
     peak_memory: int
-
-
-def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
-    """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # accelerate keeps the first precision of a process for good; a second run may want another one.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = _fastest_precision(torch.cuda.is_available() and not cpu)
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulate, cpu=cpu)
-
-
-def _fastest_precision(cuda: bool) -> str:
-    if cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Three times as fast as float32 where the processor multiplies bfloat16, and slower where it does not.
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    exchanged: dict[str, int] | None
 
 
 def fit(
@@ -83,10 +69,14 @@ def fit(
 ) -> FitResult:
     """Trains the parameters of ``model`` that require gradients by AdamW; leaves it with the best epoch's in place.
 
-    The epoch is chosen by ``val_set`` alone. The checkpoint in ``folder`` holds the trained tensors of now and of the
-    best epoch, the optimizer and the random states: a run that was killed, even by ``kill -9``, and resumed ends with
-    the same numbers as one that was not. A checkpoint that cannot be written (no space left) is reported and the run
-    goes on; the one before stays.
+    The epoch is chosen by ``val_set`` alone; with ``config.ema_decay`` the averages are what is validated and kept. The
+    checkpoint in ``folder`` holds the trained tensors of now and of the best epoch, the optimizer and the random
+    states: a run that was killed, even by ``kill -9``, and resumed ends with the same numbers as one that was not. A
+    checkpoint or log that cannot be written (no space left) is reported and the run goes on; the checkpoint before
+    stays.
+
+    On several processes each takes ``config.batch_size`` images a step; an epoch's last step is filled up with images
+    of its start. The main process alone writes and reads the checkpoint.
 
     Args:
         model: images [B, 3, H, W] to logits [B, C].
@@ -96,12 +86,14 @@ def fit(
         folder: exists; gets ``checkpoint.pt``.
         identity: what else makes this run what it is (model, data, ...), as plain data: refused on resumption when
             it differs.
-        accelerator: default: :func:`make_accelerator`.
+        accelerator: default: :func:`rlrr_kernels.train.distributed.make_accelerator`.
         resume: go on from the checkpoint in ``folder``.
         quiet: no progress bars and no line an epoch.
 
     Raises:
-        ValueError: the checkpoint is of another run, or a trained parameter got no gradient.
+        ValueError: the checkpoint is of another run, a trained parameter got no gradient, or the model or the run is
+            nothing that a setting can be applied to; names it.
+        ImportError: ``config.tensorboard`` without tensorboard.
         FloatingPointError: the loss is no longer finite.
         OSError: less space on the disk of ``folder`` than two checkpoints need.
     """
@@ -110,6 +102,7 @@ def fit(
     if resume:
         run.load()
     with TrainProgress(config.epochs, enabled=run.accelerator.is_main_process and not quiet) as progress:
+        run.start(progress)
         while run.epoch < config.epochs:
             run.train_epoch(progress)
             run.validate(progress)
@@ -134,8 +127,12 @@ class _Run:
         if not self.trained:
             raise ValueError("the model has no parameter that requires a gradient; adapt it first")
         self.tensors = trained_tensors(model)
-        # Now and best, two moments of AdamW; and the old file is there until the new one is complete.
-        checkpoint.require_space(folder, 8 * sum(p.numel() * p.element_size() for p in self.trained.values()) + 2**20)
+        # Now, best and average, two moments of AdamW; and the old file is there until the new one is complete.
+        copies = 2 * (4 + (config.ema_decay is not None))
+        size = copies * sum(p.nbytes for p in self.trained.values()) + 2**20
+        from_main(accelerator, lambda: checkpoint.require_space(folder, size))
+        if config.activation_checkpointing:
+            set_activation_checkpointing(model, True)
         if accelerator.is_main_process:
             checkpoint.remove_partial(folder)
         self.sampler = EpochShuffle(len(train_set), config.seed)
@@ -153,17 +150,22 @@ class _Run:
             raise ValueError(f"drop_last leaves no batch: {len(train_set)} training images, {per_step} images a step")
         self.updates_per_epoch = math.ceil(self.batches / config.accumulate)
         optimizer = torch.optim.AdamW(groups)
-        self.schedule = cosine_schedule(
-            optimizer,
-            config.epochs * self.updates_per_epoch,
-            warmup_updates=round(config.warmup_epochs * self.updates_per_epoch),
-            cooldown_updates=round(config.cooldown_epochs * self.updates_per_epoch),
-            min_lr=config.min_lr,
-            warmup_lr=config.warmup_lr,
-        )
-        self.model, self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(
-            model, optimizer, train_loader, val_loader
-        )
+        self.schedule = Schedule(optimizer, config, self.updates_per_epoch)
+        self.plain_model = model
+        self.exchange = Exchange()
+        self.sharded = config.fsdp and accelerator.num_processes > 1  # one process has nothing to spread
+        if self.sharded:
+            self.model = shard_frozen(model, accelerator, self.exchange)
+        else:
+            self.model = accelerator.prepare(model)
+            if accelerator.num_processes > 1:
+                self.exchange.restrict_to_gradients(self.model)
+        self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(optimizer, train_loader, val_loader)
+        self.mixing = None
+        if config.mixup or config.cutmix:
+            self.mixing = Mixing(config, self.classes, accelerator.process_index)
+        self.average = None if config.ema_decay is None else Average(self.trained, config.ema_decay)
+        self.board: Board | None = None
         self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.epoch = self.batch = self.updates = 0
         self.loss_sum, self.loss_count = 0.0, 0  # of the epoch so far
@@ -173,10 +175,23 @@ class _Run:
         self.loss_curve: list[tuple[float, float]] = []
         self.seconds = 0.0
         self.peak = 0
+        self.exchanged: dict[str, int] | None = None
+        self.session_updates = 0
         self.checked_gradients = False
         self.clock = time.monotonic()
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + accelerator.process_index)
         reset_peak_memory()
+
+    def start(self, progress: TrainProgress) -> None:
+        """What comes before the first epoch of a session."""
+        decay, updates = self.config.ema_decay, self.config.epochs * self.updates_per_epoch
+        if decay is not None and decay**updates > 0.1:
+            progress.warn(
+                f"ema_decay = {decay} is slow for {updates} updates: the last average will still hold "
+                f"{decay**updates:.0%} of the initial values"
+            )
+        if self.config.tensorboard and self.accelerator.is_main_process:
+            self.board = Board(self.folder, self.steps, progress.warn)
 
     def train_epoch(self, progress: TrainProgress) -> None:
         """The rest of the current epoch."""
@@ -191,11 +206,18 @@ class _Run:
         pending: list[Tensor] = []  # losses that nobody has waited for yet
         every = max(1, self.batches // 20)
         for images, labels in self.train_loader:
+            targets = labels
+            if self.mixing is not None:
+                images, targets = self.mixing(images, labels, self.epoch, self.batch)
             with accelerator.accumulate(self.model):
-                loss = self.loss(self.model(images).float(), labels)
+                with accelerator.autocast():
+                    logits = self.model(images)
+                loss = self.loss(logits.float(), targets)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     self._check_gradients()
+                    if self.sharded:
+                        self.exchange.average_gradients(self.trained.values())
                     if config.clip_grad is not None:
                         accelerator.clip_grad_norm_(self.trained.values(), config.clip_grad)
                 self.optimizer.step()
@@ -205,9 +227,14 @@ class _Run:
             self.batch += 1
             if accelerator.sync_gradients:
                 self.updates += 1
-                self.schedule.step_update(self.updates)
+                self.session_updates += 1
+                self.schedule.set(self.updates)
+                if self.average is not None:
+                    self.average.update()
             if self.batch % every == 0 or self.batch == self.batches:
                 self._add_losses(pending)
+                if self.board is not None:
+                    self.board.log({"train/loss": self.loss_curve[-1][1], "train/learning_rate": self.lr}, self.steps)
             progress.advance(self.loss_sum / max(self.loss_count, 1), self.lr)
             if accelerator.sync_gradients and self._checkpoint_is_due(saved):
                 self._add_losses(pending)
@@ -224,9 +251,21 @@ class _Run:
         return bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)))
 
     @property
+    def steps(self) -> int:
+        """Batches done since the start of the run."""
+        return self.epoch * self.batches + self.batch
+
+    @property
     def lr(self) -> float:
         """The largest learning rate of the groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _last_lr(self) -> float:
+        """That of the last update."""
+        self.schedule.set(self.updates - 1)
+        lr = self.lr
+        self.schedule.set(self.updates)
+        return lr
 
     def _train_mode(self) -> None:
         """Training mode, except for batch normalisation that is frozen: its statistics are part of the backbone."""
@@ -266,12 +305,16 @@ class _Run:
 
     def validate(self, progress: TrainProgress) -> None:
         """Scores the validation images, and keeps the trained tensors when they are the best so far."""
-        scores = evaluate(self.model, self.val_loader, self.classes, self.accelerator, progress.validation)
+        training = dataclasses.replace(self.exchange)
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            scores = evaluate(self.model, self.val_loader, self.classes, self.accelerator, progress.validation)
+            tensors = self._trained_tensors()
         self._tick()
+        self._note_exchange(training)
         done = sum(entry["seconds"] for entry in self.history)
         entry = {
             "epoch": self.epoch + 1,
-            "lr": self.lr,
+            "lr": self._last_lr(),
             "train_loss": self.loss_sum / max(self.loss_count, 1),
             "val_loss": scores.loss,
             "val_accuracy": scores.accuracy,
@@ -286,14 +329,24 @@ class _Run:
                 "key": list(key),
                 "epoch": self.epoch + 1,
                 "scores": dataclasses.asdict(scores),
-                "tensors": self._trained_tensors(),
+                "tensors": tensors,
             }
         self.epoch += 1
         self.batch, self.loss_sum, self.loss_count = 0, 0.0, 0
+        if self.board is not None:
+            scalars = {key.replace("_", "/", 1): entry[key] for key in ("val_loss", "val_accuracy", "val_macro_f1")}
+            scalars |= {"train/epoch_loss": entry["train_loss"], "epoch/seconds": entry["seconds"]}
+            self.board.log(scalars, self.steps)
         progress.finish_epoch(entry, improved)
 
+    def _note_exchange(self, training: Exchange) -> None:
+        """Takes note of what the training exchanged, and leaves out what the validation did."""
+        self.exchange.gradients, self.exchange.weights = training.gradients, training.weights
+        if self.accelerator.num_processes > 1 and self.session_updates:
+            self.exchanged = training.per_update(self.session_updates)
+
     def _trained_tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()}
+        return _on_cpu(self.tensors)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -303,7 +356,7 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
-        for name in _FREE_ON_RESUME:
+        for name in CHANGES_NO_NUMBER:
             del settings[name]
         shapes = {name: list(parameter.shape) for name, parameter in self.trained.items()}
         return settings | self.identity | {"parameters": shapes}
@@ -328,11 +381,15 @@ class _Run:
             "loss_curve": self.loss_curve,
             "seconds": self.seconds,
             "peak_memory": self.peak,
+            "exchanged": self.exchanged,
             "tensors": self._trained_tensors(),
+            "average": None if self.average is None else _on_cpu(self.average.tensors),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random_states,
         }
+        if self.board is not None:  # logs older than the checkpoint are what a resumed run keeps
+            self.board.flush()
         try:
             checkpoint.save_checkpoint(self.folder, state)
         except OSError as error:
@@ -340,7 +397,7 @@ class _Run:
 
     def load(self) -> None:
         """Goes back to where the checkpoint was written."""
-        state = checkpoint.load_checkpoint(self.folder)
+        state = from_main(self.accelerator, lambda: checkpoint.load_checkpoint(self.folder))
         ours, theirs = self._settings(), state["settings"]
         differing = [name for name in ours if ours[name] != theirs.get(name)]
         if differing:
@@ -350,14 +407,16 @@ class _Run:
             )
             raise ValueError(f"the checkpoint in {self.folder} belongs to a run with other settings: {details}")
         self._put(state["tensors"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.updates = state["epoch"], state["batch"], state["updates"]
-        self.schedule.step_update(self.updates)
+        self.schedule.set(self.updates)
         self.loss_sum, self.loss_count = state["loss"]
         self.best, self.history, self.loss_curve = state["best"], state["history"], state["loss_curve"]
-        self.seconds, self.peak = state["seconds"], state["peak_memory"]
+        self.seconds, self.peak, self.exchanged = state["seconds"], state["peak_memory"], state["exchanged"]
         checkpoint.set_rng_state(state["random"][self.accelerator.process_index])
         self.clock = time.monotonic()
 
@@ -369,8 +428,14 @@ class _Run:
     def finish(self) -> FitResult:
         """Leaves the model as it came, with the best epoch's tensors in it."""
         self._put(self.best["tensors"])
-        # Also takes back the forward that accelerate wrapped for mixed precision.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.sharded:
+            self.plain_model.to(self.accelerator.device)
+        else:  # also takes back the forward that accelerate wrapped for mixed precision
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.config.activation_checkpointing:
+            set_activation_checkpointing(self.plain_model, False)
+        if self.board is not None:
+            self.board.close()
         scores = dict(self.best["scores"])
         return FitResult(
             best_epoch=self.best["epoch"],
@@ -379,4 +444,9 @@ class _Run:
             loss_curve=[tuple(point) for point in self.loss_curve],
             seconds=self.seconds,
             peak_memory=self.peak,
+            exchanged=self.exchanged,
         )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import ImageDataset, make_loader
+from rlrr_kernels.train.distributed import make_accelerator
 from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.loop import make_accelerator
 from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlrr_kernels.train.config import CHANGES_NO_NUMBER
+
 if TYPE_CHECKING:
     from rlrr_kernels.train.finetune import FinetuneConfig
 
-_CHANGES_NO_NUMBER = ("out", "check", "cpu", "train.workers", "train.checkpoint_minutes")
+_CHANGES_NO_NUMBER = ("out", "check", "cpu", *(f"train.{name}" for name in CHANGES_NO_NUMBER))
 
 
 def settings_of(config: FinetuneConfig) -> dict[str, Any]:
