@@ -49,6 +49,7 @@ def test_the_papers_own_numbers_give_its_own_means():
     assert row(report, "mean over groups").note == "76.75 without that rounding"
     printed = [f"{row(report, f'mean of {group}').accuracy:.1f}" for group in GROUPS]
     assert printed == ["82.6", "85.8", "61.8"]
+    assert all(abs(row(report, f"mean of {group}").difference) < 1e-9 for group in GROUPS)
     assert row(report, "mean over tasks").reported == 74.5
     assert row(report, "mean over groups").reported == 76.7
     text = to_markdown(report)
@@ -66,6 +67,11 @@ def test_augreg_numbers_too(unclear):
     assert f"{row(report, 'mean over groups').accuracy:.1f}" == "77.5"
     assert row(report, "dSpr-Loc").reported is None
     assert row(report, "mean of Structured").reported is None
+    large = build_report(results({"cifar": 80.0}), "ViT-L/16")
+    assert row(large, "mean over tasks").note == "partial: 1 of 19 datasets"
+    assert row(large, "CIFAR-100").reported is None
+    full = build_report(results(dict.fromkeys(dataset_names("vtab"), 80.0)), "ViT-L/16")
+    assert row(full, "mean of Natural").difference == pytest.approx(80 - 83.9)
 
 
 @pytest.mark.parametrize(("model", "mean"), [("ViT-B/16", 90.5), ("ViT-B/16 AugReg", 91.0)])

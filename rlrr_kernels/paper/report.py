@@ -76,9 +76,7 @@ def build_report(results: Mapping[str, TaskResults], compare: str | None = None)
     if protocol.benchmark == "vtab":
         for group in GROUPS:
             members = [name for name in names if DATASETS[name].group == group]
-            rows.append(
-                _mean_row(group, f"mean of {group}", members, scores, (reported and reported.groups.get(group)))
-            )
+            rows.append(_mean_row(group, f"mean of {group}", members, scores, _reported_mean(reported, group, members)))
         rows.append(_mean_row("", "mean over tasks", names, scores, reported and reported.over_tasks))
         rows.append(_over_groups(names, scores, reported and reported.over_groups))
     else:
@@ -128,8 +126,10 @@ def _mean_row(
 
 def _reported_mean(reported: Reported | None, group: str, names: Sequence[str]) -> float | None:
     """The printed mean of a group, or that of its printed tasks."""
-    if reported is None or group in reported.groups:
-        return reported and reported.groups[group]
+    if reported is None:
+        return None
+    if group in reported.groups:
+        return reported.groups[group]
     return statistics.mean(reported.tasks[name] for name in names) if reported.tasks.keys() >= set(names) else None
 
 
