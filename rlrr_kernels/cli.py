@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
-from rlrr_kernels.paper.cli import data_app, report
+from rlrr_kernels.paper.cli import data_app, report, reproduce
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.options import takes_options_of
 from rlrr_kernels.train.progress import console, program
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.command()(reproduce)
 app.command()(report)
 
 AdapterWeights = Annotated[

@@ -249,7 +249,7 @@ def test_numbers_that_vary_are_notes_and_no_failure(tmp_path):
 def test_check_needs_something_to_check(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         datasets_to_check(tmp_path / "nowhere", None, None)
-    with pytest.raises(ValueError, match=r"holds none of the datasets' folders .* it holds nothing"):
+    with pytest.raises(ValueError, match=r"holds none of the datasets' folders, such as cifar .* it holds nothing"):
         datasets_to_check(tmp_path, None, None)
 
 
@@ -339,7 +339,7 @@ def test_what_torchvision_cannot_give_is_told(monkeypatch, tmp_path):
             raise RuntimeError("Dataset not found")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Missing)
-    with pytest.raises(OSError, match=r"torchvision could not read CIFAR100 in .*: Dataset not found"):
+    with pytest.raises(OSError, match=r"torchvision could not fetch or read CIFAR100 in .*: Dataset not found"):
         prepare_dataset(tmp_path, dataset_settings("cifar"), download=False)
     monkeypatch.setattr(torchvision.datasets, "SVHN", Fake)
     with pytest.raises(ValueError, match="torchvision's SVHN has too few images for train800, val200 of svhn: 600"):

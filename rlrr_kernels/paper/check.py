@@ -48,7 +48,10 @@ def datasets_to_check(root: str | Path, benchmark: str | None, names: list[str] 
     present = [name for name in BENCHMARKS if any((root / dataset).is_dir() for dataset in dataset_names(name))]
     if not present:
         held = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{root} holds none of the datasets' folders ({', '.join(dataset_names())}); it holds {held}")
+        raise ValueError(
+            f"{root} holds none of the datasets' folders, such as cifar or CUB_200_2011 (rlrr data list prints all); "
+            f"it holds {held}"
+        )
     return [settings for name in present for settings in selected_datasets(name, None)]
 
 

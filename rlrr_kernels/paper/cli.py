@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from rlrr_kernels.train.progress import console, track
+from rlrr_kernels.train.progress import console, program, track
 
 data_app = typer.Typer(help="The paper's datasets: VTAB-1k and FGVC.", no_args_is_help=True)
 
 _SHOWN = 10
 
-Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Only this one; may be repeated")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Only these, with commas or repeated")]
 
 
 @data_app.command()
@@ -30,7 +30,7 @@ def check(
     table = Table("dataset", "classes", "images by split", "verdict")
     broken = False
     details: list[str] = []
-    for settings in datasets_to_check(root, benchmark, dataset):
+    for settings in datasets_to_check(root, benchmark, list(_names(dataset))):
         found = check_dataset(
             root,
             settings,
@@ -81,12 +81,13 @@ def prepare(
 
 @data_app.command("list")
 def list_datasets() -> None:
-    """Print the paper's datasets, their settings, and which of them torchvision has."""
+    """Print the paper's datasets, their settings, and which of them rlrr data prepare can make."""
     from rlrr_kernels.paper.data import augmentation
     from rlrr_kernels.paper.prepare import TORCHVISION
     from rlrr_kernels.paper.settings import DATASETS
 
-    table = Table(Column("dataset", no_wrap=True), "group", "classes", "lr", "wd", "drop", "augment", "torchvision")
+    columns = ("dataset", "group", "classes", "lr", "wd", "drop", "augment", "prepare")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=None, pad_edge=False)
     for name, settings in DATASETS.items():
         table.add_row(
             name,
@@ -130,3 +131,68 @@ def report(
     console.print(table)
     for file in write_report(made, out or folder):
         console.print(str(file), highlight=False)
+
+
+def reproduce(
+    benchmark: Annotated[str, typer.Argument(help="vtab or fgvc")],
+    root: Annotated[Path, typer.Option(help="Folder that holds one folder a dataset")],
+    model: Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")],
+    out: Annotated[Path | None, typer.Option(help="Runs and results  [default: runs/BENCHMARK]")] = None,
+    weights: Annotated[str, typer.Option(help="Of the backbone: hub, none or a file")] = "hub",
+    seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
+    split: Annotated[
+        str, typer.Option(help="honest: test images scored once; paper: the best epoch on the test images")
+    ] = "honest",
+    tasks: Annotated[list[str] | None, typer.Option(help="Only these datasets, with commas or repeated")] = None,
+    epochs: Annotated[int | None, typer.Option(help="A trial: fewer than the paper's, and marked so")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels; the paper's is 224")] = 224,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="FGVC with mixup, cutmix, smoothing and averaged weights")
+    ] = False,
+    schedule: Annotated[
+        str, typer.Option(help="Of the learning rate: ran, as the authors' code has it, or meant, as the paper has it")
+    ] = "ran",
+    method: Annotated[str, typer.Option(help="rlrr, or one to compare it with, as for rlrr finetune")] = "rlrr",
+    mixed_precision: Annotated[
+        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
+    ] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+) -> None:
+    """Train every task of a benchmark by the paper's settings; the same command goes on with a stopped one.
+
+    On several GPUs: accelerate launch -m rlrr_kernels.cli reproduce ...
+    """
+    from rlrr_kernels.paper.reproduce import ReproduceConfig
+    from rlrr_kernels.paper.reproduce import reproduce as run
+
+    out = out or Path("runs") / benchmark
+    config = ReproduceConfig(
+        benchmark=benchmark,
+        root=root,
+        out=out,
+        model=model,
+        weights=weights,
+        seeds=seeds,
+        split=split,
+        tasks=_names(tasks),
+        epochs=epochs,
+        image_size=image_size,
+        augmented=augmented,
+        schedule=schedule,
+        method=method,
+        mixed_precision=mixed_precision,
+        workers=workers,
+        checkpoint_minutes=checkpoint_minutes,
+        cpu=cpu,
+    )
+    results = run(config)
+    done = sum(len(task.runs) for task in results.values())
+    console.print(f"{done} runs of {len(results)} tasks are done: {out}", highlight=False)
+    console.print(f"next: {program()} report {out}", highlight=False)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    """Names given one by one or with commas between them."""
+    return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())

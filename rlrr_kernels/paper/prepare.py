@@ -131,8 +131,8 @@ def _draw(
     def every(arguments: dict[str, Any]) -> list[tuple[Any, int]]:
         try:
             part = getattr(datasets, source.dataset)(str(downloads), download=download, **arguments)
-        except (RuntimeError, ImportError) as error:  # "not found or corrupted", a broken link, no h5py or scipy
-            raise OSError(f"torchvision could not read {source.dataset} in {downloads}: {error}") from error
+        except (OSError, RuntimeError, ImportError) as error:  # no network, "not found or corrupted", no h5py or scipy
+            raise OSError(f"torchvision could not fetch or read {source.dataset} in {downloads}: {error}") from error
         return [(part, index) for index in range(len(part))]
 
     first, second = ("train800", "val200") if settings.benchmark == "vtab" else ("train", "val")

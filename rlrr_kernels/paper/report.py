@@ -13,6 +13,7 @@ from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.reported import PEERS, Reported, reported_for
 from rlrr_kernels.paper.results import Protocol, TaskResults
 from rlrr_kernels.paper.settings import DATASETS, GROUPS, dataset_names
+from rlrr_kernels.train.methods import TITLES
 
 MARKDOWN, CSV, PICTURE = "report.md", "report.csv", "report.png"
 
@@ -170,8 +171,10 @@ def headline(report: Report) -> list[str]:
     """What must be said of the whole table."""
     protocol = report.protocol
     lines = [
-        f"{protocol.benchmark.upper()} with {protocol.model}, weights {protocol.weights}, {protocol.image_size} px, "
-        f"{protocol.epochs} epochs" + (", mixup, cutmix, smoothing and averaged weights" if protocol.augmented else "")
+        f"{TITLES[protocol.method]} on {protocol.benchmark.upper()} with {protocol.model}, weights {protocol.weights}, "
+        f"{protocol.image_size} px, {protocol.epochs} epochs, learning rate "
+        + ("as the authors' code has it" if protocol.schedule == "ran" else "as the paper has it")
+        + (", mixup, cutmix, smoothing and averaged weights" if protocol.augmented else "")
     ]
     if protocol.epoch_chosen_on == "test":
         lines.append(
@@ -188,7 +191,7 @@ def headline(report: Report) -> list[str]:
     if report.reported is None:
         lines.append("The paper reports nothing for this backbone; choose a row of it with --compare.")
     else:
-        lines.append(f"Reported: {report.reported.model} (Dong et al., CVPR 2024). Accuracies in percent.")
+        lines.append(f"Reported: RLRR, {report.reported.model} (Dong et al., CVPR 2024). Accuracies in percent.")
     lines.append("± is the standard deviation over the seeds; of a mean, that of the seeds' means.")
     if protocol.benchmark == "vtab":
         lines.append(

@@ -40,6 +40,8 @@ class Protocol:
         image_size: pixels.
         epochs: of each run. paper_epochs: the paper's; a run with another number is a trial.
         augmented: whether mixup, cutmix, smoothing and averaged weights were used (FGVC).
+        schedule: ``ran`` or ``meant``, see :func:`rlrr_kernels.train.presets.paper_train_config`.
+        method: ``rlrr``, or one to compare it with.
     """
 
     benchmark: str
@@ -51,6 +53,8 @@ class Protocol:
     epochs: int
     paper_epochs: int
     augmented: bool = False
+    schedule: str = "ran"
+    method: str = "rlrr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,12 @@ def write_results(folder: str | Path, results: TaskResults) -> Path:
     name = f"{results.dataset}.json"
     write_together(Path(folder), {name: (json.dumps(document, indent=2) + "\n").encode()})
     return Path(folder) / name
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Removes what a process that was killed while it wrote a results file has left in ``folder``."""
+    for path in Path(folder).glob(".*.json.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def read_results(folder: str | Path) -> dict[str, TaskResults]:

@@ -62,7 +62,12 @@ class Spread:
 
 
 def run_grid(
-    runs: Iterable[GridRun], out: str | Path, *, keep_checkpoints: bool = True, quiet: bool = False
+    runs: Iterable[GridRun],
+    out: str | Path,
+    *,
+    keep_checkpoints: bool = True,
+    on_result: Callable[[str, dict[str, Any]], None] = lambda name, result: None,
+    quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Does every run in its folder ``out/name``: a finished one is read, a stopped one gone on with, others started.
 
@@ -73,6 +78,7 @@ def run_grid(
         runs: in the order in which they are done.
         out: folder of the grid.
         keep_checkpoints: ``False`` removes the checkpoint of a run once its result is there.
+        on_result: gets the name and the result document of every run, as soon as it is read or done; in every process.
         quiet: print nothing.
 
     Returns:
@@ -86,6 +92,8 @@ def run_grid(
     runs, out = list(runs), Path(out)
     _check_names([run.name for run in runs])
     results = {run.name: result for run in runs if (result := finished_result(run, out)) is not None}
+    for name, result in results.items():
+        on_result(name, result)
     started, done = time.monotonic(), 0
     for number, run in enumerate(runs, 1):
         if run.name in results:
@@ -107,6 +115,7 @@ def run_grid(
         if result is None:
             raise OSError(f"{folder / RESULT} could not be written; the training is safe in {folder}, run it again")
         results[run.name] = result
+        on_result(run.name, result)
         if not keep_checkpoints:
             (folder / checkpoint.NAME).unlink(missing_ok=True)
         done += 1

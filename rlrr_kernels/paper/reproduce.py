@@ -1,0 +1,240 @@
+"""Every task of a benchmark by the paper's settings, over several seeds, in one folder that survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from rlrr_kernels.paper.data import SPLITS, augmentation, load_splits, preprocessing, split_note
+from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, remove_partial, write_results
+from rlrr_kernels.paper.settings import SEED, DatasetSettings, selected_datasets
+from rlrr_kernels.train.config import TrainConfig
+from rlrr_kernels.train.data import first_lines
+from rlrr_kernels.train.finetune import FinetuneConfig
+from rlrr_kernels.train.grid import GridRun, run_grid
+from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name
+from rlrr_kernels.train.presets import paper_train_config
+from rlrr_kernels.train.progress import console
+
+RUNS = "runs"
+"""Where the run folders lie, in the folder of a reproduction."""
+
+SCHEDULES = ("ran", "meant")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """What is reproduced, and how far.
+
+    Args:
+        benchmark: ``vtab`` or ``fgvc``.
+        root: holds one folder a dataset, see :func:`rlrr_kernels.paper.data.load_splits`.
+        out: gets ``runs/<dataset>/seed-<seed>`` and ``results/<dataset>.json``.
+        model: timm's name of the backbone.
+        weights: of it: ``hub``, ``none`` or a file.
+        seeds: how many: 42, 43, ...
+        split: ``honest`` or ``paper``, see :data:`rlrr_kernels.paper.data.SPLITS`.
+        tasks: names of datasets; empty: all.
+        epochs: None: the paper's. Another number is a trial, marked so in every output; warm-up and cool-down shrink
+            with it.
+        image_size: pixels; the paper's is 224.
+        augmented: mixup, cutmix, smoothing and averaged weights (FGVC).
+        schedule: of the learning rate, ``ran`` as the authors' code has it or ``meant`` as the paper has it.
+        method: ``rlrr``, or one to compare it with under the same settings.
+        mixed_precision, workers, checkpoint_minutes: as in :class:`rlrr_kernels.train.config.TrainConfig`.
+        cpu: leave a GPU alone.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    benchmark: str
+    root: Path
+    out: Path
+    model: str
+    weights: str | Path = HUB
+    seeds: int = 3
+    split: str = "honest"
+    tasks: tuple[str, ...] = ()
+    epochs: int | None = None
+    image_size: int = 224
+    augmented: bool = False
+    schedule: str = "ran"
+    method: str = "rlrr"
+    mixed_precision: str = "auto"
+    workers: int | None = None
+    checkpoint_minutes: float = 5
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        selected_datasets(self.benchmark, self.tasks)
+        for name, choices in (("split", SPLITS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in ("seeds", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        paper_train_config(self.benchmark, augmented=self.augmented)
+
+
+def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, TaskResults]:
+    """Does every run that is not done yet, the first seed of all tasks first; the same call goes on with a stopped one.
+
+    Each run is one of :func:`rlrr_kernels.train.grid.run_grid`: killed at any moment, no finished epoch is lost. The
+    results file of a task is replaced in one step after each of its runs.
+
+    Args:
+        config: what to reproduce.
+        quiet: print nothing.
+
+    Returns:
+        Dataset → results, as written to ``config.out/results``.
+
+    Raises:
+        FileNotFoundError, ValueError: a split file is missing or damaged (all datasets are looked at before the first
+            run, without decoding images); or as for ``run_grid``.
+        OSError: a result could not be written.
+    """
+    datasets = selected_datasets(config.benchmark, config.tasks)
+    check_model_name(config.model)
+    _check_datasets(config, datasets)
+    runs = [
+        GridRun(
+            f"{settings.name}/seed-{seed}",
+            finetune_config(config, settings, seed),
+            functools.partial(load_splits, config.root, settings, config.split),
+        )
+        for seed in _seeds(config)
+        for settings in datasets
+    ]
+    results = {
+        settings.name: TaskResults(
+            settings.name, protocol_of(config), _seeds(config), (), split_note(config.root, settings)
+        )
+        for settings in datasets
+    }
+    folder = Path(config.out) / FOLDER
+    if _is_main_process():
+        remove_partial(folder)
+
+    def keep(name: str, document: dict[str, Any]) -> None:
+        dataset, _, seed = name.partition("/seed-")
+        run = Run(
+            seed=int(seed),
+            test_accuracy=document["test"]["accuracy"],
+            validation_accuracy=document["validation"] and document["validation"]["accuracy"],
+            best_epoch=document["epoch"],
+            trained_parameters=document["trained_parameters"],
+            seconds=document["seconds"],
+        )
+        task = results[dataset]
+        finished = sorted((*task.runs, run), key=lambda run: run.seed)
+        results[dataset] = dataclasses.replace(task, runs=tuple(finished))
+        if _is_main_process():
+            write_results(folder, results[dataset])
+            if not quiet:
+                console.print(
+                    f"{dataset}, seed {run.seed}: test accuracy {100 * run.test_accuracy:.1f} %, "
+                    f"epoch {run.best_epoch}, chosen on the {document['epoch_chosen_on']} images",
+                    highlight=False,
+                )
+
+    run_grid(runs, Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
+    return results
+
+
+def finetune_config(config: ReproduceConfig, settings: DatasetSettings, seed: int) -> FinetuneConfig:
+    """The run of one dataset and seed; its folder is the grid's."""
+    swin = config.model.startswith("swin")
+    return FinetuneConfig(
+        model=config.model,
+        weights=config.weights,
+        preprocessing=preprocessing(settings, config.image_size),
+        method=config.method,
+        recipe="paper" if config.method == "rlrr" else "auto",
+        drop=settings.drop,
+        drop_kind="depth" if swin else "branch",  # as the authors have it
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        augment=augmentation(settings),
+        epoch_chosen_on="test" if config.split == "paper" else "validation",
+        check=False,  # rlrr data check decodes them, once
+        cpu=config.cpu,
+        train=_train_config(config, settings, seed),
+    )
+
+
+def protocol_of(config: ReproduceConfig) -> Protocol:
+    """What is said of all results of ``config``."""
+    weights = str(config.weights)
+    return Protocol(
+        benchmark=config.benchmark,
+        model=config.model,
+        weights=weights if weights in (HUB, NO_WEIGHTS) else Path(weights).name,
+        split=config.split,
+        epoch_chosen_on="test" if config.split == "paper" else "validation",
+        image_size=config.image_size,
+        epochs=config.epochs or _paper_epochs(config),
+        paper_epochs=_paper_epochs(config),
+        augmented=config.augmented,
+        schedule=config.schedule,
+        method=config.method,
+    )
+
+
+def _paper_epochs(config: ReproduceConfig) -> int:
+    return paper_train_config(config.benchmark, augmented=config.augmented).epochs
+
+
+def _train_config(config: ReproduceConfig, settings: DatasetSettings, seed: int) -> TrainConfig:
+    make = functools.partial(
+        paper_train_config,
+        config.benchmark,
+        restarts=settings.restarts,
+        augmented=config.augmented,
+        as_ran=config.schedule == "ran",
+        drop_last=settings.drop_last,
+        seed=seed,
+        mixed_precision=config.mixed_precision,
+        workers=config.workers,
+        checkpoint_minutes=config.checkpoint_minutes,
+    )
+    whole = make()
+    if config.epochs is None:
+        return whole
+    share = config.epochs / whole.epochs
+    return make(
+        epochs=config.epochs,
+        warmup_epochs=whole.warmup_epochs * share,
+        cooldown_epochs=whole.cooldown_epochs * share,
+    )
+
+
+def _seeds(config: ReproduceConfig) -> tuple[int, ...]:
+    return tuple(range(SEED, SEED + config.seeds))
+
+
+def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) -> None:
+    """Reads every list, so that a missing one shows before the first run and not after days."""
+    if not Path(config.root).is_dir():
+        raise FileNotFoundError(f"the data folder {config.root} does not exist")
+    problems = []
+    for settings in datasets:
+        try:
+            load_splits(config.root, settings, config.split)
+            split_note(config.root, settings)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(datasets)} datasets cannot be used; choose others with --tasks, or repair them:\n"
+            + first_lines(problems)
+        )
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
