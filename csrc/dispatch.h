@@ -1,9 +1,9 @@
 // Which of the three ways computes a call: every crossover is in this file.
 //
-// Measured on a 2-core AMD EPYC (Zen 5), 2 threads, at the four layer shapes of ViT-B: medians of interleaved runs of every
-// path around each crossover. Its library (MKL) has no AVX-512 for float32 there, so float32 never goes to it; where the
-// library is at home, in bf16, it wins once W' is small beside the products. The portable level is not measured on a
-// processor that needs it: beyond few rows it trusts the library.
+// Measured on a 2-core AMD EPYC (Zen 5), 1 and 2 threads, at the four layer shapes of ViT-B: medians of interleaved runs of
+// every path around each crossover. From AVX2 on no call needs the library: its float32 product has no AVX-512 there, and
+// panels of bf16 pairs beat it with W' made on the way. The portable level is not measured on a processor that needs it:
+// beyond few rows it trusts the library.
 #pragma once
 
 #include "types.h"
@@ -23,16 +23,20 @@ struct Crossovers {
 
 constexpr int64_t kAlways = INT64_MAX;
 
-// `level`: as in levels.h. Only float32 and bfloat16 (weights too) have more than the library's way.
-inline Path choose_forward(int64_t level, Type type, int64_t count) {
-  if (level == 0) return Crossovers{4, 16}.choose(count);
-  if (type == Type::bf16 && level == 3) return Crossovers{4, 256}.choose(count);
-  return Crossovers{4, kAlways}.choose(count);
+// `level`: as in levels.h. Only float32 and bfloat16 (weights too) have more than the library's way. Rank 1 on a bfloat16
+// weight has a form of one pass that makes no W', where the processor multiplies pairs.
+inline bool stacks(int64_t level, Type type, const Weight& weight) {
+  return level == 3 && type == Type::bf16 && weight.type == Type::bf16 && weight.rank == 1;
 }
 
-inline Path choose_backward(int64_t level, Type type, int64_t count) {
+inline Path choose_forward(int64_t level, Type type, const Weight& weight, int64_t count) {
+  if (level == 0) return Crossovers{4, 16}.choose(count);
+  return Crossovers{stacks(level, type, weight) ? 8 : 4, kAlways}.choose(count);
+}
+
+inline Path choose_backward(int64_t level, Type type, const Weight& weight, int64_t count) {
   if (level == 0) return Crossovers{8, 16}.choose(count);
-  if (type == Type::bf16 && level == 3) return Crossovers{12, 1024}.choose(count);
+  if (type == Type::bf16 && level == 3) return Crossovers{3, kAlways}.choose(count);
   return Crossovers{32, kAlways}.choose(count);
 }
 

@@ -20,6 +20,9 @@ namespace {
 
 #include "common.inl"
 #include "elementwise.inl"
+#include "pairs.inl"
+#include "pairs_backward.inl"
+#include "stacked.inl"
 #include "one_pass.inl"
 #include "panels.inl"
 

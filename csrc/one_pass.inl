@@ -107,6 +107,9 @@ void one_pass_forward(const Forward& p) {
 
 void forward_one_pass(const Forward& p) {
   const bool one = p.weight.rank == 1;
+#ifdef RLRR_PAIRS
+  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return forward_stacked(p);
+#endif
   if (p.weight.type == Type::f32) {
     one ? one_pass_forward<float, true>(p) : one_pass_forward<float, false>(p);
   } else {
@@ -312,6 +315,9 @@ void one_pass_backward(const Backward& p) {
 
 void backward_one_pass(const Backward& p) {
   const bool one = p.weight.rank == 1;
+#ifdef RLRR_PAIRS
+  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return backward_stacked(p);
+#endif
   if (p.weight.type == Type::f32) {
     one ? one_pass_backward<float, true>(p) : one_pass_backward<float, false>(p);
   } else {

@@ -112,7 +112,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, 
   const Type type = type_of(x_, "x");
   const int64_t count = x_.size(0);
   Tensor y = empty({count, weight.rows}, dtype);
-  const Path path = checked(path_, choose_forward(current_level(), type, count), weight, type, count);
+  const Path path = checked(path_, choose_forward(current_level(), type, weight, count), weight, type, count);
   if (path != Path::library) {
     const Tensor x = with_dense_columns(x_);
     const std::optional<Tensor> wide = bias ? std::optional(dense(*bias, ScalarType::Float)) : std::nullopt;
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   Tensor grad_bias = need_bias ? empty({weight.rows}, wide) : empty({0}, wide);
   if (need_bias) level().sum_rows(type, g, count, weight.rows, grad_bias.mutable_data_ptr());
 
-  const Path path = checked(path_, choose_backward(current_level(), type, count), weight, type, count);
+  const Path path = checked(path_, choose_backward(current_level(), type, weight, count), weight, type, count);
   if (!scales && !need_x) {
   } else if (count == 0 || weight.rows == 0 || weight.cols == 0) {
     clear(row.out);

@@ -1,70 +1,37 @@
 // More rows of x: three matrix products on tiles that stay in registers and in the L1 cache. W' is made a block at a time
 // right where it is multiplied, and a tile of G = gᵀx is multiplied by W and summed without leaving the core.
 //
-// An element E of a product is float, or bf16 where the level multiplies pairs: then 32 bits hold two neighbours along
-// the contraction. Packed operands are zero-padded, so tails cost a branch at the edge and none inside.
+// Everything here is fp32 (a bfloat16 x is widened first): pairs.inl has what processors with bf16 products run. Packed
+// operands are zero-padded, so tails cost a branch at the edge and none inside.
 
 constexpr int64_t kPanel = 2 * kWidth;  // columns of one outer-product tile
 constexpr int64_t kChunk = 256;         // rows of x handled together in backward
-constexpr int64_t kRun = 128;           // 32-bit elements contracted in one run of fp32 additions
+constexpr int64_t kRun = 128;           // elements contracted in one run of additions
 constexpr int64_t kBlockRows = 8;       // rows of W' prepared together in forward
-
-template <class E>
-struct Product;  // how E is multiplied
-
-template <>
-struct Product<float> {
-  static constexpr int64_t kPer32 = 1;           // contracted elements in 32 bits
-  static constexpr int64_t kStep = kWidth;       // contracted elements in a vector
-  static constexpr int64_t kDepth = 768;         // contracted elements of a W' block: 24 KiB with kBlockRows
-  using Operand = Vec;
-  static INLINE Vec row(const float* p) { return load(p); }
-  static INLINE Vec row_first(const float* p, int64_t n) { return load_first(p, n); }
-  static INLINE Vec column(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
-  static INLINE Vec one(const uint32_t* p) { return splat(*reinterpret_cast<const float*>(p)); }
-  static INLINE Vec multiply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  static INLINE void store_columns(uint32_t* p, Vec even, Vec) { store(reinterpret_cast<float*>(p), even); }
-};
-
-#ifdef RLRR_PAIRS
-template <>
-struct Product<bf16> {
-  static constexpr int64_t kPer32 = 2;
-  static constexpr int64_t kStep = 2 * kWidth;
-  static constexpr int64_t kDepth = 1536;
-  using Operand = __m512i;
-  static INLINE Operand row(const bf16* p) { return load_pairs(p); }
-  static INLINE Operand row_first(const bf16* p, int64_t n) { return load_pairs_first(p, n); }
-  static INLINE Operand column(const uint32_t* p) { return load_pairs(p); }
-  static INLINE Operand one(const uint32_t* p) { return splat_pair(p); }
-  static INLINE Vec multiply(Operand a, Operand b, Vec c) { return multiply_pairs(a, b, c); }
-  static INLINE void store_columns(uint32_t* p, Vec even, Vec odd) { store_pairs(p, even, odd); }
-};
-#endif
+constexpr int64_t kDepth = 768;         // columns of such a block: 24 KiB
 
 // ---------------------------------------------------------------- forward: vectors run along the contraction
 
 // out [MR, 4] (+)= x [MR, depth] · w [4, depth]ᵀ; w is zero-padded to whole vectors. `out` has rows of kBlockRows.
-template <int MR, class E>
-void dot_tile(const E* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t depth, float* out, bool first) {
-  using P = Product<E>;
+template <int MR>
+void dot_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* out, bool first) {
   Vec total[MR][4];
   UNROLL for (int m = 0; m < MR; ++m) {
     UNROLL for (int i = 0; i < 4; ++i) total[m][i] = zero();
   }
   int64_t k = 0;
-  for (; k + P::kStep <= depth; k += P::kStep) {
-    typename P::Operand w_k[4];
-    UNROLL for (int i = 0; i < 4; ++i) w_k[i] = P::row(w + i * w_stride + k);
+  for (; k + kWidth <= depth; k += kWidth) {
+    Vec w_k[4];
+    UNROLL for (int i = 0; i < 4; ++i) w_k[i] = load(w + i * w_stride + k);
     UNROLL for (int m = 0; m < MR; ++m) {
-      const auto x_k = P::row(x + m * x_stride + k);
-      UNROLL for (int i = 0; i < 4; ++i) total[m][i] = P::multiply(x_k, w_k[i], total[m][i]);
+      const auto x_k = load(x + m * x_stride + k);
+      UNROLL for (int i = 0; i < 4; ++i) total[m][i] = fma(x_k, w_k[i], total[m][i]);
     }
   }
   if (k < depth) {
     UNROLL for (int m = 0; m < MR; ++m) {
-      const auto x_k = P::row_first(x + m * x_stride + k, depth - k);
-      UNROLL for (int i = 0; i < 4; ++i) total[m][i] = P::multiply(x_k, P::row(w + i * w_stride + k), total[m][i]);
+      const auto x_k = load_first(x + m * x_stride + k, depth - k);
+      UNROLL for (int i = 0; i < 4; ++i) total[m][i] = fma(x_k, load(w + i * w_stride + k), total[m][i]);
     }
   }
   UNROLL for (int m = 0; m < MR; ++m) {
@@ -74,18 +41,18 @@ void dot_tile(const E* x, int64_t x_stride, const E* w, int64_t w_stride, int64_
   }
 }
 
-template <int MR, class E>
-INLINE void dot_rows(int64_t rows, const E* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t depth, float* out,
+template <int MR>
+INLINE void dot_rows(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* out,
                      bool first) {
   if constexpr (MR > 1) {
-    if (rows < MR) return dot_rows<MR - 1, E>(rows, x, x_stride, w, w_stride, depth, out, first);
+    if (rows < MR) return dot_rows<MR - 1>(rows, x, x_stride, w, w_stride, depth, out, first);
   }
-  dot_tile<MR, E>(x, x_stride, w, w_stride, depth, out, first);
+  dot_tile<MR>(x, x_stride, w, w_stride, depth, out, first);
 }
 
 // block [kBlockRows, stride] = W' [n.., k..k + depth), zero-padded to whole vectors and to kBlockRows rows.
-template <class E, class W>
-void prepare_rows(const Weight& weight, int64_t n, int64_t rows, int64_t k, int64_t depth, E* block, int64_t stride) {
+template <class W>
+void prepare_rows(const Weight& weight, int64_t n, int64_t rows, int64_t k, int64_t depth, float* block, int64_t stride) {
   const float* row = static_cast<const float*>(weight.row) + n * weight.rank;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.rank * weight.cols + k;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
@@ -93,39 +60,38 @@ void prepare_rows(const Weight& weight, int64_t n, int64_t rows, int64_t k, int6
   for (int64_t i = 0; i < rows; ++i) {
     const W* w_i = w + i * weight.stride;
     const float* row_i = row + i * weight.rank;
-    E* out = block + i * stride;
+    float* out = block + i * stride;
     for (int64_t at = 0; at < stride; at += kWidth) {
       const Vec f = factor(base, row_i, col + at, weight.cols, weight.rank, depth - at);
       store(out + at, mul(load_upto(w_i + at, depth - at), f));
     }
   }
-  __builtin_memset(block + rows * stride, 0, (kBlockRows - rows) * stride * sizeof(E));
+  __builtin_memset(block + rows * stride, 0, (kBlockRows - rows) * stride * sizeof(float));
 }
 
-template <class E, class W, class Y>
-void panels_forward(const Forward& p, const E* x, int64_t x_stride) {
-  using P = Product<E>;
+template <class W, class Y>
+void panels_forward(const Forward& p, const float* x, int64_t x_stride) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols, group_rows = weight.group_rows();
   const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
-  const int64_t deepest = round_up(least(cols, P::kDepth), P::kStep);
+  const int64_t deepest = round_up(least(cols, kDepth), kWidth);
   constexpr int64_t kRows = 192;  // rows of x that stay in the L2 cache
   auto body = [&](int64_t, int64_t begin, int64_t end) {
-    const Buffer block_buffer(kBlockRows * deepest * sizeof(E)), sums_buffer(kRows * kBlockRows * sizeof(float));
-    E* w = static_cast<E*>(block_buffer.data());
+    const Buffer block_buffer(kBlockRows * deepest * sizeof(float)), sums_buffer(kRows * kBlockRows * sizeof(float));
+    float* w = static_cast<float*>(block_buffer.data());
     float* sums = static_cast<float*>(sums_buffer.data());
     for (int64_t start = 0; start < p.count; start += kRows) {
       const int64_t count = least(kRows, p.count - start);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t n = block / blocks * group_rows + block % blocks * kBlockRows;
         const int64_t rows = least(kBlockRows, group_rows - block % blocks * kBlockRows);
-        for (int64_t k = 0; k < cols; k += P::kDepth) {
-          const int64_t depth = least(P::kDepth, cols - k), stride = round_up(depth, P::kStep);
-          prepare_rows<E, W>(weight, n, rows, k, depth, w, stride);
+        for (int64_t k = 0; k < cols; k += kDepth) {
+          const int64_t depth = least(kDepth, cols - k), stride = round_up(depth, kWidth);
+          prepare_rows<W>(weight, n, rows, k, depth, w, stride);
           for (int64_t m = 0; m < count; m += kDotRows) {
             for (int64_t i = 0; i < rows; i += 4) {
-              dot_rows<kDotRows, E>(count - m, x + (start + m) * x_stride + k, x_stride, w + i * stride, stride, depth,
-                                    sums + m * kBlockRows + i, k == 0);
+              dot_rows<kDotRows>(count - m, x + (start + m) * x_stride + k, x_stride, w + i * stride, stride, depth,
+                                 sums + m * kBlockRows + i, k == 0);
             }
           }
         }
@@ -146,34 +112,29 @@ void panels_forward(const Forward& p, const E* x, int64_t x_stride) {
 void forward_panels(const Forward& p) {
   const bool wide_weight = p.weight.type == Type::f32;
   if (p.type == Type::f32) {
-    return panels_forward<float, float, float>(p, static_cast<const float*>(p.x.data), p.x.stride);
+    return panels_forward<float, float>(p, static_cast<const float*>(p.x.data), p.x.stride);
   }
 #ifdef RLRR_PAIRS
-  if (pairs_supported()) {
-    const bf16* x = static_cast<const bf16*>(p.x.data);
-    return wide_weight ? panels_forward<bf16, float, bf16>(p, x, p.x.stride)
-                       : panels_forward<bf16, bf16, bf16>(p, x, p.x.stride);
-  }
+  if (pairs_supported()) return forward_pairs(p);
 #endif
   const Widened x(p.x, p.type, p.count, p.weight.cols);
-  wide_weight ? panels_forward<float, float, bf16>(p, x.data, x.stride)
-              : panels_forward<float, bf16, bf16>(p, x.data, x.stride);
+  wide_weight ? panels_forward<float, bf16>(p, x.data, x.stride)
+              : panels_forward<bf16, bf16>(p, x.data, x.stride);
 }
 
 // ---------------------------------------------------------------- backward: vectors run along the columns of W
 
-// out [MR, kPanel] (+)= Σ_s a[s, :MR] ⊗ b[s, :]; a has rows of kTileRows, b of kPanel, both of 32-bit elements.
-template <int MR, class E>
-void outer_tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out, bool first) {
-  using P = Product<E>;
+// out [MR, kPanel] (+)= Σ_s a[s, :MR] ⊗ b[s, :]; a has rows of kTileRows, b of kPanel.
+template <int MR>
+void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool first) {
   Vec total[MR][2];
   UNROLL for (int i = 0; i < MR; ++i) total[i][0] = total[i][1] = zero();
   for (int64_t s = 0; s < steps; ++s, a += kTileRows, b += kPanel) {
-    const auto b0 = P::column(b), b1 = P::column(b + kWidth);
+    const auto b0 = load(b), b1 = load(b + kWidth);
     UNROLL for (int i = 0; i < MR; ++i) {
-      const auto a_i = P::one(a + i);
-      total[i][0] = P::multiply(a_i, b0, total[i][0]);
-      total[i][1] = P::multiply(a_i, b1, total[i][1]);
+      const auto a_i = splat(a[i]);
+      total[i][0] = fma(a_i, b0, total[i][0]);
+      total[i][1] = fma(a_i, b1, total[i][1]);
     }
   }
   UNROLL for (int i = 0; i < MR; ++i) {
@@ -183,109 +144,68 @@ void outer_tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* out,
   }
 }
 
-template <int MR, class E>
-INLINE void outer_rows(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t steps, float* out, bool first) {
+template <int MR>
+INLINE void outer_rows(int64_t rows, const float* a, const float* b, int64_t steps, float* out, bool first) {
   if constexpr (MR > 1) {
-    if (rows < MR) return outer_rows<MR - 1, E>(rows, a, b, steps, out, first);
+    if (rows < MR) return outer_rows<MR - 1>(rows, a, b, steps, out, first);
   }
   // One accumulator over thousands of terms would lose digits to eager's blocked sums.
   for (int64_t s = 0; s < steps; s += kRun) {
-    outer_tile<MR, E>(a + s * kTileRows, b + s * kPanel, least(kRun, steps - s), out, first && s == 0);
+    outer_tile<MR>(a + s * kTileRows, b + s * kPanel, least(kRun, steps - s), out, first && s == 0);
   }
 }
-
-// The 32 bits of one element packed along a row: from[0], and from[1] above it for pairs.
-INLINE uint32_t element(const float* from, bool) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, from, sizeof bits);
-  return bits;
-}
-INLINE uint32_t element(const bf16* from, bool pair) {
-  return from[0].bits | (pair ? static_cast<uint32_t>(from[1].bits) << 16 : 0);
-}
-
-// n elements packed along a column: from the row `even`, and the row `odd` above it for pairs (null: there is none).
-INLINE void pack_row(uint32_t* out, const float* even, const float*, int64_t n) {
-  __builtin_memcpy(out, even, n * sizeof(float));
-}
-#ifdef RLRR_PAIRS
-INLINE void pack_row(uint32_t* out, const bf16* even, const bf16* odd, int64_t n) {
-  for (int64_t i = 0; i < n; i += kWidth) {
-    interleave_first(out + i, even + i, odd == nullptr ? nullptr : odd + i, least(kWidth, n - i));
-  }
-}
-#endif
 
 // Both packings of a chunk of g, [tiles][steps][kTileRows]: `across` contracts n for ∂x, its tiles hold rows m;
 // `down` contracts m for G, its tiles hold columns n and never straddle two groups.
-template <class E>
 struct PackedGradient {
-  static constexpr int64_t kPer32 = Product<E>::kPer32;
-  const E* g;
+  const float* g;
   int64_t stride, count, rows, group_rows;
-  uint32_t *across, *down;
+  float *across, *down;
 
-  int64_t across_steps() const { return (rows + kPer32 - 1) / kPer32; }
   int64_t across_tiles() const { return (count + kTileRows - 1) / kTileRows; }
-  int64_t down_steps() const { return (count + kPer32 - 1) / kPer32; }
   int64_t group_tiles() const { return (group_rows + kTileRows - 1) / kTileRows; }
   int64_t down_tiles() const { return group_tiles() * (rows / group_rows); }
 
   void pack_across(int64_t tile) const {
-    uint32_t* out = across + tile * across_steps() * kTileRows;
+    float* out = across + tile * rows * kTileRows;
     const int64_t m = tile * kTileRows, some = least(kTileRows, count - m);
-    const E* from = g + m * stride;
-    const int64_t whole = rows / kPer32;
-    for (int64_t step = 0; step < whole; ++step, out += kTileRows) {
-      for (int64_t i = 0; i < some; ++i) out[i] = element(from + i * stride + step * kPer32, true);
-    }
-    for (int64_t i = 0; whole < across_steps() && i < some; ++i) {
-      out[i] = element(from + i * stride + whole * kPer32, false);
+    const float* from = g + m * stride;
+    for (int64_t n = 0; n < rows; ++n, out += kTileRows) {
+      for (int64_t i = 0; i < some; ++i) out[i] = from[i * stride + n];
     }
   }
   void pack_down(int64_t tile) const {
-    uint32_t* out = down + tile * down_steps() * kTileRows;
+    float* out = down + tile * count * kTileRows;
     const int64_t at = tile % group_tiles() * kTileRows, n = tile / group_tiles() * group_rows + at;
     const int64_t some = least(kTileRows, group_rows - at);
-    for (int64_t s = 0; s < down_steps(); ++s) {
-      const E* from = g + s * kPer32 * stride + n;
-      pack_row(out + s * kTileRows, from, s * kPer32 + 1 < count ? from + stride : nullptr, some);
-    }
+    for (int64_t m = 0; m < count; ++m) __builtin_memcpy(out + m * kTileRows, g + m * stride + n, some * sizeof(float));
   }
 };
 
-// block [steps, kPanel] = W' [n.., k..k + kPanel) for `rows` rows, zero-padded.
-template <class E, class W>
-void prepare_columns(const Weight& weight, int64_t n, int64_t rows, int64_t k, uint32_t* block) {
-  using P = Product<E>;
+// block [rows, kPanel] = W' [n.., k..k + kPanel) for `rows` rows, zero-padded.
+template <class W>
+void prepare_columns(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* block) {
   constexpr int64_t kAhead = 24;
   const int64_t left = weight.cols - k, group_rows = weight.group_rows();
   const Vec base = splat(static_cast<float>(weight.base));
   auto rescaled = [&](int64_t row, int64_t at) __attribute__((always_inline)) {
-    if (row >= n + rows) return zero();
     const W* w = static_cast<const W*>(weight.data) + row * weight.stride + k;
     __builtin_prefetch(w + kAhead * weight.stride + at);
     const float* col = static_cast<const float*>(weight.col) + row / group_rows * weight.rank * weight.cols + k;
     const float* scale = static_cast<const float*>(weight.row) + row * weight.rank;
     return mul(load_upto(w + at, left - at), factor(base, scale, col + at, weight.cols, weight.rank, left - at));
   };
-  for (int64_t i = 0; i < rows; i += P::kPer32, block += kPanel) {
-    for (int64_t at = 0; at < kPanel; at += kWidth) {
-      const Vec even = rescaled(n + i, at);
-      P::store_columns(block + at, even, P::kPer32 == 2 ? rescaled(n + i + 1, at) : even);
-    }
+  for (int64_t i = 0; i < rows; ++i, block += kPanel) {
+    for (int64_t at = 0; at < kPanel; at += kWidth) store(block + at, rescaled(n + i, at));
   }
 }
 
-// panel [steps, kPanel] = x [:count, k..k + kPanel), zero-padded.
-template <class E>
-void pack_x(const E* x, int64_t stride, int64_t count, int64_t left, uint32_t* panel) {
-  constexpr int64_t kPer32 = Product<E>::kPer32;
+// panel [count, kPanel] = x [:, k..k + kPanel), zero-padded.
+INLINE void pack_x(const float* x, int64_t stride, int64_t count, int64_t left, float* panel) {
   const int64_t some = least(kPanel, left);
-  for (int64_t m = 0; m < count; m += kPer32, panel += kPanel) {
-    const E* row = x + m * stride;
-    pack_row(panel, row, m + 1 < count ? row + stride : nullptr, some);
-    __builtin_memset(panel + some, 0, (kPanel - some) * sizeof(uint32_t));
+  for (int64_t m = 0; m < count; ++m, panel += kPanel) {
+    __builtin_memcpy(panel, x + m * stride, some * sizeof(float));
+    __builtin_memset(panel + some, 0, (kPanel - some) * sizeof(float));
   }
 }
 
@@ -359,19 +279,19 @@ void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, float
   }
 }
 
-// One chunk of rows of x and grad_y, already of type E. `partial` [slots, rows, rank] sums over chunks.
-template <class E, class W, class X>
-void backward_chunk(const Backward& p, const E* x, int64_t x_stride, const E* grad_y, int64_t grad_y_stride,
+// One chunk of rows of x and grad_y. `partial` [slots, rows, rank] sums over chunks.
+template <class W, class X>
+void backward_chunk(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride,
                     int64_t start, int64_t count, double* partial) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const bool scales = partial != nullptr, need_x = p.grad_x != nullptr;
-  PackedGradient<E> g{grad_y, grad_y_stride, count, rows, group_rows, nullptr, nullptr};
-  const int64_t across_size = g.across_steps() * kTileRows, down_size = g.down_steps() * kTileRows;
-  const Buffer across_buffer(need_x ? g.across_tiles() * across_size * sizeof(uint32_t) : 0);
-  const Buffer down_buffer(scales ? g.down_tiles() * down_size * sizeof(uint32_t) : 0);
-  g.across = static_cast<uint32_t*>(across_buffer.data());
-  g.down = static_cast<uint32_t*>(down_buffer.data());
+  PackedGradient g{grad_y, grad_y_stride, count, rows, group_rows, nullptr, nullptr};
+  const int64_t across_size = rows * kTileRows, down_size = count * kTileRows;
+  const Buffer across_buffer(need_x ? g.across_tiles() * across_size * sizeof(float) : 0);
+  const Buffer down_buffer(scales ? g.down_tiles() * down_size * sizeof(float) : 0);
+  g.across = static_cast<float*>(across_buffer.data());
+  g.down = static_cast<float*>(down_buffer.data());
   const int64_t across_tiles = need_x ? g.across_tiles() : 0, down_tiles = scales ? g.down_tiles() : 0;
   auto pack = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -381,20 +301,20 @@ void backward_chunk(const Backward& p, const E* x, int64_t x_stride, const E* gr
   parallel(across_tiles + down_tiles, pack);
 
   auto panels = [&](int64_t slot, int64_t begin, int64_t end) {
-    const Buffer block_buffer(kChunk * kPanel * sizeof(uint32_t));  // a block of W', then the panel of x
+    const Buffer block_buffer(kChunk * kPanel * sizeof(float));  // a block of W', then the panel of x
     const Buffer sums_buffer((round_up(count, kTileRows) + 2 * rank) * kPanel * sizeof(float));
-    uint32_t* block = static_cast<uint32_t*>(block_buffer.data());
+    float* block = static_cast<float*>(block_buffer.data());
     float* tile = static_cast<float*>(sums_buffer.data());  // ∂x of the panel, then one tile of G
     PanelSums sums{tile + round_up(count, kTileRows) * kPanel, nullptr, partial + slot * rows * rank};
     sums.error = sums.col + rank * kPanel;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t k = panel * kPanel, left = cols - k;
       for (int64_t n = 0; need_x && n < rows; n += kChunk) {
-        const int64_t some = least(kChunk, rows - n), steps = (some + g.kPer32 - 1) / g.kPer32;
-        prepare_columns<E, W>(weight, n, some, k, block);
+        const int64_t some = least(kChunk, rows - n);
+        prepare_columns<W>(weight, n, some, k, block);
         for (int64_t m = 0; m < count; m += kTileRows) {
-          outer_rows<kTileRows, E>(count - m, g.across + m / kTileRows * across_size + n / g.kPer32 * kTileRows, block,
-                                   steps, tile + m * kPanel, n == 0);
+          outer_rows<kTileRows>(count - m, g.across + m / kTileRows * across_size + n * kTileRows, block, some,
+                                tile + m * kPanel, n == 0);
         }
       }
       for (int64_t m = 0; need_x && m < count; ++m) {
@@ -403,13 +323,12 @@ void backward_chunk(const Backward& p, const E* x, int64_t x_stride, const E* gr
         store_upto(out + kWidth, load(tile + m * kPanel + kWidth), left - kWidth);
       }
       if (!scales) continue;
-      pack_x<E>(x + k, x_stride, count, left, block);
+      pack_x(x + k, x_stride, count, left, block);
       for (int64_t group = 0; group < weight.groups; ++group) {
         __builtin_memset(sums.col, 0, 2 * rank * kPanel * sizeof(float));
         for (int64_t t = 0; t < g.group_tiles(); ++t) {
           const int64_t n = group * group_rows + t * kTileRows, some = least(kTileRows, group_rows - t * kTileRows);
-          outer_rows<kTileRows, E>(some, g.down + (group * g.group_tiles() + t) * down_size, block, g.down_steps(), tile,
-                                   true);
+          outer_rows<kTileRows>(some, g.down + (group * g.group_tiles() + t) * down_size, block, count, tile, true);
           reduce_tile<W>(weight, n, some, k, tile, sums);
         }
         for (int64_t j = 0; p.grad_col != nullptr && j < rank; ++j) {
@@ -423,16 +342,16 @@ void backward_chunk(const Backward& p, const E* x, int64_t x_stride, const E* gr
   parallel((cols + kPanel - 1) / kPanel, panels);
 }
 
-template <class E, class W, class X>
-void panels_backward(const Backward& p, const E* x, int64_t x_stride, const E* grad_y, int64_t grad_y_stride) {
+template <class W, class X>
+void panels_backward(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride) {
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
   const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), size = p.weight.rows * p.weight.rank;
   const Buffer partial(scales ? slots * size * sizeof(double) : 0);
   double* sums = scales ? static_cast<double*>(partial.data()) : nullptr;
   if (scales) __builtin_memset(sums, 0, slots * size * sizeof(double));
   for (int64_t m = 0; m < p.count; m += kChunk) {
-    backward_chunk<E, W, X>(p, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
-                            grad_y_stride, m, least(kChunk, p.count - m), sums);
+    backward_chunk<W, X>(p, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
+                         grad_y_stride, m, least(kChunk, p.count - m), sums);
   }
   if (p.grad_row != nullptr) finish_grad_row(sums, slots, size, p.grad_row);
 }
@@ -440,17 +359,13 @@ void panels_backward(const Backward& p, const E* x, int64_t x_stride, const E* g
 void backward_panels(const Backward& p) {
   const bool wide_weight = p.weight.type == Type::f32;
   if (p.type == Type::f32) {
-    return panels_backward<float, float, float>(p, static_cast<const float*>(p.x.data), p.x.stride,
-                                                static_cast<const float*>(p.grad_y.data), p.grad_y.stride);
+    return panels_backward<float, float>(p, static_cast<const float*>(p.x.data), p.x.stride,
+                                         static_cast<const float*>(p.grad_y.data), p.grad_y.stride);
   }
 #ifdef RLRR_PAIRS
-  if (pairs_supported()) {
-    const auto *x = static_cast<const bf16*>(p.x.data), *g = static_cast<const bf16*>(p.grad_y.data);
-    return wide_weight ? panels_backward<bf16, float, bf16>(p, x, p.x.stride, g, p.grad_y.stride)
-                       : panels_backward<bf16, bf16, bf16>(p, x, p.x.stride, g, p.grad_y.stride);
-  }
+  if (pairs_supported()) return backward_pairs(p);
 #endif
   const Widened x(p.x, p.type, p.count, p.weight.cols), g(p.grad_y, p.type, p.count, p.weight.rows);
-  wide_weight ? panels_backward<float, float, bf16>(p, x.data, x.stride, g.data, g.stride)
-              : panels_backward<float, bf16, bf16>(p, x.data, x.stride, g.data, g.stride);
+  wide_weight ? panels_backward<float, bf16>(p, x.data, x.stride, g.data, g.stride)
+              : panels_backward<bf16, bf16>(p, x.data, x.stride, g.data, g.stride);
 }

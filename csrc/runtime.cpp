@@ -27,7 +27,7 @@ void parallel_slots(int64_t count, void (*body)(void*, int64_t, int64_t, int64_t
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kKept = size_t{1} << 20;
+constexpr size_t kKept = size_t{2} << 20;
 
 struct Free {
   void operator()(char* block) const { ::operator delete(block, std::align_val_t{kAlignment}); }

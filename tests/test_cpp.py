@@ -80,15 +80,39 @@ def test_error_rule(level, path, dtype, shape, force_path):
     check_error_rule(cpp_linear, Case(*shape, rank=rank, groups=groups, residual=residual, dtype=dtype))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(530, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
+        Case(10, 1100, 65),  # ∂x sums in two depths
+        Case(10, 66, 1090, rank=2),  # y sums in two depths
+    ],
+    ids=str,
+)
+def test_bfloat16_products_longer_than_a_panel(case, weight_dtype):
+    check_error_rule(cpp_linear, case._replace(dtype=torch.bfloat16, weight_dtype=weight_dtype), seeds=3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_rows_of_bfloat16_in_groups(rows, threads, force_path):
+    """Groups of an odd number of rows of W, which no block divides; every number of rows of x in a pass."""
+    torch.set_num_threads(threads)
+    force_path("one_pass")
+    check_error_rule(cpp_linear, Case(rows, 3 * 37, 99, groups=3, dtype=torch.bfloat16, residual=rows != 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(4, 768, 768), (16, 3072, 768), (64, 768, 3072), (197, 2304, 768)], ids=str)
-def test_error_rule_at_vit_shapes(level, path, shape, force_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_rule_at_vit_shapes(level, path, shape, dtype, force_path):
     if path == "one_pass" and shape[0] > 64:
         pytest.skip("never chosen here")
     force_path(path)
-    check_error_rule(cpp_linear, Case(*shape, groups=3))
+    check_error_rule(cpp_linear, Case(*shape, groups=3, dtype=dtype))
 
 
 @pytest.mark.parametrize(

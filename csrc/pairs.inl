@@ -1,0 +1,217 @@
+// bfloat16 where the processor multiplies pairs: three matrix products on tiles that stay in registers. W' is made a
+// panel at a time where it is multiplied, rounded once, and a tile of G = gᵀx is multiplied by W and summed in registers.
+//
+// A tile is kPairRows broadcasts by kPairPanel lanes: 24 accumulators, and 10 loads for 24 products. Sums are plain fp32
+// chains: what they lose is far below one rounding to bfloat16. The backward is in
+// pairs_backward.inl.
+
+constexpr int kPairRows = 6;
+constexpr int kPairVectors = 4;
+constexpr int64_t kPairPanel = kPairVectors * kWidth;
+constexpr int64_t kPairDepth = 1024;  // contracted elements of a panel of W': 128 KiB, in the L2 cache
+constexpr int64_t kPairChunk = 512;   // rows of x contracted into G before its sums are taken
+constexpr int64_t kPairGroup = 6;     // panels of such a chunk of x, 64 KiB each, that share one reading of g
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// body(Count<n>) for 1 <= n <= N.
+template <int N, class Body>
+INLINE void with_count(int64_t n, Body& body) {
+  if constexpr (N > 1) {
+    if (n < N) return with_count<N - 1>(n, body);
+  }
+  body(Count<N>());
+}
+
+// total += a · b. a: MR rows of pairs; b: [steps, kPairPanel].
+template <int MR, bool kPacked>
+INLINE void multiply_tile(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t steps,
+                          Vec (&total)[MR][kPairVectors]) {
+  for (int64_t s = 0; s < steps; ++s, b += kPairPanel) {
+    Pairs b_s[kPairVectors];
+    UNROLL for (int j = 0; j < kPairVectors; ++j) b_s[j] = load_pairs(b + j * kWidth);
+    // The tile after this one: from L3 the processor alone fetches it too late beside the stream of panels.
+    if (kPacked) __builtin_prefetch(a + 2 * (s + steps) * kPairRows, 0, 2);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      const Pairs a_i = splat_pair(kPacked ? a + 2 * (s * kPairRows + i) : a + i * a_stride + 2 * s);
+      UNROLL for (int j = 0; j < kPairVectors; ++j) total[i][j] = multiply_pairs(a_i, b_s[j], total[i][j]);
+    }
+  }
+}
+
+// Rows whose pairs may be read: a copy where their number of columns is odd.
+class PairedRows {
+ public:
+  PairedRows(const Matrix& from, int64_t count, int64_t cols)
+      : buffer_(cols % 2 != 0 ? count * (cols + 1) * sizeof(bf16) : 0),
+        data(static_cast<const bf16*>(from.data)),
+        stride(from.stride) {
+    if (cols % 2 == 0) return;
+    bf16* out = static_cast<bf16*>(buffer_.data());
+    for (int64_t m = 0; m < count; ++m) {
+      __builtin_memcpy(out + m * (cols + 1), data + m * stride, cols * sizeof(bf16));
+      out[m * (cols + 1) + cols].bits = 0;
+    }
+    data = out;
+    stride = cols + 1;
+  }
+
+ private:
+  Buffer buffer_;
+
+ public:
+  const bf16* data;
+  int64_t stride;
+};
+
+// s_c with the columns of every 32 split, padded with zeros to whole panels: [groups, rank, stride].
+class SplitColumns {
+ public:
+  explicit SplitColumns(const Weight& weight)
+      : stride(round_up(weight.cols, kPairPanel)),
+        buffer_(weight.groups * weight.rank * stride * sizeof(float)),
+        group_stride(weight.rank * stride),
+        data(static_cast<const float*>(buffer_.data())) {
+    float* out = static_cast<float*>(buffer_.data());
+    const float* from = static_cast<const float*>(weight.col);
+    for (int64_t row = 0; row < weight.groups * weight.rank; ++row) {
+      for (int64_t k = 0; k < stride; k += 2 * kWidth) {
+        Vec even, odd;
+        load_split(from + row * weight.cols + k, first_elements(weight.cols - k), even, odd);
+        store(out + row * stride + k, even);
+        store(out + row * stride + k + kWidth, odd);
+      }
+    }
+  }
+
+  int64_t stride;
+
+ private:
+  Buffer buffer_;
+
+ public:
+  int64_t group_stride;
+  const float* data;
+};
+
+// 1 + s_r s_c for the 32 columns at `col`, split.
+template <bool kRankOne>
+INLINE void factor_split(Vec base, const float* row, const float* col, int64_t col_stride, int64_t rank, Vec& even,
+                         Vec& odd) {
+  if (kRankOne) {
+    const Vec scale = splat(row[0]);
+    even = fma(scale, load(col), base);
+    odd = fma(scale, load(col + kWidth), base);
+  } else {
+    even = factor(base, row, col, col_stride, rank, kWidth);
+    odd = factor(base, row, col + kWidth, col_stride, rank, kWidth);
+  }
+}
+
+// ---------------------------------------------------------------- forward: lanes are rows of W
+
+// panel [⌈depth / 2⌉.., kPairPanel] = W'ᵀ of `rows` rows from n and `depth` columns from k, zero-padded.
+template <class W, bool kRankOne>
+void pack_transposed(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+                     uint32_t* panel) {
+  const Vec base = splat(static_cast<float>(weight.base));
+  const int64_t rank = weight.rank, group_rows = weight.group_rows();
+  for (int64_t lane = 0; lane < kPairPanel; lane += kWidth) {
+    const W* w[kWidth];
+    const float *row[kWidth], *col[kWidth];
+    const int64_t some = least(kWidth, rows - lane);
+    for (int64_t i = 0; i < some; ++i) {
+      const int64_t at = n + lane + i;
+      w[i] = static_cast<const W*>(weight.data) + at * weight.stride + k;
+      row[i] = static_cast<const float*>(weight.row) + at * rank;
+      col[i] = split.data + at / group_rows * split.group_stride + k;
+    }
+    for (int64_t at = 0; at < depth; at += 2 * kWidth) {
+      const __mmask32 elements = first_elements(depth - at);
+      Pairs block[kWidth];
+      auto rescaled = [&](int64_t i) __attribute__((always_inline)) {
+        Vec even, odd, f_even, f_odd;
+        load_split(w[i] + at, elements, even, odd);
+        factor_split<kRankOne>(base, row[i], col[i] + at, split.stride, rank, f_even, f_odd);
+        return round_pairs(mul(even, f_even), mul(odd, f_odd));
+      };
+      if (some == kWidth) {
+        UNROLL for (int64_t i = 0; i < kWidth; ++i) block[i] = rescaled(i);
+      } else {
+        for (int64_t i = 0; i < kWidth; ++i) block[i] = i < some ? rescaled(i) : no_pairs();
+      }
+      transpose(block);
+      uint32_t* out = panel + at / 2 * kPairPanel + lane;
+      UNROLL for (int64_t i = 0; i < kWidth; ++i) store_pairs(out + i * kPairPanel, block[i]);
+    }
+  }
+}
+
+// A row of a tile to 64 contiguous bfloat16, of which `some` exist.
+INLINE void store_row(bf16* out, Vec a, Vec b, Vec c, Vec d, int64_t some) {
+  store_pairs(out, round_both(a, b), first_elements(some));
+  store_pairs(out + 2 * kWidth, round_both(c, d), first_elements(some - 2 * kWidth));
+}
+
+template <class W, bool kRankOne>
+void pairs_forward(const Forward& p) {
+  const Weight& weight = p.weight;
+  const int64_t cols = weight.cols;
+  const PairedRows x(p.x, p.count, cols);
+  const SplitColumns split(weight);
+  const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
+  auto body = [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t deepest = round_up(least(cols, kPairDepth), 2 * kWidth);
+    const Buffer panel_buffer(deepest / 2 * kPairPanel * sizeof(uint32_t));
+    const Buffer sums_buffer(cols > kPairDepth ? p.count * kPairPanel * sizeof(float) : 0);
+    uint32_t* panel = static_cast<uint32_t*>(panel_buffer.data());
+    float* sums = static_cast<float*>(sums_buffer.data());
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t n = index * kPairPanel, some = least(kPairPanel, weight.rows - n);
+      Vec bias[kPairVectors];
+      UNROLL for (int j = 0; j < kPairVectors; ++j) {
+        bias[j] = p.bias == nullptr ? zero() : load_upto(p.bias + n + j * kWidth, some - j * kWidth);
+      }
+      for (int64_t k = 0; k < cols; k += kPairDepth) {
+        const int64_t depth = least(kPairDepth, cols - k);
+        const bool last = k + depth == cols;
+        pack_transposed<W, kRankOne>(weight, split, n, some, k, depth, panel);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t m = p.count * tile / tiles, after = p.count * (tile + 1) / tiles;  // of nearly equal height
+          auto multiply = [&](auto rows) __attribute__((always_inline)) {
+            constexpr int MR = decltype(rows)::value;
+            Vec total[MR][kPairVectors];
+            UNROLL for (int i = 0; i < MR; ++i) {
+              UNROLL for (int j = 0; j < kPairVectors; ++j) {
+                total[i][j] = k == 0 ? bias[j] : load(sums + (m + i) * kPairPanel + j * kWidth);
+              }
+            }
+            multiply_tile<MR, false>(x.data + m * x.stride + k, x.stride, panel, (depth + 1) / 2, total);
+            UNROLL for (int i = 0; i < MR; ++i) {
+              if (last) {
+                bf16* y = static_cast<bf16*>(p.y) + (m + i) * weight.rows + n;
+                store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
+                continue;
+              }
+              UNROLL for (int j = 0; j < kPairVectors; ++j) store(sums + (m + i) * kPairPanel + j * kWidth, total[i][j]);
+            }
+          };
+          with_count<kPairRows>(after - m, multiply);
+        }
+      }
+    }
+  };
+  parallel((weight.rows + kPairPanel - 1) / kPairPanel, body);
+}
+
+void forward_pairs(const Forward& p) {
+  const bool one = p.weight.rank == 1;
+  if (p.weight.type == Type::f32) {
+    one ? pairs_forward<float, true>(p) : pairs_forward<float, false>(p);
+  } else {
+    one ? pairs_forward<bf16, true>(p) : pairs_forward<bf16, false>(p);
+  }
+}
