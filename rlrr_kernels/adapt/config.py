@@ -13,6 +13,7 @@ import torch
 from rlrr_kernels.nn.rescaled import INITS
 from rlrr_kernels.ops.arguments import MAX_RANK
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
+from rlrr_kernels.ops.row_sample import check_fraction
 
 SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""
@@ -65,6 +66,9 @@ class RLRRConfig:
         recipe: ``paper`` adds all that surrounds the layer in the paper: groups = 3 on a ViT's fused qkv, SSF scale
             and shift after block norms, final norm and (ViT) on patch tokens, a zero-initialised head. None: layers
             only.
+        scale_grad_rows: ρ under 1 trains the scales of the linear layers by an estimate of their gradients from a share
+            ρ of the tokens, see :class:`rlrr_kernels.RLRRLinear`. A setting of the training that no adapter file holds:
+            a loaded configuration has 1, the exact gradients.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -83,6 +87,7 @@ class RLRRConfig:
     conv_layout: str = CONV_LAYOUTS[0]
     heads: tuple[str, ...] | None = None
     recipe: str | None = None
+    scale_grad_rows: float = 1.0
 
     def __post_init__(self) -> None:
         _check_int("rank", self.rank)
@@ -103,6 +108,7 @@ class RLRRConfig:
         _check_choice("conv_layout", self.conv_layout, CONV_LAYOUTS)
         if self.recipe is not None:
             _check_choice("recipe", self.recipe, RECIPES)
+        object.__setattr__(self, "scale_grad_rows", check_fraction(self.scale_grad_rows))
         object.__setattr__(self, "scale_dtype", _as_dtype(self.scale_dtype))
         for name in ("include", "exclude", "convs", "heads"):
             object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
@@ -117,8 +123,9 @@ class RLRRConfig:
         return self.groups or 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON types, with ``schema_version``."""
+        """The configuration as JSON types, with ``schema_version`` and without ``scale_grad_rows``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["scale_grad_rows"]  # how an adapter was trained, not what it is
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         for name in ("include", "exclude", "convs", "heads"):
             values[name] = None if values[name] is None else list(values[name])
@@ -136,7 +143,7 @@ class RLRRConfig:
             raise TypeError(f"the configuration must be a mapping; got {type(values).__name__}")
         values = dict(values)
         check_schema_version(values.pop("schema_version", None))
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - set(cls().to_dict()))
         if unknown:
             raise ValueError(f"the configuration has entries this version does not know: {', '.join(unknown)}")
         return cls(**values)

@@ -207,6 +207,7 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     ssf_options = {"init": "identity" if config.init == "identity" else "paper", "dtype": config.scale_dtype}
     model.requires_grad_(False)
 
+    prefix_tokens = getattr(model, "num_prefix_tokens", 0)  # timm's name; models without tokens have none
     layer_options = {
         "rank": config.rank,
         "residual": config.residual,
@@ -218,7 +219,10 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
         shift = _has_shift(layer, config)
         if isinstance(layer, nn.Conv2d):
             return RLRRConv2d.from_conv(layer, layout=config.conv_layout, shift=shift, **layer_options)
-        return RLRRLinear.from_linear(layer, groups=config.groups_of(name), shift=shift, **layer_options)
+        return RLRRLinear.from_linear(
+            layer, groups=config.groups_of(name), shift=shift,
+            scale_grad_rows=config.scale_grad_rows, prefix_tokens=prefix_tokens, **layer_options,
+        )  # fmt: skip
 
     def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):

@@ -16,6 +16,7 @@ from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.ops.row_sample import check_fraction
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.board import require_tensorboard
 from rlrr_kernels.train.config import TrainConfig
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
 
-_RLRR_ONLY = ("recipe", "init")
+_RLRR_ONLY = ("recipe", "init", "scale_grad_rows")
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -75,6 +76,8 @@ class FinetuneConfig:
             where it is defined for the model.
         rank: of the adapter; None: 1 (the paper's) for rlrr, 8 for lora and dora (alpha = rank), 32 for hira.
         init: of RLRR's scales: ``paper``, ``identity`` or ``normal``.
+        scale_grad_rows: share of the tokens that the gradients of RLRR's scales are estimated from: less time and
+            memory, more noise; 1 is the exact gradient.
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
             depth; None leaves the model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
         drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
@@ -104,6 +107,7 @@ class FinetuneConfig:
     recipe: str = "auto"
     rank: int | None = None
     init: str = "paper"
+    scale_grad_rows: float = 1.0
     drop: float | None = None
     drop_kind: str = "depth"
     lr: float = 3e-3
@@ -131,6 +135,7 @@ class FinetuneConfig:
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
             )
         check_drop(self.drop or 0.0, self.drop_kind)
+        check_fraction(self.scale_grad_rows)
         if self.method != "rlrr":
             Baseline(self.method, self.rank)
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -281,7 +286,8 @@ def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
     if config.method != "rlrr":
         return Baseline(config.method, config.rank)
     recipe = {"auto": recipe_of(model), "layers": None}.get(config.recipe, config.recipe)
-    return RLRRConfig(recipe=recipe, rank=1 if config.rank is None else config.rank, init=config.init)
+    rank = 1 if config.rank is None else config.rank
+    return RLRRConfig(recipe=recipe, rank=rank, init=config.init, scale_grad_rows=config.scale_grad_rows)
 
 
 def _introduce(
@@ -311,7 +317,8 @@ def _introduce(
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
     """What makes this training what it is and is neither in the task, the adaptation nor the ``TrainConfig``."""
     drop = {} if config.drop is None else {"drop": config.drop, "drop_kind": config.drop_kind}
-    return {"augment": config.augment, **drop}
+    rows = {} if config.scale_grad_rows == 1 else {"scale_grad_rows": config.scale_grad_rows}
+    return {"augment": config.augment, **drop, **rows}
 
 
 def _score(model, test_set, task, batch_size, accelerator, talk) -> Scores | None:
