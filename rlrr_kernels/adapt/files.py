@@ -223,10 +223,11 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is truncated or not ours, or ``schema_version`` is not this version's.
     """
-    return _read(Path(folder), with_tensors=False)[0]
+    return read_adapter(Path(folder), with_tensors=False)[0]
 
 
-def _read(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, dict[str, Tensor]]:
+def read_adapter(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """What :func:`adapter_info` says about ``folder``, raising alike, and its tensors, none unless asked for."""
     document, tensors, shapes = read_folder(folder, (ADAPTER_FORMAT,), with_tensors)
     source = folder / CONFIG
     try:
@@ -338,7 +339,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         UserWarning: the shapes fit but frozen weights differ from those the adapter was trained on.
     """
     model, folder = unwrap(model), Path(folder)
-    info, tensors = _read(folder)
+    info, tensors = read_adapter(folder)
     plan = None
     if is_adapted(model):
         _check_same_config(folder, info.config, adaptation_of(model).config)
