@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
-from rlrr_kernels.paper.cli import data_app, report, reproduce
+from rlrr_kernels.paper.cli import data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.options import takes_options_of
 from rlrr_kernels.train.progress import console, program
@@ -29,6 +29,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(reproduce)
 app.command()(report)
+app.command()(import_adapter)
+app.command()(export_adapter)
 
 AdapterWeights = Annotated[
     str | None, typer.Option(help="File with the backbone's weights, where the adapter was not trained on a hub's")

@@ -25,6 +25,7 @@ Known from their files are the three kinds of ``attn.query``, ``ssf_scale_attn_n
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickle
@@ -189,7 +190,7 @@ def read_authors_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"the adapter file {file} does not exist")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{file} is truncated or was not written by torch.save: {str(error).splitlines()[0]}"
         ) from error
@@ -200,6 +201,22 @@ def read_authors_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     if other:
         raise ValueError(f"{file} must hold tensors by name; it has {', '.join(other[:6])}")
     return dict(tensors)
+
+
+def read_names(file: str | os.PathLike[str]) -> dict[str, str]:
+    """A mapping {name in the authors' file: name in the scheme} out of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        names = json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{file} must hold an object {{name in the file: name in the scheme}}")
+    return names
 
 
 def import_adapter(

@@ -196,3 +196,52 @@ def reproduce(
 def _names(given: list[str] | None) -> tuple[str, ...]:
     """Names given one by one or with commas between them."""
     return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())
+
+
+def import_adapter(
+    file: Annotated[Path, typer.Argument(help="The authors' .pth with the trained tensors of a ViT")],
+    model: Annotated[str, typer.Option(help="timm's name of the backbone it was trained on")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write")],
+    weights: Annotated[
+        str, typer.Option(help="Of the backbone: hub, none or a file (.safetensors, .pth, Google's .npz)")
+    ] = "hub",
+    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Of the paper's, for its transform; default: timm's for the weights")
+    ] = None,
+    classes: Annotated[Path | None, typer.Option(help="Class names, a line each, by label; default: 0, 1, ...")] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="JSON {name in FILE: name the authors' code has} where they differ; * stands for a number"),
+    ] = None,
+) -> None:
+    """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
+    from rlrr_kernels.paper import authors
+
+    mapping = None if names is None else authors.read_names(names)
+    report = authors.import_adapter(
+        file,
+        out,
+        model=model,
+        weights=weights,
+        image_size=image_size,
+        dataset=dataset,
+        classes=None if classes is None else classes.read_text().splitlines(),
+        names=mapping,
+    )
+    console.print(str(report), markup=False, highlight=False)
+    console.print(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter", highlight=False)
+
+
+def export_adapter(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder of a ViT under the paper's recipe")],
+    file: Annotated[Path, typer.Argument(help="The .pth to write, as the authors' code has it")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists")] = False,
+) -> None:
+    """Write an adapter as the authors' code saves it; one that was imported comes back bit by bit."""
+    from rlrr_kernels.paper import authors
+
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists; replace it with --overwrite, or name another file")
+    written = authors.export_adapter(adapter, file)
+    console.print(f"{file}: {len(written)} tensors", highlight=False)
