@@ -102,15 +102,6 @@ def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, Task
     datasets = selected_datasets(config.benchmark, config.tasks)
     check_model_name(config.model)
     _check_datasets(config, datasets)
-    runs = [
-        GridRun(
-            f"{settings.name}/seed-{seed}",
-            finetune_config(config, settings, seed),
-            functools.partial(load_splits, config.root, settings, config.split),
-        )
-        for seed in _seeds(config)
-        for settings in datasets
-    ]
     results = {
         settings.name: TaskResults(
             settings.name, protocol_of(config), _seeds(config), (), split_note(config.root, settings)
@@ -119,7 +110,8 @@ def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, Task
     }
     folder = Path(config.out) / FOLDER
     if _is_main_process():
-        remove_partial(folder)
+        for settings in datasets:
+            remove_partial(folder, settings.name)
 
     def keep(name: str, document: dict[str, Any]) -> None:
         dataset, _, seed = name.partition("/seed-")
@@ -143,8 +135,21 @@ def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, Task
                     highlight=False,
                 )
 
-    run_grid(runs, Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
+    run_grid(grid_runs(config), Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
     return results
+
+
+def grid_runs(config: ReproduceConfig) -> list[GridRun]:
+    """Every run, the first seed of all tasks first; their folders lie in ``config.out / RUNS``."""
+    return [
+        GridRun(
+            f"{settings.name}/seed-{seed}",
+            finetune_config(config, settings, seed),
+            functools.partial(load_splits, config.root, settings, config.split),
+        )
+        for seed in _seeds(config)
+        for settings in selected_datasets(config.benchmark, config.tasks)
+    ]
 
 
 def finetune_config(config: ReproduceConfig, settings: DatasetSettings, seed: int) -> FinetuneConfig:

@@ -88,9 +88,9 @@ def write_results(folder: str | Path, results: TaskResults) -> Path:
     return Path(folder) / name
 
 
-def remove_partial(folder: str | Path) -> None:
-    """Removes what a process that was killed while it wrote a results file has left in ``folder``."""
-    for path in Path(folder).glob(".*.json.*.tmp"):
+def remove_partial(folder: str | Path, dataset: str) -> None:
+    """Removes what a process that was killed while it wrote the results of ``dataset`` has left in ``folder``."""
+    for path in Path(folder).glob(f".{dataset}.json.*.tmp"):
         path.unlink(missing_ok=True)
 
 
