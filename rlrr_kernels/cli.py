@@ -69,7 +69,10 @@ def finetune(config: FinetuneConfig, resume: bool) -> None:
 
     result = run(config, resume=resume)
     table = Table("images", "accuracy", "macro-F1", "loss")
-    for name, scores in (("validation", result.fit.best), ("test", result.test)):
+    shown = {"validation": result.fit.best, "test": result.test}
+    if config.epoch_chosen_on == "test":
+        del shown["validation"]
+    for name, scores in shown.items():
         if scores is not None:
             table.add_row(name, f"{scores.accuracy:.4f}", f"{scores.macro_f1:.4f}", f"{scores.loss:.4f}")
     console.print(table)

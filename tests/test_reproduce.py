@@ -110,6 +110,8 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
     assert status == 0, printed
     assert "run 2 of 2: kitti/seed-42" in printed
     assert "chosen on the test images" in printed
+    assert "test accuracy" in printed
+    assert "val accuracy" not in printed
     status, printed = rlrr(*command, "--seeds", 2)
     assert status == 0, printed
     assert "kitti/seed-43" in printed

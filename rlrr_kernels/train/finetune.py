@@ -229,6 +229,7 @@ def finetune(
             **_settings(config),
         },
         accelerator=accelerator,
+        chosen_on=config.epoch_chosen_on,
         resume=resume,
         quiet=quiet,
     )

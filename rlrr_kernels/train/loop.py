@@ -64,6 +64,7 @@ def fit(
     *,
     identity: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
+    chosen_on: str = "validation",
     resume: bool = False,
     quiet: bool = False,
 ) -> FitResult:
@@ -87,6 +88,7 @@ def fit(
         identity: what else makes this run what it is (model, data, ...), as plain data: refused on resumption when
             it differs.
         accelerator: default: :func:`rlrr_kernels.train.distributed.make_accelerator`.
+        chosen_on: what the images of ``val_set`` are, for the lines and logs: ``validation`` or ``test``.
         resume: go on from the checkpoint in ``folder``.
         quiet: no progress bars and no line an epoch.
 
@@ -101,7 +103,8 @@ def fit(
     run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
     if resume:
         run.load()
-    with TrainProgress(config.epochs, enabled=run.accelerator.is_main_process and not quiet) as progress:
+    talk = run.accelerator.is_main_process and not quiet
+    with TrainProgress(config.epochs, chosen_on=chosen_on, enabled=talk) as progress:
         run.start(progress)
         while run.epoch < config.epochs:
             run.train_epoch(progress)
@@ -334,7 +337,7 @@ class _Run:
         self.epoch += 1
         self.batch, self.loss_sum, self.loss_count = 0, 0.0, 0
         if self.board is not None:
-            scalars = {key.replace("_", "/", 1): entry[key] for key in ("val_loss", "val_accuracy", "val_macro_f1")}
+            scalars = {f"{progress.images}/{key}": entry[f"val_{key}"] for key in ("loss", "accuracy", "macro_f1")}
             scalars |= {"train/epoch_loss": entry["train_loss"], "epoch/seconds": entry["seconds"]}
             self.board.log(scalars, self.steps)
         progress.finish_epoch(entry, improved)

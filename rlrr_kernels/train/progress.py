@@ -46,7 +46,9 @@ def track(items: Iterable, total: int, description: str, *, enabled: bool = True
 class TrainProgress:
     """A bar over the epochs, one over the batches of the current one, and a printed line for each that is done."""
 
-    def __init__(self, epochs: int, *, enabled: bool = True) -> None:
+    def __init__(self, epochs: int, *, chosen_on: str = "validation", enabled: bool = True) -> None:
+        """``chosen_on``: the images that are scored after every epoch, ``validation`` or ``test``."""
+        self.chosen_on, self.images = chosen_on, {"validation": "val"}.get(chosen_on, chosen_on)
         self._progress = make_progress(enabled=enabled)
         self._enabled = enabled
         self._count = epochs
@@ -73,7 +75,7 @@ class TrainProgress:
 
     def validation(self, batches: Iterable) -> Iterable:
         """Yields from ``batches`` under the batch bar."""
-        self._progress.reset(self._batches, total=len(batches), description="validation", visible=True)
+        self._progress.reset(self._batches, total=len(batches), description=self.chosen_on, visible=True)
         for batch in batches:
             yield batch
             self._progress.update(self._batches, advance=1)
@@ -83,8 +85,8 @@ class TrainProgress:
         self._progress.update(self._epochs, completed=entry["epoch"])
         self._print(
             f"epoch {entry['epoch']:>{len(str(self._count))}}/{self._count}  train loss {entry['train_loss']:.3f}  "
-            f"val loss {entry['val_loss']:.3f}  val accuracy {entry['val_accuracy']:.3f}  "
-            f"val macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s"
+            f"{self.images} loss {entry['val_loss']:.3f}  {self.images} accuracy {entry['val_accuracy']:.3f}  "
+            f"{self.images} macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s"
             + ("  best so far" if improved else "")
         )
 
