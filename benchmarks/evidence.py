@@ -57,7 +57,15 @@ MAIN = {
 }
 
 ABLATIONS = {
+    "rlrr-no-residual": Arm("RLRR, no residual", {"residual": False}, lr_of="rlrr"),
+    "rlrr-left": Arm("RLRR, left alone", {"sides": "left"}, lr_of="rlrr"),
+    "rlrr-right": Arm("RLRR, right alone", {"sides": "right"}, lr_of="rlrr"),
+    "rlrr-left-no-residual": Arm("left alone, no residual", {"sides": "left", "residual": False}, lr_of="rlrr"),
+    "rlrr-right-no-residual": Arm("right alone, no residual", {"sides": "right", "residual": False}, lr_of="rlrr"),
+    "rlrr-additive": Arm("RLRR without ⊙ W", {"form": "additive"}, lr_of="rlrr"),
     "rlrr-normal": Arm("RLRR, normal init", {"init": "normal"}, lr_of="rlrr"),
+    "rlrr-attention": Arm("RLRR on attention", {"layers": "attention"}, lr_of="rlrr"),
+    "rlrr-mlp": Arm("RLRR on MLPs", {"layers": "mlp"}, lr_of="rlrr"),
     "rlrr-layers": Arm("RLRR without SSF", {"recipe": "layers"}, lr_of="rlrr"),
     "rlrr-rank-10": Arm("RLRR, rank 10", {"rank": 10}, lr_of="rlrr"),
 }

@@ -16,6 +16,7 @@ from rlrr_kernels.adapt import (
     save_adapter,
 )
 from rlrr_kernels.backends import backend_report, use_backend
+from rlrr_kernels.nn.additive import AdditiveLinear
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptReport",
     "AdapterInfo",
+    "AdditiveLinear",
     "MergeReport",
     "NormRescale",
     "RLRRConfig",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.nn.rescaled import INITS
+from rlrr_kernels.nn.rescaled import INITS, check_sides
 from rlrr_kernels.ops.arguments import MAX_RANK
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
 from rlrr_kernels.ops.row_sample import check_fraction
@@ -19,6 +19,10 @@ SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""
 
 RECIPES = ("paper",)
+FORMS = ("rescaled", "additive")
+
+LAYER_KINDS = {"all": None, "attention": ("attn.*",), "mlp": ("mlp.*",), "qkv": ("attn.qkv",)}
+"""``include`` patterns for usual choices of layers, in the names of timm's transformers."""
 
 _SCALE_DTYPES = {
     "float32": torch.float32,
@@ -53,6 +57,9 @@ class RLRRConfig:
         groups: G of every layer, or a mapping pattern → G (first match wins, others 1). None: 1, or the recipe's.
         shift: whether every layer trains a shift f [N], also where it has no bias.
         residual: ``False`` gives W' = W ⊙ (s_r s_c) without the 1.
+        sides: ``both`` scales, or ``left`` (s_r alone, s_c = 1) or ``right`` (s_c alone, s_r = 1) with rank 1.
+        form: ``rescaled``, or ``additive``: W' = W + s_r s_c, without the ⊙ W (:class:`rlrr_kernels.AdditiveLinear`; on
+            linear layers alone).
         init: ``paper``, ``identity`` or ``normal``, as in :class:`rlrr_kernels.RLRRLinear`; with ``identity`` the
             recipe's SSF starts at γ = 1, β = 0 too, so the features start as the backbone's.
         scale_dtype: dtype of the scales and shifts, a torch dtype or its name.
@@ -79,6 +86,8 @@ class RLRRConfig:
     groups: int | Mapping[str, int] | None = None
     shift: bool = True
     residual: bool = True
+    sides: str = "both"
+    form: str = "rescaled"
     init: str = "paper"
     scale_dtype: torch.dtype | str = torch.float32
     include: tuple[str, ...] | None = None
@@ -104,6 +113,8 @@ class RLRRConfig:
         for name in ("shift", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        check_sides(self.sides, self.rank)
+        _check_choice("form", self.form, FORMS)
         _check_choice("init", self.init, INITS)
         _check_choice("conv_layout", self.conv_layout, CONV_LAYOUTS)
         if self.recipe is not None:
@@ -115,6 +126,20 @@ class RLRRConfig:
         for name in ("exclude", "convs"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
+        if self.form == "additive" and not self.residual:
+            raise ValueError("residual must be True for form='additive': without W nothing of the layer would be left")
+        if self.form == "additive" and self.scale_grad_rows != 1:
+            raise ValueError(f"scale_grad_rows must be 1 for form='additive'; got {self.scale_grad_rows}")
+        if self.form == "additive" and self.convs:
+            raise ValueError(f"convs must be empty for form='additive', which is for linear layers; got {self.convs}")
+
+    @property
+    def formula(self) -> str:
+        """W' in the symbols of the paper, such as ``W ⊙ (1 + s_r s_c)``."""
+        scales = {"both": "s_r s_c", "left": "s_r", "right": "s_c"}[self.sides]
+        if self.form == "additive":
+            return f"W + {scales}" if self.sides == "both" else f"W + {scales} 1"
+        return f"W ⊙ (1 + {scales})" if self.residual else f"W ⊙ ({scales})"
 
     def groups_of(self, name: str) -> int:
         """G of the layer called ``name``."""

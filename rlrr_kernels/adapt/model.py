@@ -14,6 +14,7 @@ from rlrr_kernels.adapt.config import RLRRConfig, matches
 from rlrr_kernels.adapt.find import exclude_hint, find_convs, find_heads, find_linears, some
 from rlrr_kernels.adapt.recipe import Recipe, paper_recipe, with_recipe
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
+from rlrr_kernels.nn.additive import AdditiveLinear
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
@@ -208,21 +209,17 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     model.requires_grad_(False)
 
     prefix_tokens = getattr(model, "num_prefix_tokens", 0)  # timm's name; models without tokens have none
-    layer_options = {
-        "rank": config.rank,
-        "residual": config.residual,
-        "init": config.init,
-        "scale_dtype": config.scale_dtype,
-    }
+    layer_options = {name: getattr(config, name) for name in ("rank", "sides", "init", "scale_dtype")}
 
     def adapted(name: str, layer: nn.Module) -> nn.Module:
-        shift = _has_shift(layer, config)
+        options = layer_options | {"shift": _has_shift(layer, config)}
         if isinstance(layer, nn.Conv2d):
-            return RLRRConv2d.from_conv(layer, layout=config.conv_layout, shift=shift, **layer_options)
-        return RLRRLinear.from_linear(
-            layer, groups=config.groups_of(name), shift=shift,
-            scale_grad_rows=config.scale_grad_rows, prefix_tokens=prefix_tokens, **layer_options,
-        )  # fmt: skip
+            return RLRRConv2d.from_conv(layer, layout=config.conv_layout, residual=config.residual, **options)
+        options["groups"] = config.groups_of(name)
+        if config.form == "additive":
+            return AdditiveLinear(layer, **options)
+        estimate = {"scale_grad_rows": config.scale_grad_rows, "prefix_tokens": prefix_tokens}
+        return RLRRLinear.from_linear(layer, residual=config.residual, **estimate, **options)
 
     def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):
@@ -312,8 +309,10 @@ def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, t
         layer = model.get_submodule(name)
         conv = isinstance(layer, nn.Conv2d)
         rows, cols = matrix_shape(layer.weight.shape, config.conv_layout) if conv else layer.weight.shape
-        yield f"{name}.scale_row", (rows, config.rank)
-        yield f"{name}.scale_col", (1 if conv else config.groups_of(name), config.rank, cols)
+        if config.sides != "right":
+            yield f"{name}.scale_row", (rows, config.rank)
+        if config.sides != "left":
+            yield f"{name}.scale_col", (1 if conv else config.groups_of(name), config.rank, cols)
         if _has_shift(layer, config):
             yield f"{name}.shift", (layer.weight.shape[0],)
     for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
@@ -337,14 +336,15 @@ def adapt_report(model: nn.Module) -> AdaptReport:
     layers = []
     for name in adaptation.layers:
         layer = model.get_submodule(name)
-        shift = layer.shift is not None
-        trained = layer.scale_row.numel() + layer.scale_col.numel() + (layer.shift.numel() if shift else 0)
-        rows, (groups, rank, cols) = layer.scale_row.shape[0], layer.scale_col.shape
-        layers.append(LayerReport(name, rows, cols, rank, groups, shift, trained))
+        trained = sum(p.numel() for p in (layer.scale_row, layer.scale_col, layer.shift) if p is not None)
+        scale_row, scale_col = layer.scales()
+        groups, rank, cols = scale_col.shape
+        layers.append(LayerReport(name, scale_row.shape[0], cols, rank, groups, layer.shift is not None, trained))
     head = {id(p): p for name in adaptation.heads for p in model.get_submodule(name).parameters()}
     adapter = {id(p): p for p in adapter_parameters(model).values()}
     return AdaptReport(
         model=type(model).__name__,
+        formula=adaptation.config.formula,
         layers=tuple(layers),
         norms=adaptation.norms,
         tokens=adaptation.tokens,

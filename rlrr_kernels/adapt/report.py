@@ -27,6 +27,7 @@ class AdaptReport:
 
     Attributes:
         model: class name of the model.
+        formula: of the rescaled weight W'.
         layers: the adapted linear layers and convolutions.
         norms: names of the norms with SSF's scale and shift.
         tokens: name of the module with the SSF of the patch tokens, or None.
@@ -38,6 +39,7 @@ class AdaptReport:
     """
 
     model: str
+    formula: str
     layers: tuple[LayerReport, ...]
     norms: tuple[str, ...]
     tokens: str | None
@@ -70,7 +72,8 @@ class AdaptReport:
             rows.append(tuple(str(cell) for cell in row))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in rows]
-        lines = [f"{self.model}, adapted by RLRR", "", table[0], "-" * len(table[0]), *table[1:], ""]
+        title = f"{self.model}, adapted by RLRR: W' = {self.formula}"
+        lines = [title, "", table[0], "-" * len(table[0]), *table[1:], ""]
         if self.norms:
             lines.append(f"scale and shift after norms   {_collapse(self.norms)}")
         if self.tokens:

@@ -28,16 +28,18 @@ class RLRRConv2d(Rescaled):
             an input channel; the authors' choice, with fewer columns and more rows).
         shift: whether a shift f [out] is trained; also without a bias.
         residual: ``False`` drops the 1: W' = W ⊙ (s_r s_c).
+        sides: ``left`` trains s_r alone (s_c = 1), ``right`` s_c alone (s_r = 1); rank 1.
         init: how the scales start; see :meth:`reset_parameters`, with K = C.
         scale_dtype: dtype of scale_row, scale_col and shift.
 
     Attributes:
         weight: [out, in / groups, kh, kw], frozen. bias: [out], frozen, or None.
-        scale_row: [R, r]. scale_col: [1, r, C]. shift: [out] or None. (trained)
+        scale_row: [R, r], None on the right side alone. scale_col: [1, r, C], None on the left side alone.
+        shift: [out] or None. (trained)
 
     Raises:
         TypeError: scale_dtype is not a floating-point dtype.
-        ValueError: rank is not from 1 to 64, or layout or init is unknown.
+        ValueError: rank is not from 1 to 64 (or not 1 for one side), or layout, init or sides is unknown.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RLRRConv2d(Rescaled):
         layout: str = CONV_LAYOUTS[0],
         shift: bool = True,
         residual: bool = True,
+        sides: str = "both",
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -65,7 +68,9 @@ class RLRRConv2d(Rescaled):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         super().__init__()
-        self._adopt_conv(conv, layout, rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype)
+        self._adopt_conv(
+            conv, layout, rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype
+        )
 
     @classmethod
     def from_conv(
@@ -76,6 +81,7 @@ class RLRRConv2d(Rescaled):
         layout: str = CONV_LAYOUTS[0],
         shift: bool = True,
         residual: bool = True,
+        sides: str = "both",
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
     ) -> RLRRConv2d:
@@ -89,7 +95,9 @@ class RLRRConv2d(Rescaled):
             raise TypeError(f"conv must be an nn.Conv2d; got {type(conv).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt_conv(conv, layout, rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype)
+        layer._adopt_conv(
+            conv, layout, rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype
+        )
         return layer.train(conv.training)
 
     def _adopt_conv(self, conv: nn.Conv2d, layout: str, **options: Any) -> None:
@@ -109,8 +117,7 @@ class RLRRConv2d(Rescaled):
         return rlrr_conv2d(
             self._padded(x),
             self.weight,
-            self.scale_row,
-            self.scale_col,
+            *self.scales(),
             self._total_bias(),
             stride=self.stride,
             padding=self._zeros,
@@ -126,7 +133,7 @@ class RLRRConv2d(Rescaled):
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' [out, in / groups, kh, kw] as a new tensor: fp32 (fp64), rounded once to ``dtype`` (default: W's)."""
-        return merge_kernel(self.weight, self.scale_row, self.scale_col, self.layout, self.residual, dtype)
+        return merge_kernel(self.weight, *self.scales(), self.layout, self.residual, dtype)
 
     def to_conv(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with W' and b + f, sharing nothing with this layer. A shift makes it have a bias."""

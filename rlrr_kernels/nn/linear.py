@@ -29,6 +29,7 @@ class RLRRLinear(Rescaled):
         groups: G, divides N; row n uses ``scale_col[n // (N / G)]``. 3 on a fused qkv keeps q, k, v apart.
         shift: whether a shift f [N] is trained; also without a bias.
         residual: ``False`` drops the 1: W' = W ⊙ (s_r s_c).
+        sides: ``left`` trains s_r alone (s_c = 1, groups mean nothing), ``right`` s_c alone (s_r = 1); rank 1.
         init: how the scales start; see :meth:`reset_parameters`.
         scale_dtype: dtype of scale_row, scale_col and shift.
         scale_grad_rows: ρ under 1 estimates the gradients of s_r and s_c from a share ρ of the rows of x, without bias:
@@ -41,12 +42,13 @@ class RLRRLinear(Rescaled):
 
     Attributes:
         weight: [N, K], frozen. bias: [N], frozen, or None.
-        scale_row: [N, r]. scale_col: [G, r, K]. shift: [N] or None. (trained)
+        scale_row: [N, r], None on the right side alone. scale_col: [G, r, K], None on the left side alone.
+        shift: [N] or None. (trained)
 
     Raises:
         TypeError: scale_dtype is not a floating-point dtype, or scale_grad_rows no number.
-        ValueError: groups does not divide out_features, rank is not from 1 to 64, init is unknown, scale_grad_rows is
-            not over 0 and at most 1, or prefix_tokens is negative.
+        ValueError: groups does not divide out_features, rank is not from 1 to 64 (or not 1 for one side), init or sides
+            is unknown, scale_grad_rows is not over 0 and at most 1, or prefix_tokens is negative.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RLRRLinear(Rescaled):
         groups: int = 1,
         shift: bool = True,
         residual: bool = True,
+        sides: str = "both",
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
         scale_grad_rows: float = 1.0,
@@ -70,7 +73,7 @@ class RLRRLinear(Rescaled):
         super().__init__()
         self._adopt_linear(
             linear, groups, scale_grad_rows, prefix_tokens,
-            rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype,
+            rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype,
         )  # fmt: skip
 
     @classmethod
@@ -82,6 +85,7 @@ class RLRRLinear(Rescaled):
         groups: int = 1,
         shift: bool = True,
         residual: bool = True,
+        sides: str = "both",
         init: str = "paper",
         scale_dtype: torch.dtype = torch.float32,
         scale_grad_rows: float = 1.0,
@@ -99,7 +103,7 @@ class RLRRLinear(Rescaled):
         nn.Module.__init__(layer)
         layer._adopt_linear(
             linear, groups, scale_grad_rows, prefix_tokens,
-            rank=rank, shift=shift, residual=residual, init=init, scale_dtype=scale_dtype,
+            rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype,
         )  # fmt: skip
         return layer.train(linear.training)
 
@@ -118,14 +122,14 @@ class RLRRLinear(Rescaled):
     def _rescaled(self, x: Tensor) -> Tensor:
         sample = None if self.scale_grad_rows == 1 else self._draw_rows(x)
         return rlrr_linear(
-            x, self.weight, self.scale_row, self.scale_col, self._total_bias(),
+            x, self.weight, *self.scales(), self._total_bias(),
             residual=self.residual, scale_grad_rows=sample,
         )  # fmt: skip
 
     def _draw_rows(self, x: Tensor) -> RowSample | None:
         # Whether gradients are on must not matter: reentrant checkpointing runs the first forward without them, and a
         # second one that draws more would find the generator's state, and so the dropout masks, elsewhere.
-        if not (self.training and (self.scale_row.requires_grad or self.scale_col.requires_grad)):
+        if not (self.training and any(scale.requires_grad for scale in self.scales())):
             return None
         return sample_rows(x.shape, self.scale_grad_rows, self.prefix_tokens, x.device)
 
@@ -135,7 +139,7 @@ class RLRRLinear(Rescaled):
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' [N, K] as a new tensor: computed in fp32 (fp64 for float64), rounded once to ``dtype`` (default: W's)."""
-        return linear_torch.merge(self.weight, self.scale_row, self.scale_col, self.residual, dtype)
+        return linear_torch.merge(self.weight, *self.scales(), self.residual, dtype)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with W' and b + f, sharing nothing with this layer. A shift makes it have a bias."""

@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from rlrr_kernels.ops.arguments import MAX_RANK
 
 INITS = ("paper", "identity", "normal")
+SIDES = ("both", "left", "right")
+
+
+def check_sides(sides: str, rank: int) -> None:
+    """Raises ``ValueError`` unless ``sides`` is one of :data:`SIDES`, and ``both`` where the rank is above 1."""
+    if sides not in SIDES:
+        raise ValueError(f"sides must be one of {', '.join(SIDES)}; got {sides!r}")
+    if sides != "both" and rank != 1:
+        raise ValueError(
+            f"rank must be 1 for sides={sides!r}: beside ones, several vectors act as their sum; got {rank}"
+        )
 
 
 class Rescaled(nn.Module):
@@ -20,8 +31,9 @@ class Rescaled(nn.Module):
 
     Attributes:
         weight, bias: of the frozen layer, its own parameter objects under its own state-dict keys; bias may be None.
-        scale_row: [N, r]. scale_col: [G, r, K]. shift: [out] or None. (trained)
+        scale_row: [N, r], or None for ones. scale_col: [G, r, K], or None for ones. shift: [out] or None. (trained)
         rank: r. residual: whether the 1 is there. init: see :meth:`reset_parameters`.
+        sides: ``both`` scales are trained, or ``left`` (s_r alone, s_c = 1) or ``right`` (s_c alone, s_r = 1; r = 1).
     """
 
     def _adopt(
@@ -34,6 +46,7 @@ class Rescaled(nn.Module):
         col_groups: int,
         shift: bool,
         residual: bool,
+        sides: str,
         init: str,
         scale_dtype: torch.dtype,
     ) -> None:
@@ -43,12 +56,14 @@ class Rescaled(nn.Module):
             raise TypeError(f"scale_dtype must be a floating-point dtype; got {scale_dtype}")
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}; got {init!r}")
-        self.rank, self.residual, self.init = rank, residual, init
+        check_sides(sides, rank)
+        self.rank, self.residual, self.sides, self.init = rank, residual, sides, init
+        self._size = rows, cols
         self.weight = layer.weight.requires_grad_(False)
         self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
         options = {"dtype": scale_dtype, "device": layer.weight.device}
-        self.scale_row = nn.Parameter(torch.empty(rows, rank, **options))
-        self.scale_col = nn.Parameter(torch.empty(col_groups, rank, cols, **options))
+        self.scale_row = None if sides == "right" else nn.Parameter(torch.empty(rows, rank, **options))
+        self.scale_col = None if sides == "left" else nn.Parameter(torch.empty(col_groups, rank, cols, **options))
         self.shift = nn.Parameter(torch.empty(layer.weight.shape[0], **options)) if shift else None
         self._merged: tuple[Tensor, Tensor | None] | None = None
         self.reset_parameters()
@@ -64,29 +79,61 @@ class Rescaled(nn.Module):
         Without the residual F = s_r s_c starts near 1 too: the first pair of vectors is 1 plus U(±√(6/K)) for
         ``paper`` (standard deviation 2/√K), exactly 1 for ``identity``, 1 plus N(0, 0.02) for ``normal`` (0.028);
         further pairs start as they do with the residual. The shift starts at 0.
+
+        With one side alone F = 1 + s, and s is U(±√(6/K)) on either side for ``paper`` (s_r as wide as it is beside s_c
+        would leave nothing of W), 0 for ``identity``, N(0, 0.02) for ``normal``. Without the residual F = s starts at 1
+        plus these: the same function with the same start, which weight decay pulls towards 0 instead of W.
         """
-        col_bound = math.sqrt(6 / max(self.scale_col.shape[-1], 1))
-        row_bound = math.sqrt(6 / self.rank)
         with torch.no_grad():
-            if self.init == "normal":
-                self.scale_row.normal_(std=0.02)
-                self.scale_col.normal_(std=0.02)
+            if self.sides == "both":
+                self._draw_both()
             else:
-                self.scale_col.uniform_(-col_bound, col_bound)
-                if self.init == "paper":
-                    self.scale_row.uniform_(-row_bound, row_bound)
-                else:
-                    self.scale_row.zero_()
-            if not self.residual:
-                first_row, first_col = self.scale_row[:, 0], self.scale_col[:, 0]
-                if self.init == "paper":
-                    first_row.mul_(col_bound / row_bound)
-                elif self.init == "identity":
-                    first_col.zero_()
-                first_row.add_(1)
-                first_col.add_(1)
+                self._draw_one(self.scale_col if self.scale_row is None else self.scale_row)
             if self.shift is not None:
                 self.shift.zero_()
+
+    @property
+    def _col_bound(self) -> float:
+        return math.sqrt(6 / max(self._size[1], 1))
+
+    def _draw_both(self) -> None:
+        col_bound, row_bound = self._col_bound, math.sqrt(6 / self.rank)
+        if self.init == "normal":
+            self.scale_row.normal_(std=0.02)
+            self.scale_col.normal_(std=0.02)
+        else:
+            self.scale_col.uniform_(-col_bound, col_bound)
+            if self.init == "paper":
+                self.scale_row.uniform_(-row_bound, row_bound)
+            else:
+                self.scale_row.zero_()
+        if not self.residual:
+            first_row, first_col = self.scale_row[:, 0], self.scale_col[:, 0]
+            if self.init == "paper":
+                first_row.mul_(col_bound / row_bound)
+            elif self.init == "identity":
+                first_col.zero_()
+            first_row.add_(1)
+            first_col.add_(1)
+
+    def _draw_one(self, scale: Tensor) -> None:
+        if self.init == "normal":
+            scale.normal_(std=0.02)
+        elif self.init == "paper":
+            scale.uniform_(-self._col_bound, self._col_bound)
+        else:
+            scale.zero_()
+        if not self.residual:
+            scale.add_(1)
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """s_r [N, r] and s_c [G, r, K], ones where a side is not trained."""
+        if self.sides == "both":
+            return self.scale_row, self.scale_col
+        rows, cols = self._size
+        if self.scale_row is None:
+            return self.scale_col.new_ones(()).expand(rows, 1), self.scale_col
+        return self.scale_row, self.scale_row.new_ones(()).expand(1, 1, cols)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' in the shape of the weight, as a new tensor."""
@@ -175,5 +222,6 @@ class Rescaled(nn.Module):
     def _extra_repr(self) -> str:
         return (
             f"bias={self.bias is not None}, rank={self.rank}, shift={self.shift is not None}, residual={self.residual}"
+            + ("" if self.sides == "both" else f", sides={self.sides!r}")
             + (", merged" if self.merged else "")
         )

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
+from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.ops.row_sample import check_fraction
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.board import require_tensorboard
 from rlrr_kernels.train.config import TrainConfig
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
 
-_RLRR_ONLY = ("recipe", "init", "scale_grad_rows")
+_RLRR_ONLY = ("recipe", "init", "layers", "sides", "residual", "form", "scale_grad_rows")
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -76,6 +76,10 @@ class FinetuneConfig:
             where it is defined for the model.
         rank: of the adapter; None: 1 (the paper's) for rlrr, 8 for lora and dora (alpha = rank), 32 for hira.
         init: of RLRR's scales: ``paper``, ``identity`` or ``normal``.
+        layers: linear layers that RLRR adapts: ``all``, ``attention``, ``mlp`` or ``qkv``.
+        sides: of RLRR's scales: ``both``, ``left`` (s_r alone) or ``right`` (s_c alone).
+        residual: whether W' = W ⊙ (1 + s_r s_c) has the 1.
+        form: of RLRR's ΔW: ``rescaled`` (W ⊙ s_r s_c) or ``additive`` (s_r s_c).
         scale_grad_rows: share of the tokens that the gradients of RLRR's scales are estimated from: less time and
             memory, more noise; 1 is the exact gradient.
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
@@ -107,6 +111,10 @@ class FinetuneConfig:
     recipe: str = "auto"
     rank: int | None = None
     init: str = "paper"
+    layers: str = "all"
+    sides: str = "both"
+    residual: bool = True
+    form: str = "rescaled"
     scale_grad_rows: float = 1.0
     drop: float | None = None
     drop_kind: str = "depth"
@@ -123,6 +131,7 @@ class FinetuneConfig:
         if str(self.weights) not in (HUB, NO_WEIGHTS):
             object.__setattr__(self, "weights", Path(self.weights))
         allowed = {"method": METHODS, "recipe": RECIPES, "augment": AUGMENTATIONS, "epoch_chosen_on": CHOSEN_ON}
+        allowed["layers"] = tuple(LAYER_KINDS)
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -135,8 +144,9 @@ class FinetuneConfig:
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
             )
         check_drop(self.drop or 0.0, self.drop_kind)
-        check_fraction(self.scale_grad_rows)
-        if self.method != "rlrr":
+        if self.method == "rlrr":
+            _rlrr(self)
+        else:
             Baseline(self.method, self.rank)
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             for name in _RLRR_ONLY:
@@ -287,8 +297,12 @@ def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
     if config.method != "rlrr":
         return Baseline(config.method, config.rank)
     recipe = {"auto": recipe_of(model), "layers": None}.get(config.recipe, config.recipe)
-    rank = 1 if config.rank is None else config.rank
-    return RLRRConfig(recipe=recipe, rank=rank, init=config.init, scale_grad_rows=config.scale_grad_rows)
+    return dataclasses.replace(_rlrr(config), recipe=recipe)
+
+
+def _rlrr(config: FinetuneConfig) -> RLRRConfig:
+    same = {name: getattr(config, name) for name in ("init", "sides", "residual", "form", "scale_grad_rows")}
+    return RLRRConfig(rank=1 if config.rank is None else config.rank, include=LAYER_KINDS[config.layers], **same)
 
 
 def _introduce(
