@@ -138,16 +138,20 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
     assert "is of a run with other settings" in printed
 
 
-def test_fgvc_honest(tmp_path):
+def test_fgvc_honest_and_augmented(tmp_path):
     make_fgvc(tmp_path / "data", "OxfordFlowers")
-    fgvc = config(tmp_path / "data", tmp_path / "out", benchmark="fgvc", tasks=("OxfordFlowers",), epochs=1)
+    fgvc = config(
+        tmp_path / "data", tmp_path / "out", benchmark="fgvc", tasks=("OxfordFlowers",), epochs=1, augmented=True
+    )
     (task,) = reproduce(fgvc, quiet=True).values()
     (run,) = task.runs
     assert run.validation_accuracy is not None
     result = json.loads((tmp_path / "out/runs/OxfordFlowers/seed-42/result.json").read_text())
     assert result["epoch_chosen_on"] == "validation"
-    assert result["training"]["augment"] == "crop"
-    assert (task.protocol.split, task.protocol.epochs, task.protocol.paper_epochs) == ("honest", 1, 60)
+    training = result["training"]
+    assert (training["augment"], training["mixup"], training["ema_decay"]) == ("crop", 0.8, 0.9998)
+    protocol = task.protocol
+    assert (protocol.split, protocol.epochs, protocol.paper_epochs, protocol.augmented) == ("honest", 1, 110, True)
 
 
 def test_bad_datasets_are_all_told_before_the_first_run(root, tmp_path):
@@ -189,7 +193,8 @@ def test_killed_again_and_again_ends_as_never_killed(root, tmp_path):
 
     def start():
         with log.open("w") as stream:
-            return subprocess.Popen(command, stdout=stream, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            return subprocess.Popen(command, stdout=stream, env=environment)
 
     def epochs_of(task):
         folder = out / f"runs/{task}/seed-42"
@@ -206,8 +211,7 @@ def test_killed_again_and_again_ends_as_never_killed(root, tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        if printed_epochs():  # what was printed last may still have been in the process
-            assert printed_epochs()[0] == done + 1
+        assert printed_epochs()[0] == done + 1  # no finished epoch again
         done = epochs_of(task)
     assert set(read_results(out)) == {"svhn"}  # whole; kitti is not finished
     (out / "results" / ".kitti.json.01234567.tmp").touch()  # as when the signal came while it was written
@@ -219,4 +223,4 @@ def test_killed_again_and_again_ends_as_never_killed(root, tmp_path):
         assert numbers(out / f"runs/{task}/seed-42") == numbers(tmp_path / f"straight/runs/{task}/seed-42")
         accuracies = [read_results(folder)[task].runs[0].test_accuracy for folder in (out, tmp_path / "straight")]
         assert accuracies[0] == accuracies[1]
-    assert not [path for path in out.rglob(".*") if path.is_file()]
+    assert sorted(path.name for path in (out / "results").iterdir()) == ["kitti.json", "svhn.json"]
