@@ -13,6 +13,7 @@ from rlrr_kernels.adapt import (
     load_adapter,
     merge_adapter,
     parameter_groups,
+    recompute_activations,
     save_adapter,
 )
 from rlrr_kernels.backends import backend_report, use_backend
@@ -48,6 +49,7 @@ __all__ = [
     "merge_adapter",
     "norm_rescale",
     "parameter_groups",
+    "recompute_activations",
     "rlrr_linear",
     "rlrr_mlp",
     "save_adapter",

@@ -6,6 +6,7 @@ from rlrr_kernels.adapt.gradients import check_gradients
 from rlrr_kernels.adapt.merge import MergeReport, merge_adapter
 from rlrr_kernels.adapt.model import adapt_model, adapt_report, is_adapted
 from rlrr_kernels.adapt.optim import parameter_groups
+from rlrr_kernels.adapt.recompute import recompute_activations
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "parameter_groups",
+    "recompute_activations",
     "save_adapter",
 ]

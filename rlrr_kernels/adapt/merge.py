@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, replace_submodules, unwrap
+from rlrr_kernels.adapt.recompute import recompute_activations
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.rescaled import Rescaled
@@ -69,6 +70,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     broken = [n for n, p in adapter_parameters(model).items() if not p.is_meta and not p.isfinite().all()]
     if broken:
         raise ValueError(f"adapter parameters that are not finite cannot be merged: {', '.join(broken)}")
+    recompute_activations(model, False)
     before = set(model.state_dict())
     replace_submodules(model, adaptation.layers, lambda _, layer: _merged_layer(layer))
     for name in adaptation.patched:

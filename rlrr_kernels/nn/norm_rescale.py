@@ -37,6 +37,7 @@ class NormRescale(nn.Module):
 
     Attributes:
         weight: w [D] or None, frozen. bias: b [D] or None, frozen. scale: γ [D]. shift: β [D]. (trained)
+        keep_output: as in :func:`rlrr_kernels.norm_rescale`; :func:`rlrr_kernels.recompute_activations` sets it.
 
     Raises:
         TypeError: ``norm`` is not an ``nn.LayerNorm``.
@@ -57,6 +58,7 @@ class NormRescale(nn.Module):
         if len(norm.normalized_shape) != 1:
             raise ValueError(f"norm must normalise one dimension; got normalized_shape {tuple(norm.normalized_shape)}")
         self.normalized_shape, self.eps, self.init = tuple(norm.normalized_shape), norm.eps, init
+        self.keep_output = True
         self.weight = None if norm.weight is None else norm.weight.requires_grad_(False)
         self.bias = None if norm.bias is None else norm.bias.requires_grad_(False)
         if device is None and norm.weight is not None:
@@ -71,7 +73,7 @@ class NormRescale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] to y [..., D]; dtypes as in :func:`rlrr_kernels.norm_rescale`."""
-        return norm_rescale(x, self.weight, self.bias, self.scale, self.shift, self.eps)
+        return norm_rescale(x, self.weight, self.bias, self.scale, self.shift, self.eps, keep_output=self.keep_output)
 
     @torch.no_grad()
     def to_layer_norm(self) -> nn.LayerNorm:

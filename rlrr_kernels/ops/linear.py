@@ -28,6 +28,7 @@ from rlrr_kernels.ops.arguments import (
     check_parameters,
     check_tensors,
 )
+from rlrr_kernels.ops.recompute import Recipe, recipe_of
 from rlrr_kernels.ops.row_sample import RowSample, check_sample
 
 
@@ -76,6 +77,7 @@ def rlrr_linear(
         IndexError: a row of ``scale_grad_rows`` is not in x (on a GPU: a device-side assertion).
     """
     check_tensors(x, weight, scale_row, scale_col, bias)
+    recipe = recipe_of(x)
     if input_activation is not None:
         activation.check_name("input_activation", input_activation)
     x, autocast = autocast_input(x)
@@ -85,13 +87,16 @@ def rlrr_linear(
     if scale_grad_rows is not None:
         check_sample("scale_grad_rows", scale_grad_rows, x.device)
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    return checked_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, scale_grad_rows)
+    return checked_linear(
+        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, scale_grad_rows, recipe
+    )
 
 
 def checked_linear(
-    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, sample: RowSample | None = None
-) -> Tensor:
-    """:func:`rlrr_linear` of arguments that were checked, with a resolved backend."""
+    x, weight, scale_row, scale_col, bias, residual, backend, input_activation,
+    sample: RowSample | None = None, recipe: Recipe | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`rlrr_linear` of arguments that were checked, with a resolved backend; ``recipe`` is that of x."""
     if torch.compiler.is_compiling() or not _plain(x):
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
         return torch.ops.rlrr_kernels.linear(
@@ -101,7 +106,9 @@ def checked_linear(
         return _LinearFunctorch.apply(
             x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
         )
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False, sample)
+    return _Linear.apply(
+        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False, sample, recipe
+    )
 
 
 def _plain(x: Tensor) -> bool:
@@ -206,21 +213,29 @@ def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, s
 
 
 class _Linear(torch.autograd.Function):
-    """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them."""
+    """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them.
+
+    For an x with a recipe, the tensors that the recipe takes instead.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op, sample):
+    def forward(
+        ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op, sample, recipe
+    ):
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         need_scales = need_row or need_col
         if not need_scales:
             sample = None
         if need_scales or need_x:
             reads_x = need_scales or input_activation is not None
-            kept = _rows_for_backward(x, sample, input_activation) if reads_x else None
-            ctx.save_for_backward(kept, weight, scale_row, scale_col, *sample[:1] if sample else ())
+            recipe = recipe if reads_x else None
+            kept = _rows_for_backward(x, sample, input_activation) if reads_x and recipe is None else None
+            index, ingredients = sample[:1] if sample else (), recipe.tensors if recipe else ()
+            ctx.save_for_backward(kept, weight, scale_row, scale_col, *index, *ingredients)
         needs = need_x, need_row, need_col, need_bias
         ctx.options = residual, backend, input_activation, through_op, needs, need_bias and bias.dtype
         ctx.counts = sample[1:] if sample else ()
+        ctx.compute_x = recipe and recipe.compute
         if through_op:
             # The forward has no use for the sample. But what no output needs, a compiled backward draws anew: then g is
             # of other rows than x.
@@ -238,8 +253,11 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(ctx, grad_y):
     residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
-    x, weight, scale_row, scale_col, *index = ctx.saved_tensors or (None, None, None, None)
+    x, weight, scale_row, scale_col, *others = ctx.saved_tensors or (None, None, None, None)
+    index, ingredients = (others[:1], others[1:]) if ctx.counts else ((), others)
     sample = _sample(*index, *ctx.counts)
+    if ingredients:
+        x = _rows_for_backward(ctx.compute_x(grad_y.dtype, *ingredients), sample, input_activation)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
@@ -254,7 +272,7 @@ def _gradients(ctx, grad_y):
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
         grad_bias = grad_bias.to(bias_dtype)
-    return grad_x, None, grad_row, grad_col, grad_bias, None, None, None, None, None
+    return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 6
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -403,7 +421,7 @@ def _linear_autograd(
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
     return _Linear.apply(
-        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True, _sample(*sample)
+        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True, _sample(*sample), None
     )
 
 

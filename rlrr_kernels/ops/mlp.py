@@ -8,6 +8,7 @@ from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import check_name
 from rlrr_kernels.ops.arguments import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
 from rlrr_kernels.ops.linear import checked_linear
+from rlrr_kernels.ops.recompute import recipe_of
 
 
 def rlrr_mlp(
@@ -51,6 +52,7 @@ def rlrr_mlp(
     check_name("activation", activation)
     check_tensors(x, *fc1, prefix="fc1_")
     check_tensors(x, *fc2, prefix="fc2_")
+    recipe = recipe_of(x)
     x, autocast = autocast_input(x)
     check_dtypes(x.dtype, fc1_weight.dtype, *fc1[1:], autocast, prefix="fc1_")
     check_dtypes(x.dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
@@ -63,5 +65,5 @@ def rlrr_mlp(
     check_parameters(*fc1, prefix="fc1_")
     check_parameters(*fc2, prefix="fc2_")
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    h = checked_linear(x, *fc1, residual, backend, None)
+    h = checked_linear(x, *fc1, residual, backend, None, recipe=recipe)
     return checked_linear(h, *fc2, residual, backend, activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -13,10 +14,18 @@ from torch.autograd.function import once_differentiable
 from rlrr_kernels import backends
 from rlrr_kernels.ops import norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale_torch import fold_norm
+from rlrr_kernels.ops.recompute import attach_recipe
 
 
 def norm_rescale(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float = 1e-5,
+    *,
+    keep_output: bool = True,
 ) -> Tensor:
     """y = γ ⊙ (w ⊙ x̂ + b) + β with x̂ = (x - mean) / √(var + eps): a frozen LayerNorm under a trained scale and shift.
 
@@ -31,6 +40,9 @@ def norm_rescale(
         scale: γ, [D], trained.
         shift: β, [D], trained.
         eps: added to the variance.
+        keep_output: ``False`` lets an :func:`rlrr_kernels.rlrr_linear` or ``rlrr_mlp`` that takes y compute it again in
+            its backward, by one more pass over x, instead of keeping it. Has no effect under ``torch.compile`` and
+            inside ``torch.func`` transforms.
 
     Returns:
         y, [..., D], in the dtype ``F.layer_norm`` would give, also under autocast (which makes it float32 on CUDA). All
@@ -51,7 +63,20 @@ def norm_rescale(
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = fold_norm(weight, bias, scale, shift)
         return F.layer_norm(x.to(wide), (size,), weight.to(wide), bias.to(wide), eps).to(dtype)
-    return _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
+    y = _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
+    if not keep_output:
+        again = functools.partial(_compute_again, _implementation(x), eps, dtype)
+        attach_recipe(y, again, (x, weight, bias, scale, shift))
+    return y
+
+
+def _compute_again(
+    module: ModuleType, eps: float, dtype: torch.dtype, wanted: torch.dtype, x: Tensor, *parameters: Tensor | None
+) -> Tensor:
+    if dtype == torch.promote_types(x.dtype, torch.float32):
+        dtype = wanted  # not rounded before: the kernel may as well write what the cast of its result would give
+    with torch._C._DisableAutocast():
+        return module.forward(x, *parameters, eps, dtype)[0].to(wanted)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

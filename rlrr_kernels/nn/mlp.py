@@ -1,0 +1,65 @@
+"""``RLRRMlp``: timm's ``Mlp`` over rescaled layers, without keeping the activation's result for the backward."""
+
+from __future__ import annotations
+
+from timm.layers import Mlp
+from timm.layers.activations import GELU, GELUTanh
+from torch import Tensor, nn
+
+from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.ops.mlp import rlrr_mlp
+
+
+class RLRRMlp(Mlp):
+    """timm's ``Mlp`` whose fc1 and fc2 are :class:`rlrr_kernels.RLRRLinear`, by :func:`rlrr_kernels.rlrr_mlp`.
+
+    Modules, parameters and state dict are timm's own, so an ``Mlp`` becomes one by its ``__class__`` alone. Where the
+    operator does not do the same, timm's forward runs: while a dropout between the layers is active, with another
+    activation than GELU or a norm, with merged or sampled layers, and with hooks on a module inside.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to [..., N]."""
+        activation = fused_activation(self)
+        if activation is None or not self._undisturbed():
+            return super().forward(x)
+        fc1, fc2 = self.fc1, self.fc2
+        y = rlrr_mlp(
+            x, fc1.weight, fc1.scale_row, fc1.scale_col, fc1._total_bias(),
+            fc2.weight, fc2.scale_row, fc2.scale_col, fc2._total_bias(),
+            activation=activation, residual=fc1.residual,
+        )  # fmt: skip
+        return self.drop2(y)
+
+    def _undisturbed(self) -> bool:
+        """Whether nothing happens between the layers, for now, that the operator would leave out."""
+        if self.fc1.merged or self.fc2.merged or (self.training and self.drop1.p > 0):
+            return False
+        if self.fc1.scale_grad_rows < 1 or self.fc2.scale_grad_rows < 1:
+            return False
+        return not any(map(_has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))
+
+
+def fused_activation(mlp: Mlp) -> str | None:
+    """What ``rlrr_mlp`` calls the activation of ``mlp``; None where the operator cannot compute the module."""
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    if type(fc1) is not RLRRLinear or type(fc2) is not RLRRLinear or fc1.residual != fc2.residual:
+        return None
+    return activation_name(mlp.act) if isinstance(mlp.norm, nn.Identity) else None
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What ``rlrr_mlp`` calls an activation module; None for one it does not know."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return {GELU: "gelu", GELUTanh: "gelu_tanh"}.get(type(module))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
