@@ -30,9 +30,9 @@ from rlrr_kernels import (
 without_interpreter = pytest.mark.skipif(backends.INTERPRETING, reason="whole models; the kernels are tried alone")
 
 
-def adapted(family: str, recipe: str | None = "paper", **overrides) -> nn.Module:
+def adapted(family: str, recipe: str | None = "paper", sides: str = "both", **overrides) -> nn.Module:
     model = tiny_model(family, **overrides)
-    adapt_model(model, RLRRConfig(recipe=recipe))
+    adapt_model(model, RLRRConfig(recipe=recipe, sides=sides))
     disturb(model)
     return model
 
@@ -77,6 +77,21 @@ def test_equal_bit_by_bit(family: str, low: torch.dtype | None):
     for name, gradient in gradients(again).items():
         assert torch.equal(gradient, expected[name]), name
     assert torch.equal(plain.eval()(images), again.eval()(images))
+
+
+@without_interpreter
+@pytest.mark.parametrize("sides", ["left", "right"])
+def test_equal_with_scales_on_one_side(sides: str):
+    plain = adapted("vit", sides=sides)
+    again = copy.deepcopy(plain)
+    recompute_activations(again)
+    images = tiny_images("vit")
+    assert kept_bytes(again, images) < kept_bytes(plain, images)
+    for model in (plain, again):
+        backward(model, images)
+    expected = gradients(plain)
+    for name, gradient in gradients(again).items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 @without_interpreter
@@ -147,6 +162,26 @@ def test_compiles_without_a_graph_break():
     expected = gradients(model)
     for name, gradient in gradients(compiled._orig_mod).items():
         torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@without_interpreter
+def test_finetune_computes_the_same_adapter(tmp_path):
+    pytest.importorskip("accelerate", reason="needs the extra [train]")
+    from image_folders import make_splits
+    from safetensors.torch import load_file
+
+    from rlrr_kernels.train.config import TrainConfig
+    from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+
+    images = make_splits(tmp_path / "images")
+    saved = []
+    for recompute in (False, True):
+        config = FinetuneConfig(
+            model="test_vit", data=images, out=tmp_path / str(recompute), weights="none", image_size=32,
+            recompute=recompute, train=TrainConfig(epochs=1, mixed_precision="no"),
+        )  # fmt: skip
+        saved.append(load_file(finetune(config, quiet=True).adapter / "adapter.safetensors"))
+    assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
 
 
 @without_interpreter

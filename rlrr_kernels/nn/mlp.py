@@ -25,8 +25,7 @@ class RLRRMlp(Mlp):
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         y = rlrr_mlp(
-            x, fc1.weight, fc1.scale_row, fc1.scale_col, fc1._total_bias(),
-            fc2.weight, fc2.scale_row, fc2.scale_col, fc2._total_bias(),
+            x, fc1.weight, *fc1.scales(), fc1._total_bias(), fc2.weight, *fc2.scales(), fc2._total_bias(),
             activation=activation, residual=fc1.residual,
         )  # fmt: skip
         return self.drop2(y)

@@ -1,6 +1,6 @@
 """``rlrr_linear``: the public function, its autograd, and its registration as a torch operator.
 
-Three roads lead to the same ``_forward`` and ``_backward``:
+Three roads lead to the same ``compute_linear`` and ``compute_gradients`` (linear_compute.py):
 
 * eager: ``_Linear``, an ``autograd.Function`` of the old style, the cheapest per call;
 * while compiling or exporting, and for tensor subclasses: the operator ``rlrr_kernels::linear``;
@@ -8,11 +8,6 @@ Three roads lead to the same ``_forward`` and ``_backward``:
 """
 
 from __future__ import annotations
-
-import functools
-import importlib
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +23,9 @@ from rlrr_kernels.ops.arguments import (
     check_parameters,
     check_tensors,
 )
+from rlrr_kernels.ops.linear_compute import compute_gradients, compute_linear, rows_for_backward
 from rlrr_kernels.ops.recompute import Recipe, recipe_of
-from rlrr_kernels.ops.row_sample import RowSample, check_sample
+from rlrr_kernels.ops.row_sample import RowSample, check_sample, flatten_sample, unflatten_sample
 
 
 def rlrr_linear(
@@ -100,11 +96,11 @@ def checked_linear(
     if torch.compiler.is_compiling() or not _plain(x):
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
         return torch.ops.rlrr_kernels.linear(
-            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
+            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
         )
     if torch._C._are_functorch_transforms_active():
         return _LinearFunctorch.apply(
-            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
+            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
         )
     return _Linear.apply(
         x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False, sample, recipe
@@ -113,100 +109,6 @@ def checked_linear(
 
 def _plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is torch.nn.Parameter
-
-
-def _flatten(sample: RowSample | None) -> tuple[Tensor | None, int, float]:
-    """A sample as arguments of an operator; :func:`_sample` is the inverse."""
-    return (None, 0, 1.0) if sample is None else tuple(sample)
-
-
-def _sample(index: Tensor | None = None, kept: int = 0, weight: float = 1.0) -> RowSample | None:
-    return None if index is None else RowSample(index, kept, weight)
-
-
-# ---------------------------------------------------------------- the computation, whatever the road
-
-
-@functools.cache
-def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
-    """The module that serves a resolved backend, and the path it is told to take."""
-    if backend == "torch":
-        return linear_torch, {}
-    name, _, path = backend.partition(".")
-    module = importlib.import_module(f"rlrr_kernels.ops.linear_{name}")
-    return module, {"path": path} if path else {}
-
-
-def _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation) -> Tensor:
-    module, options = _implementation(backend)
-    scale_row, scale_col = canonical(scale_row, scale_col, weight)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
-        if input_activation is not None:
-            flat = activation.forward(flat, input_activation)
-        y = module.forward(flat, weight, scale_row, scale_col, bias, residual, **options)
-    if x.dim() == 2:
-        return y
-    # A view would forbid callers to modify y in place, which ReLU(inplace=True) and `y += b` after a layer do.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str | None) -> Tensor:
-    """What the backward with scale gradients reads of x: all of it, or the sample's rows [S, K]."""
-    if sample is None or input_activation is not None:
-        return x
-    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).index_select(0, sample.index)
-
-
-def _backward(
-    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
-) -> list[Tensor | None]:
-    """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype).
-
-    x is what :func:`_rows_for_backward` returned.
-    """
-    row, col = canonical(scale_row, scale_col, weight)
-    rows, cols = weight.shape
-    flat = (
-        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
-        x if x is None or x.dim() == 2 else x.reshape(-1, cols),
-        weight, row, col, residual, backend, needs, sample,
-    )  # fmt: skip
-    with torch._C._DisableAutocast():
-        grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
-    grad_x, grad_row, grad_col, grad_bias = grads
-    return [
-        grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
-        grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),
-        grad_col if grad_col is None or scale_col.dim() == 3 else grad_col.view_as(scale_col),
-        grad_bias,
-    ]
-
-
-def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs, sample=None):
-    module, options = _implementation(backend)
-    if sample is not None and (needs[1] or needs[2]):
-        options = options | {"sample": sample}
-    return module.backward(grad_y, x, weight, row, col, residual, needs, **options)
-
-
-def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, sample, input_activation):
-    """The same for y = act(h) W'ᵀ + b: ∂a = g W' first, so that one pass makes ∂h of it and computes act(h) again."""
-    arguments = weight, row, col, residual, backend
-    need_h, need_row, need_col, need_bias = needs
-    need_scales = need_row or need_col
-    grad_h = a = None
-    if need_h:
-        grad_a, *_ = _flat_backward(grad_y, None, *arguments, (True, False, False, False))
-        if backend.startswith("triton"):
-            triton = importlib.import_module("rlrr_kernels.ops.activation_triton")
-            grad_h, a = triton.backward(grad_a, h, input_activation, need_scales and sample is None)
-        else:
-            grad_h = activation.backward(grad_a, h, input_activation)
-    if need_scales and a is None:
-        a = activation.forward(h if sample is None else h.index_select(0, sample.index), input_activation)
-    _, *grads = _flat_backward(grad_y, a, *arguments, (False, need_row, need_col, need_bias), sample)
-    return grad_h, *grads
 
 
 # ---------------------------------------------------------------- eager, and the operator's autograd
@@ -229,7 +131,7 @@ class _Linear(torch.autograd.Function):
         if need_scales or need_x:
             reads_x = need_scales or input_activation is not None
             recipe = recipe if reads_x else None
-            kept = _rows_for_backward(x, sample, input_activation) if reads_x and recipe is None else None
+            kept = rows_for_backward(x, sample, input_activation) if reads_x and recipe is None else None
             index, ingredients = sample[:1] if sample else (), recipe.tensors if recipe else ()
             ctx.save_for_backward(kept, weight, scale_row, scale_col, *index, *ingredients)
         needs = need_x, need_row, need_col, need_bias
@@ -241,9 +143,9 @@ class _Linear(torch.autograd.Function):
             # of other rows than x.
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.rlrr_kernels.linear(
-                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *_flatten(sample)
+                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
                 )
-        return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+        return compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -255,19 +157,19 @@ def _gradients(ctx, grad_y):
     residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
     x, weight, scale_row, scale_col, *others = ctx.saved_tensors or (None, None, None, None)
     index, ingredients = (others[:1], others[1:]) if ctx.counts else ((), others)
-    sample = _sample(*index, *ctx.counts)
+    sample = unflatten_sample(*index, *ctx.counts)
     if ingredients:
-        x = _rows_for_backward(ctx.compute_x(grad_y.dtype, *ingredients), sample, input_activation)
+        x = rows_for_backward(ctx.compute_x(grad_y.dtype, *ingredients), sample, input_activation)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
     elif through_op:
         grads = torch.ops.rlrr_kernels.linear_backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, *_flatten(sample)
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, *flatten_sample(sample)
         )
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     else:
-        grad_x, grad_row, grad_col, grad_bias = _backward(
+        grad_x, grad_row, grad_col, grad_bias = compute_gradients(
             grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
@@ -289,7 +191,7 @@ class _LinearFunctorch(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, index, kept, row_weight):
-        return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+        return compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -325,9 +227,11 @@ class _LinearBackwardFunctorch(torch.autograd.Function):
     def forward(
         grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs, index, kept, row_weight
     ):
-        sample = _sample(index, kept, row_weight)
-        x = _rows_for_backward(x, sample, input_activation)
-        grads = _backward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample)
+        sample = unflatten_sample(index, kept, row_weight)
+        x = rows_for_backward(x, sample, input_activation)
+        grads = compute_gradients(
+            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
+        )
         return tuple(grad_y.new_empty(0) if grad is None else grad for grad in grads)
 
     @staticmethod
@@ -386,7 +290,7 @@ def _linear_op(
 ):
     _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample)
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    return _forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+    return compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
 
 def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample) -> None:
@@ -399,7 +303,7 @@ def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *s
         )
     check_input(x, weight)
     check_parameters(weight, scale_row, scale_col, bias)
-    if (rows := _sample(*sample)) is not None:
+    if (rows := unflatten_sample(*sample)) is not None:
         check_sample("rows", rows, x.device)
 
 
@@ -421,7 +325,17 @@ def _linear_autograd(
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
     return _Linear.apply(
-        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, True, _sample(*sample), None
+        x,
+        weight,
+        scale_row,
+        scale_col,
+        bias,
+        residual,
+        backend,
+        input_activation,
+        True,
+        unflatten_sample(*sample),
+        None,
     )
 
 
@@ -439,8 +353,17 @@ def _linear_backward_op(
     grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None, *sample
 ):
     backend = backends.resolve(backend, grad_y.device.type, grad_y.dtype)
-    grads = _backward(
-        grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation, _sample(*sample)
+    grads = compute_gradients(
+        grad_y,
+        x,
+        weight,
+        scale_row,
+        scale_col,
+        residual,
+        backend,
+        tuple(needs),
+        input_activation,
+        unflatten_sample(*sample),
     )
     return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 

@@ -89,3 +89,13 @@ def sample_rows(shape: torch.Size, fraction: float, prefix: int, device: torch.d
     picked = scores.topk(drawn, sorted=False).indices.sort(dim=1).values + (first + prefix)
     kept = first + torch.arange(prefix, device=device)
     return RowSample(torch.cat([kept.flatten(), picked.flatten()]), images * prefix, others / drawn)
+
+
+def flatten_sample(sample: RowSample | None) -> tuple[Tensor | None, int, float]:
+    """A sample as arguments of an operator; :func:`unflatten_sample` is the inverse."""
+    return (None, 0, 1.0) if sample is None else tuple(sample)
+
+
+def unflatten_sample(index: Tensor | None = None, kept: int = 0, weight: float = 1.0) -> RowSample | None:
+    """The sample that :func:`flatten_sample` took apart; None without an index."""
+    return None if index is None else RowSample(index, kept, weight)

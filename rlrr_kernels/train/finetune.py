@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlrr_kernels.adapt import AdaptReport, RLRRConfig
+from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
 from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train import checkpoint
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
 
-_RLRR_ONLY = ("recipe", "init", "layers", "sides", "residual", "form", "scale_grad_rows")
+_RLRR_ONLY = ("recipe", "init", "layers", "sides", "residual", "form", "scale_grad_rows", "recompute")
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -82,6 +82,7 @@ class FinetuneConfig:
         form: of RLRR's ΔW: ``rescaled`` (W ⊙ s_r s_c) or ``additive`` (s_r s_c).
         scale_grad_rows: share of the tokens that the gradients of RLRR's scales are estimated from: less time and
             memory, more noise; 1 is the exact gradient.
+        recompute: of RLRR: compute GELU and normalised inputs again in the backward, which saves memory; equal results.
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
             depth; None leaves the model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
         drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
@@ -116,6 +117,7 @@ class FinetuneConfig:
     residual: bool = True
     form: str = "rescaled"
     scale_grad_rows: float = 1.0
+    recompute: bool = False
     drop: float | None = None
     drop_kind: str = "depth"
     lr: float = 3e-3
@@ -219,6 +221,8 @@ def finetune(
     task = Task(config.model, weights, splits["train"].classes, preprocessing)
     method = _method(config, model)
     report = apply_method(model, method)
+    if config.recompute:
+        recompute_activations(model)
     if talk:
         _introduce(config, task, splits, report, resume)
     from_main(accelerator, lambda: _describe_run(out, config, accelerator, resume))

@@ -12,7 +12,7 @@ from rlrr_kernels.train.config import CHANGES_NO_NUMBER
 if TYPE_CHECKING:
     from rlrr_kernels.train.finetune import FinetuneConfig
 
-_CHANGES_NO_NUMBER = ("out", "check", "cpu", *(f"train.{name}" for name in CHANGES_NO_NUMBER))
+_CHANGES_NO_NUMBER = ("out", "check", "cpu", "recompute", *(f"train.{name}" for name in CHANGES_NO_NUMBER))
 
 
 def settings_of(config: FinetuneConfig) -> dict[str, Any]:
