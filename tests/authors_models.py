@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +28,16 @@ class Oracle:
         other = copy.copy(self)
         other.frozen = {name: tensor.to(dtype) for name, tensor in self.frozen.items()}
         other.trained = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.trained.items()}
+        return other
+
+    def as_backbone(self, weight: Tensor, bias: Tensor) -> Oracle:
+        """A copy in which nothing was trained but the head [C, D], [C]: the frozen network."""
+        other = copy.copy(self)
+        other.trained = {
+            name: torch.ones_like(tensor) if "ssf_scale" in name else torch.zeros_like(tensor)
+            for name, tensor in self.trained.items()
+        }
+        other.trained |= {"head.weight": weight.detach(), "head.bias": bias.detach()}
         return other
 
     def draw(self, *shape: int, mean: float = 0.0, std: float = 0.1) -> Tensor:
@@ -148,6 +159,34 @@ class AuthorsViT(Oracle):
                 for part, name in (("norm1", "attn_norm"), ("norm2", "ffn_norm")):
                     state[f"{ours}.{part}.{key}"] = self.frozen[f"{theirs}.{name}.{key}"]
         return state
+
+    def google_arrays(self) -> dict[str, np.ndarray]:
+        """The frozen tensors as Google published such ViTs: kernels [in, out], attention with an axis for its heads."""
+        frozen = {name.removeprefix("transformer."): tensor.numpy() for name, tensor in self.frozen.items()}
+        arrays = {
+            "cls": frozen["embeddings.cls_token"],
+            "embedding/kernel": frozen["embeddings.patch_embeddings.weight"].transpose(2, 3, 1, 0),
+            "embedding/bias": frozen["embeddings.patch_embeddings.bias"],
+            "Transformer/posembed_input/pos_embedding": frozen["embeddings.position_embeddings"],
+            "Transformer/encoder_norm/scale": frozen["encoder.encoder_norm.weight"],
+            "Transformer/encoder_norm/bias": frozen["encoder.encoder_norm.bias"],
+        }
+        for i in range(self.depth):
+            layer, block = f"encoder.layer.{i}", f"Transformer/encoderblock_{i}"
+            for name, norm in (("LayerNorm_0", "attn_norm"), ("LayerNorm_2", "ffn_norm")):
+                arrays[f"{block}/{name}/scale"] = frozen[f"{layer}.{norm}.weight"]
+                arrays[f"{block}/{name}/bias"] = frozen[f"{layer}.{norm}.bias"]
+            attention, size = f"{block}/MultiHeadDotProductAttention_1", frozen[f"{layer}.attn_norm.weight"].size
+            for part in ("query", "key", "value"):
+                weight, bias = (frozen[f"{layer}.attn.{part}.{key}"] for key in ("weight", "bias"))
+                arrays[f"{attention}/{part}/kernel"] = weight.T.reshape(size, self.heads, -1)
+                arrays[f"{attention}/{part}/bias"] = bias.reshape(self.heads, -1)
+            arrays[f"{attention}/out/kernel"] = frozen[f"{layer}.attn.out.weight"].T.reshape(self.heads, -1, size)
+            arrays[f"{attention}/out/bias"] = frozen[f"{layer}.attn.out.bias"]
+            for j in (0, 1):
+                arrays[f"{block}/MlpBlock_3/Dense_{j}/kernel"] = frozen[f"{layer}.ffn.fc{j + 1}.weight"].T
+                arrays[f"{block}/MlpBlock_3/Dense_{j}/bias"] = frozen[f"{layer}.ffn.fc{j + 1}.bias"]
+        return arrays
 
 
 class AuthorsSwin(Oracle):

@@ -1,6 +1,5 @@
 """timm models by name and by weights file, with the errors a typo or a wrong file deserves."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -38,46 +37,6 @@ def test_backbone_without_a_head_is_loaded(tmp_path):
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     model, _ = create_model("test_vit", 2, weights=tmp_path / "weights.safetensors")
     assert torch.equal(model.cls_token, source.cls_token)
-
-
-def google_arrays(model):
-    """The state dict of a timm ViT under the names of Google's published checkpoints."""
-    state = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    dim, heads = model.embed_dim, model.blocks[0].attn.num_heads
-    arrays = {
-        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "cls": state["cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        "Transformer/encoder_norm/scale": state["norm.weight"],
-        "Transformer/encoder_norm/bias": state["norm.bias"],
-    }
-    for i in range(len(model.blocks)):
-        ours, theirs = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
-        for norm, name in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
-            arrays |= {f"{theirs}{name}/scale": state[f"{ours}{norm}.weight"]}
-            arrays |= {f"{theirs}{name}/bias": state[f"{ours}{norm}.bias"]}
-        attention = f"{theirs}MultiHeadDotProductAttention_1/"
-        for j, part in enumerate(("query", "key", "value")):
-            rows = slice(j * dim, (j + 1) * dim)
-            weight = state[f"{ours}attn.qkv.weight"][rows].T
-            arrays[f"{attention}{part}/kernel"] = weight.reshape(dim, heads, dim // heads)
-            arrays[f"{attention}{part}/bias"] = state[f"{ours}attn.qkv.bias"][rows].reshape(heads, dim // heads)
-        arrays[f"{attention}out/kernel"] = state[f"{ours}attn.proj.weight"].T.reshape(heads, dim // heads, dim)
-        arrays[f"{attention}out/bias"] = state[f"{ours}attn.proj.bias"]
-        for j in range(2):
-            arrays[f"{theirs}MlpBlock_3/Dense_{j}/kernel"] = state[f"{ours}mlp.fc{j + 1}.weight"].T
-            arrays[f"{theirs}MlpBlock_3/Dense_{j}/bias"] = state[f"{ours}mlp.fc{j + 1}.bias"]
-    return arrays
-
-
-def test_google_weights_are_loaded(tmp_path):
-    source = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    np.savez(tmp_path / "weights.npz", **google_arrays(source))
-    model, _ = create_model("vit_tiny_patch16_224", 5, weights=tmp_path / "weights.npz")
-    state = model.state_dict()
-    for key, tensor in source.state_dict().items():
-        assert torch.equal(state[key], tensor), key
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlrr_kernels.train.npz import check_npz
 from rlrr_kernels.train.preprocessing import Preprocessing
 
 HUB = "hub"
@@ -72,7 +73,7 @@ def create_model(
             torch.manual_seed(0)
             model = timm.create_model(name, **options)
     else:
-        model = _from_file(name, options, Path(weights))
+        model = _from_file(name, classes, options, Path(weights))
     data = resolve_model_data_config(model)
     size = image_size or data["input_size"][-1]
     _check_image_size(model, name, size)
@@ -113,35 +114,44 @@ def _hub_is_out_of_reach(endpoint: str) -> bool:
     return False
 
 
-def _from_file(name: str, options: dict[str, Any], file: Path) -> nn.Module:
+def _from_file(name: str, classes: int, options: dict[str, Any], file: Path) -> nn.Module:
     """timm's loading, with its conversions of names and sizes, but strict about everything except the head."""
     import timm
-    from timm.models import load_state_dict
+    from timm.models import VisionTransformer, load_state_dict
 
     if not file.is_file():
         raise FileNotFoundError(f"the weights file {file} does not exist")
+    # Without a head, and timm told that the file has none either: only then does it load strictly.
+    options = options | {"pretrained": True, "num_classes": 0}
     try:
-        if file.suffix == ".npz":
-            overlay = {"file": str(file), "custom_load": True}
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
         with torch.device("meta"):
-            meta = timm.create_model(name, **options)
-        heads = meta.pretrained_cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        state = load_state_dict(str(file))
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(heads)}
-        state |= {key: torch.zeros(t.shape) for key, t in meta.state_dict().items() if key.startswith(heads)}
-        overlay = {"state_dict": state, "num_classes": options["num_classes"]}  # as many classes: timm loads strictly
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            meta = timm.create_model(name, **options | {"pretrained": False})
+        if file.suffix == ".npz":
+            if isinstance(meta, VisionTransformer):
+                check_npz(file, meta)
+            overlay = {"file": str(file), "custom_load": True, "num_classes": 0}
+        else:
+            heads = meta.pretrained_cfg.get("classifier") or ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            state = {key: t for key, t in load_state_dict(str(file)).items() if not _is_of_head(key, heads)}
+            overlay = {"state_dict": state, "num_classes": 0}
+        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # timm, torch, safetensors and pickle each have their own
-        raise ValueError(f"the weights file {file} does not fit {name}: {_shortened(error)}") from error
-    model.pretrained_cfg.pop("state_dict")
+        raise ValueError(
+            f"the weights file {file} does not fit {name}: {str(error).strip() or type(error).__name__}"
+        ) from error
+    model.pretrained_cfg.pop("state_dict", None)
+    model.reset_classifier(classes)
     return model
 
 
-def _shortened(error: Exception, limit: int = 600) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " ..."
+def _is_of_head(key: str, heads: tuple[str, ...]) -> bool:
+    """Whether ``key`` of a state dict is the classifier's: under timm's name (``head.fc``) or, as others have it, its
+    parent's (``head.weight``)."""
+    parents = [head.rpartition(".")[0] for head in heads]
+    return key.startswith(tuple(f"{head}." for head in heads)) or key in [
+        f"{parent}.{part}" for parent in parents if parent for part in ("weight", "bias")
+    ]
 
 
 def _check_image_size(model: nn.Module, name: str, size: int) -> None:
