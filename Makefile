@@ -27,7 +27,8 @@ lint: $(STAMP)
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-INTERPRETED := tests/test_linear_numerics.py tests/test_linear_op.py tests/test_norm_rescale.py tests/test_scale_grad_rows.py
+INTERPRETED := tests/test_linear_numerics.py tests/test_linear_op.py tests/test_norm_rescale.py tests/test_scale_grad_rows.py \
+	tests/test_tuning.py
 
 test: lint
 	$(PY) -m pytest tests -q -m "not slow and not gpu"

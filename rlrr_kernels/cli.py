@@ -182,6 +182,42 @@ def doctor() -> None:
 
 
 @app.command()
+def tune(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="NxK of a frozen weight, repeat for several  [default: those of ViT-B]")
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Batch times tokens, repeat for several  [default: 8, 64 and 1576]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+) -> None:
+    """Measure tiles of the Triton kernels on this GPU and keep those that beat the shipped ones. Takes minutes."""
+    import torch
+
+    from rlrr_kernels.ops import tuned_tiles
+    from rlrr_kernels.ops.tuning import Tuned
+    from rlrr_kernels.ops.tuning import tune as run
+
+    def show(found: Tuned) -> None:
+        kept = f"{tuple(found.tiles)}, kept" if found.kept else "the shipped tiles stay"
+        limit = f"M <= {found.limit}" if found.limit else "larger M"
+        console.print(
+            f"{found.kernel}, {limit}: {found.us:.1f} µs, shipped {found.shipped_us:.1f} µs: {kept}", highlight=False
+        )
+
+    options = {}
+    if shape:
+        try:
+            options["shapes"] = [tuple(int(size) for size in given.lower().split("x")) for given in shape]
+        except ValueError:
+            raise ValueError(f"--shape must be NxK, such as 3072x768; got {', '.join(shape)}") from None
+    if rows:
+        options["rows"] = rows
+    run(dtype=getattr(torch, dtype, dtype), report=show, **options)
+    console.print(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it", highlight=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder")] = Path("runs/demo"),
     cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),

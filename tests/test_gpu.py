@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,18 @@ def test_compiled_model(mode: str):
         y.float().sum().backward()
     with torch.autocast("cuda", torch.bfloat16):
         torch.testing.assert_close(y.float(), model(x).float(), rtol=2e-2, atol=2e-2)
+
+
+def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rlrr_kernels.ops import tuned_tiles, tuning
+
+    monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
+    tuned_tiles.forget()
+    results = tuning.tune([(768, 768)], [16, 64, 1576])
+    assert {result.kernel for result in results} == set(tuning.KERNELS)
+    kept = sum(result.kept for result in results)
+    assert len(tuned_tiles.read(tuned_tiles.cache_file())) == kept
+    for rows in (16, 64, 1576):
+        case = Case(rows, 768, 768, dtype=torch.bfloat16, device="cuda")
+        numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), case.draw(0))
+    tuned_tiles.forget()

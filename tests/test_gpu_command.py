@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import gate as gate_module
-from benchmarks.gpu import measure, model, report, steps, targets, tune
+from benchmarks.gpu import measure, model, report, steps, targets
 from benchmarks.gpu.layers import layer_rows, problem_of
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.work import Unit
@@ -312,11 +312,12 @@ def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
         for batch in (8, 64)
     }
     assert {entry[4] for entry in plan.compiled} == {"default", "max-autotune"}
+    tuning = pytest.importorskip("rlrr_kernels.ops.tuning", reason="needs Triton")
     for _, shape, rows, name in plan.tuned:
         for kernel in linear_configs.KERNELS:
             precision = PRECISIONS[name]
-            limit = tune.shape_class("sm_90", kernel, precision.dtype.itemsize, rows)
-            assert (kernel, precision.dtype.itemsize, limit) in tune.CANDIDATES, (shape, rows, name)
+            limit = linear_configs.shape_class(kernel, "sm_90", precision.dtype, rows)
+            assert (kernel, precision.dtype.itemsize, limit) in tuning.CANDIDATES, (shape, rows, name)
 
 
 def row(rival: str, graph_us: float, work: str = "step", rows: int = 4096) -> dict:
@@ -366,7 +367,9 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
     if backends.INTERPRETING:
         pytest.skip("with Triton's interpreter on, nothing compiles")
     compile_report = pytest.importorskip("benchmarks.compile_report", reason="needs Triton")
-    for (kernel, size, limit), candidates in tune.CANDIDATES.items():
+    from rlrr_kernels.ops import tuning
+
+    for (kernel, size, limit), candidates in tuning.CANDIDATES.items():
         for values in candidates:
             dtype = torch.bfloat16 if size == 2 else torch.float32
             tiles = linear_configs.Tiles(*values)
@@ -376,15 +379,6 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
             # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
             problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
             assert not problems, (kernel, values, problems)
-
-
-def test_tiles_are_put_back_after_a_trial():
-    before = {key: list(value) for key, value in linear_configs.TABLE["sm_90"].items()}
-    tiles = linear_configs.Tiles(16, 32, 128, 4, 4)
-    with tune.only_tiles("sm_90", "forward", 2, tiles):
-        assert linear_configs.tiles_for("forward", "sm_90", torch.bfloat16, 4096) == tiles
-    assert before == linear_configs.TABLE["sm_90"]
-    assert linear_configs.tiles_for("forward", "sm_90", torch.bfloat16, 4096) != tiles
 
 
 def test_report_only_writes_the_report_of_earlier_rows(interpreted, tmp_path: Path):

@@ -73,3 +73,44 @@ def test_products_are_cut_where_tiles_fill_no_gpu_and_into_no_slivers():
     tiles = configs.tiles_for("forward", "sm_90", torch.bfloat16, 16)
     assert configs.contraction_splits(768 // tiles.block_k, 768 // tiles.block_n, tiles, "sm_90") == 3
     assert configs.contraction_splits(3072 // tiles.block_k, 768 // tiles.block_n, tiles, "sm_90") == 11
+
+
+def every_entry(arch: str) -> list[tuple[str, torch.dtype, configs.Tiles]]:
+    table = configs.TABLE[arch] | {
+        key: [*configs.TABLE[arch][key], (0, tiles)] for key, tiles in configs.IRREGULAR.items()
+    }
+    return [
+        (kernel, dtype, tiles)
+        for (kernel, size), rows in table.items()
+        for dtype in DTYPES
+        if dtype.itemsize == size
+        for _, tiles in rows
+    ]
+
+
+@pytest.mark.parametrize("device", [*configs.SHARED_BYTES, "sm_75", "sm_121", "gfx90a", "gfx1100", "unknown"])
+def test_shipped_tiles_fit_in_the_shared_memory_of_every_gpu(device: str):
+    arch = device if device in configs.ARCHITECTURES else configs.DEFAULT_ARCHITECTURE
+    for kernel, dtype, tiles in every_entry(arch):
+        assert configs.fits(kernel, tiles, dtype, dtype, device), (kernel, dtype, tiles)
+        if dtype.itemsize == 2 and device in configs.SHARED_BYTES:
+            assert configs.fits(kernel, tiles, dtype, torch.float32, device), (kernel, dtype, tiles, "fp32 weight")
+
+
+def test_more_of_anything_needs_more_shared_memory():
+    tiles = configs.Tiles(64, 64, 64, 4, 3)
+    for kernel, field in itertools.product(configs.KERNELS, ("block_m", "block_n", "block_k", "stages")):
+        larger = tiles._replace(**{field: 2 * getattr(tiles, field)})
+        needed, more = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16) for t in (tiles, larger))
+        assert needed < more
+    huge = configs.Tiles(256, 256, 64, 8, 4)
+    assert not configs.fits("forward", huge, torch.bfloat16, torch.bfloat16, "sm_89")
+    assert configs.fits("forward", huge._replace(stages=3), torch.bfloat16, torch.bfloat16, "sm_90")
+
+
+def test_classes_are_the_tables():
+    for arch, kernel, rows in itertools.product(configs.ARCHITECTURES, configs.KERNELS, ROWS):
+        limit = configs.shape_class(kernel, arch, torch.bfloat16, rows)
+        assert rows <= limit or limit == 0
+        tiles = configs.tiles_for(kernel, arch, torch.bfloat16, rows)
+        assert (limit, tiles) in configs.TABLE[arch][kernel, 2]

@@ -100,7 +100,7 @@ class Session:
             *layer_units(self.plan, gate, ceilings),
             *memory_units(self.plan, gate),
             *step_units(self.plan, gate),
-            *tune_units(self.plan, gate),
+            *tune_units(self.plan),
         ]
         units = [unit for unit in units if unit.section in self.sections]
         units.sort(key=lambda unit: (unit.tier, SECTIONS.index(unit.section)))

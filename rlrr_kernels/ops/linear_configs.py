@@ -91,10 +91,55 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "in
 """Used to split M in the scale gradients: from the architecture, not the device, so that results repeat everywhere."""
 
 
+SHARED_BYTES = {
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
+    "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
+    "interpreter": 1 << 30,
+}  # fmt: skip
+"""Shared memory one block may use, by the device's own name (CUDA C++ programming guide, compute capabilities; AMD CDNA
+ISA), whether or not it has entries of its own above."""
+
+LEAST_SHARED_BYTES = 64 << 10
+"""What any GPU that Triton serves has."""
+
+
+def device_name(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:
+    """ "sm_90" for capability (9, 0), AMD names without their features, "interpreter" for neither."""
+    if gcn_arch:
+        return gcn_arch.split(":")[0]
+    return f"sm_{capability[0]}{capability[1]}" if capability else "interpreter"
+
+
 def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:
-    """The architecture whose entries serve a device: "sm_90" for capability (9, 0), AMD names as they are."""
-    name = gcn_arch.split(":")[0] if gcn_arch else f"sm_{capability[0]}{capability[1]}" if capability else "interpreter"
+    """The architecture whose entries serve a device: its own name, or the safe default for one without entries."""
+    name = device_name(capability, gcn_arch)
     return name if name in ARCHITECTURES else DEFAULT_ARCHITECTURE
+
+
+def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """At most this much shared memory is used by a program of ``kernel``.
+
+    The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and a row of s_c or s_r
+    for every stage but one, whose weight is in registers; one operand is then on its way to another layout.
+    """
+    size, barriers = dtype.itemsize, 64
+    if kernel == "grad_scales":
+        return tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages + barriers
+    contracted = tiles.block_k if kernel == "forward" else tiles.block_n
+    first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
+    stage = first * size + second * weight_dtype.itemsize + contracted * max(4, size)
+    return stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers
+
+
+def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> bool:
+    """Whether a device of this name has a program's shared memory; an unknown one is taken to have the least."""
+    return shared_bytes(kernel, tiles, dtype, weight_dtype) <= SHARED_BYTES.get(device, LEAST_SHARED_BYTES)
+
+
+def shape_class(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> int:
+    """The largest M of the table's class that serves ``rows``; 0 for the last, which has none."""
+    entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
+    return next((limit for limit, _ in entries[:-1] if rows <= limit), 0)
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops import linear_configs
+from rlrr_kernels.ops import linear_configs, tuned_tiles
 from rlrr_kernels.ops.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 from rlrr_kernels.ops.row_sample import RowSample
@@ -602,14 +602,24 @@ def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual:
 # ---------------------------------------------------------------- the backend
 
 
-@functools.cache
-def _architecture(device: torch.device) -> str:
+def _capability(device: torch.device) -> tuple[tuple[int, int] | None, str | None]:
+    """Compute capability of an NVIDIA GPU and architecture of an AMD one; None for what it is not."""
     if device.type == "cpu":
-        return "interpreter"
+        return None, None
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return linear_configs.architecture(None, properties.gcnArchName)
-    return linear_configs.architecture((properties.major, properties.minor))
+    return (None, properties.gcnArchName) if torch.version.hip else ((properties.major, properties.minor), None)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The architecture in ``linear_configs`` that serves a device; "interpreter" for the CPU."""
+    return linear_configs.architecture(*_capability(device))
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The device's own name in ``linear_configs.SHARED_BYTES``."""
+    return linear_configs.device_name(*_capability(device))
 
 
 def merge(
@@ -636,14 +646,13 @@ def forward(
     ``path`` forces ``one_pass`` or ``merge``.
     """
     check_interpreter(x.dtype, weight.dtype)
-    count, arch = x.shape[0], _architecture(x.device)
+    count, arch = x.shape[0], architecture(x.device)
     if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
         merged = merge(weight, scale_row, scale_col, residual, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
     y = torch.empty(count, weight.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
-        regular = linear_configs.regular(scale_row.shape[1], *x.stride(), *weight.stride())
-        tiles = linear_configs.tiles_for("forward", arch, x.dtype, count, regular)
+        tiles = tuned_tiles.tiles_for("forward", arch, x, weight, weight, scale_row.shape[1])
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles):
@@ -670,7 +679,7 @@ def backward(
     check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-    dtype, arch = accumulate_dtype(grad_y.dtype), _architecture(grad_y.device)
+    dtype, arch = accumulate_dtype(grad_y.dtype), architecture(grad_y.device)
     grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) if need_x else None
     if not (need_row or need_col):
         return grad_x, None, None, grad_y.sum(0, dtype=dtype) if need_bias else None
@@ -679,8 +688,7 @@ def backward(
         torch.empty_like(scale_col) if need_col else None,
         torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None,
     )
-    regular = linear_configs.regular(1, *grad_y.stride(), *x.stride())
-    tiles = linear_configs.tiles_for("grad_scales", arch, grad_y.dtype, x.shape[0], regular)
+    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1)
     if sample is None:
         launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
     else:
@@ -702,8 +710,7 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
         return grad_y.new_zeros(count, weight.shape[1])
     grad_x = torch.empty(count, weight.shape[1], dtype=grad_y.dtype, device=grad_y.device)
     if grad_x.numel():
-        regular = linear_configs.regular(scale_row.shape[1], *grad_y.stride(), *weight.stride())
-        tiles = linear_configs.tiles_for("grad_x", arch, grad_y.dtype, count, regular)
+        tiles = tuned_tiles.tiles_for("grad_x", arch, grad_y, weight, weight, scale_row.shape[1])
         for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles):
             launch.run()
     return grad_x
