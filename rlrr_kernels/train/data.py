@@ -24,11 +24,26 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of one split: ``paths[i]`` belongs to class ``classes[labels[i]]``."""
+    """Images of one split: ``paths[i]`` belongs to class ``classes[labels[i]]``.
+
+    Raises:
+        ValueError: there are more or fewer labels than images, or a label outside the class range (its image is named).
+    """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.paths) != len(self.labels):
+            raise ValueError(f"every image needs one label; got {len(self.paths)} images and {len(self.labels)} labels")
+        outside = [i for i, label in enumerate(self.labels) if not 0 <= label < len(self.classes)]
+        if outside:
+            more = f", and of {len(outside) - 1} more" if len(outside) > 1 else ""
+            raise ValueError(
+                f"labels must lie in 0 to {len(self.classes) - 1}, as there are {len(self.classes)} classes; "
+                f"got {self.labels[outside[0]]} of {self.paths[outside[0]]}{more}"
+            )
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -90,7 +90,7 @@ def run_grid(
         OSError: a result could not be written.
     """
     runs, out = list(runs), Path(out)
-    _check_names([run.name for run in runs])
+    check_names([run.name for run in runs])
     results = {run.name: result for run in runs if (result := finished_result(run, out)) is not None}
     for name, result in results.items():
         on_result(name, result)
@@ -174,7 +174,8 @@ def summarize(
     }
 
 
-def _check_names(names: list[str]) -> None:
+def check_names(names: list[str]) -> None:
+    """Raises ``ValueError`` unless every run of a grid can have a folder of its own under its name."""
     for name in names:
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
