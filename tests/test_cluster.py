@@ -39,13 +39,15 @@ def numbers(result):
 def test_jobs_give_what_the_runs_give_here_and_failures_stop_no_other(images, tmp_path):
     first, second = grid_runs(images, (1, 2))
     broken = dataclasses.replace(first, name="broken", config=dataclasses.replace(first.config, model="no_such_vit"))
+    told = []
     expected = run_grid([first], tmp_path / "here", quiet=True)
     out = tmp_path / "jobs here"
     run_grid([second], out, quiet=True)
     written = (out / second.name / "result.json").stat().st_mtime_ns
     options = {"cluster": "local", "poll_seconds": 0.1, "quiet": True}
     with pytest.raises(RuntimeError, match=r"1 of 3 runs failed:\nbroken: ValueError: timm has no model 'no_such_vit'"):
-        submit_grid([broken, first, second], out, **options)
+        submit_grid([broken, first, second], out, on_result=lambda name, result: told.append(name), **options)
+    assert told == [second.name, first.name]  # as soon as it is read or done
     results = submit_grid([first, second], out, **options)  # nothing is left to do
     assert list(results) == [first.name, second.name]
     assert numbers(results[first.name]) == numbers(expected[first.name])
@@ -56,9 +58,9 @@ def test_jobs_give_what_the_runs_give_here_and_failures_stop_no_other(images, tm
 
 def test_a_job_that_loses_its_machine_is_queued_again(images, tmp_path):
     (run,) = grid_runs(images, (1,))
-    again = cluster._GridJob(run, tmp_path).checkpoint()
+    again = cluster._GridJob(run, tmp_path, True).checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
-    assert again.function == cluster._GridJob(run, tmp_path)
+    assert again.function == cluster._GridJob(run, tmp_path, True)
 
 
 @pytest.mark.slow
@@ -97,3 +99,36 @@ def test_the_reason_of_a_failure_is_found_in_submitits_messages():
     assert (
         cluster._reason("Job 12 (task: 0) with path a\nhas not produced any output") == "Job 12 (task: 0) with path a"
     )
+
+
+def test_parameters_of_jobs_are_read():
+    assert cluster.job_parameters(["slurm_partition=gpu", "mem_gb=32"]) == {"slurm_partition": "gpu", "mem_gb": 32}
+    with pytest.raises(ValueError, match="must be NAME=VALUE, such as timeout_min=600; got 'gpu'"):
+        cluster.job_parameters(["gpu"])
+
+
+def test_a_reproduction_can_be_made_of_jobs(tmp_path, monkeypatch):
+    from paper_trees import make_vtab
+    from typer.testing import CliRunner
+
+    from rlrr_kernels.cli import app
+
+    asked = []
+
+    def here(runs, out, *, on_result, keep_checkpoints, **options):
+        asked.append(options)
+        return run_grid(runs, out, on_result=on_result, keep_checkpoints=keep_checkpoints, quiet=True)
+
+    monkeypatch.setattr(cluster, "submit_grid", here)
+    make_vtab(tmp_path / "data", "kitti", 16, 8, 8)
+    command = (
+        f"reproduce vtab --root {tmp_path / 'data'} --out {tmp_path / 'out'} --model test_vit --weights none --seeds 1 "
+        "--tasks kitti --epochs 1 --image-size 32 --mixed-precision no --cpu"
+    ).split()
+    jobs = ["--cluster", "slurm", "--at-once", "4", "--job", "slurm_partition=gpu", "--job", "timeout_min=60"]
+    done = CliRunner().invoke(app, [*command, *jobs])
+    assert done.exit_code == 0, done.output
+    assert asked == [{"cluster": "slurm", "at_once": 4, "slurm_partition": "gpu", "timeout_min": 60, "quiet": False}]
+    assert (tmp_path / "out" / "results" / "kitti.json").exists()
+    refused = CliRunner().invoke(app, [*command, "--at-once", "4"])
+    assert "--at-once and --job are settings of jobs; give --cluster too" in str(refused.exception)

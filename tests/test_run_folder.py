@@ -73,6 +73,16 @@ def test_the_environment_of_every_session_is_recorded(tmp_path, monkeypatch):
     assert sessions[0]["backends"]["devices"]["cpu"]["auto"] in ("cpp", "torch")
 
 
+def test_a_run_refused_to_go_on_leaves_no_trace_in_the_folder(tmp_path):
+    config = small_run(make_splits(tmp_path / "images"), tmp_path / "run")
+    finetune(config, quiet=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for other in ({"model": "test_vit2"}, {"rank": 2}, {"method": "bias"}):
+        with pytest.raises(ValueError, match=r"checkpoint in .*run belongs to a run with other settings"):
+            finetune(dataclasses.replace(config, **other), resume=True, quiet=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+
+
 def test_configurations_survive_the_file(tmp_path):
     preprocessing = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3, "squash")
     config = dataclasses.replace(

@@ -13,6 +13,7 @@ pytest.importorskip("timm", reason="the training library needs timm")
 from rlrr_kernels.train.data import (
     EpochShuffle,
     ImageDataset,
+    Samples,
     check_images,
     find_samples,
     find_splits,
@@ -138,3 +139,11 @@ def test_epoch_shuffle_skips_what_was_done():
     order.epoch, order.skip = 0, 6
     assert list(order) == first[6:]
     assert len(order) == 4
+
+
+def test_a_label_outside_the_classes_is_named_with_its_image(tmp_path):
+    paths = tuple(tmp_path / f"{i}.png" for i in range(4))
+    with pytest.raises(ValueError, match=r"must lie in 0 to 2, as .* 3 classes; got 3 of .*1\.png, and of 1 more"):
+        Samples(paths, (0, 3, 1, -1), ("a", "b", "c"))
+    with pytest.raises(ValueError, match="got 4 images and 3 labels"):
+        Samples(paths, (0, 1, 2), ("a", "b", "c"))

@@ -115,6 +115,20 @@ def test_a_full_disk_in_mid_run_does_not_end_it(images, tmp_path, monkeypatch):
     assert checkpoint.load_checkpoint(tmp_path / "run")["updates"] == 2
 
 
+def test_a_checkpoint_that_the_system_cuts_short_leaves_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of the size of files are Unix's")
+    checkpoint.save_checkpoint(tmp_path, {"value": torch.ones(10)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save_checkpoint(tmp_path, {"value": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.load_checkpoint(tmp_path)["value"].tolist() == [1.0] * 10
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
 def test_a_disk_too_full_for_a_checkpoint_is_told_at_the_start(images, tmp_path, monkeypatch):
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -159,6 +160,13 @@ def reproduce(
     workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
     checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+    cluster: Annotated[
+        str | None, typer.Option(help="Each run as a job of its own: slurm, or local (all on this machine)")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(help="Jobs queued or running at a time; default: all")] = None,
+    job: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of a job, as submitit calls it: slurm_partition=gpu, mem_gb=32")
+    ] = None,
 ) -> None:
     """Train every task of a benchmark by the paper's settings; the same command goes on with a stopped one.
 
@@ -187,7 +195,15 @@ def reproduce(
         checkpoint_minutes=checkpoint_minutes,
         cpu=cpu,
     )
-    results = run(config)
+    if cluster is None:
+        if at_once is not None or job:
+            raise ValueError("--at-once and --job are settings of jobs; give --cluster too")
+        results = run(config)
+    else:
+        from rlrr_kernels.train.cluster import job_parameters, submit_grid
+
+        parameters = job_parameters(job or ())
+        results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
     console.print(f"{done} runs of {len(results)} tasks are done: {out}", highlight=False)
     console.print(f"next: {program()} report {out}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ class ReproduceConfig:
         paper_train_config(self.benchmark, augmented=self.augmented)
 
 
-def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, TaskResults]:
+def reproduce(
+    config: ReproduceConfig, *, grid: Callable[..., Any] = run_grid, quiet: bool = False
+) -> dict[str, TaskResults]:
     """Does every run that is not done yet, the first seed of all tasks first; the same call goes on with a stopped one.
 
     Each run is one of :func:`rlrr_kernels.train.grid.run_grid`: killed at any moment, no finished epoch is lost. The
@@ -89,6 +92,7 @@ def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, Task
 
     Args:
         config: what to reproduce.
+        grid: does the runs: ``run_grid``, or :func:`rlrr_kernels.train.cluster.submit_grid` with its settings.
         quiet: print nothing.
 
     Returns:
@@ -135,7 +139,7 @@ def reproduce(config: ReproduceConfig, *, quiet: bool = False) -> dict[str, Task
                     highlight=False,
                 )
 
-    run_grid(grid_runs(config), Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
+    grid(grid_runs(config), Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
     return results
 
 

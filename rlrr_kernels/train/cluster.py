@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class _GridJob:
 
     run: GridRun
     out: Path
+    keep_checkpoints: bool
 
     def __call__(self) -> str:
         from submitit import JobEnvironment
@@ -34,7 +35,7 @@ class _GridJob:
 
         if JobEnvironment().num_tasks > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        run_grid([self.run], self.out, quiet=True)
+        run_grid([self.run], self.out, keep_checkpoints=self.keep_checkpoints, quiet=True)
         return self.run.name
 
     def checkpoint(self) -> Any:
@@ -50,6 +51,8 @@ def submit_grid(
     *,
     cluster: str | None = None,
     at_once: int | None = None,
+    keep_checkpoints: bool = True,
+    on_result: Callable[[str, dict[str, Any]], None] = lambda name, result: None,
     poll_seconds: float = 10,
     quiet: bool = False,
     **parameters: Any,
@@ -65,6 +68,7 @@ def submit_grid(
         out: folder of the grid; ``out/jobs`` gets submitit's files and the logs.
         cluster: ``local``, ``slurm``, or None: Slurm where it is installed.
         at_once: how many jobs may be queued or running at a time; None: all.
+        keep_checkpoints, on_result: as for ``run_grid``; ``on_result`` is called here, as runs are done.
         poll_seconds: between two looks at the jobs.
         quiet: print nothing.
         parameters: of a job, by submitit's names: ``timeout_min`` (default 1440), ``gpus_per_node``, ``cpus_per_task``,
@@ -86,28 +90,50 @@ def submit_grid(
     if at_once is not None and at_once < 1:
         raise ValueError(f"at_once must be at least 1; got {at_once}")
     executor = _executor(out / JOBS, cluster, parameters)
-    waiting = [run for run in runs if finished_result(run, out) is None]
+    by_name = {run.name: run for run in runs}
+    results = {name: result for name, run in by_name.items() if (result := finished_result(run, out)) is not None}
+    for name, result in results.items():
+        on_result(name, result)
+    waiting = [run for run in runs if run.name not in results]
     if not quiet:
-        console.print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished, {len(waiting)} to do")
+        console.print(f"{len(results)} of {len(runs)} runs are finished, {len(waiting)} to do", highlight=False)
     running: dict[str, Job] = {}
     failed: dict[str, str] = {}
     while waiting or running:
         while waiting and len(running) < (at_once or len(runs)):
             run = waiting.pop(0)
-            running[run.name] = executor.submit(_GridJob(run, out))
+            running[run.name] = executor.submit(_GridJob(run, out, keep_checkpoints))
         time.sleep(poll_seconds)
         for name in [name for name, job in running.items() if job.done()]:
             job = running.pop(name)
-            error = job.exception()
-            if error is not None:
-                failed[name] = f"{_reason(str(error))} (log: {job.paths.stderr})"
+            error, result = job.exception(), finished_result(by_name[name], out)
+            if result is None:
+                failed[name] = f"{_reason(str(error or 'no result'))} (log: {job.paths.stderr})"
+            else:
+                results[name] = result
+                on_result(name, result)
             if not quiet:
-                console.print(f"{name}: {'done' if error is None else failed[name]}", highlight=False, soft_wrap=True)
+                console.print(f"{name}: {failed.get(name, 'done')}", highlight=False, soft_wrap=True)
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
         )
-    return run_grid(runs, out, quiet=True)  # reads the results
+    return {run.name: results[run.name] for run in runs}
+
+
+def job_parameters(texts: Iterable[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as keyword arguments of :func:`submit_grid`; whole numbers become numbers.
+
+    Raises:
+        ValueError: a text without ``=``.
+    """
+    parameters: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"a job's parameter must be NAME=VALUE, such as timeout_min=600; got {text!r}")
+        parameters[name.strip()] = int(value) if value.strip().lstrip("-").isdecimal() else value.strip()
+    return parameters
 
 
 def _executor(folder: Path, cluster: str | None, parameters: dict[str, Any]) -> Any:

@@ -117,7 +117,15 @@ class _CountedAllGather:
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-# ---------------------------------------------------------------- FSDP2
+# ---------------------------------------------------------------- copies and shares
+
+
+def copy_to_all(model: nn.Module, accelerator: Accelerator, exchange: Exchange) -> nn.Module:
+    """``model`` on the device of ``accelerator``; in several processes wrapped by DDP, which averages gradients."""
+    prepared = accelerator.prepare(model)
+    if accelerator.num_processes > 1:
+        exchange.restrict_to_gradients(prepared)
+    return prepared
 
 
 def shard_frozen(model: nn.Module, accelerator: Accelerator, exchange: Exchange) -> nn.Module:

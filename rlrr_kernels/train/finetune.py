@@ -225,7 +225,7 @@ def finetune(
         recompute_activations(model)
     if talk:
         _introduce(config, task, splits, report, resume)
-    from_main(accelerator, lambda: _describe_run(out, config, accelerator, resume))
+    from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
     sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
     sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
     result = fit(
@@ -245,6 +245,7 @@ def finetune(
         accelerator=accelerator,
         chosen_on=config.epoch_chosen_on,
         resume=resume,
+        started=lambda: from_main(accelerator, lambda: _describe_run(out, config, accelerator, resume)),
         quiet=quiet,
     )
     adapter = out / ADAPTER
@@ -380,8 +381,10 @@ def _save(model: nn.Module, folder: Path, metadata: dict[str, Any], out: Path) -
 
 
 def _describe_run(out: Path, config: FinetuneConfig, accelerator: Accelerator, resume: bool) -> None:
-    session = add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)
-    write_together(out, {CONFIG: write_config(config), ENVIRONMENT: session})
+    files = {ENVIRONMENT: add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)}
+    if not (resume and (out / CONFIG).exists()):
+        files[CONFIG] = write_config(config)
+    write_together(out, files)
 
 
 def _write_result(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from rlrr_kernels.train.averaging import Average
 from rlrr_kernels.train.board import Board
 from rlrr_kernels.train.config import CHANGES_NO_NUMBER, TrainConfig
 from rlrr_kernels.train.data import EpochShuffle, ImageDataset, make_loader
-from rlrr_kernels.train.distributed import Exchange, from_main, make_accelerator, shard_frozen
+from rlrr_kernels.train.distributed import Exchange, copy_to_all, from_main, make_accelerator, shard_frozen
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
 from rlrr_kernels.train.mixing import Mixing
@@ -66,6 +66,7 @@ def fit(
     accelerator: Accelerator | None = None,
     chosen_on: str = "validation",
     resume: bool = False,
+    started: Callable[[], None] = lambda: None,
     quiet: bool = False,
 ) -> FitResult:
     """Trains the parameters of ``model`` that require gradients by AdamW; leaves it with the best epoch's in place.
@@ -90,6 +91,7 @@ def fit(
         accelerator: default: :func:`rlrr_kernels.train.distributed.make_accelerator`.
         chosen_on: what the images of ``val_set`` are, for the lines and logs: ``validation`` or ``test``.
         resume: go on from the checkpoint in ``folder``.
+        started: called once nothing speaks against the run any more, before its first step.
         quiet: no progress bars and no line an epoch.
 
     Raises:
@@ -103,6 +105,7 @@ def fit(
     run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
     if resume:
         run.load()
+    started()
     talk = run.accelerator.is_main_process and not quiet
     with TrainProgress(config.epochs, chosen_on=chosen_on, enabled=talk) as progress:
         run.start(progress)
@@ -157,12 +160,7 @@ class _Run:
         self.plain_model = model
         self.exchange = Exchange()
         self.sharded = config.fsdp and accelerator.num_processes > 1  # one process has nothing to spread
-        if self.sharded:
-            self.model = shard_frozen(model, accelerator, self.exchange)
-        else:
-            self.model = accelerator.prepare(model)
-            if accelerator.num_processes > 1:
-                self.exchange.restrict_to_gradients(self.model)
+        self.model = (shard_frozen if self.sharded else copy_to_all)(model, accelerator, self.exchange)
         self.optimizer, self.train_loader, self.val_loader = accelerator.prepare(optimizer, train_loader, val_loader)
         self.mixing = None
         if config.mixup or config.cutmix:
