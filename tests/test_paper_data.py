@@ -1,5 +1,6 @@
 """The paper's datasets: settings, the published layouts on disk, what `rlrr data check` finds, torchvision's images."""
 
+import inspect
 import json
 import sys
 from typing import ClassVar
@@ -246,6 +247,16 @@ def test_numbers_that_vary_are_notes_and_no_failure(tmp_path):
     assert names == dataset_names("fgvc")  # none of VTAB-1k is there
 
 
+def test_classes_without_training_images_are_noted(tmp_path):
+    folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
+    for split in ("train800", "val200", "train800val200"):
+        file = folder / f"{split}.txt"
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.endswith(" 2\n")))
+    found = check_dataset(tmp_path, dataset_settings("kitti"))
+    assert found.classes == 3
+    assert "kitti: 1 of 4 classes have no training image, 1 of them are tested" in found.warnings
+
+
 def test_check_needs_something_to_check(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         datasets_to_check(tmp_path / "nowhere", None, None)
@@ -345,5 +356,11 @@ def test_what_torchvision_cannot_give_is_told(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="torchvision's SVHN has too few images for train800, val200 of svhn: 600"):
         prepare_dataset(tmp_path, dataset_settings("svhn"))
     assert not list(tmp_path.glob("*vhn*"))
-    for name, source in TORCHVISION.items():
-        assert hasattr(torchvision.datasets, source.dataset), name
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_classes_take_these_arguments(name):
+    source = TORCHVISION[name]
+    signature = inspect.signature(getattr(torchvision.datasets, source.dataset))
+    for arguments in (*source.train, source.test or {}, source.val or {}):
+        signature.bind("root", download=False, **arguments)

@@ -155,6 +155,7 @@ def test_report_writes_markdown_csv_and_picture(monkeypatch, capsys, tmp_path):
     assert [line["dataset"] for line in rows][-2:] == ["Cars", "mean over tasks"]
     assert float(rows[1]["difference"]) == pytest.approx(-4.7)
     assert (rows[4]["accuracy"], rows[4]["note"]) == ("", "missing")
+    assert {(line["split"], line["epoch chosen on"], line["epochs"]) for line in rows} == {("paper", "test", "2")}
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -154,6 +154,28 @@ def test_fgvc_honest_and_augmented(tmp_path):
     assert (protocol.split, protocol.epochs, protocol.paper_epochs, protocol.augmented) == ("honest", 1, 110, True)
 
 
+def test_a_full_disk_loses_no_finished_run(root, tmp_path, monkeypatch):
+    from rlrr_kernels.paper import results
+    from rlrr_kernels.train import grid
+
+    original = results.write_together
+
+    def full(folder, contents):
+        if "kitti.json" in contents:
+            raise OSError(28, "No space left on device")
+        original(folder, contents)
+
+    settings = config(root, tmp_path / "out", epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_together", full)
+        with pytest.raises(OSError, match="No space left"):
+            reproduce(settings, quiet=True)
+    assert list(read_results(tmp_path / "out")) == ["svhn"]
+    monkeypatch.setattr(grid, "finetune", None)  # nothing is trained again
+    assert [len(task.runs) for task in reproduce(settings, quiet=True).values()] == [1, 1]
+    assert list(read_results(tmp_path / "out")) == ["svhn", "kitti"]
+
+
 def test_bad_datasets_are_all_told_before_the_first_run(root, tmp_path):
     (root / "svhn/test.txt").unlink()
     file = root / "kitti/val200.txt"

@@ -95,9 +95,12 @@ def check_dataset(
     problems += _overlaps(settings, content)
     training = [name for name in content if name != "test"]
     seen = {label for name in training for label in content[name].values()}
-    unseen = set(content["test"].values()) - seen
-    if unseen:
-        warnings.append(f"{settings.name}: {len(unseen)} classes have test images but no training image")
+    if len(seen) < settings.classes:
+        tested = len(set(content["test"].values()) - seen)
+        warnings.append(
+            f"{settings.name}: {settings.classes - len(seen)} of {settings.classes} classes have no training image"
+            + (f", {tested} of them are tested" if tested else "")
+        )
     paths = sorted({path for images in content.values() for path in images})
     if decode:
         problems += unreadable_images(paths, track)

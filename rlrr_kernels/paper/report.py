@@ -18,6 +18,7 @@ from rlrr_kernels.train.methods import TITLES
 MARKDOWN, CSV, PICTURE = "report.md", "report.csv", "report.png"
 
 _COLUMNS = ("group", "dataset", "accuracy", "standard deviation", "seeds", "reported", "difference", "note")
+_PROTOCOL_COLUMNS = ("method", "model", "split", "epoch_chosen_on", "epochs", "paper_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +222,15 @@ def to_markdown(report: Report) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """The report as CSV, numbers not rounded."""
+    """The report as CSV, numbers not rounded; every line carries how the runs were made."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    writer.writerow((*_COLUMNS, *(name.replace("_", " ") for name in _PROTOCOL_COLUMNS)))
+    protocol = [getattr(report.protocol, name) for name in _PROTOCOL_COLUMNS]
     for row in report.rows:
         numbers = (row.accuracy, row.spread, row.seeds, row.reported, row.difference)
         texts = ["" if value is None else f"{value:.6g}" for value in numbers]
-        writer.writerow((row.group, row.title, *texts, row.note))
+        writer.writerow((row.group, row.title, *texts, row.note, *protocol))
     return buffer.getvalue()
 
 
