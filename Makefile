@@ -47,7 +47,7 @@ $(TRITON_3_6): $(STAMP)
 	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0
 	touch $@
 
-# The CPU benchmarks: about 20 minutes on two otherwise idle cores, one JSON file a dtype.
+# The CPU benchmarks: about 8 minutes on two otherwise idle cores, one JSON file a dtype.
 bench: $(STAMP)
 	mkdir -p benchmarks/results
 	for dtype in float32 bfloat16; do \

@@ -18,6 +18,19 @@ RIVALS = {
 }
 """Whom the table compares with, and their headings; ``floor`` is one product in forward."""
 
+TARGETS = {
+    1: {"reference": 6, "compiled": 3, "torch": 1.3},
+    16: {"reference": 3, "compiled": 1.8, "torch": 1.3},
+    64: {"reference": 2, "compiled": 1.3, "torch": 1.3, "floor": 0.7},
+    197: {"reference": 1.5, "compiled": 1.1, "torch": 1.2, "floor": 0.8},
+    1576: {"reference": 1.05, "compiled": 1.0, "torch": 1.0, "floor": 0.9},
+    6304: {"reference": 1.05, "compiled": 1.0, "torch": 1.0, "floor": 0.9},
+}
+"""By M: the least times our time that each rival should take in forward + backward, worst shape."""
+
+MERGED_TARGET = 0.8
+"""The same for a merged layer in forward at M = 1: inference may take 1.25 times its time."""
+
 
 def read_rows(paths: list[Path]) -> list[dict]:
     """The ``extra_info`` of every benchmark in the files."""
@@ -28,13 +41,42 @@ def worst_ratios(rows: list[dict]) -> dict[tuple, dict[str, tuple[float, str]]]:
     """By (pass, dtype, threads, M): for every rival the smallest rival time / our time, and its shape."""
     table: dict[tuple, dict[str, tuple[float, str]]] = {}
     for row in rows:
-        key = (row["backward"], row["dtype"], row["threads"], row["rows"])
+        key = _key(row)
         shape = f"{row['in_features']} → {row['out_features']}"
         worst = table.setdefault(key, {})
         for name, seconds in row["seconds"].items():
             ratio = (seconds / row["seconds"]["cpp"], shape)
             worst[name] = min(worst.get(name, ratio), ratio)
     return table
+
+
+def targets(rows: list[dict]) -> list[str]:
+    """A table of :data:`TARGETS`: what was measured in the worst shape, and the target where it was missed."""
+    table = worst_ratios(rows)
+    names = ["reference", "compiled", "torch", "floor"]
+    headings = [*(RIVALS[name] for name in names), "kept bytes"]
+    lines = ["## Targets, forward + backward", ""]
+    lines += ["A cell with one number reached its target; a missed one names it.", ""]
+    lines += [f"| dtype, threads | M | {' | '.join(headings)} |", "|---|---|" + "---|" * len(headings)]
+    for key in sorted((k for k in table if k[0] and k[3] in TARGETS), key=lambda k: (k[1] != "float32", -k[2], k[3])):
+        _, dtype, threads, count = key
+        cells = []
+        for name in names:
+            ratio, least = table[key].get(name, (None,))[0], TARGETS[count].get(name)
+            missed = least is not None and ratio is not None and round(ratio, 2) < least
+            cells.append("-" if ratio is None else f"{ratio:.2f}" + (f" (**target {least}**)" if missed else ""))
+        kept = [row["kept_bytes"]["cpp"] for row in rows if _key(row) == key and row["kept_bytes"]]
+        lines.append(f"| {dtype}, {threads} | {count} | {' | '.join(cells)} | {max(kept) if kept else '-'} |")
+    for key in sorted(k for k in table if not k[0] and k[3] == 1 and "merged" in table[k]):
+        ratio = table[key]["merged"][0]
+        verdict = "" if round(ratio, 2) >= MERGED_TARGET else f" (**target {1 / MERGED_TARGET:.2f}**)"
+        time = f"{1 / ratio:.2f} times that of a merged layer{verdict}"
+        lines += ["", f"Inference at M = 1, {key[1]}, {key[2]} thread(s): {time}."]
+    return lines
+
+
+def _key(row: dict) -> tuple:
+    return row["backward"], row["dtype"], row["threads"], row["rows"]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -46,6 +88,8 @@ def markdown(rows: list[dict]) -> str:
         "",
         "Each cell: how many times our time the rival takes, in the worst of the shapes (K → N) measured; medians of",
         "interleaved runs in one process, rank 1. Over 1 is faster than the rival. Bytes: the largest shape.",
+        "",
+        *targets(rows),
     ]
     table = worst_ratios(rows)
     for key in sorted({key[:3] for key in table}, key=lambda key: (not key[0], key[1] != "float32", -key[2])):
@@ -55,7 +99,7 @@ def markdown(rows: list[dict]) -> str:
         lines += ["", f"## {'forward + backward' if backward else 'forward'}, {dtype}, {threads} thread(s)", ""]
         lines += [f"| M | {' | '.join(headings)} |", "|---|" + "---|" * len(headings)]
         for entry in sorted(k for k in table if k[:3] == key):
-            here = [row for row in rows if (row["backward"], row["dtype"], row["threads"], row["rows"]) == entry]
+            here = [row for row in rows if _key(row) == entry]
             times = [1e6 * row["seconds"]["cpp"] for row in here]
             largest = max(here, key=lambda row: row["in_features"] * row["out_features"])
             both = ("cpp", "reference")

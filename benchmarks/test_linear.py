@@ -15,6 +15,9 @@ from rlrr_kernels import backends
 
 ROWS = (1, 16, 64, 197, 1576, 6304)
 DTYPES = ("float32", "bfloat16")
+THREADS = (2, 1)
+SECONDS = 0.4
+"""About how long the rounds of one problem take together; there are at least three."""
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
 
@@ -32,10 +35,7 @@ def _problems():
         for rows in ROWS:
             for shape in common.LAYER_SHAPES:
                 for backward in (False, True):
-                    for count in (2, 1):
-                        # One thread: a sample, and no minutes-long runs.
-                        if count == 1 and (rows > 1576 or shape != (768, 3072)):
-                            continue
+                    for count in THREADS:
                         name = (
                             f"{dtype}-M{rows}-{shape[0]}x{shape[1]}-{'step' if backward else 'forward'}-{count}thread"
                         )
@@ -46,27 +46,24 @@ def _problems():
 def test_linear(benchmark, dtype, rows, shape, backward, threads):
     problem = common.Problem(rows, *shape, getattr(torch, dtype), backward)
     names = [name for name in common.RIVALS if not (backward and name == "merged")]
-    steps = common.rivals(problem, (*names, "cpp"))
-    ours = steps.pop("cpp")
-    times = {name: [] for name in steps}
+    rivals = common.rivals(problem, (*names, "cpp"))
+    for step in rivals.values():
+        step()  # compiles, allocates
+    ours = rivals["cpp"]
     started = time.perf_counter()
-    for step in (*steps.values(), ours) * 2:
-        step()
-    once = (time.perf_counter() - started) / 4  # includes compilation: an upper bound
-    started = time.perf_counter()
-    for step in (*steps.values(), ours):
-        step()
-    once = min(once, time.perf_counter() - started)
+    ours()
+    once = len(rivals) * (time.perf_counter() - started)
+    times = {name: [] for name in names}
 
     def run_rivals():
-        for name, step in steps.items():
+        for name in names:
             before = time.perf_counter()
-            step()
+            rivals[name]()
             times[name].append(time.perf_counter() - before)
 
-    benchmark.pedantic(ours, setup=run_rivals, rounds=max(7, min(200, int(0.7 / once))), warmup_rounds=1)
+    benchmark.pedantic(ours, setup=run_rivals, rounds=max(3, min(100, int(SECONDS / once))))
     medians = {name: median(values) for name, values in times.items()} | {"cpp": benchmark.stats.stats.median}
-    rivals = {"cpp": ours, **steps}
+    count_bytes = threads == max(THREADS)  # the same for every number of threads
     benchmark.extra_info.update(
         common.environment(),
         dtype=dtype,
@@ -75,10 +72,10 @@ def test_linear(benchmark, dtype, rows, shape, backward, threads):
         out_features=shape[1],
         backward=backward,
         seconds=medians,
-        peak_bytes={name: common.peak_bytes(step) for name, step in rivals.items() if rows <= 1576},
+        peak_bytes={name: common.peak_bytes(step) for name, step in rivals.items() if count_bytes and rows <= 1576},
         kept_bytes={
             name: common.rival_kept_bytes(problem, name)
             for name in rivals
-            if backward and name not in ("floor", "compiled")
+            if count_bytes and backward and name not in ("floor", "compiled")
         },
     )
