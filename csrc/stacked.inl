@@ -64,13 +64,17 @@ template <int MR, int NR>
 INLINE void stacked_tile(const Forward& p, const bf16* x, const bf16* scaled, int64_t stride, int64_t n, bf16* y) {
   const Weight& weight = p.weight;
   const bf16* w = static_cast<const bf16*>(weight.data) + n * weight.stride;
+  const int64_t ahead = rows_ahead(weight, NR);
   Vec plain[MR][NR], rescaled[MR][NR];
   UNROLL for (int m = 0; m < MR; ++m) {
     UNROLL for (int i = 0; i < NR; ++i) plain[m][i] = rescaled[m][i] = zero();
   }
   auto step = [&](int64_t k, __mmask32 elements) __attribute__((always_inline)) {
     Pairs w_k[NR];
-    UNROLL for (int i = 0; i < NR; ++i) w_k[i] = load_pairs(w + i * weight.stride + k, elements);
+    UNROLL for (int i = 0; i < NR; ++i) {
+      __builtin_prefetch(w + i * weight.stride + k + ahead);
+      w_k[i] = load_pairs(w + i * weight.stride + k, elements);
+    }
     UNROLL for (int m = 0; m < MR; ++m) {
       const Pairs x_k = load_pairs(x + m * stride + k), scaled_k = load_pairs(scaled + m * stride + k);
       UNROLL for (int i = 0; i < NR; ++i) {
@@ -147,14 +151,17 @@ INLINE void stacked_rows(const Weight& weight, const StackedRows& x, const Stack
                          float* sums, float* grad_row) {
   const bf16* w[NR];
   UNROLL for (int i = 0; i < NR; ++i) w[i] = static_cast<const bf16*>(weight.data) + (n + (i < rows ? i : 0)) * weight.stride;
-  const int64_t sums_stride = x.stride * 2;
+  const int64_t sums_stride = x.stride * 2, ahead = rows_ahead(weight, NR);
   Vec product[MR][NR];
   UNROLL for (int m = 0; m < MR; ++m) {
     UNROLL for (int i = 0; i < NR; ++i) product[m][i] = zero();
   }
   auto step = [&](int64_t k, __mmask32 elements) __attribute__((always_inline)) {
     Pairs w_k[NR];
-    UNROLL for (int i = 0; i < NR; ++i) w_k[i] = load_pairs(w[i] + k, i < rows ? elements : 0);
+    UNROLL for (int i = 0; i < NR; ++i) {
+      __builtin_prefetch(w[i] + k + ahead);
+      w_k[i] = load_pairs(w[i] + k, i < rows ? elements : 0);
+    }
     if (grad_row != nullptr) {
       UNROLL for (int m = 0; m < MR; ++m) {
         const Pairs x_k = load_pairs(x.scaled + m * x.stride + k), rest_k = load_pairs(x.rest + m * x.stride + k);
