@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
-from rlrr_kernels.paper.cli import data_app, export_adapter, import_adapter, report, reproduce
+from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.options import takes_options_of
 from rlrr_kernels.train.progress import console, program
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 app.command()(reproduce)
+app.command()(ablate)
 app.command()(report)
 app.command()(import_adapter)
 app.command()(export_adapter)

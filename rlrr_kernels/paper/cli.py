@@ -209,6 +209,85 @@ def reproduce(
     console.print(f"next: {program()} report {out}", highlight=False)
 
 
+def ablate(
+    model: Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")],
+    data: Annotated[
+        Path | None, typer.Option(help="FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>")
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="In place of --data: vtab or fgvc by the paper's settings, the honest split")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="With --benchmark: folder that holds one folder a dataset")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="With --benchmark: only these datasets")] = None,
+    out: Annotated[Path, typer.Option(help="A folder a variant, ablation.md, ablation.json")] = Path("runs/ablate"),
+    study: Annotated[
+        list[str] | None, typer.Option(help="sides, init, layers or form, with commas or repeated  [default: all]")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Of the backbone: hub, none or a file")] = "hub",
+    seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of every run  [default: 20 with --data, else the paper's]")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="With --data: learning rate of every run")] = 3e-3,
+    weight_decay: Annotated[float, typer.Option(help="With --data: weight decay of every run")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(help="With --data: images a step")] = 32,
+    augment: Annotated[str, typer.Option(help="With --data: none, flip, crop or timm")] = "flip",
+    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
+    mixed_precision: Annotated[
+        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
+    ] = "auto",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+) -> None:
+    """Train the paper's ablations of RLRR and print their tables beside the paper's; goes on where it was stopped.
+
+    Sides (left, right or both scales, with and without the residual), the start, which layers, and ΔW without ⊙ W.
+    """
+    from rlrr_kernels.paper.ablate import NAME, STUDIES, seed_runs
+    from rlrr_kernels.paper.ablate import ablate as run
+    from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
+    from rlrr_kernels.paper.settings import SEED
+    from rlrr_kernels.train.config import TrainConfig
+    from rlrr_kernels.train.finetune import FinetuneConfig
+
+    if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
+        raise ValueError("give either --data, an image folder, or --benchmark together with --root")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    if data is not None:
+        train = {"batch_size": batch_size, "mixed_precision": mixed_precision}
+        config = FinetuneConfig(
+            model=model,
+            data=data,
+            weights=weights,
+            image_size=image_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            augment=augment,
+            cpu=cpu,
+            train=TrainConfig(**train) if epochs is None else TrainConfig(epochs=epochs, **train),
+        )
+        runs = seed_runs(config, range(SEED, SEED + seeds))
+    else:
+        runs = grid_runs(
+            ReproduceConfig(
+                benchmark=benchmark,
+                root=root,
+                out=out,
+                model=model,
+                weights=weights,
+                seeds=seeds,
+                tasks=_names(tasks),
+                epochs=epochs,
+                mixed_precision=mixed_precision,
+                cpu=cpu,
+                **({} if image_size is None else {"image_size": image_size}),
+            )
+        )
+    text = run(runs, out, studies=_names(study) or tuple(STUDIES))
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(out / f"{NAME}.md"), highlight=False)
+
+
 def _names(given: list[str] | None) -> tuple[str, ...]:
     """Names given one by one or with commas between them."""
     return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())
