@@ -200,3 +200,23 @@ def test_help_and_version():
     shown = runner.invoke(app, ["--help"]).output
     for command in ("finetune", "evaluate", "merge", "doctor", "demo"):
         assert command in shown
+
+
+def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path):
+    pytest.importorskip("accelerate", reason="training needs accelerate")
+    run, options = tmp_path / "run", ("--model", "test_resnet", "--epochs", 1, "--warmup-epochs", 0)
+    status, printed = rlrr(*arguments(images, run), *options)
+    assert status == 1
+    assert "the model has none beside its head; convs=['*'] adapts its convolutions" in printed
+    layout = ("--conv-layout", "out*kh,in*kw")
+    status, printed = rlrr(*arguments(images, run), *options, "--convs", "*", *layout, "--rank", 10)
+    assert status == 0, printed
+    assert adapter_info(run / "adapter").config.conv_layout == "out*kh,in*kw"
+    status, printed = rlrr("merge", run / "adapter")
+    assert status == 0
+    assert "its state dict has the keys of the plain model" in printed
+    plain = timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(run / "merged.safetensors")).eval()
+    model, _ = load_task(run / "adapter")
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch), model.eval()(batch), rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from torch import nn
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
 from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.ops.conv import CONV_LAYOUTS
 from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.board import require_tensorboard
 from rlrr_kernels.train.config import TrainConfig
@@ -51,7 +52,18 @@ if TYPE_CHECKING:
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
 
-_RLRR_ONLY = ("recipe", "init", "layers", "sides", "residual", "form", "scale_grad_rows", "recompute")
+_RLRR_ONLY = (
+    "recipe",
+    "init",
+    "layers",
+    "convs",
+    "conv_layout",
+    "sides",
+    "residual",
+    "form",
+    "scale_grad_rows",
+    "recompute",
+)
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -77,6 +89,8 @@ class FinetuneConfig:
         rank: of the adapter; None: 1 (the paper's) for rlrr, 8 for lora and dora (alpha = rank), 32 for hira.
         init: of RLRR's scales: ``paper``, ``identity`` or ``normal``.
         layers: linear layers that RLRR adapts: ``all``, ``attention``, ``mlp`` or ``qkv``.
+        convs: name pattern of the convolutions that RLRR adapts beside these, * for all of a ResNet's; None: none.
+        conv_layout: how their kernels are seen as matrices: ``out,in*kh*kw`` or ``out*kh,in*kw`` (the authors').
         sides: of RLRR's scales: ``both``, ``left`` (s_r alone) or ``right`` (s_c alone).
         residual: whether W' = W ⊙ (1 + s_r s_c) has the 1.
         form: of RLRR's ΔW: ``rescaled`` (W ⊙ s_r s_c) or ``additive`` (s_r s_c).
@@ -113,6 +127,8 @@ class FinetuneConfig:
     rank: int | None = None
     init: str = "paper"
     layers: str = "all"
+    convs: str | None = None
+    conv_layout: str = CONV_LAYOUTS[0]
     sides: str = "both"
     residual: bool = True
     form: str = "rescaled"
@@ -306,7 +322,8 @@ def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
 
 
 def _rlrr(config: FinetuneConfig) -> RLRRConfig:
-    same = {name: getattr(config, name) for name in ("init", "sides", "residual", "form", "scale_grad_rows")}
+    names = ("init", "sides", "residual", "form", "scale_grad_rows", "convs", "conv_layout")
+    same = {name: getattr(config, name) for name in names}
     return RLRRConfig(rank=1 if config.rank is None else config.rank, include=LAYER_KINDS[config.layers], **same)
 
 
@@ -324,7 +341,7 @@ def _introduce(
     console.print(f"{place}{len(task.classes)} classes, {counts} images", highlight=False)
     if config.epoch_chosen_on == "test":
         console.print("the epoch is chosen on the test images: an optimistic score")
-    where = f" on {len(report.layers)} linear layers" if report.layers else ""
+    where = f" on {len(report.layers)} layers" if report.layers else ""
     console.print(
         f"{TITLES[config.method]}{where}: {report.trained:,} of {report.total:,} parameters trained "
         f"({report.share:.2%})",
