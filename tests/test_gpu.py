@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlrr_kernels import RLRRLinear, backends, numerics, rlrr_linear
+from rlrr_kernels import (
+    RLRRConfig,
+    RLRRLinear,
+    adapt_model,
+    backends,
+    numerics,
+    parameter_groups,
+    rlrr_linear,
+)
 from rlrr_kernels.numerics import Case
 
 pytestmark = [
@@ -124,3 +132,50 @@ def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, mon
         case = Case(rows, 768, 768, dtype=torch.bfloat16, device="cuda")
         numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), case.draw(0))
     tuned_tiles.forget()
+
+
+def test_a_whole_training_step_in_a_cuda_graph():
+    timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
+    adapt_model(model, RLRRConfig(recipe="paper"))
+    model.cuda().train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, weight_decay=1e-2), fused=True, capturable=True)
+    images, labels = torch.randn(8, 3, 224, 224, device="cuda"), torch.randint(10, (8,), device="cuda")
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    start = [tensor.clone() for tensor in (*model.state_dict().values(), *_states(optimizer))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    losses = []
+    for replay in (True, False):
+        with torch.no_grad():  # the same start for both
+            for tensor, value in zip((*model.state_dict().values(), *_states(optimizer)), start, strict=True):
+                tensor.copy_(value)
+        losses.append([])
+        for _ in range(4):
+            if replay:
+                graph.replay()
+                losses[-1].append(captured.item())
+            else:
+                losses[-1].append(step().item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]

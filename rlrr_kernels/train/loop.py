@@ -23,6 +23,7 @@ from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
 from rlrr_kernels.train.mixing import Mixing
 from rlrr_kernels.train.model import set_activation_checkpointing
+from rlrr_kernels.train.optimizer import adamw
 from rlrr_kernels.train.progress import TrainProgress
 from rlrr_kernels.train.schedule import Schedule
 from rlrr_kernels.train.trained import is_frozen, trained_tensors
@@ -155,7 +156,7 @@ class _Run:
         if self.batches == 0:
             raise ValueError(f"drop_last leaves no batch: {len(train_set)} training images, {per_step} images a step")
         self.updates_per_epoch = math.ceil(self.batches / config.accumulate)
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = adamw(groups, accelerator.device)
         self.schedule = Schedule(optimizer, config, self.updates_per_epoch)
         self.plain_model = model
         self.exchange = Exchange()
