@@ -118,6 +118,7 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
     assert "run 1 of 4" not in printed  # done before
     results = read_results(out)
     assert list(results) == ["svhn", "kitti"]
+    assert results["kitti"].note == "24 images in train800val200, 1,000 published; 8 images in test, 711 published"
     for name, task in results.items():
         assert [run.seed for run in task.runs] == [42, 43]
         for run in task.runs:

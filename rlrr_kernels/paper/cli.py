@@ -115,10 +115,10 @@ def report(
     from rlrr_kernels.paper.results import read_results
 
     made = build_report(read_results(folder), compare)
-    table = Table("group", "dataset", "ours", "seeds", "reported", "difference", "note")
+    columns = ("dataset", "ours", "seeds", "reported", "difference", "note")
+    table = Table(*(Column(name, no_wrap=name != "note") for name in columns), box=None, pad_edge=False)
     for row in made.rows:
         table.add_row(
-            row.group,
             row.title,
             accuracy_text(row),
             str(row.seeds),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 from rlrr_kernels.paper.settings import DatasetSettings
@@ -57,9 +57,7 @@ def load_splits(root: str | Path, settings: DatasetSettings, split: str = "hones
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     listings = read_listings(root, settings, needed_files(settings, split))
-    problems = [problem for listing in listings.values() for problem in listing.problems]
-    if problems:
-        raise ValueError(f"{settings.name} in {root} is damaged:\n{first_lines(problems)}")
+    raise_problems(root, settings, listings)
     samples = {name: Samples(item.paths, item.labels, item.classes) for name, item in listings.items()}
     if settings.benchmark == "vtab":
         if split == "paper":
@@ -70,6 +68,13 @@ def load_splits(root: str | Path, settings: DatasetSettings, split: str = "hones
         both = Samples(train.paths + val.paths, train.labels + val.labels, train.classes)
         return {"train": both, "test": samples["test"]}
     return samples
+
+
+def raise_problems(root: str | Path, settings: DatasetSettings, listings: Mapping[str, Listing]) -> None:
+    """Raises ``ValueError`` with what is wrong in any of ``listings``, if something is."""
+    problems = [problem for listing in listings.values() for problem in listing.problems]
+    if problems:
+        raise ValueError(f"{settings.name} in {root} is damaged:\n{first_lines(problems)}")
 
 
 def needed_files(settings: DatasetSettings, split: str) -> tuple[str, ...]:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.paper.data import SPLITS, augmentation, load_splits, preprocessing, split_note
+from rlrr_kernels.paper.data import (
+    SPLITS,
+    Listing,
+    augmentation,
+    load_splits,
+    needed_files,
+    preprocessing,
+    raise_problems,
+    read_listings,
+    split_note,
+)
 from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, remove_partial, write_results
 from rlrr_kernels.paper.settings import SEED, DatasetSettings, selected_datasets
 from rlrr_kernels.train.config import TrainConfig
@@ -105,11 +115,9 @@ def reproduce(
     """
     datasets = selected_datasets(config.benchmark, config.tasks)
     check_model_name(config.model)
-    _check_datasets(config, datasets)
+    notes = _check_datasets(config, datasets)
     results = {
-        settings.name: TaskResults(
-            settings.name, protocol_of(config), _seeds(config), (), split_note(config.root, settings)
-        )
+        settings.name: TaskResults(settings.name, protocol_of(config), _seeds(config), (), notes[settings.name])
         for settings in datasets
     }
     folder = Path(config.out) / FOLDER
@@ -227,15 +235,20 @@ def _seeds(config: ReproduceConfig) -> tuple[int, ...]:
     return tuple(range(SEED, SEED + config.seeds))
 
 
-def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) -> None:
-    """Reads every list, so that a missing one shows before the first run and not after days."""
+def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) -> dict[str, str | None]:
+    """Reads every list, so that a missing one shows before the first run and not after days.
+
+    Returns:
+        Dataset → what to say beside its results: that it is not, or not all of, what was published.
+    """
     if not Path(config.root).is_dir():
         raise FileNotFoundError(f"the data folder {config.root} does not exist")
-    problems = []
+    problems, notes = [], {}
     for settings in datasets:
         try:
-            load_splits(config.root, settings, config.split)
-            split_note(config.root, settings)
+            listings = read_listings(config.root, settings, needed_files(settings, config.split))
+            raise_problems(config.root, settings, listings)
+            notes[settings.name] = _note(split_note(config.root, settings), settings, listings)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     if problems:
@@ -243,6 +256,16 @@ def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) ->
             f"{len(problems)} of {len(datasets)} datasets cannot be used; choose others with --tasks, or repair them:\n"
             + first_lines(problems)
         )
+    return notes
+
+
+def _note(source: str | None, settings: DatasetSettings, listings: Mapping[str, Listing]) -> str | None:
+    notes = [source] if source else []
+    for name, listing in listings.items():
+        found, expected = len(listing.paths), settings.sizes[name]
+        if found != expected:
+            notes.append(f"{found:,} images in {name}, {expected:,} published")
+    return "; ".join(notes) or None
 
 
 def _is_main_process() -> bool:
