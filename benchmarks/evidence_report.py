@@ -89,7 +89,12 @@ def markdown(evidence: Evidence, rows: list[dict[str, Any]]) -> str:
                 Spread.of(row[name] for row in runs) for name in ("val_accuracy", "test_accuracy", "test_macro_f1")
             ]
             seconds = Spread.of(row["seconds"] for row in runs).mean
-            cells = (ARMS[method].title, f"{runs[0]['lr']:g}", f"{runs[0]['trained_parameters']:,}", str(len(runs)))
+            cells = (
+                ARMS[method].title,
+                _rate(evidence, method, runs[0]),
+                f"{runs[0]['trained_parameters']:,}",
+                str(len(runs)),
+            )
             lines.append(f"| {' | '.join([*cells, *map(_cell, spreads), f'{seconds:.0f} s'])} |")
         lines += [""] if here else []
     if rows:
@@ -104,6 +109,14 @@ def markdown(evidence: Evidence, rows: list[dict[str, Any]]) -> str:
         ]
     lines += ["Not run: " + ("; ".join(missing) if missing else "nothing") + "."]
     return "\n".join(lines) + "\n"
+
+
+def _rate(evidence: Evidence, method: str, row: dict[str, Any]) -> str:
+    """The rate and what it was chosen from: a reader sees where it lies at an end."""
+    chooser, _ = evidence.rates(method)
+    if chooser != method:
+        return f"{row['lr']:g}, as {chooser}"
+    return f"{row['lr']:g} of {', '.join(f'{lr:g}' for lr in row['lr_candidates'])}"
 
 
 def _cell(spread: Spread) -> str:

@@ -66,7 +66,7 @@ def test_rates_are_chosen_on_one_seed_and_nothing_is_done_twice(command, tmp_pat
     capsys.readouterr()
     assert command("--report-only") == []
     printed = capsys.readouterr().out
-    assert "| linear probe | 0.01 | 130 | 2 |" in printed
+    assert "| linear probe | 0.01 of 1e-07, 0.01 | 130 | 2 |" in printed
     assert "Not run: RLRR on tiny (1 of 2 seeds)." in printed
     assert command() == ["tiny/rlrr/lr-0.01/seed-2"]
     rows = json.loads((tmp_path / "runs" / "evidence.json").read_text())

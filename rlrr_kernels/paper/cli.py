@@ -221,13 +221,11 @@ def ablate(
     tasks: Annotated[list[str] | None, typer.Option(help="With --benchmark: only these datasets")] = None,
     out: Annotated[Path, typer.Option(help="A folder a variant, ablation.md, ablation.json")] = Path("runs/ablate"),
     study: Annotated[
-        list[str] | None, typer.Option(help="sides, init, layers or form, with commas or repeated  [default: all]")
+        list[str] | None, typer.Option(help="Only these of sides, init, layers and form, with commas or repeated")
     ] = None,
     weights: Annotated[str, typer.Option(help="Of the backbone: hub, none or a file")] = "hub",
     seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
-    epochs: Annotated[
-        int | None, typer.Option(help="Of every run  [default: 20 with --data, else the paper's]")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of every run; default: 20 with --data, else the paper's")] = None,
     lr: Annotated[float, typer.Option(help="With --data: learning rate of every run")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="With --data: weight decay of every run")] = 5e-5,
     batch_size: Annotated[int, typer.Option(help="With --data: images a step")] = 32,
