@@ -25,10 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlrr_kernels.ops import activation_triton, linear_triton, norm_rescale_triton
+from rlrr_kernels.ops import activation_triton, linear_rows_triton, linear_triton, norm_rescale_triton
 from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops.activation import ACTIVATIONS
 from rlrr_kernels.ops.launch import Launch
+from rlrr_kernels.ops.row_sample import RowSample
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -111,6 +112,9 @@ def linear_cases(arch: str) -> Iterator[Case]:
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
             yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
+        yield _sampled_case(arch, dtype, configs.TABLE[arch]["grad_scales", x_dtype.itemsize][-1][1], dtypes, 4096)
+        if dtype in ("bf16", "fp32"):
+            yield _sampled_case(arch, dtype, tiles, dtypes, 1001, 771, 773, rank=4, groups=3)
         if dtype == "tf32":
             continue  # no product in the merge
         weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
@@ -171,6 +175,17 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
+
+
+def _sampled_case(arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
+    """Scale gradients from a quarter of the rows, of which an eighth count once."""
+    config = f"of {rows // 4} of {rows} x {n} x {k}, rank {rank}; MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+    weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
+    x, y = _meta(rows // 4, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
+    sample = RowSample(_meta(rows // 4, dtype=torch.int64), rows // 32, 4.0)
+    grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(n)
+    launch, _ = linear_rows_triton.grad_scales_launches(y, x, sample, weight, scale_row, scale_col, grads, arch, tiles)
+    return Case("sampled_grad_scales", dtype, config, launch)
 
 
 def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:

@@ -152,6 +152,9 @@ def grad_scales_launches(
     ``grads`` = (∂s_r, ∂s_c, ∂b); one that is not needed is None. The scales must be contiguous.
     """
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
+    if dtype.itemsize == 2:
+        # Rows of g wait for their numbers, which takes the compiler's pipeline a stage for every one of the product's.
+        tiles = tiles._replace(stages=2 * tiles.stages - 1)
     kept = x.shape[0] if sample.weight == 1 else sample.kept
     partial, reduction, values = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), scale_col.shape, kept, sample.weight,
