@@ -6,14 +6,23 @@ import time
 from functools import partial
 
 from benchmarks.common import Problem
+from benchmarks.gpu.estimates import ESTIMATES, exact_by_sampling
 from benchmarks.gpu.measure import describe
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
 from benchmarks.gpu.work import Row
 from rlrr_kernels import backends, numerics, rlrr_linear
+from rlrr_kernels.numerics import Function
 
 CHECKED = ("triton.one_pass", "triton.merge", "torch")
-CHOICES = {"auto": ("triton.one_pass", "triton.merge")}
+SAMPLED = "sampled rows"
+"""The scale gradients from sampled rows, by a sample that stands for all of them."""
+
+CHOICES = {"auto": ("triton.one_pass", "triton.merge")} | dict.fromkeys(ESTIMATES, (SAMPLED,))
 """What an implementation that only chooses stands on; it is as exact as all of these."""
+
+
+def _function(name: str) -> Function:
+    return exact_by_sampling if name in (SAMPLED, *ESTIMATES) else partial(rlrr_linear, backend=name)
 
 
 class Gate:
@@ -45,7 +54,7 @@ class Gate:
         return self._bound[key]
 
     def _check_rule(self, name: str, precision: Precision) -> str | None:
-        reason = backends.unavailable(name, self.plan.device)
+        reason = None if name == SAMPLED else backends.unavailable(name, self.plan.device)
         if reason:
             self.rows.append(
                 {"section": "gate", "backend": name, "precision": precision.name, "passed": None, "reason": reason}
@@ -60,7 +69,7 @@ class Gate:
             started, reason = time.perf_counter(), None
             try:
                 with precision.applied():
-                    numerics.check_error_rule(partial(rlrr_linear, backend=name), case)
+                    numerics.check_error_rule(_function(name), case)
             except AssertionError as error:
                 reason = "fails the error rule: " + "; ".join(str(error).splitlines()[1:])
             except Exception as error:
@@ -79,7 +88,7 @@ class Gate:
     def _check_bound(self, name: str, problem: Problem) -> str | None:
         reason = None
         try:
-            errors = numerics.bound_errors(partial(rlrr_linear, backend=name), problem.tensors())
+            errors = numerics.bound_errors(_function(name), problem.tensors())
             broken = {key: round(error, 2) for key, error in errors.items() if not error <= numerics.BOUND}
             if broken:
                 reason = f"over {numerics.BOUND} unit roundoffs of the bound on the timed problem: {broken}"

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Problem
+from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
 from benchmarks.gpu.measure import copies_for, describe, host_us, interleave, release
 from benchmarks.gpu.model import Ceilings, model_us
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.rivals import OURS, PEFT, PLAIN, compiled_formula, layer_steps, peft_reason
 from benchmarks.gpu.work import Row, Unit
 from rlrr_kernels import rlrr_linear
@@ -35,7 +36,7 @@ def reason_against(gate: Gate, name: str, precision: Precision, problem: Problem
         return peft_reason(name)
     if name == "triton":
         name = "triton.one_pass"
-    return gate.reason_against(name, precision, problem) if name in OURS else None
+    return gate.reason_against(name, precision, problem) if name in (*OURS, *ESTIMATES) else None
 
 
 def layer_rows(
@@ -44,6 +45,8 @@ def layer_rows(
     """Every rival on one layer, interleaved. With ``mode`` torch.compile of the reference joins a few of them."""
     problem = problem_of(plan, shape, rows, precision)
     names = RIVALS[work] if not mode else ("auto", "reference", "floor", "compiled")
+    if work == "step" and not mode and (rows >= TOKENS or plan.tiny):
+        names += tuple(ESTIMATES)
     skipped = {name: reason for name in names if (reason := reason_against(gate, name, precision, problem))}
     try:
         compiled = compiled_formula(mode, plan.compile_options) if mode else None

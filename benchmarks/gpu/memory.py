@@ -7,6 +7,7 @@ import gc
 import torch
 
 from benchmarks.common import Forward, kept_bytes, peak_bytes, synchronize
+from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
 from benchmarks.gpu.layers import problem_of, reason_against
 from benchmarks.gpu.measure import describe, release
@@ -14,7 +15,7 @@ from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
 from benchmarks.gpu.rivals import OURS, PEFT, forwards, layer_steps
 from benchmarks.gpu.work import Row, Unit
 
-RIVALS = (*OURS, "reference", "frozen", *PEFT)
+RIVALS = (*OURS, "reference", "frozen", *PEFT, *ESTIMATES)
 
 
 def alive_bytes(forward: Forward) -> int:
@@ -28,8 +29,9 @@ def alive_bytes(forward: Forward) -> int:
 
 
 def memory_rows(plan: Plan, gate: Gate, shape: Shape, rows: int, precision: Precision) -> list[Row]:
-    """``kept_bytes``: saved tensors beyond x and the parameters. ``alive_bytes``: what the GPU's allocator says of the
-    same (None on a CPU). ``peak_bytes``: the most a step holds beyond its arguments."""
+    """``kept_bytes``: saved tensors beyond x and the parameters; ``kept_with_x_bytes``: beyond the parameters alone.
+    ``alive_bytes``: what the GPU's allocator says of the former (None on a CPU). ``peak_bytes``: the most a step holds
+    beyond its arguments."""
     result = []
     problem = problem_of(plan, shape, rows, precision)
     for name in RIVALS:
@@ -53,9 +55,14 @@ def _measured(plan: Plan, tensors: dict[str, torch.Tensor], name: str, precision
         ((forward, leaves),) = forwards(name, [tensors])
         with precision.autocast(plan.device):
             kept = kept_bytes(forward, [*tensors.values(), *leaves])
+            others = [tensor for tensor in (*tensors.values(), *leaves) if tensor is not tensors["x"]]
+            kept_with_x = kept_bytes(forward, others)
             alive = None if plan.device == "cpu" else alive_bytes(forward)
         (step,) = layer_steps(name, "step", [tensors], precision)
-        return {"kept_bytes": kept, "alive_bytes": alive, "peak_bytes": peak_bytes(step, plan.device)}
+        return {
+            "kept_bytes": kept, "kept_with_x_bytes": kept_with_x, "alive_bytes": alive,
+            "peak_bytes": peak_bytes(step, plan.device),
+        }  # fmt: skip
 
 
 def memory_units(plan: Plan, gate: Gate) -> list[Unit]:

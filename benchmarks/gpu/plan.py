@@ -109,6 +109,7 @@ def gpu_plan() -> Plan:
     memory = [(2, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
     tuned = [(4, fc1, rows, "bf16") for rows in (batches[2], batches[1], 64, 16)] + [(6, fc1, batches[2], "tf32")]
     models = [(2, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
+    models += [(4, "vit_base_patch16_224", batch, "bf16/fp32", "estimate") for batch in (64, 8)]
     models += [(3, "vit_base_patch16_224", 8, "bf16", mode) for mode in ("eager", "graph")]
     models += [(5, "vit_base_patch16_224", batch, "bf16/fp32", "compile") for batch in (64, 8)]
     for name in ("vit_large_patch16_224", "vit_huge_patch14_224"):
@@ -131,7 +132,10 @@ def cpu_plan() -> Plan:
     """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
     shape, wide = Shape("ViT-B fc1", 16, 32), Shape("wide", 32, 32)
     layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape, 3, "fp16/fp32")]
-    models = [(2, "vit_base_patch16_224", 8, "fp32", "eager"), (3, "vit_base_patch16_224", 8, "fp32", "compile")]
+    models = [
+        (tier, "vit_base_patch16_224", 8, "fp32", mode)
+        for tier, mode in ((2, "eager"), (3, "compile"), (4, "estimate"))
+    ]
 
     def build(name: str) -> Any:
         import timm

@@ -103,7 +103,7 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
         [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
     )
     lines += ["## Memory of one layer, bytes", ""]
-    keys = ["shape", "M", "precision", "rival", "kept_bytes", "alive_bytes", "peak_bytes"]
+    keys = ["shape", "M", "precision", "rival", "kept_bytes", "kept_with_x_bytes", "alive_bytes", "peak_bytes"]
     lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
     lines += ["## Training steps", ""]
     keys = ["model", "batch", "precision", "mode", "rival", "ms", "images_per_s", "peak_bytes", "trained"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import Forward, Step, formula, forward_of
+from benchmarks.gpu.estimates import ESTIMATES, estimate_forward
 from benchmarks.gpu.plan import Precision
 from rlrr_kernels.ops import linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
@@ -101,6 +102,8 @@ def forwards(name: str, tensors: list[Tensors], compiled: Callable[..., Tensor] 
         return [formula(compiled, paper_form(t)) for t in tensors]
     if name == "reference":
         return [formula(rlrr_linear_reference, paper_form(t)) for t in tensors]
+    if name in ESTIMATES:
+        return [estimate_forward(name, t) for t in tensors]
     return [forward_of(name, t) for t in tensors]
 
 
@@ -114,7 +117,7 @@ def layer_steps(
     """One call without arguments per set of tensors.
 
     Args:
-        name: one of :data:`OURS`, :data:`PLAIN`, :data:`PEFT` or ``compiled``.
+        name: one of :data:`OURS`, :data:`PLAIN`, :data:`PEFT`, :data:`ESTIMATES` or ``compiled``.
         work: ``forward``, without a graph; ``step``, forward and backward of x and everything trained; ``scales``,
             the gradient of scales and bias alone, without autograd.
         tensors: of :meth:`benchmarks.common.Problem.tensors`.

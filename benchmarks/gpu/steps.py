@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import Step, peak_bytes, synchronize
+from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
 from benchmarks.gpu.measure import MAX_ROUNDS, MIN_ROUNDS, capture, describe, release
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
-from benchmarks.gpu.rivals import peft_config, peft_module, peft_reason
+from benchmarks.gpu.rivals import PEFT, peft_config, peft_module, peft_reason
 from benchmarks.gpu.work import Row, Unit
 from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, parameter_groups
 from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference
@@ -22,6 +23,8 @@ from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference
 RIVALS = ("auto", "reference", "hira", "lora")
 COMPILED = ("auto", "reference")
 """Those that are timed under torch.compile too, which takes a minute each."""
+ESTIMATED = ("auto", *ESTIMATES, "lora")
+"""The estimates of the scale gradients, eager, between the exact ones and LoRA."""
 
 PEFT_TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
@@ -61,8 +64,8 @@ def build_model(plan: Plan, rival: str, name: str, precision: Precision) -> tupl
     torch.manual_seed(0)
     with torch.device(plan.device):  # drawing a large model on the host takes many seconds
         model = plan.build(name).to(precision.weight_dtype)
-    if rival in ("auto", "reference"):
-        adapt_model(model, RLRRConfig(recipe="paper"))
+    if rival in ("auto", "reference", *ESTIMATES):
+        adapt_model(model, RLRRConfig(recipe="paper", scale_grad_rows=ESTIMATES.get(rival, 1.0)))
         if rival == "reference":
             use_reference(model)
             model.to(precision.weight_dtype)
@@ -97,15 +100,15 @@ def training_step(
 
 
 def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precision, mode: str) -> list[Row]:
-    """Every rival on one model, steps interleaved. ``mode``: ``eager``, ``graph`` or ``compile``."""
-    rivals = COMPILED if mode == "compile" else RIVALS
+    """Every rival on one model, steps interleaved. ``mode``: ``eager``, ``graph``, ``compile`` or ``estimate``."""
+    rivals = {"compile": COMPILED, "estimate": ESTIMATED}.get(mode, RIVALS)
     if mode == "compile":
         torch._dynamo.reset()
     pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # shared: a step reads no other's results
     skipped, steps, peaks, trained = {}, {}, {}, {}
     for rival in rivals:
-        reason = gate.reason_against(rival, precision) if rival == "auto" and not plan.tiny else None
-        reason = reason or (peft_reason(rival) if rival not in ("auto", "reference") else None)
+        reason = gate.reason_against(rival, precision) if rival in ("auto", *ESTIMATES) and not plan.tiny else None
+        reason = reason or (peft_reason(rival) if rival in PEFT else None)
         if reason:
             skipped[rival] = reason
             continue
@@ -153,7 +156,7 @@ def _interleaved(plan: Plan, steps: dict[str, Step]) -> dict[str, float]:
 
 def step_units(plan: Plan, gate: Gate) -> list[Unit]:
     """One unit for each model, batch, precision and mode."""
-    seconds = {"eager": 15.0, "graph": 15.0, "compile": 90.0}
+    seconds = {"eager": 15.0, "graph": 15.0, "compile": 90.0, "estimate": 20.0}
     return [
         Unit(
             tier, "steps", f"{name}, batch {batch}, {precision}, {mode}", seconds[mode],

@@ -1,0 +1,43 @@
+"""The estimates of the scale gradients as rivals: ``scale_grad_rows`` of 1/2, 1/4 and 1/8, drawing included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Forward
+from benchmarks.gpu.plan import TOKENS
+from rlrr_kernels import RowSample, rlrr_linear
+from rlrr_kernels.ops.row_sample import sample_rows
+
+ESTIMATES = {"rows 1/2": 1 / 2, "rows 1/4": 1 / 4, "rows 1/8": 1 / 8}
+"""Share of the rows by the rival's name. Class tokens are always among them."""
+
+
+def estimate_forward(name: str, t: dict[str, Tensor]) -> tuple[Forward, list[Tensor]]:
+    """The forward of an estimate on the tensors ``t``, and the leaves of its gradients, x first.
+
+    x [M, K] holds images of 197 tokens where M is a multiple of that, else one image without a prefix.
+    """
+    leaves = [t[key] for key in ("x", "scale_row", "scale_col", "bias")]
+    x, weight = t["x"], t["weight"]
+    rows, cols = x.shape
+    shape = torch.Size((rows // TOKENS, TOKENS, cols)) if rows % TOKENS == 0 else x.shape
+
+    def forward() -> Tensor:
+        sample = sample_rows(shape, ESTIMATES[name], 1, x.device)
+        return rlrr_linear(x, weight, *leaves[1:], scale_grad_rows=sample)
+
+    return forward, leaves
+
+
+def exact_by_sampling(x, weight, scale_row, scale_col, bias=None, *, residual=True) -> Tensor:
+    """``rlrr_linear`` with a sample that stands for all rows, so that its exactness can be checked as any other's.
+
+    Half of the rows count once, each of the others comes four times and counts a quarter.
+    """
+    rows = x.numel() // x.shape[-1]
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(x.device)
+    half = rows // 2
+    sample = RowSample(torch.cat([order[:half], *[order[half:]] * 4]), half, 0.25)
+    return rlrr_linear(x, weight, scale_row, scale_col, bias, residual=residual, scale_grad_rows=sample)
