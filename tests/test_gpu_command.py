@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu import gate as gate_module
 from benchmarks.gpu import measure, model, report, steps, targets
+from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.layers import layer_rows, problem_of
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.work import Unit
@@ -62,7 +63,9 @@ def test_every_rival_is_timed_where_it_is_installed(interpreted):
     expected = {
         "forward": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "merged", "floor"}
         | peft,
-        "step": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "floor"} | peft,
+        "step": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "floor"}
+        | peft
+        | set(ESTIMATES),
         "scales": {"triton", "torch", "floor"},
     }
     for work, names in expected.items():
@@ -82,11 +85,14 @@ def test_every_rival_is_timed_where_it_is_installed(interpreted):
 def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
     rows = report.read_rows(interpreted[0] / report.JSON)
     gates = [row for row in rows if row["section"] == "gate"]
-    assert {row["backend"] for row in gates} == {"triton.one_pass", "triton.merge", "torch"}
+    assert {row["backend"] for row in gates} == {"triton.one_pass", "triton.merge", "torch", "sampled rows"}
     assert all(row["passed"] for row in gates)
     kept = {row["rival"]: row["kept_bytes"] for row in rows if row["section"] == "memory" and "kept_bytes" in row}
     assert kept["auto"] == kept["triton.one_pass"] == kept["torch"] == 0
     assert kept["reference"] > 0
+    with_x = {row["rival"]: row["kept_with_x_bytes"] for row in rows if row["section"] == "memory" and "rival" in row}
+    assert with_x["rows 1/8"] < with_x["rows 1/4"] < with_x["rows 1/2"] < with_x["auto"]
+    assert {row["rival"] for row in rows if row.get("mode") == "estimate" and "ms" in row} >= {"auto", *ESTIMATES}
 
 
 def test_the_tuner_names_one_winner_for_each_kernel(interpreted):
