@@ -23,6 +23,9 @@ struct Crossovers {
 
 constexpr int64_t kAlways = INT64_MAX;
 
+// Up to so many rows of x the forward panels of bf16 pairs sum across lanes rather than transpose W'.
+constexpr int64_t kFewPairRows = 40;
+
 // `level`: as in levels.h. Only float32 and bfloat16 (weights too) have more than the library's way. Rank 1 on a bfloat16
 // weight has a form of one pass that makes no W', where the processor multiplies pairs.
 inline bool stacks(int64_t level, Type type, const Weight& weight) {
@@ -31,7 +34,7 @@ inline bool stacks(int64_t level, Type type, const Weight& weight) {
 
 inline Path choose_forward(int64_t level, Type type, const Weight& weight, int64_t count) {
   if (level == 0) return Crossovers{4, 16}.choose(count);
-  return Crossovers{stacks(level, type, weight) ? 8 : 4, kAlways}.choose(count);
+  return Crossovers{stacks(level, type, weight) ? 6 : 4, kAlways}.choose(count);
 }
 
 inline Path choose_backward(int64_t level, Type type, const Weight& weight, int64_t count) {

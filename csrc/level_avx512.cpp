@@ -5,6 +5,7 @@
 #ifdef RLRR_X86
 #include <immintrin.h>
 
+#include "dispatch.h"
 #include "runtime.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
@@ -21,6 +22,7 @@ namespace {
 #include "common.inl"
 #include "elementwise.inl"
 #include "pairs.inl"
+#include "pairs_dots.inl"
 #include "pairs_backward.inl"
 #include "stacked.inl"
 #include "one_pass.inl"

@@ -28,6 +28,9 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kKept = size_t{2} << 20;
+// Between buffers of one thread: processors fetch past the end of what another thread reads, and would fight over lines
+// that this one writes. Not a multiple of a page, or all buffers would compete for the same cache sets.
+constexpr size_t kGap = 4096 + 2 * kAlignment;
 
 struct Free {
   void operator()(char* block) const { ::operator delete(block, std::align_val_t{kAlignment}); }
@@ -47,7 +50,7 @@ Buffer::Buffer(size_t bytes) : data_(nullptr), tensor_(nullptr), mark_(arena.use
   if (arena.used + size <= kKept) {
     if (!arena.block) arena.block.reset(static_cast<char*>(::operator new(kKept, std::align_val_t{kAlignment})));
     data_ = arena.block.get() + arena.used;
-    arena.used += size;
+    arena.used = std::min(arena.used + size + kGap, kKept);
     return;
   }
   const int64_t sizes[] = {static_cast<int64_t>(size)}, strides[] = {1};

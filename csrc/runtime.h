@@ -13,7 +13,7 @@ int64_t worker_count(int64_t count);
 // split depends on the number of threads only, so what is summed by slot is repeatable.
 void parallel_slots(int64_t count, void (*body)(void*, int64_t, int64_t, int64_t), void* context);
 
-// 64-byte aligned scratch for a scope. Small ones are cut from a block that each thread keeps (at most 1 MiB), larger
+// 64-byte aligned scratch for a scope. Small ones are cut from a block that each thread keeps (at most 2 MiB), larger
 // ones are torch tensors and so are seen by torch's memory accounting. Destroy in reverse order of construction.
 class Buffer {
  public:

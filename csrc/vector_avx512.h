@@ -40,13 +40,14 @@ INLINE void store_first(bf16* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p,
 
 INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 
-INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+INLINE __m128 four_sums(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const Vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const Vec abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
+INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) { _mm_storeu_ps(out, four_sums(a, b, c, d)); }
 
 // bf16 pairs: 32 elements, multiplied and added two by two into 16 floats. A lane holds the element with the lower address
 // in its lower half.
@@ -99,6 +100,11 @@ INLINE Pairs pair_even(Pairs a, Pairs b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
 }
 INLINE Pairs pair_odd(Pairs a, Pairs b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b); }
+// out [n <= 4] = the rounded sums of the lanes, plus `plus`.
+INLINE void sum4(Vec a, Vec b, Vec c, Vec d, const float (&plus)[4], bf16* out, int64_t n) {
+  const __m128 sums = _mm_add_ps(four_sums(a, b, c, d), _mm_loadu_ps(plus));
+  _mm_mask_storeu_epi16(out, static_cast<__mmask8>((1u << n) - 1), (__m128i)_mm_cvtneps_pbh(sums));
+}
 // Lanes of a and b side by side, of each eight elements the first four or the last four.
 INLINE Pairs interleave_low(Pairs a, Pairs b) { return _mm512_unpacklo_epi16(a, b); }
 INLINE Pairs interleave_high(Pairs a, Pairs b) { return _mm512_unpackhi_epi16(a, b); }

@@ -86,7 +86,8 @@ def test_error_rule(level, path, dtype, shape, force_path):
     [
         Case(530, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
         Case(10, 1100, 65),  # ∂x sums in two depths
-        Case(10, 66, 1090, rank=2),  # y sums in two depths
+        Case(45, 66, 1090, rank=2),  # y sums in two depths
+        Case(10, 35, 4170),  # and where few rows have y summed across lanes
     ],
     ids=str,
 )

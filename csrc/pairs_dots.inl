@@ -1,0 +1,112 @@
+// The forward of pairs.inl for fewer rows: lanes run along the contraction.
+//
+// W' is not worth transposing then: 4 rows of it at a time stay in the L1 cache, and each sum ends across lanes. Neighbours
+// along a row, of W' and of x alike, are pairs of two even or of two odd columns: a rounding leaves them in that order.
+
+constexpr int64_t kDotDepth = 4096;
+
+// Rows of x, those columns split of every 32, zero-padded.
+INLINE void split_rows(const Matrix& from, int64_t count, int64_t cols, int64_t stride, bf16* out) {
+  for (int64_t m = 0; m < count; ++m, out += stride) {
+    const bf16* row = static_cast<const bf16*>(from.data) + m * from.stride;
+    for (int64_t k = 0; k < cols; k += 2 * kWidth) {
+      Vec even, odd;
+      load_split(row + k, first_elements(cols - k), even, odd);
+      store_pairs(out + k, round_both(even, odd));
+    }
+  }
+}
+
+// block [4, stride] = `rows` rows of W' from n, columns from k, in the order of split_rows; further rows are zero.
+template <class W, bool kRankOne>
+void rescale_rows(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+                  int64_t stride, bf16* block) {
+  const Vec base = splat(static_cast<float>(weight.base));
+  const int64_t rank = weight.rank, ahead = 4 * weight.stride;
+  for (int64_t i = 0; i < 4; ++i, block += stride) {
+    if (i >= rows) {
+      __builtin_memset(block, 0, stride * sizeof(bf16));
+      continue;
+    }
+    const W* w = static_cast<const W*>(weight.data) + (n + i) * weight.stride + k;
+    const float* row = static_cast<const float*>(weight.row) + (n + i) * rank;
+    const float* col = split.data + (n + i) / weight.group_rows() * split.group_stride + k;
+    for (int64_t at = 0; at < depth; at += 2 * kWidth) {
+      Vec even, odd, f_even, f_odd;
+      __builtin_prefetch(w + at + ahead);
+      load_split(w + at, first_elements(depth - at), even, odd);
+      factor_split<kRankOne>(base, row, col + at, split.stride, rank, f_even, f_odd);
+      store_pairs(block + at, round_both(mul(even, f_even), mul(odd, f_odd)));
+    }
+  }
+}
+
+template <class W, bool kRankOne>
+void dots_forward(const Forward& p) {
+  const Weight& weight = p.weight;
+  const int64_t cols = weight.cols, stride = round_up(cols, 2 * kWidth);
+  const Buffer x_buffer(p.count * stride * sizeof(bf16));
+  bf16* x = static_cast<bf16*>(x_buffer.data());
+  split_rows(p.x, p.count, cols, stride, x);
+  const SplitColumns split(weight);
+  const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
+  auto body = [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t deepest = least(stride, kDotDepth);
+    const Buffer block_buffer(4 * deepest * sizeof(bf16));
+    const Buffer lanes_buffer(cols > kDotDepth ? 4 * p.count * kWidth * sizeof(float) : 0);
+    bf16* block = static_cast<bf16*>(block_buffer.data());
+    float* lanes = static_cast<float*>(lanes_buffer.data());
+    for (int64_t n = 4 * begin; n < least(4 * end, weight.rows); n += 4) {
+      const int64_t some = least(4, weight.rows - n);
+      float bias[4] = {};
+      for (int64_t i = 0; p.bias != nullptr && i < some; ++i) bias[i] = p.bias[n + i];
+      for (int64_t k = 0; k < cols; k += kDotDepth) {
+        const int64_t depth = least(kDotDepth, cols - k);
+        const bool last = k + depth == cols;
+        rescale_rows<W, kRankOne>(weight, split, n, some, k, depth, deepest, block);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t m = p.count * tile / tiles, after = p.count * (tile + 1) / tiles;
+          auto multiply = [&](auto height) __attribute__((always_inline)) {
+            constexpr int MR = decltype(height)::value;
+            Vec total[MR][4];
+            UNROLL for (int r = 0; r < MR; ++r) {
+              UNROLL for (int i = 0; i < 4; ++i) total[r][i] = k == 0 ? zero() : load(lanes + ((m + r) * 4 + i) * kWidth);
+            }
+            for (int64_t at = 0; at < depth; at += 2 * kWidth) {
+              Pairs w_at[4];
+              UNROLL for (int i = 0; i < 4; ++i) w_at[i] = load_pairs(block + i * deepest + at);
+              UNROLL for (int r = 0; r < MR; ++r) {
+                const Pairs x_at = load_pairs(x + (m + r) * stride + k + at);
+                UNROLL for (int i = 0; i < 4; ++i) total[r][i] = multiply_pairs(x_at, w_at[i], total[r][i]);
+              }
+            }
+            UNROLL for (int r = 0; r < MR; ++r) {
+              if (last) {
+                sum4(total[r][0], total[r][1], total[r][2], total[r][3], bias,
+                     static_cast<bf16*>(p.y) + (m + r) * weight.rows + n, some);
+                continue;
+              }
+              UNROLL for (int i = 0; i < 4; ++i) store(lanes + ((m + r) * 4 + i) * kWidth, total[r][i]);
+            }
+          };
+          with_count<kPairRows>(after - m, multiply);
+        }
+      }
+    }
+  };
+  parallel((weight.rows + 3) / 4, body);
+}
+
+template <class W, bool kRankOne>
+void pairs_forward_for(const Forward& p) {
+  p.count <= kFewPairRows ? dots_forward<W, kRankOne>(p) : pairs_forward<W, kRankOne>(p);
+}
+
+void forward_pairs(const Forward& p) {
+  const bool one = p.weight.rank == 1;
+  if (p.weight.type == Type::f32) {
+    one ? pairs_forward_for<float, true>(p) : pairs_forward_for<float, false>(p);
+  } else {
+    one ? pairs_forward_for<bf16, true>(p) : pairs_forward_for<bf16, false>(p);
+  }
+}
