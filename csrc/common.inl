@@ -92,3 +92,12 @@ inline void finish_grad_row(const double* partial, int64_t slots, int64_t count,
     grad_row[i] = static_cast<float>(total);
   }
 }
+
+// How far ahead of an element of `rows` rows of W, read side by side, to fetch: the rows after them, or further along long
+// rows. A model's W comes from memory rather than from a cache.
+template <class W>
+INLINE int64_t rows_ahead(const Weight& weight, int64_t rows) {
+  constexpr int64_t kInCache = 24576, kAlong = 1024;  // bytes
+  return rows * weight.cols * static_cast<int64_t>(sizeof(W)) <= kInCache ? rows * weight.stride
+                                                                           : kAlong / static_cast<int64_t>(sizeof(W));
+}

@@ -12,6 +12,7 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
   const float* row = static_cast<const float*>(weight.row) + n * rank;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
   const Vec base = splat(static_cast<float>(weight.base));
+  const int64_t ahead = rows_ahead<W>(weight, NR);
   Vec scale[NR], total[MR][NR], earlier[MR][NR];
   UNROLL for (int i = 0; i < NR; ++i) {
     scale[i] = splat(row[i * rank]);
@@ -24,6 +25,7 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
     UNROLL for (int i = 0; i < NR; ++i) {
       Vec f = fma(scale[i], col_k, base);
       if (!kRankOne) f = factor(f, row + i * rank + 1, col + cols + k, cols, rank - 1, lanes);
+      __builtin_prefetch(w + i * weight.stride + k + ahead);
       const Vec scaled = mul(load_some(w + i * weight.stride + k), f);
       UNROLL for (int m = 0; m < MR; ++m) total[m][i] = fma(x_k[m], scaled, total[m][i]);
     }
@@ -141,6 +143,7 @@ INLINE void single_rows(const Backward& p, const Stream& s, int64_t n) {
   const float* row = static_cast<const float*>(weight.row) + n;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols;
   const Vec base = splat(static_cast<float>(weight.base));
+  const int64_t ahead = NR * weight.stride;
   Vec scale[NR], g[NR], row_total[NR];
   UNROLL for (int i = 0; i < NR; ++i) {
     scale[i] = splat(row[i]);
@@ -152,6 +155,7 @@ INLINE void single_rows(const Backward& p, const Stream& s, int64_t n) {
     const Vec x_k = load_upto(s.x + k, lanes), col_k = load_upto(col + k, lanes), both = mul(x_k, col_k);
     Vec x_sum = zero(), col_sum = zero();
     UNROLL for (int i = 0; i < NR; ++i) {
+      __builtin_prefetch(w + i * weight.stride + k + ahead);
       const Vec product = mul(g[i], load_upto(w + i * weight.stride + k, lanes));
       x_sum = fma(product, fma(scale[i], col_k, base), x_sum);
       col_sum = fma(product, scale[i], col_sum);

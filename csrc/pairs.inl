@@ -111,12 +111,6 @@ INLINE void factor_split(Vec base, const float* row, const float* col, int64_t c
   }
 }
 
-// How far ahead of an element of `rows` rows of W, read side by side, to fetch: the rows after them, or further along long
-// rows. A model's W comes from memory rather than from a cache.
-INLINE int64_t rows_ahead(const Weight& weight, int64_t rows) {
-  return rows * weight.cols <= 12288 ? rows * weight.stride : 512;
-}
-
 // ---------------------------------------------------------------- forward: lanes are rows of W
 
 // panel [⌈depth / 2⌉.., kPairPanel] = W'ᵀ of `rows` rows from n and `depth` columns from k, zero-padded.
@@ -124,7 +118,7 @@ template <class W, bool kRankOne>
 void pack_transposed(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
                      uint32_t* panel) {
   const Vec base = splat(static_cast<float>(weight.base));
-  const int64_t rank = weight.rank, group_rows = weight.group_rows(), ahead = rows_ahead(weight, kWidth);
+  const int64_t rank = weight.rank, group_rows = weight.group_rows(), ahead = rows_ahead<W>(weight, kWidth);
   for (int64_t lane = 0; lane < kPairPanel; lane += kWidth) {
     const W* w[kWidth];
     const float *row[kWidth], *col[kWidth];

@@ -64,7 +64,7 @@ template <int MR, int NR>
 INLINE void stacked_tile(const Forward& p, const bf16* x, const bf16* scaled, int64_t stride, int64_t n, bf16* y) {
   const Weight& weight = p.weight;
   const bf16* w = static_cast<const bf16*>(weight.data) + n * weight.stride;
-  const int64_t ahead = rows_ahead(weight, NR);
+  const int64_t ahead = rows_ahead<bf16>(weight, NR);
   Vec plain[MR][NR], rescaled[MR][NR];
   UNROLL for (int m = 0; m < MR; ++m) {
     UNROLL for (int i = 0; i < NR; ++i) plain[m][i] = rescaled[m][i] = zero();
@@ -151,7 +151,7 @@ INLINE void stacked_rows(const Weight& weight, const StackedRows& x, const Stack
                          float* sums, float* grad_row) {
   const bf16* w[NR];
   UNROLL for (int i = 0; i < NR; ++i) w[i] = static_cast<const bf16*>(weight.data) + (n + (i < rows ? i : 0)) * weight.stride;
-  const int64_t sums_stride = x.stride * 2, ahead = rows_ahead(weight, NR);
+  const int64_t sums_stride = x.stride * 2, ahead = rows_ahead<bf16>(weight, NR);
   Vec product[MR][NR];
   UNROLL for (int m = 0; m < MR; ++m) {
     UNROLL for (int i = 0; i < NR; ++i) product[m][i] = zero();
