@@ -45,7 +45,9 @@ def test_jobs_give_what_the_runs_give_here_and_failures_stop_no_other(images, tm
     run_grid([second], out, quiet=True)
     written = (out / second.name / "result.json").stat().st_mtime_ns
     options = {"cluster": "local", "poll_seconds": 0.1, "quiet": True}
-    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed:\nbroken: ValueError: timm has no model 'no_such_vit'"):
+    with pytest.raises(
+        ChildProcessError, match=r"1 of 3 runs failed:\nbroken: ValueError: timm has no model 'no_such_vit'"
+    ):
         submit_grid([broken, first, second], out, on_result=lambda name, result: told.append(name), **options)
     assert told == [second.name, first.name]  # as soon as it is read or done
     results = submit_grid([first, second], out, **options)  # nothing is left to do

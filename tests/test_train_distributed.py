@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 
 from distributed_runs import ONE_PROCESS
 from fitting import numbers, train, trained
+from safetensors.torch import load_file
 
+from rlrr_kernels.train import checkpoint
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.distributed import make_accelerator, shard_frozen
 
@@ -125,3 +129,29 @@ def test_the_program_under_torchrun_writes_one_result(tmp_path):
             assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
         assert result["test"]["count"] == one["test"]["count"] == 12
         assert result["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_all_processes_killed_and_started_again_end_as_if_they_had_not_been(tmp_path):
+    images = make_splits(tmp_path / "images")
+    arguments = (
+        "--nproc-per-node 2 -m rlrr_kernels.cli finetune --model test_vit --weights none --image-size 32 --epochs 12 "
+        f"--lr 0.01 --mixed-precision no --ema-decay 0.9 --fsdp --data {images} --checkpoint-minutes 0 --batch-size 4"
+    ).split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, "--out"]
+    options = {"stdout": subprocess.DEVNULL, "env": environment()}
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(killed)], start_new_session=True, **options)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+        if (killed / checkpoint.NAME).exists() and checkpoint.load_checkpoint(killed)["epoch"] >= 2:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "result.json").exists()
+    subprocess.run([*command, str(killed), "--resume"], check=True, **options)
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, **options)
+    folders = (killed / "adapter", tmp_path / "straight" / "adapter")
+    resumed, straight = (load_file(folder / "adapter.safetensors") for folder in folders)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())

@@ -81,7 +81,7 @@ def submit_grid(
     Raises:
         ImportError: submitit is not installed.
         ValueError: as for ``run_grid``, an unknown cluster, or a parameter submitit does not have; before any job.
-        RuntimeError: jobs failed; names their runs, reasons and logs. All other runs have been done.
+        ChildProcessError: jobs failed; names their runs, reasons and logs. All other runs have been done.
     """
     runs, out = list(runs), Path(out).resolve()
     check_names([run.name for run in runs])
@@ -115,7 +115,7 @@ def submit_grid(
             if not quiet:
                 console.print(f"{name}: {failed.get(name, 'done')}", highlight=False, soft_wrap=True)
     if failed:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
         )
     return {run.name: results[run.name] for run in runs}
