@@ -133,6 +133,8 @@ def test_the_program_under_torchrun_writes_one_result(tmp_path):
 
 @pytest.mark.slow
 def test_all_processes_killed_and_started_again_end_as_if_they_had_not_been(tmp_path):
+    import psutil  # accelerate brings it
+
     images = make_splits(tmp_path / "images")
     arguments = (
         "--nproc-per-node 2 -m rlrr_kernels.cli finetune --model test_vit --weights none --image-size 32 --epochs 12 "
@@ -141,14 +143,18 @@ def test_all_processes_killed_and_started_again_end_as_if_they_had_not_been(tmp_
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, "--out"]
     options = {"stdout": subprocess.DEVNULL, "env": environment()}
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], start_new_session=True, **options)
+    process = subprocess.Popen([*command, str(killed)], **options)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
         if (killed / checkpoint.NAME).exists() and checkpoint.load_checkpoint(killed)["epoch"] >= 2:
             break
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
+    for each in (process, *workers):
+        each.kill()
+    psutil.wait_procs(workers)
     assert process.wait() == -signal.SIGKILL
+    assert len(workers) == 2
     assert not (killed / "result.json").exists()
     subprocess.run([*command, str(killed), "--resume"], check=True, **options)
     subprocess.run([*command, str(tmp_path / "straight")], check=True, **options)
