@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.common import Problem
+from rlrr_kernels.ops import linear_configs
 
 
 class Ceilings(NamedTuple):
@@ -24,6 +25,9 @@ class Launch(NamedTuple):
     bytes: float
     operations: float
 
+
+ARCHITECTURE = "sm_90"
+"""Whose tiles decide into how many parts a product of few rows is cut."""
 
 MODELLED = ("floor", "frozen", "merged", "reference", "triton.one_pass", "triton.merge", "torch")
 
@@ -46,6 +50,8 @@ def launches(name: str, work: str, problem: Problem) -> list[Launch]:
     read = weight if rescales else half if merge else given
     forward = [*merge, Launch(x + read + y, product)]
     grad_x = [*merge, Launch(y + read + x, product)]
+    if rescales:
+        forward, grad_x = _in_parts("forward", forward[0], y, problem), _in_parts("grad_x", grad_x[0], x, problem)
     # The floor writes G where the others read W.
     scales = [Launch(x + y + (half if name == "floor" else weight), product)]
     if name == "torch":
@@ -61,6 +67,19 @@ def launches(name: str, work: str, problem: Problem) -> list[Launch]:
     if work == "scales":
         return scales
     return forward + grad_x + ([] if name == "frozen" else scales)
+
+
+def _in_parts(kernel: str, whole: Launch, result: int, problem: Problem) -> list[Launch]:
+    """A product as :func:`linear_configs.contraction_splits` cuts it on Hopper: fp32 parts, then their sum."""
+    m, n, k = problem.rows, problem.out_features, problem.in_features
+    tiles = linear_configs.tiles_for(kernel, ARCHITECTURE, problem.dtype, m)
+    of_rows, of_n, of_k = -(-m // tiles.block_m), -(-n // tiles.block_n), -(-k // tiles.block_k)
+    free, contracted = (of_n, of_k) if kernel == "forward" else (of_k, of_n)
+    splits = linear_configs.contraction_splits(contracted, of_rows * free, tiles, ARCHITECTURE)
+    if splits == 1:
+        return [whole]
+    parts = splits * m * (n if kernel == "forward" else k) * 4
+    return [Launch(whole.bytes - result + parts, whole.operations), Launch(parts + result, 0)]
 
 
 def model_us(name: str, work: str, problem: Problem, precision: str, ceilings: Ceilings) -> float | None:
