@@ -1,9 +1,11 @@
 """``rlrr_linear`` on the CPU against its rivals; `make bench` runs it and `benchmarks.report` draws the result.
 
-One test is one problem. pytest-benchmark times the C++ operator; between any two of its rounds every rival runs once,
-so all of them see the same machine. Medians, kept and peak bytes of every rival go into the row's ``extra_info``.
+One test is one problem. pytest-benchmark times the C++ operator; before each of its rounds every rival and the operator
+run once, timed the same way and in an order drawn anew, so that all of them see the same machine and the same caches.
+Medians of these, kept and peak bytes go into the row's ``extra_info``.
 """
 
+import random
 import time
 from statistics import median
 
@@ -16,7 +18,7 @@ from rlrr_kernels import backends
 ROWS = (1, 16, 64, 197, 1576, 6304)
 DTYPES = ("float32", "bfloat16")
 THREADS = (2, 1)
-SECONDS = 0.4
+SECONDS = 0.3
 """About how long the rounds of one problem take together; there are at least three."""
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
@@ -45,8 +47,8 @@ def _problems():
 @pytest.mark.parametrize(("dtype", "rows", "shape", "backward", "threads"), list(_problems()), indirect=["threads"])
 def test_linear(benchmark, dtype, rows, shape, backward, threads):
     problem = common.Problem(rows, *shape, getattr(torch, dtype), backward)
-    names = [name for name in common.RIVALS if not (backward and name == "merged")]
-    rivals = common.rivals(problem, (*names, "cpp"))
+    names = [*(name for name in common.RIVALS if not (backward and name == "merged")), "cpp"]
+    rivals = common.rivals(problem, tuple(names))
     for step in rivals.values():
         step()  # compiles, allocates
     ours = rivals["cpp"]
@@ -55,14 +57,17 @@ def test_linear(benchmark, dtype, rows, shape, backward, threads):
     once = len(rivals) * (time.perf_counter() - started)
     times = {name: [] for name in names}
 
-    def run_rivals():
+    order = random.Random(0)
+
+    def run_all():
+        order.shuffle(names)
         for name in names:
             before = time.perf_counter()
             rivals[name]()
             times[name].append(time.perf_counter() - before)
 
-    benchmark.pedantic(ours, setup=run_rivals, rounds=max(3, min(100, int(SECONDS / once))))
-    medians = {name: median(values) for name, values in times.items()} | {"cpp": benchmark.stats.stats.median}
+    benchmark.pedantic(ours, setup=run_all, rounds=max(3, min(100, int(SECONDS / once))))
+    medians = {name: median(values) for name, values in times.items()}
     count_bytes = threads == max(THREADS)  # the same for every number of threads
     benchmark.extra_info.update(
         common.environment(),
