@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.estimates import exact_by_sampling
 from rlrr_kernels import (
     RLRRConfig,
     RLRRLinear,
@@ -16,6 +17,7 @@ from rlrr_kernels import (
     numerics,
     parameter_groups,
     rlrr_linear,
+    use_backend,
 )
 from rlrr_kernels.numerics import Case
 
@@ -36,6 +38,40 @@ BACKENDS = ("triton.one_pass", "triton.merge", "torch")
 )
 def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple):
     numerics.check_error_rule(partial(rlrr_linear, backend=backend), Case(*shape, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1576, 768, 3072, 1, 1), (197, 2304, 768, 1, 3), (61, 771, 773, 4, 3)], ids=str)
+def test_error_rule_of_sampled_scale_gradients(dtype: torch.dtype, shape: tuple):
+    with use_backend("triton"):
+        numerics.check_error_rule(exact_by_sampling, Case(*shape, dtype=dtype, device="cuda"))
+
+
+def test_sampled_rows_are_repeatable_and_drawn_anew_in_a_cuda_graph():
+    layer = RLRRLinear(768, 768, device="cuda", dtype=torch.bfloat16, scale_grad_rows=0.25, prefix_tokens=1)
+    x = torch.randn(8, 197, 768, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> torch.Tensor:
+        layer.zero_grad()
+        layer(x).float().square().mean().backward()
+        return layer.scale_row.grad
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(step().clone())
+    assert torch.equal(*results)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = step()
+    graph.replay()
+    first = grad.clone()
+    graph.replay()
+    assert not torch.equal(first, grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.common import Problem
+from benchmarks.gpu.estimates import ESTIMATES
 from rlrr_kernels.ops import linear_configs
 
 
@@ -32,10 +33,10 @@ ARCHITECTURE = "sm_90"
 MODELLED = ("floor", "frozen", "merged", "reference", "triton.one_pass", "triton.merge", "torch")
 
 
-def launches(name: str, work: str, problem: Problem) -> list[Launch]:
+def launches(name: str, work: str, problem: Problem, share: float = 1.0) -> list[Launch]:
     """The launches of rival ``name`` for ``work`` ("forward", "step": forward and backward, or "scales").
 
-    ``scales`` is the gradient of scales and bias alone, G = gᵀx for the floor.
+    ``scales`` is the gradient of scales and bias alone, G = gᵀx for the floor; under ``share`` from these rows.
     """
     m, n, k = problem.rows, problem.out_features, problem.in_features
     size = problem.dtype.itemsize
@@ -54,6 +55,9 @@ def launches(name: str, work: str, problem: Problem) -> list[Launch]:
         forward, grad_x = _in_parts("forward", forward[0], y, problem), _in_parts("grad_x", grad_x[0], x, problem)
     # The floor writes G where the others read W.
     scales = [Launch(x + y + (half if name == "floor" else weight), product)]
+    if share < 1:  # rows of x are copied in the forward; ∂b reads all of g
+        forward.append(Launch(2 * share * x, 0))
+        scales = [Launch(share * (x + y) + y + weight, share * product)]
     if name == "torch":
         scales = [Launch(x + y + half, product), Launch(half + 10 * n * k * 4, 0)]  # G, then passes in fp32
     if name == "reference":
@@ -85,13 +89,16 @@ def _in_parts(kernel: str, whole: Launch, result: int, problem: Problem) -> list
 def model_us(name: str, work: str, problem: Problem, precision: str, ceilings: Ceilings) -> float | None:
     """Microseconds the model gives rival ``name``; None for a rival that is not modelled.
 
-    ``auto`` is the better of its two paths.
+    ``auto`` and the estimates are the better of two paths; the drawing of an estimate's rows is left out.
     """
-    if name == "auto":
-        return min(model_us(path, work, problem, precision, ceilings) for path in ("triton.one_pass", "triton.merge"))
-    if name not in MODELLED:
+    paths = ("triton.one_pass", "triton.merge") if name == "auto" or name in ESTIMATES else (name,)
+    if not set(paths) <= set(MODELLED):
         return None
-    rate = ceilings.rates[precision.split("/")[0]]
-    return 1e6 * sum(
-        max(launch.bytes / ceilings.bandwidth, launch.operations / rate) for launch in launches(name, work, problem)
+    rate, share = ceilings.rates[precision.split("/")[0]], ESTIMATES.get(name, 1.0)
+    return 1e6 * min(
+        sum(
+            max(launch.bytes / ceilings.bandwidth, launch.operations / rate)
+            for launch in launches(path, work, problem, share)
+        )
+        for path in paths
     )
