@@ -1,4 +1,4 @@
-"""Memory of one linear layer: what stays alive between forward and backward, and the peak of a step."""
+"""Memory of a linear layer and of a block: what stays alive between forward and backward, and the peak of a step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import gc
 
 import torch
 
+from benchmarks.activation_bytes import TOKENS, VARIANTS, build
 from benchmarks.common import Forward, kept_bytes, peak_bytes, synchronize
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
 from benchmarks.gpu.layers import problem_of, reason_against
 from benchmarks.gpu.measure import describe, release
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
-from benchmarks.gpu.rivals import OURS, PEFT, forwards, layer_steps
+from benchmarks.gpu.rivals import OURS, PEFT, forwards, layer_steps, peft_reason
 from benchmarks.gpu.work import Row, Unit
 
 RIVALS = (*OURS, "reference", "frozen", *PEFT, *ESTIMATES)
@@ -65,9 +66,53 @@ def _measured(plan: Plan, tensors: dict[str, torch.Tensor], name: str, precision
         }  # fmt: skip
 
 
+def block_rows(plan: Plan, gate: Gate, width: int, heads: int, images: int, precision: Precision) -> list[Row]:
+    """The same of a ViT of one block, for every variant of :mod:`benchmarks.activation_bytes`."""
+    result = []
+    for variant in VARIANTS:
+        row: Row = {
+            "section": "memory", "shape": f"ViT of one block, width {width}", "M": images * TOKENS, "N": width,
+            "K": 4 * width, "precision": precision.name, "rival": variant,
+        }  # fmt: skip
+        reason = peft_reason("lora") if variant == "lora" else None
+        if variant.startswith("rlrr") and not plan.tiny:
+            reason = gate.reason_against("auto", precision)
+        try:
+            if not reason:
+                row |= _measured_block(plan, variant, width, heads, images, precision)
+        except Exception as error:
+            reason = describe(error)
+        result.append(row | ({"skipped": reason} if reason else {}))
+        release(plan.device)
+    return result
+
+
+def _measured_block(plan: Plan, variant: str, width: int, heads: int, images: int, precision: Precision) -> Row:
+    model = build(variant, 1, width, heads, precision.weight_dtype).to(plan.device).train()
+    x = torch.randn(images, 3, 32, 32, device=plan.device, dtype=precision.weight_dtype, requires_grad=True)
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+
+    def forward() -> torch.Tensor:
+        with precision.autocast(plan.device):
+            return model(x)
+
+    with precision.applied():
+        kept, with_x = (kept_bytes(forward, [*given, *model.parameters()]) for given in ([x], []))
+        alive = None if plan.device == "cpu" else alive_bytes(forward)
+        peak = peak_bytes(lambda: torch.autograd.grad(forward().float().sum(), leaves), plan.device)
+    return {"kept_bytes": kept, "kept_with_x_bytes": with_x, "alive_bytes": alive, "peak_bytes": peak}
+
+
 def memory_units(plan: Plan, gate: Gate) -> list[Unit]:
-    """One unit for each shape."""
-    return [
+    """One unit for each shape, and one for each block."""
+    blocks = [
+        Unit(
+            tier, "memory", f"ViT of one block, width {width}, {name}", 6.0,
+            lambda w=width, h=heads, i=images, p=PRECISIONS[name]: block_rows(plan, gate, w, h, i, p),
+        )
+        for tier, width, heads, images, name in plan.blocks
+    ]  # fmt: skip
+    return blocks + [
         Unit(
             tier, "memory", f"{shape.name}, M = {rows}, {name}", 3.0,
             lambda s=shape, r=rows, p=PRECISIONS[name]: memory_rows(plan, gate, s, r, p),

@@ -77,6 +77,7 @@ class Plan(NamedTuple):
     layers: list[tuple[int, Shape, int, str]]  # tier, shape, M, precision
     compiled: list[tuple[int, Shape, int, str, str]]  # and the mode of torch.compile
     memory: list[tuple[int, Shape, int, str]]
+    blocks: list[tuple[int, int, int, int, str]]  # tier, width, heads, images of 17 tokens, precision
     tuned: list[tuple[int, Shape, int, str]]  # tiles of the three kernels at this M
     gate: list[tuple[int, int, int, int]]  # M, N, K, G
     host: Shape
@@ -107,6 +108,7 @@ def gpu_plan() -> Plan:
     compiled += [(5, fc1, rows, "bf16", "default") for rows in (batches[1], 16)]
     compiled += [(7, shape, batches[2], "bf16", "max-autotune") for shape in base]
     memory = [(2, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
+    blocks = [(2, 768, 12, 741, name) for name in ("bf16", "bf16/fp32")]  # 12,597 tokens
     tuned = [(4, fc1, rows, "bf16") for rows in (batches[2], batches[1], 64, 16)] + [(6, fc1, batches[2], "tf32")]
     models = [(2, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
     models += [(4, "vit_base_patch16_224", batch, "bf16/fp32", "estimate") for batch in (64, 8)]
@@ -124,7 +126,8 @@ def gpu_plan() -> Plan:
     # Tiles differ at M = 16, 64 and above, and for strides that are no multiple of 16: the gate meets each kind.
     gate = [(256, 768, 768, 3), (48, 768, 768, 1), (8, 768, 768, 1), (197, 387, 201, 3)]
     return Plan(
-        "cuda", False, "bf16", 4096, layers, compiled, memory, tuned, gate, base[1], models, build, {}, 0.15, True
+        "cuda", False, "bf16", 4096, layers, compiled, memory, blocks, tuned, gate, base[1], models, build, {}, 0.15,
+        True,
     )  # fmt: skip
 
 
@@ -146,5 +149,6 @@ def cpu_plan() -> Plan:
 
     return Plan(
         "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(2, shape, 8, "fp32")],
-        [(4, shape, 8, "fp32")], [(60, 33, 40, 3)], shape, models, build, {"backend": "eager"}, 0.0, False,
+        [(2, 16, 1, 1, "fp32")], [(4, shape, 8, "fp32")], [(60, 33, 40, 3)], shape, models, build,
+        {"backend": "eager"}, 0.0, False,
     )  # fmt: skip

@@ -102,7 +102,7 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
         ["work", "call", "host", "over F.linear"],
         [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
     )
-    lines += ["## Memory of one layer, bytes", ""]
+    lines += ["## Memory of one layer and one block, bytes", ""]
     keys = ["shape", "M", "precision", "rival", "kept_bytes", "kept_with_x_bytes", "alive_bytes", "peak_bytes"]
     lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
     lines += ["## Training steps", ""]
@@ -185,7 +185,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     labels = [f"{r['rival']}: {r['shape']}, {r['precision']}" for r in memory]
     axis.barh(labels, [r["peak_bytes"] / 1e6 for r in memory], label="peak of a step")
     axis.barh(labels, [r["kept_bytes"] / 1e6 for r in memory], label="kept between forward and backward")
-    axis.set(xlabel="MB beyond arguments", title=f"one layer{note}")
+    axis.set(xlabel="MB beyond arguments", title=f"one layer or block{note}")
     axis.tick_params(axis="y", labelsize=5)
     axis.legend(fontsize=7)
     _save(figure, folder / PICTURES[1])

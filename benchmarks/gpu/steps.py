@@ -17,10 +17,20 @@ from benchmarks.gpu.measure import MAX_ROUNDS, MIN_ROUNDS, capture, describe, re
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
 from benchmarks.gpu.rivals import PEFT, peft_config, peft_module, peft_reason
 from benchmarks.gpu.work import Row, Unit
-from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, parameter_groups
+from rlrr_kernels import (
+    NormRescale,
+    RLRRConfig,
+    RLRRLinear,
+    adapt_model,
+    parameter_groups,
+    recompute_activations,
+)
 from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference
 
-RIVALS = ("auto", "reference", "hira", "lora")
+OURS = ("auto", "recompute")
+"""``recompute``: with :func:`rlrr_kernels.recompute_activations`, which saves memory for a little time."""
+
+RIVALS = (*OURS, "reference", "hira", "lora")
 COMPILED = ("auto", "reference")
 """Those that are timed under torch.compile too, which takes a minute each."""
 ESTIMATED = ("auto", *ESTIMATES, "lora")
@@ -64,8 +74,10 @@ def build_model(plan: Plan, rival: str, name: str, precision: Precision) -> tupl
     torch.manual_seed(0)
     with torch.device(plan.device):  # drawing a large model on the host takes many seconds
         model = plan.build(name).to(precision.weight_dtype)
-    if rival in ("auto", "reference", *ESTIMATES):
+    if rival in (*OURS, "reference", *ESTIMATES):
         adapt_model(model, RLRRConfig(recipe="paper", scale_grad_rows=ESTIMATES.get(rival, 1.0)))
+        if rival == "recompute":
+            recompute_activations(model)
         if rival == "reference":
             use_reference(model)
             model.to(precision.weight_dtype)
@@ -107,7 +119,9 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
     pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # shared: a step reads no other's results
     skipped, steps, peaks, trained = {}, {}, {}, {}
     for rival in rivals:
-        reason = gate.reason_against(rival, precision) if rival in ("auto", *ESTIMATES) and not plan.tiny else None
+        checked = "auto" if rival == "recompute" else rival
+        ours = rival in (*OURS, *ESTIMATES)
+        reason = gate.reason_against(checked, precision) if ours and not plan.tiny else None
         reason = reason or (peft_reason(rival) if rival in PEFT else None)
         if reason:
             skipped[rival] = reason
