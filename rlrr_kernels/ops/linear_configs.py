@@ -120,15 +120,16 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     """At most this much shared memory is used by a program of ``kernel``.
 
     The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and a row of s_c or s_r
-    for every stage but one, whose weight is in registers; one operand is then on its way to another layout.
+    for every stage but one, whose weight is in registers; one operand is then on its way to another layout. Never less
+    than 48 KiB, which every GPU has: changes of layout at the end of a program share the memory of the stages.
     """
-    size, barriers = dtype.itemsize, 64
+    size, barriers, least = dtype.itemsize, 64, 48 << 10
     if kernel == "grad_scales":
-        return tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages + barriers
+        return max(least, tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages + barriers)
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     stage = first * size + second * weight_dtype.itemsize + contracted * max(4, size)
-    return stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers
+    return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers)
 
 
 def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> bool:
