@@ -119,16 +119,18 @@ def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None
 def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
     """At most this much shared memory is used by a program of ``kernel``.
 
-    The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and a row of s_c or s_r
-    for every stage but one, whose weight is in registers; one operand is then on its way to another layout. Never less
-    than 48 KiB, which every GPU has: changes of layout at the end of a program share the memory of the stages.
+    The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to
+    UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
+    way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
+    the memory of the stages.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
     if kernel == "grad_scales":
         return max(least, tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages + barriers)
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
-    stage = first * size + second * weight_dtype.itemsize + contracted * max(4, size)
+    scales = UNROLLED_RANK * (tiles.block_n + tiles.block_k) * max(4, size)
+    stage = first * size + second * weight_dtype.itemsize + scales
     return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers)
 
 
