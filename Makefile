@@ -27,15 +27,18 @@ lint: $(STAMP)
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-INTERPRETED := tests/test_linear_numerics.py tests/test_linear_op.py tests/test_norm_rescale.py tests/test_scale_grad_rows.py \
-	tests/test_tuning.py
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,linear_numerics linear_op mlp_op norm_rescale recompute \
+	scale_grad_rows tuning))
+
+# Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
+test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
 
 test: lint
-	$(PY) -m pytest tests -q -m "not slow and not gpu"
+	$(PY) -m pytest tests -q -n 2 -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2 -m "not slow"
 
 test-all: lint $(TRITON_3_6)
-	RLRR_TRITON_3_6=$(TRITON_3_6) $(PY) -m pytest tests -q
+	RLRR_TRITON_3_6=$(TRITON_3_6) $(PY) -m pytest tests -q -n 2
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2
 
 # What no machine without a CUDA GPU can check; CI has none.
@@ -62,9 +65,6 @@ sanitize: $(STAMP)
 	PYTHON=$(CURDIR)/$(PY) csrc/sanitize.sh
 
 # A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
-# Threads that spin while they wait make a training step up to eight times slower as soon as the machine is shared.
-demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
-
 demo: $(STAMP)
 	$(VENV)/bin/rlrr demo $(DEMO)
 

@@ -65,8 +65,11 @@ Step = Callable[[], object]
 def rivals(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
     """A call without arguments for every name: one of :data:`RIVALS`, or a backend of rlrr_linear."""
     t = problem.tensors()
-    forwards = {name: forward_of(name, t)[0] for name in names if name != "floor"}
-    steps = {name: _step(forward, t, problem.backward) for name, forward in forwards.items()}
+    forwards = {name: forward_of(name, t) for name in names if name != "floor"}
+    steps = {
+        name: _step(forward, trained, t["grad_y"]) if problem.backward else forward
+        for name, (forward, trained) in forwards.items()
+    }
     if "floor" in names:
         x, weight, grad_y = t["x"].detach(), t["weight"], t["grad_y"]
         steps["floor"] = (
@@ -107,11 +110,7 @@ def formula(function: Callable[..., Tensor], t: dict[str, Tensor]) -> tuple[Forw
     return lambda: function(x, weight, *same), [x, *same]
 
 
-def _step(forward: Callable[[], Tensor], t: dict[str, Tensor], backward: bool) -> Step:
-    if not backward:
-        return forward
-    trained, grad_y = [t[name] for name in ("x", "scale_row", "scale_col", "bias")], t["grad_y"]
-
+def _step(forward: Forward, trained: list[Tensor], grad_y: Tensor) -> Step:
     def step():
         forward().backward(grad_y)
         for tensor in trained:
