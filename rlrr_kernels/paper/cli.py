@@ -77,7 +77,8 @@ def prepare(
             seed=seed,
             track=lambda items, total, name=settings.name: track(items, total, f"{name}: writing images"),
         )
-        console.print(f"{folder}: {split_note(root, settings) or 'the published split'}", highlight=False)
+        note = split_note(root, settings) or "the published split"
+        console.print(f"{folder}: {note}", highlight=False, soft_wrap=True)
 
 
 @data_app.command("list")
@@ -128,10 +129,10 @@ def report(
             style="bold" if row.is_mean else None,
         )
     for line in headline(made):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     for file in write_report(made, out or folder):
-        console.print(str(file), highlight=False)
+        console.print(str(file), highlight=False, soft_wrap=True)
 
 
 def reproduce(
@@ -205,8 +206,8 @@ def reproduce(
         parameters = job_parameters(job or ())
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
-    console.print(f"{done} runs of {len(results)} tasks are done: {out}", highlight=False)
-    console.print(f"next: {program()} report {out}", highlight=False)
+    console.print(f"{done} runs of {len(results)} tasks are done: {out}", highlight=False, soft_wrap=True)
+    console.print(f"next: {program()} report {out}", highlight=False, soft_wrap=True)
 
 
 def ablate(
@@ -283,7 +284,7 @@ def ablate(
         )
     text = run(runs, out, studies=_names(study) or tuple(STUDIES))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(out / f"{NAME}.md"), highlight=False)
+    console.print(str(out / f"{NAME}.md"), highlight=False, soft_wrap=True)
 
 
 def _names(given: list[str] | None) -> tuple[str, ...]:
@@ -323,7 +324,7 @@ def import_adapter(
         names=mapping,
     )
     console.print(str(report), markup=False, highlight=False)
-    console.print(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter", highlight=False)
+    console.print(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter", highlight=False, soft_wrap=True)
 
 
 def export_adapter(
@@ -337,4 +338,4 @@ def export_adapter(
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists; replace it with --overwrite, or name another file")
     written = authors.export_adapter(adapter, file)
-    console.print(f"{file}: {len(written)} tensors", highlight=False)
+    console.print(f"{file}: {len(written)} tensors", highlight=False, soft_wrap=True)
