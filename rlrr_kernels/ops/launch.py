@@ -27,6 +27,7 @@ TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's name of a dtype of sums."""
 
 _dtype = operator.attrgetter("dtype")
+_address = Tensor.data_ptr
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 StartKernel = Callable[[int, Sequence[int]], None]
@@ -69,7 +70,7 @@ class Plan:
         known = self._starts.get(key)
         if known is not None:
             driver, start = known
-            pointers = [tensor.data_ptr() for tensor in tensors]
+            pointers = list(map(_address, tensors))
             if not reduce(operator.or_, pointers) & 15 and driver is triton.runtime.driver.active and self._plain():
                 return start(driver.get_current_stream(device), pointers)
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)

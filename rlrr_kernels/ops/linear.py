@@ -102,9 +102,8 @@ def checked_linear(
         return _LinearFunctorch.apply(
             x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
         )
-    return _Linear.apply(
-        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, False, sample, recipe
-    )
+    options = residual, backend, input_activation, False, sample, recipe
+    return _Linear.apply(x, weight, scale_row, scale_col, bias, options)
 
 
 def _plain(x: Tensor) -> bool:
@@ -117,14 +116,14 @@ def _plain(x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them.
 
-    For an x with a recipe, the tensors that the recipe takes instead.
+    For an x with a recipe, the tensors that the recipe takes instead. ``options`` is residual, backend,
+    input_activation, through_op, sample and recipe in one argument: each argument and each gradient costs host time.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, scale_row, scale_col, bias, residual, backend, input_activation, through_op, sample, recipe
-    ):
-        need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
+    def forward(ctx, x, weight, scale_row, scale_col, bias, options):
+        residual, backend, input_activation, through_op, sample, recipe = options
+        need_x, _, need_row, need_col, need_bias, _ = ctx.needs_input_grad
         need_scales = need_row or need_col
         if not need_scales:
             sample = None
@@ -156,10 +155,12 @@ class _Linear(torch.autograd.Function):
 def _gradients(ctx, grad_y):
     residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
     x, weight, scale_row, scale_col, *others = ctx.saved_tensors or (None, None, None, None)
-    index, ingredients = (others[:1], others[1:]) if ctx.counts else ((), others)
-    sample = unflatten_sample(*index, *ctx.counts)
-    if ingredients:
-        x = rows_for_backward(ctx.compute_x(grad_y.dtype, *ingredients), sample, input_activation)
+    sample = None
+    if ctx.counts:
+        index, *others = others
+        sample = RowSample(index, *ctx.counts)
+    if others:
+        x = rows_for_backward(ctx.compute_x(grad_y.dtype, *others), sample, input_activation)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
@@ -174,7 +175,7 @@ def _gradients(ctx, grad_y):
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
         grad_bias = grad_bias.to(bias_dtype)
-    return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 6
+    return grad_x, None, grad_row, grad_col, grad_bias, None
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -324,19 +325,8 @@ def _linear_autograd(
             "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
-    return _Linear.apply(
-        x,
-        weight,
-        scale_row,
-        scale_col,
-        bias,
-        residual,
-        backend,
-        input_activation,
-        True,
-        unflatten_sample(*sample),
-        None,
-    )
+    options = residual, backend, input_activation, True, unflatten_sample(*sample), None
+    return _Linear.apply(x, weight, scale_row, scale_col, bias, options)
 
 
 def _linear_autocast(device_type: str):

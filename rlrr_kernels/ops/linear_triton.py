@@ -415,7 +415,7 @@ def _product(
 def _product_launches(plans: _Product, inputs: tuple[Tensor, ...], bias: Tensor, out: Tensor) -> tuple[Launch, ...]:
     if plans.sum is None:
         return (Launch(plans.product, (*inputs, out)),)
-    parts = torch.empty(plans.parts, dtype=accumulate_dtype(out.dtype), device=out.device)
+    parts = out.new_empty(plans.parts, dtype=accumulate_dtype(out.dtype))
     return Launch(plans.product, (*inputs, parts)), Launch(plans.sum, (parts, bias, out))
 
 
@@ -568,7 +568,7 @@ def grad_scales_launches(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), scale_col.shape, needs, dtype,
         precision_of(dtype), arch, tiles,
     )  # fmt: skip
-    parts = torch.empty(size, dtype=accumulate_dtype(dtype), device=grad_y.device)
+    parts = grad_y.new_empty(size, dtype=accumulate_dtype(dtype))
     outputs = [parts if grad is None else grad for grad in grads]
     return (
         Launch(partial, (grad_y, x, weight, scale_row, scale_col, parts)),
@@ -650,7 +650,7 @@ def forward(
     if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
         merged = merge(weight, scale_row, scale_col, residual, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-    y = torch.empty(count, weight.shape[0], dtype=x.dtype, device=x.device)
+    y = x.new_empty(count, weight.shape[0])
     if y.numel():
         tiles = tuned_tiles.tiles_for("forward", arch, x, weight, weight, scale_row.shape[1])
         bias = None if bias is None else bias.contiguous()
@@ -686,7 +686,7 @@ def backward(
     grads = (
         torch.empty_like(scale_row) if need_row else None,
         torch.empty_like(scale_col) if need_col else None,
-        torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None,
+        grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
     tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1)
     if sample is None:
@@ -708,7 +708,7 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
     if weight.shape[0] == 0:
         return grad_y.new_zeros(count, weight.shape[1])
-    grad_x = torch.empty(count, weight.shape[1], dtype=grad_y.dtype, device=grad_y.device)
+    grad_x = grad_y.new_empty(count, weight.shape[1])
     if grad_x.numel():
         tiles = tuned_tiles.tiles_for("grad_x", arch, grad_y, weight, weight, scale_row.shape[1])
         for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles):

@@ -169,17 +169,21 @@ def tiles_for(kernel: str, arch: str, first: Tensor, second: Tensor, weight: Ten
     """
     if _forced and kernel in _forced:
         return _forced[kernel]
-    dtype = first.dtype
-    names = precision_name(dtype, weight.dtype)
-    return _choose(kernel, arch, first.device, dtype, names, first.shape[0], rank, first.stride(), second.stride())
+    return _choose(
+        kernel, arch, first.device, first.dtype, weight.dtype, torch.get_float32_matmul_precision(),
+        first.shape[0], rank, first.stride(), second.stride(),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _choose(kernel, arch, device, dtype, precision, rows, rank, first_strides, second_strides) -> Tiles:
+def _choose(
+    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, rank, first_strides, second_strides
+) -> Tiles:  # matmul_precision is part of the key alone
     regular = linear_configs.regular(rank, *first_strides, *second_strides)
     if regular and rank == 1 and (entries := _entries()):
         limit = linear_configs.shape_class(kernel, arch, dtype, rows)
-        tuned = entries.get(entry_name(gpu_name(device), kernel, precision, limit))
+        names = precision_name(dtype, weight_dtype)
+        tuned = entries.get(entry_name(gpu_name(device), kernel, names, limit))
         if tuned is not None:
             return tuned
     return linear_configs.tiles_for(kernel, arch, dtype, rows, regular)
