@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._device import _device_constructors
 
 # Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
 torch.set_num_threads(1)
 
-
-_device_constructors()  # remembers torch.empty and its like at the first call: not while a test has replaced them
+# Both remember torch.empty and its like at the first call: not while a test has replaced them.
+_device_constructors()
+get_torch_obj_rule_map()
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def sample_rows(shape: torch.Size, fraction: float, prefix: int, device: torch.d
         return None
     first = torch.arange(0, images * tokens, tokens, device=device).unsqueeze(1)
     # rand_like, as torch.compile knows it for random: it is never drawn anew for the backward.
-    scores = torch.rand_like(torch.empty(images, others, device=device))
+    scores = torch.rand_like(first.expand(images, others), dtype=torch.float32)
     picked = scores.topk(drawn, sorted=False).indices.sort(dim=1).values + (first + prefix)
     kept = first + torch.arange(prefix, device=device)
     return RowSample(torch.cat([kept.flatten(), picked.flatten()]), images * prefix, others / drawn)
