@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence_report import write_report
+from benchmarks.trial import limited_run
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.train.config import TrainConfig
-from rlrr_kernels.train.data import find_splits, stratified_split
+from rlrr_kernels.train.data import stratified_split
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid import GridRun, finished_result, run_grid
 from rlrr_kernels.train.progress import console
@@ -147,16 +148,7 @@ class Evidence:
             **{"out": self.out, **ARMS[method].settings},
         )
         name = f"{dataset}/{method}/lr-{lr:g}/seed-{seed}"
-        if self.limit is None:
-            return GridRun(name, config)
-        config, folder = dataclasses.replace(config, data=None), config.data
-
-        def first_images():
-            splits = find_splits(folder)
-            step = {name: max(1, len(samples) // self.limit) for name, samples in splits.items()}
-            return {name: samples.subset(range(0, len(samples), step[name])) for name, samples in splits.items()}
-
-        return GridRun(f"trial-{self.limit}/{name}", config, first_images)
+        return limited_run(name, config, self.limit)
 
     def rates(self, method: str) -> tuple[str, tuple[float, ...]]:
         """The arm that chooses the learning rate of ``method``, and the rates it chooses from."""

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import kept_bytes
+from benchmarks.trial import limited_run
 from rlrr_kernels import RLRRLinear, RowSample
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
@@ -67,18 +68,7 @@ class Study:
             train=TrainConfig(epochs=self.epochs, warmup_epochs=min(0.5, self.epochs / 2), seed=seed),
         )
         name = f"rows-{share:g}/seed-{seed}"
-        if self.limit is None:
-            return GridRun(name, config)
-        config, folder = dataclasses.replace(config, data=None), config.data
-
-        def first_images():
-            splits = find_splits(folder)
-            return {
-                split: samples.subset(range(0, len(samples), max(1, len(samples) // self.limit)))
-                for split, samples in splits.items()
-            }
-
-        return GridRun(f"trial-{self.limit}/{name}", config, first_images)
+        return limited_run(name, config, self.limit)
 
     def results(self, share: float) -> list[dict[str, Any]]:
         """Results of the finished runs of one share, with the machine's description."""

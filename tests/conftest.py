@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._device import _device_constructors
 
 # Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
 torch.set_num_threads(1)
 
-# Both remember torch.empty and its like at the first call: not while a test has replaced them.
+# Remembers torch.empty and its like at the first call: not while a test has replaced them.
 _device_constructors()
-get_torch_obj_rule_map()
 
 
 @pytest.fixture
