@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlrr_kernels.ops import activation_triton, linear_rows_triton, linear_triton, norm_rescale_triton
+from rlrr_kernels.ops import activation_triton, linear_launches, linear_rows_triton, norm_rescale_triton
 from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops.activation import ACTIVATIONS
 from rlrr_kernels.ops.launch import Launch
@@ -118,7 +118,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
         if dtype == "tf32":
             continue  # no product in the merge
         weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
-        merge = linear_triton.merge_launch(weight, _meta(2304, 1), _meta(3, 1, 768), True, merged)
+        merge = linear_launches.merge_launch(weight, _meta(2304, 1), _meta(3, 1, 768), True, merged)
         yield Case("merge", dtype, "2304 x 768, rank 1", merge)
     x, y, weight = _meta(4096, 768), _meta(4096, 3072), _meta(3072, 768)
     tiles = configs.tiles_for("grad_scales", arch, torch.float32, 4096)
@@ -131,7 +131,7 @@ def _sum_of_parts(arch: str) -> Case:
     x, y, weight = (_meta(*shape, dtype=torch.bfloat16) for shape in ((16, 3072), (16, 768), (768, 3072)))
     tiles = configs.tiles_for("forward", arch, torch.bfloat16, 16)
     scales = _meta(768, 1), _meta(1, 1, 3072)
-    _, launch = linear_triton.forward_launches(x, weight, *scales, _meta(768), True, y, arch, tiles)
+    _, launch = linear_launches.forward_launches(x, weight, *scales, _meta(768), True, y, arch, tiles)
     return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
 
 
@@ -169,9 +169,9 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch, *_ = linear_triton.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
+        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
     elif kernel == "grad_x":
-        launch, *_ = linear_triton.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
+        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
@@ -190,7 +190,7 @@ def _sampled_case(arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
 
 def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
-    return linear_triton.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
+    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from triton import knobs
 from benchmarks import host_overhead
 from benchmarks.fake_cuda import FakeCuda, fake_cuda
 from rlrr_kernels.ops import launch as launching
-from rlrr_kernels.ops import linear_triton, norm_rescale_triton
+from rlrr_kernels.ops import linear_launches, norm_rescale_triton
 from rlrr_kernels.ops.launch import Launch
 from rlrr_kernels.ops.linear_configs import Tiles
 
@@ -47,17 +47,17 @@ def sent(fake: FakeCuda, launch: Launch, start=Launch.run) -> dict:
     return fake.last()
 
 
-def linear_launches(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x: Tensor | None = None) -> list[Launch]:
+def every_launch(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x: Tensor | None = None) -> list[Launch]:
     """Every kernel of ``rlrr_linear`` on one problem."""
     x = torch.zeros(count, cols, dtype=dtype) if x is None else x
     y, weight = torch.zeros(len(x), rows, dtype=dtype), torch.zeros(rows, cols, dtype=dtype)
     row, col, bias = torch.zeros(rows, 1), torch.zeros(groups, 1, cols), torch.zeros(rows)
     grads = torch.zeros_like(row), torch.zeros_like(col), torch.zeros_like(bias)
     return [
-        *linear_triton.forward_launches(x, weight, row, col, bias, True, y, "sm_90", TILES),
-        *linear_triton.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", TILES),
-        *linear_triton.grad_scales_launches(y, x, weight, row, col, grads, "sm_90", TILES),
-        linear_triton.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, "sm_90", TILES),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", TILES),
+        *linear_launches.grad_scales_launches(y, x, weight, row, col, grads, "sm_90", TILES),
+        linear_launches.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
     ]
 
 
@@ -74,7 +74,7 @@ def starts(launch: Launch) -> int:
 
 
 def test_the_driver_is_sent_the_same(cuda: FakeCuda):
-    for launch in [*linear_launches(), *linear_launches(groups=2), *norm_launches()]:
+    for launch in [*every_launch(), *every_launch(groups=2), *norm_launches()]:
         expected = sent(cuda, launch, by_triton)
         for _ in range(3):
             assert sent(cuda, launch) == expected
@@ -100,7 +100,7 @@ def test_every_change_that_needs_another_kernel_gets_it(cuda: FakeCuda):
     functions = set()
     for _ in range(2):
         for variant in variants:
-            launches = linear_launches(**variant)
+            launches = every_launch(**variant)
             for launch in launches:
                 actual = sent(cuda, launch)
                 assert actual == sent(cuda, launch, by_triton), variant
@@ -110,7 +110,7 @@ def test_every_change_that_needs_another_kernel_gets_it(cuda: FakeCuda):
 
 def test_a_misaligned_tensor_takes_tritons_way(cuda: FakeCuda):
     x = torch.zeros(20 * 96 + 1, dtype=torch.float16)[1:].view(20, 96)
-    aligned, misaligned = linear_launches()[0], linear_launches(x=x)[0]
+    aligned, misaligned = every_launch()[0], every_launch(x=x)[0]
     assert aligned.plan is misaligned.plan
     first, other = sent(cuda, aligned), sent(cuda, misaligned)
     assert first["function"] != other["function"], "Triton loads 16 bytes at once where all pointers are aligned"
@@ -119,7 +119,7 @@ def test_a_misaligned_tensor_takes_tritons_way(cuda: FakeCuda):
 
 
 def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
-    (launch, *_), seen = linear_launches(count=24), []
+    (launch, *_), seen = every_launch(count=24), []
     launch.run()
     hook = lambda *args, **kwargs: seen.append("pre-run")  # noqa: E731
     monkeypatch.setattr(launch.plan.kernel, "pre_run_hooks", [hook])
@@ -131,11 +131,11 @@ def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
     finally:
         knobs.runtime.launch_enter_hook.remove(enter)
     launch.run()
-    assert seen == ["pre-run", "_rlrr_linear_fwd_kernel"]
+    assert seen == ["pre-run", "rlrr_linear_fwd_kernel"]
 
 
 def test_debugging_compiles_and_takes_tritons_way(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
-    launch = linear_launches(count=28)[0]
+    launch = every_launch(count=28)[0]
     plain = sent(cuda, launch)["function"]
     monkeypatch.setattr(knobs.runtime, "debug", True)
     assert sent(cuda, launch)["function"] != plain
@@ -145,13 +145,13 @@ def test_debugging_compiles_and_takes_tritons_way(cuda: FakeCuda, monkeypatch: p
 
 def test_an_unknown_triton_launches_its_own_way(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launching, "_make_start", None)
-    launch = linear_launches(count=36)[0]
+    launch = every_launch(count=36)[0]
     assert sent(cuda, launch) == sent(cuda, launch) == sent(cuda, launch, by_triton)
     assert starts(launch) == 0
 
 
 def test_another_driver_is_not_sent_this_ones_kernels(cuda: FakeCuda):
-    launch = linear_launches(count=44)[0]
+    launch = every_launch(count=44)[0]
     launch.run()
     with fake_cuda() as other:
         assert sent(other, launch) == sent(other, launch, by_triton)

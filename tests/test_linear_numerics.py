@@ -79,7 +79,7 @@ def test_extreme_shapes(backend: str, rows: int, cols: int, count: int, rank: in
 def test_products_that_fill_no_gpu_are_computed_in_parts(
     count: int, rows: int, cols: int, rank: int, monkeypatch: pytest.MonkeyPatch
 ):
-    from rlrr_kernels.ops import launch, linear_triton
+    from rlrr_kernels.ops import launch, linear_kernels
 
     started, run = [], launch.Plan.run
     monkeypatch.setattr(launch.Plan, "run", lambda plan, *args: started.append(plan.kernel) or run(plan, *args))
@@ -87,7 +87,7 @@ def test_products_that_fill_no_gpu_are_computed_in_parts(
     tensors = exact_case(rows=count, out_features=rows, in_features=cols, groups=groups, rank=rank)
     for problem in (tensors, {name: tensor for name, tensor in tensors.items() if name != "bias"}):
         numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), problem)
-    assert linear_triton._sum_splits_kernel in started
+    assert linear_kernels.sum_splits_kernel in started
 
 
 @pytest.mark.skipif(not backends.INTERPRETING, reason="Triton's kernels alone split products")

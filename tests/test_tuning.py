@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops import linear_configs, linear_triton, tuned_tiles, tuning
+from rlrr_kernels.ops import launch, linear_configs, linear_triton, tuned_tiles, tuning
 from rlrr_kernels.ops.linear_configs import Tiles
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +180,7 @@ def test_the_fastest_is_kept_and_used(folder: Path):
 def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatch: pytest.MonkeyPatch):
     wrong, broken = Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1)
     monkeypatch.setattr(tuning, "INTERPRETED_CANDIDATES", [wrong, broken])
-    run = linear_triton.Launch.run
+    run = launch.Launch.run
 
     def run_wrongly(launch) -> None:
         meta = launch.plan.meta
@@ -190,7 +190,7 @@ def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatc
         if meta.get("BLOCK_N") == 16:
             launch.tensors[-1].mul_(1.01)
 
-    monkeypatch.setattr(linear_triton.Launch, "run", run_wrongly)
+    monkeypatch.setattr(launch.Launch, "run", run_wrongly)
     options = {"dtype": torch.float32, "device": "cpu", "kernels": [kernel]}
     (result,) = tuning.tune([(32, 64)], [5], timer=timer({wrong: 1.0, broken: 1.0}), **options)
     assert result.tiles == result.shipped
@@ -212,8 +212,8 @@ def test_candidates_that_spill_or_do_not_fit_are_rejected_before_they_are_timed(
         def __getitem__(self, grid):
             return lambda *args, **meta: Compiled
 
-    plan = linear_triton.Plan(Kernel(), (1,), (), {})
-    monkeypatch.setattr(tuning, "launches_of", lambda *args: [linear_triton.Launch(plan, (tensors["x"],))])
+    plan = launch.Plan(Kernel(), (1,), (), {})
+    monkeypatch.setattr(tuning, "launches_of", lambda *args: [launch.Launch(plan, (tensors["x"],))])
     assert tuning.rejection("forward", tensors, "sm_90", FASTER) == "spills 12 registers"
 
 

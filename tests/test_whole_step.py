@@ -110,5 +110,5 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
         assert counts[0][f"_rlrr_linear_{kernel}_kernel"] == layers
     for kernel in ("fwd", "bwd", "bwd_reduce"):
         assert counts[0][f"_norm_rescale_{kernel}_kernel"] == norms
-    others = set(counts[0]) - {"_sum_splits_kernel", "_activation_bwd_kernel"}
+    others = set(counts[0]) - {"sum_splits_kernel", "_activation_bwd_kernel"}
     assert len(others) == 7, others

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rlrr_kernels.ops import linear_configs
 from rlrr_kernels.ops.launch import Launch, Plan, cdiv
+from rlrr_kernels.ops.linear_kernels import store_scale_parts
+from rlrr_kernels.ops.linear_launches import launch_meta, plan_reduction, precision_of
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
-from rlrr_kernels.ops.linear_triton import launch_meta, plan_reduction, precision_of, store_scale_parts
 from rlrr_kernels.ops.row_sample import RowSample
 
 _MOST_BIAS_COLUMNS = 16

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels import backends, numerics
-from rlrr_kernels.ops import linear_configs, linear_triton, tuned_tiles
+from rlrr_kernels.ops import linear_configs, linear_launches, linear_triton, tuned_tiles
 from rlrr_kernels.ops.launch import Launch
 from rlrr_kernels.ops.linear import rlrr_linear
 from rlrr_kernels.ops.linear_configs import KERNELS, Tiles
@@ -85,11 +85,11 @@ def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> t
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
-        return linear_triton.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
     if kernel == "grad_x":
-        return linear_triton.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
     grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
-    return linear_triton.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
 
 
 def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str | None:
