@@ -29,14 +29,6 @@ def test_more_rows_never_choose_a_smaller_block_of_rows():
         assert blocks == sorted(blocks)
 
 
-def test_the_path_is_one_pass_for_few_rows_and_merge_for_many():
-    for arch, rank in itertools.product([*configs.ARCHITECTURES, "unknown"], (1, 2, 64)):
-        paths = [configs.choose_path(rows, rank, arch) for rows in ROWS]
-        assert paths == sorted(paths, reverse=True), "one_pass, then merge"
-        assert paths[-1] == "merge"
-    assert configs.choose_path(1, 1, "sm_90") == "one_pass"
-
-
 @pytest.mark.parametrize(
     ("capability", "gcn", "arch"),
     [

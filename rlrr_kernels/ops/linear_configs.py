@@ -1,7 +1,7 @@
-"""Tile shapes and path choice of the Triton kernels: plain data and pure functions, no GPU needed to read or test them.
+"""Tile shapes of the Triton kernels: plain data and pure functions, no GPU needed to read or test them.
 
-No entry has been timed on a GPU yet. They are chosen by compile-only figures (no spills, tensor-core instructions; see
-``python -m benchmarks.compile_report``) and by the bytes-and-operations model in :func:`choose_path`.
+No entry has been timed on a GPU yet. They are chosen by compile-only figures: no spills, tensor-core instructions; see
+``python -m benchmarks.compile_report``.
 """
 
 from __future__ import annotations
@@ -78,15 +78,6 @@ IRREGULAR = {
 }
 """Any architecture: odd strides load element by element, a loop over the rank is not pipelined; both take registers."""
 
-MERGE_MIN_ROWS = {"sm_90": 2048, "sm_100": 4096, "interpreter": 96}
-"""Rows M from which W' is merged into scratch and handed to the library GEMM (rank 1). Modelled, not measured: the
-merge moves about 4 N K bytes while the product takes 2 M N K operations, so on an H200 (4.3 TB/s, 790 TFLOP/s) it
-costs a fraction of about 370 / M, against the 15 to 20 % by which a Triton GEMM with a transformed operand trails the
-library.
-"""
-
-_DEFAULT_MERGE_MIN_ROWS = 1024
-
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 6}
 """Used to split M in the scale gradients: from the architecture, not the device, so that results repeat everywhere."""
 
@@ -158,15 +149,6 @@ def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bo
         return IRREGULAR[kernel, dtype.itemsize]
     entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
-
-
-def choose_path(rows: int, rank: int, arch: str) -> str:
-    """``one_pass`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library GEMM).
-
-    The one-pass kernels rebuild the factor for every tile of rows, r multiply-adds a weight each time, so the number
-    of rows that pays for a merge falls with the rank.
-    """
-    return "merge" if rows * rank >= MERGE_MIN_ROWS.get(arch, _DEFAULT_MERGE_MIN_ROWS) else "one_pass"
 
 
 def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:

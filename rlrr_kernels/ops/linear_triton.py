@@ -60,7 +60,7 @@ def forward(
     """
     check_interpreter(x.dtype, weight.dtype)
     count, arch = x.shape[0], architecture(x.device)
-    if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
+    if (path or tuned_tiles.path_for(arch, x, weight, scale_row.shape[1])) == "merge":
         merged = merge(weight, scale_row, scale_col, residual, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(count, weight.shape[0])
@@ -115,7 +115,7 @@ def backward(
 
 def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tensor:
     count = grad_y.shape[0]
-    if (path or linear_configs.choose_path(count, scale_row.shape[1], arch)) == "merge":
+    if (path or tuned_tiles.path_for(arch, grad_y, weight, scale_row.shape[1])) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
     if weight.shape[0] == 0:
         return grad_y.new_zeros(count, weight.shape[1])

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels.ops import linear_configs
+from rlrr_kernels.ops import linear_configs, linear_paths
 from rlrr_kernels.ops.linear_configs import Tiles
 
 DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
@@ -189,7 +189,19 @@ def _choose(
     return linear_configs.tiles_for(kernel, arch, dtype, rows, regular)
 
 
+def path_for(arch: str, x: Tensor, weight: Tensor, rank: int) -> str:
+    """``one_pass`` or ``merge`` for a product of x [M, K] or g [M, N] and a rescaled weight [N, K]."""
+    return _path(arch, x.dtype, weight.dtype, torch.get_float32_matmul_precision(), x.shape[0], weight.shape, rank)
+
+
+@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+def _path(arch, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank) -> str:
+    tf32 = matmul_precision != "highest"
+    return linear_paths.choose_path(linear_paths.merge_gain(rows, *weight_shape, rank, arch, dtype, weight_dtype, tf32))
+
+
 def forget() -> None:
     """Makes the next launch read the environment and the file again."""
     _entries.cache_clear()
     _choose.cache_clear()
+    _path.cache_clear()

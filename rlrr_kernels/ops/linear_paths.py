@@ -1,0 +1,91 @@
+"""``one_pass`` or ``merge``: when W' in scratch and the library's product beat one pass over W, as pure functions.
+
+Modelled, not measured: datasheet peaks, the shares of them that are reached, and what a kernel costs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from rlrr_kernels.ops.linear_configs import DEFAULT_ARCHITECTURE, UNROLLED_RANK
+
+
+class Peaks(NamedTuple):
+    """A GPU's datasheet: bytes a second of its memory, dense operations a second by what is multiplied."""
+
+    bandwidth: float
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+
+
+PEAKS = {
+    "sm_80": Peaks(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),  # A100, 80 GB
+    "sm_90": Peaks(4.8e12, 989e12, 494e12, 67e12, 67e12),  # H200
+    "sm_100": Peaks(8.0e12, 2250e12, 1100e12, 75e12, 37e12),  # B200
+    "gfx942": Peaks(5.3e12, 1307e12, 653e12, 163e12, 163e12),  # MI300X
+}
+"""An architecture without an entry takes ``DEFAULT_ARCHITECTURE``'s."""
+
+REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
+"""Shares of :class:`Peaks` that a large copy and a large product of the vendor's library are taken to reach: 4.3 TB/s
+and 790 TFLOP/s on an H200."""
+
+KERNEL_US = 2.5
+"""What one more kernel costs beside its bytes, in a CUDA graph too: the gap before it, its ramp and its drain."""
+
+TRAIL = 0.18
+"""Share of the library's time by which a one-pass kernel trails it where operations rule, for its weight goes through
+registers: 15 to 20 % is reported of such kernels on Hopper."""
+
+TRAIL_PER_RANK, TRAIL_IN_A_LOOP = 0.12, 3.0
+"""What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels that
+loop over a rank above UNROLLED_RANK, which are not pipelined."""
+
+INTERPRETER_ROWS = 96
+"""Under Triton's interpreter M alone decides, so that small tests meet both paths."""
+
+
+def precision_kind(dtype: torch.dtype, tf32: bool) -> str:
+    """The field of :class:`Peaks` that a product of ``dtype`` is bound by."""
+    return {2: "half", 4: "tf32" if tf32 else "float32", 8: "float64"}[dtype.itemsize]
+
+
+def merge_gain(
+    rows: int, out_features: int, in_features: int, rank: int, arch: str, dtype: torch.dtype,
+    weight_dtype: torch.dtype, tf32: bool = False,
+) -> float:  # fmt: skip
+    """How many times its cost a merge saves, by the model; in proportion to M = ``rows``.
+
+    It saves the share by which a one-pass kernel trails the library's product of 2 M N K operations. It costs a kernel
+    that reads W and writes W', N K elements each; the product then finds W' in the L2 cache, where that holds it.
+    Forward and ∂x each decide, and merge, for themselves: nothing W-sized is kept between them.
+
+    Args:
+        rows: M, rows of x.
+        out_features: N.
+        in_features: K.
+        rank: r of the scales.
+        arch: an architecture's name; any that is not in :data:`PEAKS` is taken for the default one.
+        dtype: of x.
+        weight_dtype: of W.
+        tf32: whether products of float32 are rounded to TF32.
+    """
+    trail = TRAIL + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else TRAIL_IN_A_LOOP
+    if arch == "interpreter":
+        return rows / INTERPRETER_ROWS * (trail / TRAIL)
+    weights, peaks = out_features * in_features, PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE])
+    saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, precision_kind(dtype, tf32)))
+    moved = weights * (weight_dtype.itemsize + dtype.itemsize)
+    return saved / (1e-6 * KERNEL_US + moved / (REACHED_BANDWIDTH * peaks.bandwidth))
+
+
+def choose_path(gain: float, least_gain: float = 1.0) -> str:
+    """``one_pass`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library's product).
+
+    ``gain`` is :func:`merge_gain`; a merge pays above ``least_gain``, which is 1 unless it was measured.
+    """
+    return "merge" if gain > least_gain else "one_pass"
