@@ -38,6 +38,7 @@ class FakeCuda:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._launch = Recorded.in_dll(library, "fake_launch")
         self._sizes = (ctypes.c_int * 64).in_dll(library, "fake_sizes")
+        self._recorded = 0
 
     @property
     def count(self) -> int:
@@ -45,15 +46,15 @@ class FakeCuda:
         return self._launch.count
 
     def record(self, types: Sequence[str]) -> None:
-        """From now on launches are recorded with parameters of these types of Triton ("*fp32", "i32", ...)."""
+        """The next launch, and no other, is recorded with parameters of these Triton types ("*fp32", "i32", ...)."""
         sizes = [_SIZES["*" if kind.startswith("*") else kind] for kind in types]
+        self._recorded = len(sizes)
         self._sizes[:] = sizes + [0] * (64 - len(sizes))
 
     def last(self) -> dict[str, int | list[int]]:
-        """The last launch: function, stream, shared memory, threads, grid, values of the parameters."""
-        given = sum(size > 0 for size in self._sizes)
+        """The last launch: function, stream, shared memory, threads, grid; the parameters of the one recorded last."""
         fields = {name: getattr(self._launch, name) for name in ("function", "stream", "shared", "block")}
-        return fields | {"grid": list(self._launch.grid), "parameters": self._launch.parameters[:given]}
+        return fields | {"grid": list(self._launch.grid), "parameters": self._launch.parameters[: self._recorded]}
 
 
 @functools.cache

@@ -7,7 +7,8 @@
 
 #define MAX_PARAMETERS 64
 
-/* The last launch; cuLaunchKernelEx is not told how many parameters there are or of which size: fake_sizes says so. */
+/* The last launch; cuLaunchKernelEx is not told how many parameters there are or of which size: fake_sizes says so, for
+   one launch alone. Another kernel may have fewer: what lies behind its last one is not to be read. */
 struct {
   uint64_t count, function, stream, shared, block;
   uint64_t grid[3];
@@ -27,6 +28,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   for (int i = 0; i < MAX_PARAMETERS && fake_sizes[i]; i++) {
     fake_launch.parameters[i] = 0;
     memcpy(&fake_launch.parameters[i], parameters[i], fake_sizes[i]);
+    fake_sizes[i] = 0;
   }
   return CUDA_SUCCESS;
 }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +161,37 @@ def test_another_driver_is_not_sent_this_ones_kernels(cuda: FakeCuda):
         assert sent(other, launch) == sent(other, launch, by_triton)
 
 
+def test_a_record_is_of_one_launch(cuda: FakeCuda):
+    """A kernel with fewer parameters than were announced would have what lies behind them read."""
+    many, few = every_launch()[2], every_launch()[4]
+    recorded = sent(cuda, many)["parameters"]
+    assert len(recorded) > len(sent(cuda, few)["parameters"])
+    assert sent(cuda, many)["parameters"] == recorded
+    assert not any(cuda._sizes)
+
+
+def leaked(launch: Launch, times: int) -> dict[str, int]:
+    """References gained or lost by ``times`` launches, of everything that Triton's C function is handed."""
+    constants = {name: value for name, value in launch.plan.meta.items() if not name.startswith("num_")}
+    values = {"None": None, "number": launch.plan.numbers[0], **constants, "plan": launch.plan}
+    values |= {f"tensor {i}": tensor for i, tensor in enumerate(launch.tensors)}
+    before = {name: sys.getrefcount(value) for name, value in values.items()}
+    for _ in range(times):
+        launch.run()
+    after = {name: sys.getrefcount(value) for name, value in values.items()}
+    return {name: after[name] - before[name] for name in values if abs(after[name] - before[name]) > 20}
+
+
+@pytest.mark.parametrize("times", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_launches_keep_and_lose_no_reference(cuda: FakeCuda, times: int):
+    for launch in [*every_launch(), *norm_launches()]:
+        launch.run()
+        before = cuda.count
+        assert not leaked(launch, times), launch.plan.kernel
+        assert cuda.count == before + times
+        assert starts(launch) == 1
+
+
 def test_the_installed_triton_is_known():
     assert launching._make_start is not None, f"the launcher of Triton {triton.__version__} is not in ops/launch.py"
 
@@ -167,3 +202,27 @@ def test_the_host_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     host_overhead.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("rlrr_linear, triton: forward + backward")]
+
+
+@pytest.mark.slow
+def test_with_triton_3_6():
+    old = os.environ.get("RLRR_TRITON_3_6")
+    if not old:
+        pytest.skip("RLRR_TRITON_3_6 does not name a folder with Triton 3.6; `make test-all` makes one")
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([old, str(root)])}
+    environment.pop("RLRR_TRITON_3_6")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(Path(__file__)),
+        "-k",
+        "not with_triton_3_6",
+        "-p",
+        "no:cacheprovider",
+    ]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "skipped" not in result.stdout

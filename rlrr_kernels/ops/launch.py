@@ -130,6 +130,23 @@ def _grid(plan: Plan) -> tuple[int, int, int]:
     return (*plan.grid, 1, 1)[:3]
 
 
+def _make_start_3_6(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
+    """For Triton 3.6, where every signature has a C function of its own."""
+    launcher, launch = compiled.run, compiled.run.launch
+    x, y, z = _grid(plan)
+    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+
+    def start(stream: int, pointers: Sequence[int]) -> None:
+        launch(
+            x, y, z, stream, function, cooperative, dependent, None, None, metadata, None, None, None, *pointers, *rest
+        )
+
+    return start
+
+
 def _make_start_3_7(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
     """For Triton 3.7 to 3.9, where one C function reads a description of the signature."""
     launcher, launch = compiled.run, compiled.run.launch
@@ -149,8 +166,7 @@ def _make_start_3_7(plan: Plan, compiled: triton.compiler.CompiledKernel) -> Sta
     return start
 
 
-# Not 3.6: a process that had started kernels its way a few thousand times was seen to crash in its C function.
-_make_start = {"3.7": _make_start_3_7, "3.8": _make_start_3_7, "3.9": _make_start_3_7}.get(
+_make_start = {"3.6": _make_start_3_6, "3.7": _make_start_3_7, "3.8": _make_start_3_7, "3.9": _make_start_3_7}.get(
     ".".join(triton.__version__.split(".")[:2])
 )
 
