@@ -27,7 +27,7 @@ from rlrr_kernels.train.distributed import from_main, make_accelerator
 from rlrr_kernels.train.drop import check_drop, set_drop
 from rlrr_kernels.train.environment import add_session, environment
 from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.loop import FitResult, fit
+from rlrr_kernels.train.loop import fit
 from rlrr_kernels.train.method_files import save_trained
 from rlrr_kernels.train.methods import (
     METHODS,
@@ -43,6 +43,7 @@ from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_m
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.progress import console, track
+from rlrr_kernels.train.record import FitResult
 from rlrr_kernels.train.settings import settings_of
 from rlrr_kernels.train.task import Task
 

@@ -19,40 +19,17 @@ from rlrr_kernels.train.board import Board
 from rlrr_kernels.train.config import CHANGES_NO_NUMBER, TrainConfig
 from rlrr_kernels.train.data import EpochShuffle, ImageDataset, make_loader
 from rlrr_kernels.train.distributed import Exchange, copy_to_all, from_main, make_accelerator, shard_frozen
-from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.memory import peak_memory, reset_peak_memory
+from rlrr_kernels.train.evaluate import evaluate
 from rlrr_kernels.train.mixing import Mixing
 from rlrr_kernels.train.model import set_activation_checkpointing
 from rlrr_kernels.train.optimizer import adamw
 from rlrr_kernels.train.progress import TrainProgress
+from rlrr_kernels.train.record import FitResult, Record
 from rlrr_kernels.train.schedule import Schedule
 from rlrr_kernels.train.trained import is_frozen, trained_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclasses.dataclass(frozen=True)
-class FitResult:
-    """What came of :func:`fit`.
-
-    Attributes:
-        best_epoch: counted from 1. best: its validation scores.
-        history: one entry an epoch: epoch, lr, train_loss, val_loss, val_accuracy, val_macro_f1, seconds.
-        loss_curve: (epochs done, mean training loss since the last point), about 20 an epoch.
-        seconds: training and validation, over all the sessions of a resumed run.
-        peak_memory: bytes; see :func:`rlrr_kernels.train.memory.peak_memory`.
-        exchanged: bytes a process exchanges with the others for one optimizer update, see
-            :class:`rlrr_kernels.train.distributed.Exchange`; None in a single process.
-    """
-
-    best_epoch: int
-    best: Scores
-    history: list[dict[str, float]]
-    loss_curve: list[tuple[float, float]]
-    seconds: float
-    peak_memory: int
-    exchanged: dict[str, int] | None
 
 
 def fit(
@@ -110,7 +87,7 @@ def fit(
     talk = run.accelerator.is_main_process and not quiet
     with TrainProgress(config.epochs, chosen_on=chosen_on, enabled=talk) as progress:
         run.start(progress)
-        while run.epoch < config.epochs:
+        while run.record.epoch < config.epochs:
             run.train_epoch(progress)
             run.validate(progress)
             run.save(progress)
@@ -118,7 +95,7 @@ def fit(
 
 
 class _Run:
-    """The state of one run: everything a checkpoint has to hold."""
+    """One run: the model, what trains it, and how far it is."""
 
     def __init__(
         self, model, groups, train_set, val_set, config: TrainConfig, folder: Path, accelerator, identity
@@ -152,10 +129,10 @@ class _Run:
         val_loader = make_loader(val_set, config.batch_size, workers=workers)
         # Not its steps but its length counts here; accelerate deals the batches out to the processes.
         per_step = config.batch_size * accelerator.num_processes
-        self.batches = len(train_set) // per_step if config.drop_last else math.ceil(len(train_set) / per_step)
-        if self.batches == 0:
+        batches = len(train_set) // per_step if config.drop_last else math.ceil(len(train_set) / per_step)
+        if batches == 0:
             raise ValueError(f"drop_last leaves no batch: {len(train_set)} training images, {per_step} images a step")
-        self.updates_per_epoch = math.ceil(self.batches / config.accumulate)
+        self.updates_per_epoch = math.ceil(batches / config.accumulate)
         optimizer = adamw(groups, accelerator.device)
         self.schedule = Schedule(optimizer, config, self.updates_per_epoch)
         self.plain_model = model
@@ -169,20 +146,11 @@ class _Run:
         self.average = None if config.ema_decay is None else Average(self.trained, config.ema_decay)
         self.board: Board | None = None
         self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self.epoch = self.batch = self.updates = 0
-        self.loss_sum, self.loss_count = 0.0, 0  # of the epoch so far
         self.point_count = 0  # images since the last point of the curve
-        self.best: dict[str, Any] | None = None
-        self.history: list[dict[str, float]] = []
-        self.loss_curve: list[tuple[float, float]] = []
-        self.seconds = 0.0
-        self.peak = 0
-        self.exchanged: dict[str, int] | None = None
         self.session_updates = 0
         self.checked_gradients = False
-        self.clock = time.monotonic()
         torch.manual_seed(config.seed + accelerator.process_index)
-        reset_peak_memory()
+        self.record = Record(batches)
 
     def start(self, progress: TrainProgress) -> None:
         """What comes before the first epoch of a session."""
@@ -193,24 +161,24 @@ class _Run:
                 f"{decay**updates:.0%} of the initial values"
             )
         if self.config.tensorboard and self.accelerator.is_main_process:
-            self.board = Board(self.folder, self.steps, progress.warn)
+            self.board = Board(self.folder, self.record.steps, progress.warn)
 
     def train_epoch(self, progress: TrainProgress) -> None:
         """The rest of the current epoch."""
-        config, accelerator = self.config, self.accelerator
-        self.sampler.epoch = self.train_set.epoch = self.epoch
-        self.sampler.skip = self.batch * config.batch_size * accelerator.num_processes
-        if self.batch >= self.batches:  # the checkpoint was written between the last update and the validation
+        config, accelerator, record = self.config, self.accelerator, self.record
+        self.sampler.epoch = self.train_set.epoch = record.epoch
+        self.sampler.skip = record.batch * config.batch_size * accelerator.num_processes
+        if record.batch >= record.batches:  # the checkpoint was written between the last update and the validation
             return
-        progress.start_epoch(self.epoch, self.batch, self.batches)
+        progress.start_epoch(record.epoch, record.batch, record.batches)
         self._train_mode()
         saved = time.monotonic()
         pending: list[Tensor] = []  # losses that nobody has waited for yet
-        every = max(1, self.batches // 20)
+        every = max(1, record.batches // 20)
         for images, labels in self.train_loader:
             targets = labels
             if self.mixing is not None:
-                images, targets = self.mixing(images, labels, self.epoch, self.batch)
+                images, targets = self.mixing(images, labels, record.epoch, record.batch)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     logits = self.model(images)
@@ -226,18 +194,19 @@ class _Run:
                 self.optimizer.zero_grad()
             pending.append(loss.detach() * len(labels))
             self.point_count += len(labels)
-            self.batch += 1
+            record.batch += 1
             if accelerator.sync_gradients:
-                self.updates += 1
+                record.updates += 1
                 self.session_updates += 1
-                self.schedule.set(self.updates)
+                self.schedule.set(record.updates)
                 if self.average is not None:
                     self.average.update()
-            if self.batch % every == 0 or self.batch == self.batches:
+            if record.batch % every == 0 or record.batch == record.batches:
                 self._add_losses(pending)
                 if self.board is not None:
-                    self.board.log({"train/loss": self.loss_curve[-1][1], "train/learning_rate": self.lr}, self.steps)
-            progress.advance(self.loss_sum / max(self.loss_count, 1), self.lr)
+                    scalars = {"train/loss": record.loss_curve[-1][1], "train/learning_rate": self.lr}
+                    self.board.log(scalars, record.steps)
+            progress.advance(record.mean_loss, self.lr)
             if accelerator.sync_gradients and self._checkpoint_is_due(saved):
                 self._add_losses(pending)
                 self.save(progress)
@@ -253,20 +222,15 @@ class _Run:
         return bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)))
 
     @property
-    def steps(self) -> int:
-        """Batches done since the start of the run."""
-        return self.epoch * self.batches + self.batch
-
-    @property
     def lr(self) -> float:
         """The largest learning rate of the groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _last_lr(self) -> float:
         """That of the last update."""
-        self.schedule.set(self.updates - 1)
+        self.schedule.set(self.record.updates - 1)
         lr = self.lr
-        self.schedule.set(self.updates)
+        self.schedule.set(self.record.updates)
         return lr
 
     def _train_mode(self) -> None:
@@ -286,12 +250,10 @@ class _Run:
         pending.clear()
         if not math.isfinite(total):
             raise FloatingPointError(
-                f"the training loss is {total} in epoch {self.epoch + 1} at learning rate {self.lr:.2g}; lower the "
-                "learning rate, or train without mixed precision"
+                f"the training loss is {total} in epoch {self.record.epoch + 1} at learning rate {self.lr:.2g}; lower "
+                "the learning rate, or train without mixed precision"
             )
-        self.loss_sum += total
-        self.loss_count += count
-        self.loss_curve.append((self.epoch + self.batch / self.batches, total / count))
+        self.record.add_losses(total, count)
         self.point_count = 0
 
     def _check_gradients(self) -> None:
@@ -311,50 +273,22 @@ class _Run:
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             scores = evaluate(self.model, self.val_loader, self.classes, self.accelerator, progress.validation)
             tensors = self._trained_tensors()
-        self._tick()
         self._note_exchange(training)
-        done = sum(entry["seconds"] for entry in self.history)
-        entry = {
-            "epoch": self.epoch + 1,
-            "lr": self._last_lr(),
-            "train_loss": self.loss_sum / max(self.loss_count, 1),
-            "val_loss": scores.loss,
-            "val_accuracy": scores.accuracy,
-            "val_macro_f1": scores.macro_f1,
-            "seconds": self.seconds - done,
-        }
-        self.history.append(entry)
-        key = (getattr(scores, self.config.select_by), -scores.loss)
-        improved = self.best is None or key > tuple(self.best["key"])
-        if improved:
-            self.best = {
-                "key": list(key),
-                "epoch": self.epoch + 1,
-                "scores": dataclasses.asdict(scores),
-                "tensors": tensors,
-            }
-        self.epoch += 1
-        self.batch, self.loss_sum, self.loss_count = 0, 0.0, 0
+        entry, improved = self.record.finish_epoch(scores, self._last_lr(), self.config.select_by, tensors)
         if self.board is not None:
             scalars = {f"{progress.images}/{key}": entry[f"val_{key}"] for key in ("loss", "accuracy", "macro_f1")}
             scalars |= {"train/epoch_loss": entry["train_loss"], "epoch/seconds": entry["seconds"]}
-            self.board.log(scalars, self.steps)
+            self.board.log(scalars, self.record.steps)
         progress.finish_epoch(entry, improved)
 
     def _note_exchange(self, training: Exchange) -> None:
         """Takes note of what the training exchanged, and leaves out what the validation did."""
         self.exchange.gradients, self.exchange.weights = training.gradients, training.weights
         if self.accelerator.num_processes > 1 and self.session_updates:
-            self.exchanged = training.per_update(self.session_updates)
+            self.record.exchanged = training.per_update(self.session_updates)
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         return _on_cpu(self.tensors)
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.seconds += now - self.clock
-        self.clock = now
-        self.peak = max(self.peak, peak_memory())
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
@@ -370,20 +304,10 @@ class _Run:
         random_states = gather_object([checkpoint.rng_state()])  # every process takes part
         if not self.accelerator.is_main_process:
             return
-        self._tick()
         scaler = self.accelerator.scaler
         state = {
             "settings": self._settings(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "updates": self.updates,
-            "loss": [self.loss_sum, self.loss_count],
-            "best": self.best,
-            "history": self.history,
-            "loss_curve": self.loss_curve,
-            "seconds": self.seconds,
-            "peak_memory": self.peak,
-            "exchanged": self.exchanged,
+            **self.record.state_dict(),
             "tensors": self._trained_tensors(),
             "average": None if self.average is None else _on_cpu(self.average.tensors),
             "optimizer": self.optimizer.state_dict(),
@@ -414,13 +338,9 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.updates = state["epoch"], state["batch"], state["updates"]
-        self.schedule.set(self.updates)
-        self.loss_sum, self.loss_count = state["loss"]
-        self.best, self.history, self.loss_curve = state["best"], state["history"], state["loss_curve"]
-        self.seconds, self.peak, self.exchanged = state["seconds"], state["peak_memory"], state["exchanged"]
         checkpoint.set_rng_state(state["random"][self.accelerator.process_index])
-        self.clock = time.monotonic()
+        self.record.load_state_dict(state)
+        self.schedule.set(self.record.updates)
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> None:
@@ -429,7 +349,7 @@ class _Run:
 
     def finish(self) -> FitResult:
         """Leaves the model as it came, with the best epoch's tensors in it."""
-        self._put(self.best["tensors"])
+        self._put(self.record.best["tensors"])
         if self.sharded:
             self.plain_model.to(self.accelerator.device)
         else:  # also takes back the forward that accelerate wrapped for mixed precision
@@ -438,16 +358,7 @@ class _Run:
             set_activation_checkpointing(self.plain_model, False)
         if self.board is not None:
             self.board.close()
-        scores = dict(self.best["scores"])
-        return FitResult(
-            best_epoch=self.best["epoch"],
-            best=Scores(**scores | {"recall": tuple(scores["recall"])}),
-            history=self.history,
-            loss_curve=[tuple(point) for point in self.loss_curve],
-            seconds=self.seconds,
-            peak_memory=self.peak,
-            exchanged=self.exchanged,
-        )
+        return self.record.result()
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

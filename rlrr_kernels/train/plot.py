@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.train.loop import FitResult
+from rlrr_kernels.train.record import FitResult
 
 
 def learning_curve(
