@@ -9,6 +9,7 @@ from torch import nn
 
 from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, replace_submodules, unwrap
 from rlrr_kernels.adapt.recompute import recompute_activations
+from rlrr_kernels.adapt.report import describe_keys
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.rescaled import Rescaled
@@ -39,15 +40,7 @@ class MergeReport:
             parts.append(f"{len(self.norms)} norms")
         if self.tokens:
             parts.append(self.tokens)
-        lines = [f"{self.model}: adapter merged into {', '.join(parts)}"]
-        if self.gained:
-            lines.append(
-                f"gained (the backbone has no such key, so its class does not load this state dict strictly): "
-                f"{', '.join(self.gained)}"
-            )
-        else:
-            lines.append("its state dict has the keys of the plain model")
-        return "\n".join(lines)
+        return f"{self.model}: adapter merged into {', '.join(parts)}\n{describe_keys(self.gained)}"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What :func:`rlrr_kernels.adapt_model` did, as data that prints as a table."""
+"""What was done to a model, as data: :func:`rlrr_kernels.adapt_model`'s report prints as a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,31 @@ import dataclasses
 from collections.abc import Sequence
 
 from rlrr_kernels.adapt.config import pattern_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """How many parameters of a model are trained.
+
+    Attributes:
+        adapter: trained parameters without the head.
+        head: parameters of the head.
+        total: all parameters, the adapter's included.
+    """
+
+    adapter: int
+    head: int
+    total: int
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters: adapter and head."""
+        return self.adapter + self.head
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all parameters, 0 to 1."""
+        return self.trained / self.total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +47,7 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptReport:
+class AdaptReport(ParameterCounts):
     """The adapted model in names and counts; ``print`` it.
 
     Attributes:
@@ -33,9 +58,7 @@ class AdaptReport:
         tokens: name of the module with the SSF of the patch tokens, or None.
         heads: names of the modules trained as they are.
         patched: names of layers whose parent had to be told to call them (timm's ``qkv_bias_separate``).
-        adapter: trained parameters without the head.
-        head: parameters of the head.
-        total: all parameters, the adapter's included.
+        adapter, head, total: see :class:`ParameterCounts`.
     """
 
     model: str
@@ -45,19 +68,6 @@ class AdaptReport:
     tokens: str | None
     heads: tuple[str, ...]
     patched: tuple[str, ...]
-    adapter: int
-    head: int
-    total: int
-
-    @property
-    def trained(self) -> int:
-        """Trained parameters: adapter and head."""
-        return self.adapter + self.head
-
-    @property
-    def share(self) -> float:
-        """Trained parameters over all parameters, 0 to 1."""
-        return self.trained / self.total
 
     def __str__(self) -> str:
         rows = [("layer", "count", "W", "rank", "groups", "shift", "trained")]
@@ -86,6 +96,16 @@ class AdaptReport:
             f"adapter {self.adapter:,}, head {self.head:,}"
         )
         return "\n".join(lines)
+
+
+def describe_keys(gained: Sequence[str]) -> str:
+    """A line on the keys of a merged model's state dict; ``gained`` are those that the backbone does not have."""
+    if not gained:
+        return "its state dict has the keys of the plain model"
+    return (
+        "gained (the backbone has no such key, so its class does not load this state dict strictly): "
+        f"{', '.join(gained)}"
+    )
 
 
 def _collapse(names: Sequence[str]) -> str:

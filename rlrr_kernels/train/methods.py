@@ -24,6 +24,7 @@ from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_model, adapt_repor
 from rlrr_kernels.adapt.find import find_heads
 from rlrr_kernels.adapt.model import plan_adaptation, unwrap, zero_linears
 from rlrr_kernels.adapt.recipe import paper_recipe
+from rlrr_kernels.adapt.report import ParameterCounts, describe_keys
 from rlrr_kernels.train.ssf import SSFPlaces, find_places, fold_ssf, put_ssf
 
 METHODS = ("rlrr", "probe", "full", "bias", "ssf", "lora", "dora", "hira")
@@ -89,31 +90,18 @@ class Baseline:
 
 
 @dataclasses.dataclass(frozen=True)
-class BaselineReport:
+class BaselineReport(ParameterCounts):
     """What :func:`apply_method` made of a model.
 
     Attributes:
         method: its name. layers: the linear layers with an adapter on them; none for probe, full and bias.
-        heads: modules trained as they are. adapter: trained parameters without the head. head: those of the head.
-        total: all parameters.
+        heads: modules trained as they are. adapter, head, total: see
+            :class:`rlrr_kernels.adapt.report.ParameterCounts`.
     """
 
     method: str
     layers: tuple[str, ...]
     heads: tuple[str, ...]
-    adapter: int
-    head: int
-    total: int
-
-    @property
-    def trained(self) -> int:
-        """Trained parameters: adapter and head."""
-        return self.adapter + self.head
-
-    @property
-    def share(self) -> float:
-        """Trained parameters over all parameters, 0 to 1."""
-        return self.trained / self.total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +131,8 @@ class BaselineMergeReport:
     gained: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{TITLES[self.method]}: merged into {len(self.folded)} modules"]
-        if not self.folded:
-            lines = [f"{TITLES[self.method]}: a plain model already, nothing to merge"]
-        lines.append(
-            f"gained (the backbone has no such key, so its class does not load this state dict strictly): "
-            f"{', '.join(self.gained)}"
-            if self.gained
-            else "its state dict has the keys of the plain model"
-        )
-        return "\n".join(lines)
+        what = f"merged into {len(self.folded)} modules" if self.folded else "a plain model already, nothing to merge"
+        return f"{TITLES[self.method]}: {what}\n{describe_keys(self.gained)}"
 
 
 def check_method(name: str) -> None:
