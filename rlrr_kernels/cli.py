@@ -16,7 +16,7 @@ except ImportError as error:
 
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.options import takes_options_of
+from rlrr_kernels.train.options import Cpu, takes_options_of
 from rlrr_kernels.train.progress import console, program
 
 app = typer.Typer(
@@ -38,7 +38,6 @@ AdapterWeights = Annotated[
 ]
 AdapterFolder = Annotated[Path, typer.Argument(help="Adapter folder, as rlrr finetune or save_adapter wrote it")]
 BatchSize = Annotated[int, typer.Option(help="Images a step")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")]
 
 
 def _print_version(asked: bool) -> None:
@@ -59,8 +58,13 @@ def _options(
 
 
 @app.command()
-@takes_options_of(FinetuneConfig, required=("data",))
-def finetune(config: FinetuneConfig, resume: bool) -> None:
+@takes_options_of(FinetuneConfig, required=("data",), config_file=True)
+def finetune(
+    config: FinetuneConfig,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in --out was stopped, if it was")
+    ] = False,
+) -> None:
     """Fine-tune a timm model on a folder of images; keep the epoch that is best on the validation images.
 
     On several GPUs: accelerate launch -m rlrr_kernels.cli finetune ...
@@ -185,10 +189,10 @@ def doctor() -> None:
 @app.command()
 def tune(
     shape: Annotated[
-        list[str] | None, typer.Option(help="NxK of a frozen weight, repeat for several  [default: those of ViT-B]")
+        list[str] | None, typer.Option(help="NxK of a frozen weight, repeat for several; default: those of ViT-B")
     ] = None,
     rows: Annotated[
-        list[int] | None, typer.Option(help="Batch times tokens, repeat for several  [default: 8, 64 and 1576]")
+        list[int] | None, typer.Option(help="Batch times tokens, repeat for several; default: 8, 64 and 1576")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
 ) -> None:
@@ -224,7 +228,7 @@ def demo(
     cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
     epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 5,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Repeat for several; validation images choose  [default: 1e-3 and 3e-3]")
+        list[float] | None, typer.Option(help="Repeat for several; validation images choose; default: 1e-3 and 3e-3")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for mean and spread over several")] = None,

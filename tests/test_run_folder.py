@@ -13,15 +13,17 @@ pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import rlrr_kernels
 from rlrr_kernels.cli import app
+from rlrr_kernels.paper.reproduce import ReproduceConfig
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.config_file import read_config, write_config
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
-from rlrr_kernels.train.options import describe_arguments, options_of
+from rlrr_kernels.train.options import config_of_options, describe_arguments, options_of
 from rlrr_kernels.train.preprocessing import Preprocessing
 
 
@@ -121,9 +123,35 @@ def test_a_truncated_or_missing_config_file_is_named(tmp_path):
 
 
 def test_every_option_has_its_help():
-    for kind in (FinetuneConfig, TrainConfig):
+    for kind in (FinetuneConfig, TrainConfig, ReproduceConfig):
         described = describe_arguments(kind)
         assert set(described) == {field.name for field in dataclasses.fields(kind)}
     names = {parameter.name for parameter in options_of(FinetuneConfig)}
     assert {"model", "data", "epochs", "batch_size", "lr", "cpu"} <= names
     assert not {"train", "preprocessing"} & names
+
+
+def _commands(command, name="rlrr"):
+    yield name, command
+    for child, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, f"{name} {child}")
+
+
+def test_no_help_is_lost():
+    """Every parameter of the program has a help, and none has brackets, which the terminal's markup would swallow."""
+    texts = {
+        f"{name} {parameter.name}": parameter.help or ""
+        for name, command in _commands(typer.main.get_command(app))
+        for parameter in command.params
+        if parameter.name != "help"
+    }
+    assert len(texts) > 100
+    assert not [name for name, text in texts.items() if not text or "[" in text or "None: " in text]
+
+
+def test_a_list_of_names_takes_commas_and_repetition():
+    given = {"benchmark": "vtab", "root": "data", "model": "test_vit", "tasks": ["kitti,svhn", "dtd"]}
+    config = config_of_options(ReproduceConfig, given)
+    assert config.tasks == ("kitti", "svhn", "dtd")
+    assert config.out == Path("runs/vtab")
+    assert config_of_options(ReproduceConfig, given | {"tasks": None}).tasks == ()

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
+from rlrr_kernels.paper.reproduce import ReproduceConfig
+from rlrr_kernels.train.model import HUB
+from rlrr_kernels.train.options import Cpu, ImageSize, ModelName, Weights, split_names, takes_options_of
 from rlrr_kernels.train.progress import console, program, track
 
 data_app = typer.Typer(help="The paper's datasets: VTAB-1k and FGVC.", no_args_is_help=True)
@@ -31,7 +34,7 @@ def check(
     table = Table("dataset", "classes", "images by split", "verdict")
     broken = False
     details: list[str] = []
-    for settings in datasets_to_check(root, benchmark, list(_names(dataset))):
+    for settings in datasets_to_check(root, benchmark, list(split_names(dataset))):
         found = check_dataset(
             root,
             settings,
@@ -135,32 +138,9 @@ def report(
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
+@takes_options_of(ReproduceConfig, arguments=("benchmark",))
 def reproduce(
-    benchmark: Annotated[str, typer.Argument(help="vtab or fgvc")],
-    root: Annotated[Path, typer.Option(help="Folder that holds one folder a dataset")],
-    model: Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")],
-    out: Annotated[Path | None, typer.Option(help="Runs and results  [default: runs/BENCHMARK]")] = None,
-    weights: Annotated[str, typer.Option(help="Of the backbone: hub, none or a file")] = "hub",
-    seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
-    split: Annotated[
-        str, typer.Option(help="honest: test images scored once; paper: the best epoch on the test images")
-    ] = "honest",
-    tasks: Annotated[list[str] | None, typer.Option(help="Only these datasets, with commas or repeated")] = None,
-    epochs: Annotated[int | None, typer.Option(help="A trial: fewer than the paper's, and marked so")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels; the paper's is 224")] = 224,
-    augmented: Annotated[
-        bool, typer.Option("--augmented", help="FGVC with mixup, cutmix, smoothing and averaged weights")
-    ] = False,
-    schedule: Annotated[
-        str, typer.Option(help="Of the learning rate: ran, as the authors' code has it, or meant, as the paper has it")
-    ] = "ran",
-    method: Annotated[str, typer.Option(help="rlrr, or one to compare it with, as for rlrr finetune")] = "rlrr",
-    mixed_precision: Annotated[
-        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
-    ] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that load images; default: by the device")] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(help="A checkpoint an epoch, and within one so often")] = 5,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+    config: ReproduceConfig,
     cluster: Annotated[
         str | None, typer.Option(help="Each run as a job of its own: slurm, or local (all on this machine)")
     ] = None,
@@ -173,29 +153,8 @@ def reproduce(
 
     On several GPUs: accelerate launch -m rlrr_kernels.cli reproduce ...
     """
-    from rlrr_kernels.paper.reproduce import ReproduceConfig
     from rlrr_kernels.paper.reproduce import reproduce as run
 
-    out = out or Path("runs") / benchmark
-    config = ReproduceConfig(
-        benchmark=benchmark,
-        root=root,
-        out=out,
-        model=model,
-        weights=weights,
-        seeds=seeds,
-        split=split,
-        tasks=_names(tasks),
-        epochs=epochs,
-        image_size=image_size,
-        augmented=augmented,
-        schedule=schedule,
-        method=method,
-        mixed_precision=mixed_precision,
-        workers=workers,
-        checkpoint_minutes=checkpoint_minutes,
-        cpu=cpu,
-    )
     if cluster is None:
         if at_once is not None or job:
             raise ValueError("--at-once and --job are settings of jobs; give --cluster too")
@@ -206,12 +165,12 @@ def reproduce(
         parameters = job_parameters(job or ())
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
-    console.print(f"{done} runs of {len(results)} tasks are done: {out}", highlight=False, soft_wrap=True)
-    console.print(f"next: {program()} report {out}", highlight=False, soft_wrap=True)
+    console.print(f"{done} runs of {len(results)} tasks are done: {config.out}", highlight=False, soft_wrap=True)
+    console.print(f"next: {program()} report {config.out}", highlight=False, soft_wrap=True)
 
 
 def ablate(
-    model: Annotated[str, typer.Option(help="timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k")],
+    model: ModelName,
     data: Annotated[
         Path | None, typer.Option(help="FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>")
     ] = None,
@@ -224,18 +183,18 @@ def ablate(
     study: Annotated[
         list[str] | None, typer.Option(help="Only these of sides, init, layers and form, with commas or repeated")
     ] = None,
-    weights: Annotated[str, typer.Option(help="Of the backbone: hub, none or a file")] = "hub",
+    weights: Weights = HUB,
     seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Of every run; default: 20 with --data, else the paper's")] = None,
     lr: Annotated[float, typer.Option(help="With --data: learning rate of every run")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="With --data: weight decay of every run")] = 5e-5,
     batch_size: Annotated[int, typer.Option(help="With --data: images a step")] = 32,
     augment: Annotated[str, typer.Option(help="With --data: none, flip, crop or timm")] = "flip",
-    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
+    image_size: ImageSize = None,
     mixed_precision: Annotated[
         str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
     ] = "auto",
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")] = False,
+    cpu: Cpu = False,
 ) -> None:
     """Train the paper's ablations of RLRR and print their tables beside the paper's; goes on where it was stopped.
 
@@ -243,7 +202,7 @@ def ablate(
     """
     from rlrr_kernels.paper.ablate import NAME, STUDIES, seed_runs
     from rlrr_kernels.paper.ablate import ablate as run
-    from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
+    from rlrr_kernels.paper.reproduce import grid_runs
     from rlrr_kernels.paper.settings import SEED
     from rlrr_kernels.train.config import TrainConfig
     from rlrr_kernels.train.finetune import FinetuneConfig
@@ -275,31 +234,24 @@ def ablate(
                 model=model,
                 weights=weights,
                 seeds=seeds,
-                tasks=_names(tasks),
+                tasks=split_names(tasks),
                 epochs=epochs,
                 mixed_precision=mixed_precision,
                 cpu=cpu,
                 **({} if image_size is None else {"image_size": image_size}),
             )
         )
-    text = run(runs, out, studies=_names(study) or tuple(STUDIES))
+    text = run(runs, out, studies=split_names(study) or tuple(STUDIES))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(str(out / f"{NAME}.md"), highlight=False, soft_wrap=True)
-
-
-def _names(given: list[str] | None) -> tuple[str, ...]:
-    """Names given one by one or with commas between them."""
-    return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())
 
 
 def import_adapter(
     file: Annotated[Path, typer.Argument(help="The authors' .pth with the trained tensors of a ViT")],
     model: Annotated[str, typer.Option(help="timm's name of the backbone it was trained on")],
     out: Annotated[Path, typer.Option(help="Adapter folder to write")],
-    weights: Annotated[
-        str, typer.Option(help="Of the backbone: hub, none or a file (.safetensors, .pth, Google's .npz)")
-    ] = "hub",
-    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")] = None,
+    weights: Weights = HUB,
+    image_size: ImageSize = None,
     dataset: Annotated[
         str | None, typer.Option(help="Of the paper's, for its transform; default: timm's for the weights")
     ] = None,
@@ -312,7 +264,7 @@ def import_adapter(
     """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
     from rlrr_kernels.paper import authors
 
-    mapping = None if names is None else authors.read_names(names)
+    mapping = None if names is None else authors.readsplit_names(names)
     report = authors.import_adapter(
         file,
         out,

@@ -42,20 +42,21 @@ class ReproduceConfig:
 
     Args:
         benchmark: ``vtab`` or ``fgvc``.
-        root: holds one folder a dataset, see :func:`rlrr_kernels.paper.data.load_splits`.
-        out: gets ``runs/<dataset>/seed-<seed>`` and ``results/<dataset>.json``.
-        model: timm's name of the backbone.
-        weights: of it: ``hub``, ``none`` or a file.
-        seeds: how many: 42, 43, ...
-        split: ``honest`` or ``paper``, see :data:`rlrr_kernels.paper.data.SPLITS`.
-        tasks: names of datasets; empty: all.
-        epochs: None: the paper's. Another number is a trial, marked so in every output; warm-up and cool-down shrink
-            with it.
+        root: folder that holds one folder a dataset.
+        model: the backbone's name in timm, e.g. vit_base_patch16_224.augreg_in21k.
+        out: gets ``runs/<dataset>/seed-<seed>`` and ``results/<dataset>.json``; None: ``runs/<benchmark>``.
+        weights: of the backbone: ``hub`` fetches them, ``none`` is a random start, anything else is a file.
+        seeds: how many, from 42 on.
+        split: ``honest``, which scores the test images once, or ``paper``: the best epoch on the test images.
+        tasks: only these datasets.
+        epochs: a trial, marked so in every output; warm-up and cool-down shrink with it. None: the paper's.
         image_size: pixels; the paper's is 224.
         augmented: mixup, cutmix, smoothing and averaged weights (FGVC).
-        schedule: of the learning rate, ``ran`` as the authors' code has it or ``meant`` as the paper has it.
-        method: ``rlrr``, or one to compare it with under the same settings.
-        mixed_precision, workers, checkpoint_minutes: as in :class:`rlrr_kernels.train.config.TrainConfig`.
+        schedule: of the learning rate: ``ran``, as the authors' code has it, or ``meant``, as the paper has it.
+        method: ``rlrr``, or one to compare it with under the same settings, as for ``rlrr finetune``.
+        mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
+        workers: processes that load images; None: by the device.
+        checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
         cpu: leave a GPU alone.
 
     Raises:
@@ -64,8 +65,8 @@ class ReproduceConfig:
 
     benchmark: str
     root: Path
-    out: Path
     model: str
+    out: Path | None = None
     weights: str | Path = HUB
     seeds: int = 3
     split: str = "honest"
@@ -90,6 +91,8 @@ class ReproduceConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         paper_train_config(self.benchmark, augmented=self.augmented)
+        if self.out is None:
+            object.__setattr__(self, "out", Path("runs") / self.benchmark)
 
 
 def reproduce(

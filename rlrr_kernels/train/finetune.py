@@ -75,7 +75,7 @@ class FinetuneConfig:
     """A fine-tuning run.
 
     Args:
-        model: timm's name of the backbone, e.g. vit_base_patch16_224.augreg_in21k.
+        model: the backbone's name in timm, e.g. vit_base_patch16_224.augreg_in21k.
         data: image folder: FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>; None: splits are passed.
         out: run folder: gets ``adapter/``, ``config.json``, ``environment.json``, ``checkpoint.pt``, ``result.json``
             and ``learning_curve.png``.
@@ -99,7 +99,7 @@ class FinetuneConfig:
             memory, more noise; 1 is the exact gradient.
         recompute: of RLRR: compute GELU and normalised inputs again in the backward, which saves memory; equal results.
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
-            depth; None leaves the model as timm makes it (a Swin with stochastic depth of 0.1, most others with none).
+            depth; None: as timm makes the model (a Swin with stochastic depth of 0.1, most others with none).
         drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
             :func:`rlrr_kernels.train.drop.set_drop`.
         lr: peak learning rate of AdamW.

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,38 +20,51 @@ from rlrr_kernels.train.config_file import alternatives, config_to_dict, is_requ
 _OPTION_TYPES = (str, Path, bool, int, float)
 
 
-def takes_options_of(
-    kind: type, *, required: Sequence[str] = ()
-) -> Callable[[Callable[[Any, bool], None]], Callable[..., None]]:
-    """Makes ``command(config, resume)`` a typer command with one option for each setting of the dataclass ``kind``.
+ModelName = Annotated[str, typer.Option(help="The backbone's name in timm, e.g. vit_base_patch16_224.augreg_in21k")]
+Weights = Annotated[str, typer.Option(help="Of the backbone: hub, none, or a file (.safetensors, .pth, Google's .npz)")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")]
 
-    An option is required where the setting has no default, and where ``required`` names it.
-    ``--config FILE`` takes the settings from a file; options given beside it replace them.
+
+def split_names(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Names given one by one or with commas between them."""
+    return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())
+
+
+def takes_options_of(
+    kind: type, *, required: Sequence[str] = (), arguments: Sequence[str] = (), config_file: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes ``command(config, ...)`` a typer command with one option for each setting of the dataclass ``kind``.
+
+    The command's other parameters are options as typer has them, after these.
+
+    Args:
+        kind: what ``config`` is.
+        required: settings that have to be given although they have a default.
+        arguments: settings that are given by their place, not as options.
+        config_file: whether ``--config FILE`` takes the settings from a file; options given beside it replace them.
     """
 
     def set_defaults(context: typer.Context, file: Path | None) -> None:
         if file is not None:
             context.default_map = options_of_config(read_config(kind, file))
 
-    resume_option = typer.Option("--resume", help="Go on where the run in --out was stopped, if it was")
-    file_option = typer.Option(
-        callback=set_defaults,
-        is_eager=True,
-        help="config.json of a run to repeat; options given beside it replace its settings",
-    )
+    text = "config.json of a run to repeat; options given beside it replace its settings"
+    file_option = Annotated[Path | None, typer.Option(callback=set_defaults, is_eager=True, help=text)]
+    from_file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option)
 
-    def decorate(command: Callable[[Any, bool], None]) -> Callable[..., None]:
-        def run(resume: bool, config: Path | None, **options: Any) -> None:
-            command(config_of_options(kind, options), resume)
-
-        kinds = {"resume": (bool, False, resume_option), "config": (Path | None, None, file_option)}
-        extra = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=typing.Annotated[hint, option]
-            )
-            for name, (hint, default, option) in kinds.items()
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         ]
-        run.__signature__ = inspect.Signature([*options_of(kind, required), *extra])
+
+        def run(config: Path | None = None, **options: Any) -> None:
+            others = {parameter.name: options.pop(parameter.name) for parameter in own}
+            command(config_of_options(kind, options), **others)
+
+        options = [*options_of(kind, required, arguments), *own, *([from_file] if config_file else [])]
+        run.__signature__ = inspect.Signature(options)
         run.__annotations__ = {}
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         return run
@@ -60,30 +72,36 @@ def takes_options_of(
     return decorate
 
 
-def options_of(kind: type, required: Sequence[str] = ()) -> list[inspect.Parameter]:
-    """The fields of a dataclass, and of the dataclasses in it, as typer options.
+def options_of(kind: type, required: Sequence[str] = (), arguments: Sequence[str] = ()) -> list[inspect.Parameter]:
+    """The fields of a dataclass, and of the dataclasses in it, as typer options; those in ``arguments`` as arguments.
 
     Fields whose type no option can have (a dataclass or None, a mapping, ...) are left out.
     """
     hints, texts, found = typing.get_type_hints(kind), describe_arguments(kind), []
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found += options_of(hints[field.name])
+        hint, default, text = hints[field.name], field.default, texts.get(field.name, "")
+        if dataclasses.is_dataclass(hint):
+            found += options_of(hint)
             continue
-        kinds = alternatives(hints[field.name])
-        simple = next((option for option in _OPTION_TYPES if option in kinds), None)
+        kinds = alternatives(hint)
+        must = is_required(field) or field.name in required
+        if hint == tuple[str, ...]:
+            simple, default, text = list[str], None, f"{text}; with commas or repeated"
+        else:
+            simple = next((option for option in _OPTION_TYPES if option in kinds), None)
         if simple is None:
             continue
-        must = is_required(field) or field.name in required
+        if must:
+            default, text = inspect.Parameter.empty, text.partition("; None: ")[0]
+        elif default is None:
+            simple = simple | None
+        made = typer.Argument if field.name in arguments else typer.Option
         found.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if must else field.default,
-                annotation=typing.Annotated[
-                    simple | None if types.NoneType in kinds and not must else simple,
-                    typer.Option(help=texts.get(field.name)),
-                ],
+                default=default,
+                annotation=Annotated[simple, made(help=text.replace("None: ", "default: "))],
             )
         )
     return sorted(found, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
@@ -96,7 +114,8 @@ def config_of_options(kind: type, options: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(hint):
             values[field.name] = config_of_options(hint, options)
         elif field.name in options:
-            values[field.name] = options[field.name]
+            value = options[field.name]
+            values[field.name] = split_names(value) if hint == tuple[str, ...] else value
     return kind(**values)
 
 
