@@ -3,8 +3,8 @@
 Gluon has no interpreter, and what goes wrong in a kernel scheduled by hand is mostly order: a tile that is read before
 it has come or overwritten while a product reads it, a barrier that never opens. :class:`Simulation` executes the source
 text of a kernel's module, with the names it imports from Triton replaced by those below. The partitions of
-``warp_specialize`` are threads of which one runs at a time; at every operation the scheduler draws what goes on from the
-partitions that can and the copies and products under way. A seed is an interleaving; where nothing can go on, it is a
+``warp_specialize`` are threads of which one runs at a time; at every operation the scheduler draws what goes on from
+the partitions that can and the copies and products under way. A seed is an interleaving; one that cannot go on is a
 :class:`Deadlock`. Layouts are ignored. A :class:`Fault` is raised where the hardware's result would be undefined:
 
 - shared memory is NaN until it is written, and again from the start of a copy into it until that copy ends;

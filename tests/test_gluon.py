@@ -49,8 +49,8 @@ def simulate(simulation: Simulation, transposed: bool, shape: tuple[int, ...], s
         col_desc=Descriptor(row[None] if transposed else col, (1, 64)), y_desc=Descriptor(y, (block_m, 64)),
         row_ptr=Pointer(col if transposed else row), bias_ptr=Pointer(bias),
         tiles=row_tiles * -(-count // block_m), row_tiles=row_tiles, steps=-(-contracted // 128) * 2, rows=rows,
-        group_size=n // groups if groups > 1 else 1 << 30,
-        TRANSPOSED=transposed, RESIDUAL=residual, HAS_BIAS=not transposed, BLOCK_M=block_m, STAGES=stages,
+        group_size=n // groups, TRANSPOSED=transposed, ONE_GROUP=groups == 1, RESIDUAL=residual,
+        HAS_BIAS=not transposed, BLOCK_M=block_m, STAGES=stages,
     )  # fmt: skip
     return y, x @ merged if transposed else x @ merged.T + bias
 
@@ -66,7 +66,9 @@ def test_without_the_residual():
 
 
 MISTAKES = {
-    "tiles are read before they have come": ("    mbarrier.wait(full.index(stage), step // STAGES & 1)\n", ""),
+    "tiles are read before they have come": (
+        "    mbarrier.wait(full.index(stage), step // STAGES & 1)\n    tile", "    tile"
+    ),
     "tiles are overwritten while they are used": (
         "            mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)\n",
         "",

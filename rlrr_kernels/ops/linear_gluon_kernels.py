@@ -37,7 +37,7 @@ SIDE = gl.constexpr(64)
 @gluon.jit
 def _load_tiles(
     x_desc, w_desc, col_desc, ring, numbers,
-    TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    TRANSPOSED: gl.constexpr, ONE_GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies: for every step both halves' tiles of W, their common col, and x."""
     x_tiles, w_tiles, col_tiles, full, empty = ring
@@ -57,7 +57,7 @@ def _load_tiles(
                     copy_in(w_desc, [k, here], ready, w_tiles.index(2 * stage + half))
                 else:
                     copy_in(w_desc, [here, k], ready, w_tiles.index(2 * stage + half))
-            copy_in(col_desc, [0 if TRANSPOSED else row // group_size, k], ready, col_tiles.index(stage))
+            copy_in(col_desc, [0 if TRANSPOSED or ONE_GROUP else row // group_size, k], ready, col_tiles.index(stage))
             copy_in(x_desc, [m, k], ready, x_tiles.index(stage))
             step += 1
 
@@ -80,7 +80,10 @@ def _rescale(
     factor = gl.expand_dims(row, 1) * gl.expand_dims(col, 0)
     if RESIDUAL:
         factor += 1.0
-    return (w.to(gl.float32) * factor).to(w.dtype)
+    w = (w.to(gl.float32) * factor).to(w.dtype)
+    # Passes at once; the compiler moves no arithmetic over its branch, behind the wait for the product that runs now.
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    return w
 
 
 @gluon.jit
@@ -100,7 +103,7 @@ def _finish(a, acc, ring, step, STAGES: gl.constexpr):
 @gluon.jit
 def _multiply_tiles(
     half: gl.constexpr, outputs, ring, numbers,
-    TRANSPOSED: gl.constexpr, RESIDUAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr, ONE_GROUP: gl.constexpr, RESIDUAL: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warps of half the rows of W' of every output tile."""
@@ -119,13 +122,14 @@ def _multiply_tiles(
         even = _rescale(ring, step, half, row_ptr, offs, mask, TRANSPOSED, RESIDUAL, STAGES, OPERAND)
         for k in range(SIDE, steps * SIDE, 2 * SIDE):
             acc = _multiply(even, acc, ring, step, STAGES)
-            offs_here = offs + k // group_size * rows if TRANSPOSED else offs
+            offs_here = offs + k // group_size * rows if TRANSPOSED and not ONE_GROUP else offs
             odd = _rescale(ring, step + 1, half, row_ptr, offs_here, mask, TRANSPOSED, RESIDUAL, STAGES, OPERAND)
             acc = _finish(even, acc, ring, step, STAGES)
             acc = _multiply(odd, acc, ring, step + 1, STAGES)
             step += 2
             if k + SIDE < steps * SIDE:
-                offs_here = offs + (k + SIDE) // group_size * rows if TRANSPOSED else offs
+                if TRANSPOSED and not ONE_GROUP:
+                    offs_here = offs + (k + SIDE) // group_size * rows
                 even = _rescale(ring, step, half, row_ptr, offs_here, mask, TRANSPOSED, RESIDUAL, STAGES, OPERAND)
             acc = _finish(odd, acc, ring, step - 1, STAGES)
         if HAS_BIAS:
@@ -141,7 +145,7 @@ def _multiply_tiles(
 @gluon.jit
 def rescaled_product_kernel(
     x_desc, w_desc, col_desc, y_desc, row_ptr, bias_ptr, tiles, row_tiles, steps, rows, group_size,
-    TRANSPOSED: gl.constexpr, RESIDUAL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr, ONE_GROUP: gl.constexpr, RESIDUAL: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """yᵀ [N, M] = (W ⊙ (1 + s_r s_c)) xᵀ + b; TRANSPOSED, ∂xᵀ [K, M] = (W ⊙ (1 + s_r s_c))ᵀ gᵀ; stored as y and ∂x.
@@ -149,8 +153,8 @@ def rescaled_product_kernel(
     Descriptors, with their blocks: x [M, K] or g [M, N] of [BLOCK_M, 64]; w [N, K] of [64, 64], 16-bit as x; col, fp32,
     s_c [G, K] or s_r [1, N] of [1, 64]; y [M, N] or ∂x [M, K] of [BLOCK_M, 64]. row, fp32: s_r [N] or s_c [G, K]. bias
     [N] or unused. ``rows`` of the result, N or K, in ``row_tiles`` of 128; ``steps`` of 64 that are contracted, an even
-    number: what lies outside a matrix arrives as zeros. ``group_size``: a multiple of 128, and of one group any that is
-    not below N and 64 ``steps``. At least two stages; 4 warps; grid: any number of programs up to ``tiles``.
+    number: what lies outside a matrix arrives as zeros. ``group_size``: a multiple of 128, any of
+    ONE_GROUP. At least two stages; 4 warps; grid: any number of programs up to ``tiles``.
     """
     ring = (
         gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, SIDE], x_desc.layout),
@@ -168,9 +172,9 @@ def rescaled_product_kernel(
     outputs = (y_desc, y_tiles, row_ptr, bias_ptr)
     gl.warp_specialize(
         [
-            (_multiply_tiles, (0, outputs, ring, numbers, TRANSPOSED, RESIDUAL, HAS_BIAS, BLOCK_M, STAGES)),
-            (_multiply_tiles, (1, outputs, ring, numbers, TRANSPOSED, RESIDUAL, HAS_BIAS, BLOCK_M, STAGES)),
-            (_load_tiles, (x_desc, w_desc, col_desc, ring, numbers, TRANSPOSED, BLOCK_M, STAGES)),
+            (_multiply_tiles, (0, outputs, ring, numbers, TRANSPOSED, ONE_GROUP, RESIDUAL, HAS_BIAS, BLOCK_M, STAGES)),
+            (_multiply_tiles, (1, outputs, ring, numbers, TRANSPOSED, ONE_GROUP, RESIDUAL, HAS_BIAS, BLOCK_M, STAGES)),
+            (_load_tiles, (x_desc, w_desc, col_desc, ring, numbers, TRANSPOSED, ONE_GROUP, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [240, 24],
