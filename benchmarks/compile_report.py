@@ -24,8 +24,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlrr_kernels.ops import activation_triton, linear_launches, linear_rows_triton, norm_rescale_triton
+from rlrr_kernels.ops import (
+    activation_triton,
+    linear_launches,
+    linear_rows_triton,
+    linear_schedules,
+    norm_rescale_triton,
+)
 from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops.activation import ACTIVATIONS
 from rlrr_kernels.ops.launch import Launch
@@ -72,6 +79,8 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1  # as Triton's launcher does for strides
         else:
@@ -103,7 +112,9 @@ def linear_cases(arch: str) -> Iterator[Case]:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         dtypes = x_dtype, w_dtype
         for kernel in configs.KERNELS:
-            for limit, tiles in configs.TABLE[arch][kernel, x_dtype.itemsize]:
+            entries = configs.TABLE[arch][kernel, x_dtype.itemsize]
+            persistent = configs.PERSISTENT.get(arch, {}).get((kernel, x_dtype.itemsize))
+            for limit, tiles in [*entries, (0, persistent)] if persistent else entries:
                 rows = limit or 4096
                 yield (case := _case(kernel, arch, dtype, tiles, dtypes, rows))
                 if case.launch.plan.meta.get("SPLIT"):
@@ -165,13 +176,14 @@ def activation_cases() -> Iterator[Case]:
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
     blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
     split = "" if tiles.max_splits > 1 else ", never split"
-    config = f"MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages{split}; {rows} x {n} x {k}, rank {rank}"
+    config = f"{tiles.schedule}, MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages{split}"
+    config += f"; {rows} x {n} x {k}, rank {rank}"
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
+        launch, *_ = linear_schedules.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
     elif kernel == "grad_x":
-        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
+        launch, *_ = linear_schedules.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
@@ -190,7 +202,7 @@ def _sampled_case(arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
 
 def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
-    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
+    return linear_schedules.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

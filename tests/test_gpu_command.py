@@ -108,7 +108,7 @@ def test_the_tuner_names_one_winner_for_each_kernel(interpreted):
     for kernel in linear_configs.KERNELS:
         here = [row for row in tuned if row["kernel"] == kernel]
         winners = [row for row in here if row.get("winner")]
-        assert len(here) == 2
+        assert len(here) == 1 + sum(kernel in kernels for kernels in linear_configs.SCHEDULES.values())
         assert len(winners) == 1
         assert winners[0]["us"] == min(row["us"] for row in here)
         assert winners[0]["table_row"].startswith(f"({kernel!r}, 4): (0, Tiles(")
@@ -389,16 +389,24 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
     compile_report = pytest.importorskip("benchmarks.compile_report", reason="needs Triton")
     from rlrr_kernels.ops import tuning
 
-    for (kernel, size, limit), candidates in tuning.CANDIDATES.items():
-        for values in candidates:
-            dtype = torch.bfloat16 if size == 2 else torch.float32
-            tiles = linear_configs.Tiles(*values)
-            name = "bf16" if size == 2 else "fp32"
-            case = compile_report._case(kernel, "sm_90", name, tiles, (dtype, dtype), limit or 4096)
-            row = compile_report.report_row(case, "sm_90")
-            # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
-            problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
-            assert not problems, (kernel, values, problems)
+    tried = [
+        (kernel, size, limit, linear_configs.Tiles(*values))
+        for (kernel, size, limit), candidates in tuning.CANDIDATES.items()
+        for values in candidates
+    ]
+    tried += [
+        (kernel, size, 0, linear_configs.Tiles(*values, schedule="persistent"))
+        for (kernel, size), candidates in tuning.PERSISTENT_CANDIDATES.items()
+        for values in candidates
+    ]
+    for kernel, size, limit, tiles in tried:
+        dtype = torch.bfloat16 if size == 2 else torch.float32
+        name = "bf16" if size == 2 else "fp32"
+        case = compile_report._case(kernel, "sm_90", name, tiles, (dtype, dtype), limit or 4096)
+        row = compile_report.report_row(case, "sm_90")
+        # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
+        problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
+        assert not problems, (kernel, tiles, problems)
 
 
 def test_report_only_writes_the_report_of_earlier_rows(interpreted, tmp_path: Path):

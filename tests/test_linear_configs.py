@@ -71,13 +71,9 @@ def every_entry(arch: str) -> list[tuple[str, torch.dtype, configs.Tiles]]:
     table = configs.TABLE[arch] | {
         key: [*configs.TABLE[arch][key], (0, tiles)] for key, tiles in configs.IRREGULAR.items()
     }
-    return [
-        (kernel, dtype, tiles)
-        for (kernel, size), rows in table.items()
-        for dtype in DTYPES
-        if dtype.itemsize == size
-        for _, tiles in rows
-    ]
+    found = [(kernel, size, tiles) for (kernel, size), rows in table.items() for _, tiles in rows]
+    found += [(*key, tiles) for key, tiles in configs.PERSISTENT.get(arch, {}).items()]
+    return [(kernel, dtype, tiles) for kernel, size, tiles in found for dtype in DTYPES if dtype.itemsize == size]
 
 
 @pytest.mark.parametrize("device", [*configs.SHARED_BYTES, "sm_75", "sm_121", "gfx90a", "gfx1100", "unknown"])
@@ -91,6 +87,10 @@ def test_shipped_tiles_fit_in_the_shared_memory_of_every_gpu(device: str):
 
 def test_more_of_anything_needs_more_shared_memory():
     tiles = configs.Tiles(64, 64, 64, 4, 3)
+    persistent = configs.shared_bytes(
+        "grad_scales", tiles._replace(schedule="persistent"), torch.bfloat16, torch.bfloat16
+    )
+    assert persistent > configs.shared_bytes("grad_scales", tiles, torch.bfloat16, torch.bfloat16)
     for kernel, field in itertools.product(configs.KERNELS, ("block_m", "block_n", "block_k", "stages")):
         larger = tiles._replace(**{field: 2 * getattr(tiles, field)})
         needed, more = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16) for t in (tiles, larger))

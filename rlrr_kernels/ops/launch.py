@@ -4,8 +4,8 @@ Triton's own launcher binds and classifies every argument at every call, 6 to 13
 compiled kernel instead and calls the launcher's C function with it. That is right as long as all that the just-in-time
 compiler specialises on is the same: the numbers and constants are the plan's own, the dtypes are part of the key, and
 pointers that are not all multiples of 16 take Triton's way, as do hooks, debugging, instrumentation, AMD devices (there
-the size of a tensor counts as well) and versions of Triton whose C function is not known here. Environment variables of
-Triton are read when a kernel is compiled, not at later launches.
+the size of a tensor counts as well), kernels that load by TMA and versions of Triton whose C function is unknown here.
+Environment variables of Triton are read when a kernel is compiled, not at later launches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels import backends
 
@@ -43,9 +44,13 @@ class Plan:
     """A kernel with its grid, numbers and constants: all of a launch but the tensors, its first parameters.
 
     Making one costs as much as a launch by Triton's way: keep it for as long as shapes and strides are the same.
+
+    ``blocks`` are the shapes in which the kernel loads the first of its tensors by TMA: these are handed over as
+    descriptors, made at every launch, since they hold the address. A descriptor reaches the kernel by value, like a
+    number, so a CUDA graph keeps it as it keeps the pointers of others.
     """
 
-    __slots__ = ("_starts", "grid", "kernel", "meta", "numbers")
+    __slots__ = ("_starts", "blocks", "grid", "kernel", "meta", "numbers")
 
     def __init__(
         self,
@@ -53,12 +58,22 @@ class Plan:
         grid: tuple[int, ...],
         numbers: tuple[int | float, ...],
         meta: dict[str, Any],
+        blocks: tuple[tuple[int, int], ...] = (),
     ) -> None:
+        self.blocks = blocks
         self.kernel = kernel
         self.grid = grid
         self.numbers = numbers
         self.meta = meta
         self._starts: dict[tuple, tuple[Any, StartKernel]] = {}
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Tensor | TensorDescriptor | int | float, ...]:
+        """What the kernel is given, its constants left out."""
+        by_tma = [
+            TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
+            for tensor, block in zip(tensors, self.blocks, strict=False)
+        ]
+        return (*by_tma, *tensors[len(by_tma) :], *self.numbers)
 
     def run(self, *tensors: Tensor) -> None:
         """Launches on the device of the first tensor, which Triton leaves to the caller."""
@@ -73,7 +88,7 @@ class Plan:
             pointers = list(map(_address, tensors))
             if not reduce(operator.or_, pointers) & 15 and driver is triton.runtime.driver.active and self._plain():
                 return start(driver.get_current_stream(device), pointers)
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+        compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
         if self._direct_from_now_on(tensors):
             start = _make_start(self, compiled)
             if start is not None:
@@ -97,6 +112,7 @@ class Plan:
         """Whether the kernel that Triton just launched may be started without it the next time."""
         return (
             _make_start is not None
+            and not self.blocks
             and isinstance(self.kernel, triton.JITFunction)
             and triton.runtime.driver.active.get_current_target().backend == "cuda"
             and not any(tensor.data_ptr() % 16 for tensor in tensors)
@@ -111,9 +127,9 @@ class Launch(NamedTuple):
     tensors: tuple[Tensor, ...]
 
     @property
-    def args(self) -> tuple[Tensor | int | float, ...]:
+    def args(self) -> tuple[Tensor | TensorDescriptor | int | float, ...]:
         """What the kernel is given, its constants left out."""
-        return (*self.tensors, *self.plan.numbers)
+        return self.plan.arguments(self.tensors)
 
     def run(self) -> None:
         """Launches on the device of the first tensor."""

@@ -18,7 +18,8 @@ UNROLLED_RANK = 4
 class Tiles(NamedTuple):
     """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program.
 
-    ``max_splits`` is the largest number of parts into which :func:`contraction_splits` may cut a product.
+    ``max_splits`` is the largest number of parts into which :func:`contraction_splits` may cut a product, ``schedule``
+    one of :data:`SCHEDULES`.
     """
 
     block_m: int
@@ -27,9 +28,25 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     max_splits: int = 16
+    schedule: str = "tiled"
 
 
 KERNELS = ("forward", "grad_x", "grad_scales")
+
+SCHEDULES = {"tiled": KERNELS, "persistent": ("grad_scales",)}
+"""How the programs of a launch share its work, and which kernels know that way.
+
+``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
+each an equal share of all steps, operands by TMA; for operands that :func:`by_tma` can load.
+"""
+
+TMA_ARCHITECTURES = ("sm_90", "sm_100", "interpreter")
+
+TMA_MIN_ROWS = 256
+"""Fewer rows of x are never loaded by TMA: a descriptor costs the host more than it saves a short launch."""
+
+PART_COLUMNS = 64
+"""Columns of a tile of G that are multiplied by W at once where the tile is wider: the rest waits in registers."""
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 """Architectures with entries of their own; any other takes ``DEFAULT_ARCHITECTURE``'s."""
@@ -66,6 +83,12 @@ TABLE: dict[str, dict[tuple[str, int], list[tuple[int, Tiles]]]] = {
     # Small tiles, so that small test shapes have many of them; block sizes differ so that a mixed-up pair shows.
     "interpreter": {(kernel, size): [(0, Tiles(16, 32, 64, 4, 1))] for kernel in KERNELS for size in (2, 4, 8)},
 }
+
+PERSISTENT: dict[str, dict[tuple[str, int], Tiles]] = {
+    "sm_90": {("grad_scales", 2): Tiles(64, 128, 256, 8, 4, schedule="persistent")},
+    "sm_100": {("grad_scales", 2): Tiles(64, 128, 256, 8, 4, schedule="persistent")},
+}
+"""What serves in :data:`TABLE`'s place from TMA_MIN_ROWS rows on, where TMA can load the operands."""
 
 IRREGULAR = {
     ("forward", 2): Tiles(32, 64, 32, 8, 1),
@@ -113,11 +136,13 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to
     UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
     way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
-    the memory of the stages.
+    the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W is beside them.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
     if kernel == "grad_scales":
-        return max(least, tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages + barriers)
+        stages = tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages
+        strip = tiles.block_n * min(tiles.block_k, PART_COLUMNS) * weight_dtype.itemsize
+        return max(least, stages + barriers + (strip if tiles.schedule == "persistent" else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     scales = UNROLLED_RANK * (tiles.block_n + tiles.block_k) * max(4, size)
@@ -143,12 +168,55 @@ def regular(rank: int, *strides: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bool = True) -> Tiles:
-    """The tiles of ``kernel`` ("forward", "grad_x" or "grad_scales") for M = ``rows`` rows of x of ``dtype``."""
+def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bool = True, tma: bool = False) -> Tiles:
+    """The tiles of ``kernel`` ("forward", "grad_x" or "grad_scales") for M = ``rows`` rows of x of ``dtype``.
+
+    ``tma``: :func:`by_tma` holds for both operands of its product.
+    """
     if not regular and arch != "interpreter":
         return IRREGULAR[kernel, dtype.itemsize]
+    if tma and rows >= TMA_MIN_ROWS and (tiles := PERSISTENT.get(arch, {}).get((kernel, dtype.itemsize))):
+        return tiles
     entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
+
+
+def check_schedule(kernel: str, tiles: Tiles) -> None:
+    """Refuses tiles whose schedule the kernel does not have.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if kernel not in SCHEDULES.get(tiles.schedule, ()):
+        known = [name for name, kernels in SCHEDULES.items() if kernel in kernels]
+        raise ValueError(f"schedule of {kernel} must be one of {known}; got {tiles.schedule!r}")
+
+
+def by_tma(shape: tuple[int, int], strides: tuple[int, int], itemsize: int, address: int) -> bool:
+    """Whether the tensor memory accelerator can load blocks of a matrix.
+
+    Its rows must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another; coordinates
+    are 32 bits wide.
+    """
+    (rows, columns), (stride, inner) = shape, strides
+    return (
+        0 < rows < 2**31
+        and 0 < columns < 2**31
+        and inner == 1
+        and stride >= columns
+        and stride * itemsize % 16 == 0
+        and stride * itemsize < 2**40
+        and address % 16 == 0
+    )
+
+
+def steps_a_program(steps: int, tiles: Tiles, arch: str) -> int:
+    """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4.
+
+    A program of 8 warps has a multiprocessor's registers to itself; of 4, two share it.
+    """
+    programs = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) * max(1, 8 // tiles.warps)
+    return max(4, -(-steps // programs))
 
 
 def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:

@@ -192,20 +192,30 @@ def sum_splits_kernel(
 
 
 @triton.jit
+def scale_part_ptrs(
+    parts_ptr, col_offset, N, K, group_size, pid_k, pid_n, split,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Where the parts of ∂s_r [N, r] and of ∂s_c [r, K] begin that a tile of G from one split of the rows adds.
+
+    parts: [splits, tiles of K, N, r] for ∂s_r, at col_offset [splits, tiles of a group, G, r, K] for ∂s_c.
+    """
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    row_part_ptr = parts_ptr + (split * tl.cdiv(K, BLOCK_K) + pid_k) * N * RANK
+    col_part = (split * tiles_per_group + pid_n % tiles_per_group) * (N // group_size) + pid_n // tiles_per_group
+    return row_part_ptr, parts_ptr + col_offset + col_part * RANK * K
+
+
+@triton.jit
 def store_scale_parts(
     G, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk, pid_k, pid_n, split,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of G [n, k] from one split of the rows adds to ∂s_r and ∂s_c, into parts.
-
-    parts, all ACC: [splits, tiles of K, N, r] for ∂s_r, at col_offset [splits, tiles of a group, G, r, K] for ∂s_c.
-    """
+    """What one tile of G [n, k] from one split of the rows adds to ∂s_r and ∂s_c, into parts of dtype ACC."""
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    tiles_k = tl.cdiv(K, BLOCK_K)
     group = pid_n // tiles_per_group
-    tile_in_group = pid_n % tiles_per_group
-    local_n = tile_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local_n < group_size
     offs_n = group * group_size + local_n
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -214,9 +224,9 @@ def store_scale_parts(
     w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
     product = G * w.to(ACC)
     col_ptr += group.to(tl.int64) * RANK * K
-    row_part_ptr = parts_ptr + (split * tiles_k + pid_k) * N * RANK
-    col_part = (split * tiles_per_group + tile_in_group) * (N // group_size) + group
-    col_part_ptr = parts_ptr + col_offset + col_part * RANK * K
+    row_part_ptr, col_part_ptr = scale_part_ptrs(
+        parts_ptr, col_offset, N, K, group_size, pid_k, pid_n, split, RANK, BLOCK_N, BLOCK_K
+    )
     for j in range(RANK):
         if NEED_ROW:
             col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlrr_kernels.ops import linear_configs, linear_rows_triton, tuned_tiles
 from rlrr_kernels.ops.launch import check_interpreter
-from rlrr_kernels.ops.linear_launches import forward_launches, grad_scales_launches, grad_x_launches, merge_launch
+from rlrr_kernels.ops.linear_launches import merge_launch
+from rlrr_kernels.ops.linear_schedules import forward_launches, grad_scales_launches, grad_x_launches
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 from rlrr_kernels.ops.row_sample import RowSample
 
@@ -101,7 +102,7 @@ def backward(
         torch.empty_like(scale_col) if need_col else None,
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
-    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1)
+    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1, tiled=sample is not None)
     if sample is None:
         launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
     else:

@@ -27,7 +27,8 @@ from rlrr_kernels.ops.linear_configs import Tiles
 
 DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
 SWITCH_VARIABLE = "RLRR_TUNING"
-FORMAT = 1
+FORMAT = 2
+"""Of the file; entries of format 1 have no schedule and are tiled."""
 
 
 def cache_file() -> Path:
@@ -87,7 +88,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entries = content["entries"] if content["format"] == FORMAT else None
+        entries = content["entries"] if content["format"] in (1, FORMAT) else None
         for entry in (entries or {}).values():
             _tiles(entry)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -98,11 +99,12 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tiles(entry: dict[str, Any]) -> Tiles:
-    tiles = Tiles(**{name: entry[name] for name in Tiles._fields})
+    numbers = [entry[name] for name in Tiles._fields if name != "schedule"]
+    tiles = Tiles(*numbers, schedule=entry.get("schedule", Tiles._field_defaults["schedule"]))
     powers = [tiles.block_m, tiles.block_n, tiles.block_k, tiles.warps]
-    if not all(type(value) is int and value > 0 for value in tiles) or any(value & (value - 1) for value in powers):
+    if not all(type(value) is int and value > 0 for value in numbers) or any(value & (value - 1) for value in powers):
         raise ValueError(f"no tiles: {entry}")
-    if min(powers[:3]) < 16 or tiles.warps > 16:
+    if min(powers[:3]) < 16 or tiles.warps > 16 or tiles.schedule not in linear_configs.SCHEDULES:
         raise ValueError(f"no tiles: {entry}")
     return tiles
 
@@ -161,32 +163,47 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
         _forced.update(before)
 
 
-def tiles_for(kernel: str, arch: str, first: Tensor, second: Tensor, weight: Tensor, rank: int) -> Tiles:
+def tiles_for(
+    kernel: str, arch: str, first: Tensor, second: Tensor, weight: Tensor, rank: int, tiled: bool = False
+) -> Tiles:
     """The tiles of ``kernel``: the user's own where there are any, else those of the table.
 
     ``first`` [M, ...] and ``second`` are the operands of its product: x or g, and W or x. The user's own were measured
-    with rank 1 and operands that are :func:`linear_configs.regular`, and serve these alone.
+    with rank 1 and operands that are :func:`linear_configs.regular`, and serve these alone. With ``tiled``, and where
+    TMA cannot load the operands, no other schedule is chosen.
     """
-    if _forced and kernel in _forced:
-        return _forced[kernel]
+    forced = _forced.get(kernel) if _forced else None
+    rows = first.shape[0]
+    tma = (
+        not tiled
+        and arch in linear_configs.TMA_ARCHITECTURES
+        and (rows >= linear_configs.TMA_MIN_ROWS or forced is not None)
+        and loaded_by_tma(first, second)
+    )
     return _choose(
         kernel, arch, first.device, first.dtype, weight.dtype, torch.get_float32_matmul_precision(),
-        first.shape[0], rank, first.stride(), second.stride(),
+        rows, rank, first.stride(), second.stride(), tma, forced,
     )  # fmt: skip
+
+
+def loaded_by_tma(*operands: Tensor) -> bool:
+    """Whether :func:`linear_configs.by_tma` holds for all of them."""
+    return all(linear_configs.by_tma(t.shape, t.stride(), t.itemsize, t.data_ptr()) for t in operands)
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _choose(
-    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, rank, first_strides, second_strides
+    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, rank, first_strides, second_strides, tma, forced
 ) -> Tiles:  # matmul_precision is part of the key alone
     regular = linear_configs.regular(rank, *first_strides, *second_strides)
-    if regular and rank == 1 and (entries := _entries()):
+    own = forced
+    if own is None and regular and rank == 1 and (entries := _entries()):
         limit = linear_configs.shape_class(kernel, arch, dtype, rows)
         names = precision_name(dtype, weight_dtype)
-        tuned = entries.get(entry_name(gpu_name(device), kernel, names, limit))
-        if tuned is not None:
-            return tuned
-    return linear_configs.tiles_for(kernel, arch, dtype, rows, regular)
+        own = entries.get(entry_name(gpu_name(device), kernel, names, limit))
+    if own is not None and (tma or own.schedule == "tiled"):
+        return own
+    return linear_configs.tiles_for(kernel, arch, dtype, rows, regular, tma)
 
 
 def path_for(arch: str, x: Tensor, weight: Tensor, rank: int) -> str:

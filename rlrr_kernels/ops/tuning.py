@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels import backends, numerics
-from rlrr_kernels.ops import linear_configs, linear_launches, linear_triton, tuned_tiles
+from rlrr_kernels.ops import linear_configs, linear_schedules, linear_triton, tuned_tiles
 from rlrr_kernels.ops.launch import Launch
 from rlrr_kernels.ops.linear import rlrr_linear
 from rlrr_kernels.ops.linear_configs import KERNELS, Tiles
@@ -42,7 +42,14 @@ CANDIDATES = {
 }  # fmt: skip
 """(block_m, block_n, block_k, warps, stages) for :class:`Tiles`."""
 
-INTERPRETED_CANDIDATES = [(16, 16, 32, 4, 1)]
+PERSISTENT_CANDIDATES = {
+    ("grad_scales", 2): [
+        (64, 128, 256, 8, 4), (64, 128, 256, 8, 3), (64, 256, 128, 8, 4), (64, 128, 128, 4, 3), (64, 128, 128, 8, 4),
+    ],
+}  # fmt: skip
+"""The same for persistent grids, by kernel and bytes of an element."""
+
+INTERPRETED_CANDIDATES = [Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES]
 
 GAIN = 0.98
 """Share of the shipped tiles' time below which others are kept: less is noise."""
@@ -71,10 +78,16 @@ class Tuned(NamedTuple):
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Tiles]:
     """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts."""
-    shipped = linear_configs.tiles_for(kernel, arch, dtype, rows)
+    tma = arch in linear_configs.TMA_ARCHITECTURES and rows >= linear_configs.TMA_MIN_ROWS
+    found = [linear_configs.tiles_for(kernel, arch, dtype, rows, tma=tma)]
+    if arch == "interpreter":
+        return found + [tiles for tiles in INTERPRETED_CANDIDATES if kernel in linear_configs.SCHEDULES[tiles.schedule]]
     limit = linear_configs.shape_class(kernel, arch, dtype, rows)
-    tried = INTERPRETED_CANDIDATES if arch == "interpreter" else CANDIDATES.get((kernel, dtype.itemsize, limit), [])
-    found = [shipped, *(Tiles(*values) for values in tried)]
+    found.append(linear_configs.tiles_for(kernel, arch, dtype, rows))
+    found += [Tiles(*values) for values in CANDIDATES.get((kernel, dtype.itemsize, limit), [])]
+    if tma:
+        values = PERSISTENT_CANDIDATES.get((kernel, dtype.itemsize), [])
+        found += [Tiles(*numbers, schedule="persistent") for numbers in values]
     if limit and kernel != "grad_scales":
         found += [tiles._replace(max_splits=1) for tiles in found]
     return list(dict.fromkeys(found))
@@ -85,16 +98,19 @@ def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> t
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
-        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
+        return linear_schedules.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
     if kernel == "grad_x":
-        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
+        return linear_schedules.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
     grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
-    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
+    return linear_schedules.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
 
 
 def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str | None:
     """Why a candidate must not be chosen; None where it may."""
     x, weight = t["x"], t["weight"]
+    operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
+    if tiles.schedule != "tiled" and not tuned_tiles.loaded_by_tma(*operands):
+        return "TMA cannot load the operands"
     if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, linear_triton.device_name(x.device)):
         return f"needs {linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype) >> 10} KiB of shared memory"
     try:

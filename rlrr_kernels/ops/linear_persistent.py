@@ -1,0 +1,79 @@
+"""Launches of the persistent kernels: how work is shared out to one wave of programs.
+
+What :func:`rlrr_kernels.ops.linear_configs.by_tma` says of the operands must hold.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.ops import linear_configs
+from rlrr_kernels.ops.launch import Launch, Plan, cdiv
+from rlrr_kernels.ops.linear_launches import launch_meta, plan_reduction, precision_of
+from rlrr_kernels.ops.linear_persistent_kernels import rlrr_linear_bwd_scales_persistent_kernel
+from rlrr_kernels.ops.linear_torch import accumulate_dtype
+
+_plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+
+
+def most_pieces(tiles: int, blocks: int, span: int) -> int:
+    """The largest number of programs that share a tile, when each does ``span`` of the steps, ``blocks`` a tile."""
+    return max((tile * blocks + blocks - 1) // span - tile * blocks // span for tile in range(tiles)) + 1
+
+
+@_plans
+def _grad_scales_plans(
+    grad_shape: torch.Size, x_shape: torch.Size, weight_strides: tuple[int, int], col_shape: torch.Size,
+    needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
+) -> tuple[Plan, Plan, int]:  # fmt: skip
+    """How the scale gradients are cut into partial sums, how these are added up, and how many there are."""
+    (count, rows), cols, (groups, rank, _) = grad_shape, x_shape[1], col_shape
+    need_row, need_col, need_bias = needs
+    size = rows // groups
+    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(size, tiles.block_n)
+    of_g, blocks = groups * tiles_per_group * tiles_k, cdiv(count, tiles.block_m)
+    span = linear_configs.steps_a_program(of_g * blocks, tiles, arch)
+    pieces = most_pieces(of_g, blocks, span)
+    strips = cdiv(cols, min(tiles.block_k, linear_configs.PART_COLUMNS))
+    reduction, col_offset, bias_offset, values = plan_reduction(
+        row=(pieces * strips, rows * rank) if need_row else (0, 0),
+        col=(pieces * tiles_per_group, groups * rank * cols) if need_col else (0, 0),
+        bias=(pieces * tiles_k, rows) if need_bias else (0, 0),
+    )
+    partial = Plan(
+        rlrr_linear_bwd_scales_persistent_kernel,
+        (cdiv(of_g * blocks, span),),
+        (col_offset, bias_offset, count, rows, cols, size, span, pieces, *weight_strides),
+        {
+            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
+            "EVEN_N": size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+        },
+        ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
+    )  # fmt: skip
+    return partial, reduction, values
+
+
+def grad_scales_launches(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    arch: str,
+    tiles: linear_configs.Tiles,
+) -> tuple[Launch, Launch]:
+    """What :func:`rlrr_kernels.ops.linear_launches.grad_scales_launches` gives, by a persistent grid."""
+    needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
+    partial, reduction, values = _grad_scales_plans(
+        grad_y.shape, x.shape, weight.stride(), scale_col.shape, needs, dtype, precision_of(dtype), arch, tiles
+    )
+    parts = grad_y.new_empty(values, dtype=accumulate_dtype(dtype))
+    outputs = [parts if grad is None else grad for grad in grads]
+    return (
+        Launch(partial, (grad_y, x, weight, scale_row, scale_col, parts)),
+        Launch(reduction, (parts, *outputs)),
+    )

@@ -1,0 +1,37 @@
+"""The launches of a product by the schedule of its tiles (:data:`rlrr_kernels.ops.linear_configs.SCHEDULES`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlrr_kernels.ops import linear_launches, linear_persistent
+from rlrr_kernels.ops.launch import Launch
+from rlrr_kernels.ops.linear_configs import Tiles, check_schedule
+
+
+def forward_launches(
+    x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
+    arch: str, tiles: Tiles,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """y [M, N] = x W'ᵀ + b: see :func:`rlrr_kernels.ops.linear_launches.forward_launches`."""
+    check_schedule("forward", tiles)
+    return linear_launches.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
+
+
+def grad_x_launches(
+    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor, arch: str,
+    tiles: Tiles,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """∂x [M, K] = g W': see :func:`rlrr_kernels.ops.linear_launches.grad_x_launches`."""
+    check_schedule("grad_x", tiles)
+    return linear_launches.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
+
+
+def grad_scales_launches(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], arch: str, tiles: Tiles,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """∂s_r, ∂s_c and ∂b: see :func:`rlrr_kernels.ops.linear_launches.grad_scales_launches`."""
+    check_schedule("grad_scales", tiles)
+    launches = linear_persistent if tiles.schedule == "persistent" else linear_launches
+    return launches.grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
