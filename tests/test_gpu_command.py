@@ -372,8 +372,9 @@ def test_the_model_charges_what_each_path_moves():
     assert math.isclose(eager - floor, 1e6 * 34 * n * k / 4e12)  # the elementwise passes
     assert model.model_us("dora", "step", problem, "bf16", CEILINGS) is None
     one = problem_of(PLAN, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
-    few = problem_of(PLAN, Shape("proj", 768, 768), 16, PRECISIONS["bf16"])
-    whole, parts = 2 * (768 * 768 + 2 * 16 * 768), 3 * 16 * 768 * 4  # 12 tiles of 6 steps, in 3 parts of 2
+    few = problem_of(PLAN, Shape("fc2", 3072, 768), 16, PRECISIONS["bf16"])
+    parts = 8 * 16 * 768 * 4  # 12 tiles of 24 steps, in 8 parts of 3
+    whole = 2 * (3072 * 768 + 16 * (3072 + 768))
     first, total = model.launches("triton.one_pass", "forward", few)
     assert (first.bytes, total.bytes) == (whole - 2 * 16 * 768 + parts, parts + 2 * 16 * 768)
     assert total.operations == 0

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops import linear_paths as paths
 from rlrr_kernels.ops.linear_configs import ARCHITECTURES
 
@@ -38,7 +39,7 @@ def test_a_product_of_microseconds_is_not_worth_another_kernel():
 def test_the_arithmetic_of_one_case():
     saved = paths.TRAIL * 2 * 12608 * 3072 * 768 / (0.8 * 989e12)
     for dtypes, size in ((DTYPES[0], 4), (DTYPES[1], 6)):
-        cost = 1e-6 * paths.KERNEL_US + size * 3072 * 768 / (0.9 * 4.8e12)
+        cost = 1e-6 * configs.KERNEL_US + size * 3072 * 768 / (0.9 * 4.8e12)
         assert math.isclose(paths.merge_gain(12608, 3072, 768, 1, "sm_90", *dtypes), saved / cost)
 
 

@@ -80,6 +80,7 @@ def _in_parts(kernel: str, whole: Launch, result: int, problem: Problem) -> list
     of_rows, of_n, of_k = -(-m // tiles.block_m), -(-n // tiles.block_n), -(-k // tiles.block_k)
     free, contracted = (of_n, of_k) if kernel == "forward" else (of_k, of_n)
     splits = linear_configs.contraction_splits(contracted, of_rows * free, tiles, ARCHITECTURE)
+    splits = -(-contracted // -(-contracted // splits))
     if splits == 1:
         return [whole]
     parts = splits * m * (n if kernel == "forward" else k) * 4

@@ -1,7 +1,8 @@
 """Tile shapes of the Triton kernels: plain data and pure functions, no GPU needed to read or test them.
 
-No entry has been timed on a GPU yet. They are chosen by compile-only figures: no spills, tensor-core instructions; see
-``python -m benchmarks.compile_report``.
+No entry has been timed on a GPU yet. They are chosen by compile-only figures (no spills, tensor-core instructions; see
+``python -m benchmarks.compile_report``) and, on Hopper, by times predicted from the machine code of each
+(``python -m benchmarks.tile_model``).
 """
 
 from __future__ import annotations
@@ -66,11 +67,23 @@ _SM_80 = {
     ("grad_x", 8): [(0, Tiles(32, 16, 32, 4, 1))],
     ("grad_scales", 8): [(0, Tiles(16, 32, 32, 8, 1))],
 }
+# By predicted times on an H200: at many rows 128 x 128 x 32 with 8 warps takes 119 registers a thread, so that two
+# programs share a multiprocessor and fill one another's gaps: 0.61 of the tensor cores' peak, where x 64 with one
+# program is at 0.49. Both are bound by the L2 cache; 256 x 128 would be at 0.65, but has too few programs while rows
+# are not yet so many that a merge is faster. Up to 256 rows half the tile is up to a third faster, for the same reason.
+# fmt: off
 _SM_90 = _SM_80 | {
-    ("forward", 2): [(16, Tiles(16, 64, 128, 4, 4)), (64, Tiles(64, 64, 128, 4, 4)), (0, Tiles(128, 128, 64, 8, 4))],
-    ("grad_x", 2): [(16, Tiles(16, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 4)), (0, Tiles(128, 64, 128, 8, 4))],
-    ("grad_scales", 2): [(64, Tiles(64, 64, 64, 4, 3)), (0, Tiles(64, 128, 128, 8, 4))],
+    ("forward", 2): [
+        (16, Tiles(16, 64, 128, 4, 4)), (64, Tiles(64, 64, 128, 4, 4)), (256, Tiles(128, 64, 64, 4, 3)),
+        (0, Tiles(128, 128, 32, 8, 4)),
+    ],
+    ("grad_x", 2): [
+        (16, Tiles(16, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 4)), (256, Tiles(128, 64, 64, 4, 3)),
+        (0, Tiles(128, 32, 128, 8, 4)),
+    ],
+    ("grad_scales", 2): [(64, Tiles(32, 64, 128, 4, 3)), (0, Tiles(64, 128, 128, 8, 4))],
 }
+# fmt: on
 TABLE: dict[str, dict[tuple[str, int], list[tuple[int, Tiles]]]] = {
     "sm_80": _SM_80,
     "sm_90": _SM_90,
@@ -104,6 +117,34 @@ IRREGULAR = {
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 6}
 """Used to split M in the scale gradients: from the architecture, not the device, so that results repeat everywhere."""
 
+
+class Peaks(NamedTuple):
+    """A GPU's datasheet: bytes a second of its memory, dense operations a second by what is multiplied."""
+
+    bandwidth: float
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+
+
+PEAKS = {
+    "sm_80": Peaks(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),  # A100, 80 GB
+    "sm_90": Peaks(4.8e12, 989e12, 494e12, 67e12, 67e12),  # H200
+    "sm_100": Peaks(8.0e12, 2250e12, 1100e12, 75e12, 37e12),  # B200
+    "gfx942": Peaks(5.3e12, 1307e12, 653e12, 163e12, 163e12),  # MI300X
+}
+"""An architecture without an entry takes ``DEFAULT_ARCHITECTURE``'s."""
+
+KERNEL_US = 2.5
+"""What one more kernel costs beside its bytes, in a CUDA graph too: the gap before it, its ramp and its drain."""
+
+ARRIVAL_US = 0.7
+"""From the request of a tile to its arrival from memory, under load. Modelled, not measured, as is KERNEL_US."""
+
+EDGE_BLOCKS, MOST_SPLITS = 2, 16
+"""What a program of the scale gradients does beside its loop, in trips through it (1,300 instructions a warp beside 840
+clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
 
 SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
@@ -220,16 +261,34 @@ def steps_a_program(steps: int, tiles: Tiles, arch: str) -> int:
 
 
 def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:
-    """Into how many parts M is split so that about two waves of programs fill the GPU; each keeps at least 4 blocks."""
-    wanted = -(-2 * MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) // max(programs, 1))
-    return max(1, min(wanted, rows // (4 * tiles.block_m)))
+    """Into how many parts M is split for the scale gradients, of which ``programs`` tiles cover one part.
+
+    The number that is done first where a multiprocessor runs one program at a time: whole waves of programs, each as
+    long as its blocks of M and EDGE_BLOCKS. A part keeps at least 4 blocks.
+    """
+    multiprocessors = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE])
+    blocks, programs = -(-rows // tiles.block_m), max(programs, 1)
+    most = min(rows // (4 * tiles.block_m), max(MOST_SPLITS, 2 * multiprocessors // programs))
+
+    def length(splits: int) -> int:
+        return -(-programs * splits // multiprocessors) * (-(-blocks // splits) + EDGE_BLOCKS)
+
+    return min(range(1, max(most, 1) + 1), key=length)
 
 
 def contraction_splits(blocks: int, programs: int, tiles: Tiles, arch: str) -> int:
     """Into how many parts forward and ∂x cut the ``blocks`` they contract, where tiles alone fill no GPU.
 
     A 768-wide layer at M ≤ 64 has 12 tiles for 132 multiprocessors. 1 when there are as many programs as
-    multiprocessors; each part keeps at least 2 blocks, and all parts together start at most one wave.
+    multiprocessors; each part keeps at least 2 blocks, and all parts together start at most one wave. 1 also where the
+    blocks that a program is spared take no longer than the kernel that sums the parts: one block takes as long as its
+    products at half the GPU's peak, and no less than its tiles take to arrive, ``stages`` - 1 of them at a time.
     """
-    waves = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) // max(programs, 1)
-    return max(1, min(waves, blocks // 2, tiles.max_splits))
+    multiprocessors = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE])
+    splits = max(1, min(multiprocessors // max(programs, 1), blocks // 2, tiles.max_splits))
+    if splits == 1 or arch == "interpreter":  # small tests must meet products in parts
+        return splits
+    rate = PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE]).half / 2 / multiprocessors
+    products_us = 2e6 * tiles.block_m * tiles.block_n * tiles.block_k / rate
+    block_us = max(products_us, ARRIVAL_US / max(tiles.stages - 1, 1))
+    return splits if blocks * (1 - 1 / splits) * block_us > KERNEL_US else 1

@@ -190,7 +190,7 @@ def _grad_scales_plans(
     count, (rows, cols), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
     tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
-    splits = linear_configs.splits_for(count, tiles, tiles_k * tiles_per_group * groups, arch)
+    splits = linear_configs.splits_for(count, tiles, (tiles_k + need_bias) * tiles_per_group * groups, arch)
     rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, cdiv(count, rows_per_split))
     row = (splits * tiles_k, rows * rank) if need_row else (0, 0)

@@ -5,37 +5,13 @@ Modelled, not measured: datasheet peaks, the shares of them that are reached, an
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from rlrr_kernels.ops.linear_configs import DEFAULT_ARCHITECTURE, UNROLLED_RANK
-
-
-class Peaks(NamedTuple):
-    """A GPU's datasheet: bytes a second of its memory, dense operations a second by what is multiplied."""
-
-    bandwidth: float
-    half: float
-    tf32: float
-    float32: float
-    float64: float
-
-
-PEAKS = {
-    "sm_80": Peaks(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),  # A100, 80 GB
-    "sm_90": Peaks(4.8e12, 989e12, 494e12, 67e12, 67e12),  # H200
-    "sm_100": Peaks(8.0e12, 2250e12, 1100e12, 75e12, 37e12),  # B200
-    "gfx942": Peaks(5.3e12, 1307e12, 653e12, 163e12, 163e12),  # MI300X
-}
-"""An architecture without an entry takes ``DEFAULT_ARCHITECTURE``'s."""
+from rlrr_kernels.ops.linear_configs import DEFAULT_ARCHITECTURE, KERNEL_US, PEAKS, UNROLLED_RANK
 
 REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
-"""Shares of :class:`Peaks` that a large copy and a large product of the vendor's library are taken to reach: 4.3 TB/s
-and 790 TFLOP/s on an H200."""
-
-KERNEL_US = 2.5
-"""What one more kernel costs beside its bytes, in a CUDA graph too: the gap before it, its ramp and its drain."""
+"""Shares of ``linear_configs.PEAKS`` that a large copy and a large product of the vendor's library are taken to reach:
+4.3 TB/s and 790 TFLOP/s on an H200."""
 
 TRAIL = 0.18
 """Share of the library's time by which a one-pass kernel trails it where operations rule, for its weight goes through
@@ -50,7 +26,7 @@ INTERPRETER_ROWS = 96
 
 
 def precision_kind(dtype: torch.dtype, tf32: bool) -> str:
-    """The field of :class:`Peaks` that a product of ``dtype`` is bound by."""
+    """The field of ``linear_configs.Peaks`` that a product of ``dtype`` is bound by."""
     return {2: "half", 4: "tf32" if tf32 else "float32", 8: "float64"}[dtype.itemsize]
 
 
@@ -69,7 +45,7 @@ def merge_gain(
         out_features: N.
         in_features: K.
         rank: r of the scales.
-        arch: an architecture's name; any that is not in :data:`PEAKS` is taken for the default one.
+        arch: an architecture's name; any that has no peaks is taken for the default one.
         dtype: of x.
         weight_dtype: of W.
         tf32: whether products of float32 are rounded to TF32.

@@ -1,0 +1,260 @@
+"""How long a one-pass kernel should take with given tiles on an H200, predicted from its machine code; needs no GPU.
+
+    python -m benchmarks.tile_model [--kernel forward ...] [--dtype bf16 ...] [--rows 16 12608 ...] [--candidates]
+
+One line a configuration: programs a multiprocessor holds, share of the tensor cores' peak that its main loop allows
+(with perfect overlap, and likely), what rules it; then for each layer of a ViT-B, and for a wide one, the predicted
+time beside the library's. Predicted, measured by no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import math
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import compile_report, sass_model
+from benchmarks.common import LAYER_SHAPES
+from benchmarks.sass_model import CLOCK_HZ, L2_BYTES_A_CLOCK, L2_CLOCKS, MEMORY_CLOCKS, MULTIPROCESSORS
+from rlrr_kernels.ops import linear_configs, linear_paths
+from rlrr_kernels.ops.linear_configs import KERNELS, Tiles
+
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16/fp32": (torch.bfloat16, torch.float32),
+    "tf32": (torch.float32, torch.float32),
+}
+"""Of x and W, by the names of the compile report."""
+
+SHAPES = (*((n, k) for k, n in LAYER_SHAPES), (8192, 8192))
+"""(N, K) of ViT-B's layers and of one whose weight no L2 cache holds."""
+
+BANDWIDTH = linear_paths.REACHED_BANDWIDTH * linear_configs.PEAKS["sm_90"].bandwidth
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a kernel with its tiles."""
+
+    loop: sass_model.Loop | None
+    registers: int
+    spills: int
+    shared_bytes: int
+    resident: int  # programs a multiprocessor holds
+
+
+@functools.cache
+def compiled(kernel: str, tiles: Tiles, dtype: str, rows: int) -> Compiled:
+    """Compiles a kernel of ``linear_configs.KERNELS`` for sm_90 at M = ``rows`` of a 768 to 3072 layer.
+
+    Raises:
+        RuntimeError: the compiler failed.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        # On an error the compiler prints all of its code.
+        with contextlib.redirect_stdout(io.StringIO()):
+            case = compile_report._case(kernel, "sm_90", dtype, tiles, DTYPES[dtype], rows)
+            binary = compile_report.compile_launch(case.launch, "sm_90")
+    except Exception as error:  # compilers fail in many ways
+        raise RuntimeError(f"{kernel} with {tiles} does not compile: {type(error).__name__}") from error
+    finally:
+        torch.set_float32_matmul_precision(before)
+    registers, spills = compile_report._nvidia_resources(binary.asm["cubin"])
+    shared = binary.metadata.shared
+    loop = sass_model.read_loop(binary.asm["sass"], tiles.warps)
+    return Compiled(loop, registers, spills, shared, sass_model.resident(registers, tiles.warps, shared))
+
+
+class Grid(NamedTuple):
+    """How a problem is cut."""
+
+    programs: int
+    trips: int  # of a program
+    tile_bytes: int  # of the operands of a trip
+    result_bytes: int  # of a program
+    row_tiles: int
+    splits: int
+    ends: float = 0.0  # how often a program of a persistent grid ends a tile
+
+
+def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str) -> Grid:
+    """The grid of a product x [M, K], W [N, K], as the launchers cut it on Hopper."""
+    size, weight_size = (entry.itemsize for entry in DTYPES[dtype])
+    of_m, of_n, of_k = (-(-a // b) for a, b in zip((m, n, k), tiles[:3], strict=True))
+    bm, bn, bk = tiles[:3]
+    moved = bm * (bn + bk) * size
+    if tiles.schedule == "persistent":  # only the scale gradients have it
+        trips = linear_configs.steps_a_program(of_n * of_k * of_m, tiles, "sm_90")
+        ends = trips / of_m + 1
+        return Grid(-(-of_n * of_k * of_m // trips), trips, moved, round(4 * (bn + bk) * ends), of_m, 1, ends)
+    if kernel == "grad_scales":
+        programs = of_n * (of_k + 1)  # those that sum g for the bias among them
+        splits = linear_configs.splits_for(m, tiles, programs, "sm_90")
+        return Grid(programs * splits, -(-of_m // splits), moved, 4 * (bn + bk), of_m, splits)
+    free, steps, width = (of_n, of_k, bn) if kernel == "forward" else (of_k, of_n, bk)
+    splits = linear_configs.contraction_splits(steps, of_m * free, tiles, "sm_90")
+    trips = -(-steps // splits)
+    splits = -(-steps // trips)
+    contracted = bk if kernel == "forward" else bn
+    moved = bm * contracted * size + bn * bk * weight_size
+    return Grid(of_m * free * splits, trips, moved, bm * width * (4 if splits > 1 else size), of_m, splits)
+
+
+class Prediction(NamedTuple):
+    """Microseconds, with perfect overlap and as is likely, and what rules the former."""
+
+    best_us: float
+    likely_us: float
+    bound: str
+
+
+def predict(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str, code: Compiled) -> Prediction:
+    """The time of a one-pass product, the sum of its parts included, as replayed from a CUDA graph.
+
+    Programs of one multiprocessor fill one another's gaps; "likely" lets a program alone overlap its copies and nothing
+    else. The programs of a last, partly filled wave take as long as they do where fewer share a multiprocessor.
+    """
+    cut = grid(kernel, tiles, m, n, k, dtype)
+    one = sass_model.trip(code.loop, cut.tile_bytes)
+    # Where W is read by one row of programs it comes from memory, else mostly from the L2 cache.
+    clocks = MEMORY_CLOCKS if cut.row_tiles == 1 and kernel != "grad_scales" else L2_CLOCKS
+    stages = max(tiles.stages - 1, 1)
+
+    def wave(together: int) -> tuple[float, float]:
+        edge = together * (
+            (code.loop.outside + cut.ends * code.loop.rare) * tiles.warps / 4 + cut.result_bytes / L2_BYTES_A_CLOCK
+        )
+        # Copies are asked for ``stages`` trips ahead.
+        arrivals = clocks * max(1.0, cut.trips / stages)
+        best = together * one.overlapped
+        return tuple(max(clocks + cut.trips * busy, arrivals) + edge for busy in (best, max(best, one.serial)))
+
+    full, rest = divmod(cut.programs, MULTIPROCESSORS * code.resident)
+    waves = [wave(code.resident)] * full + ([wave(-(-rest // MULTIPROCESSORS))] if rest else [])
+    size, weight_size = (entry.itemsize for entry in DTYPES[dtype])
+    parts = cut.programs * cut.result_bytes if cut.splits > 1 or kernel == "grad_scales" else 0
+    result = 0 if kernel == "grad_scales" else m * (n if kernel == "forward" else k) * size
+    operands = n * k * weight_size + m * (k * size if kernel != "grad_x" else n * size)
+    if kernel == "grad_scales":
+        operands += m * n * size
+    memory = 1e6 * (operands + (parts or result)) / BANDWIDTH
+    # The wait for the first tile is a kernel's ramp, which KERNEL_US has.
+    best, likely = (
+        max(1e6 * (sum(w[i] for w in waves) - clocks) / CLOCK_HZ, memory) + linear_configs.KERNEL_US for i in (0, 1)
+    )
+    more = linear_configs.KERNEL_US + 1e6 * (parts + result) / BANDWIDTH if parts else 0.0
+    bound = "memory" if memory >= 1e6 * sum(w[0] for w in waves) / CLOCK_HZ else one.bound
+    return Prediction(best + more, likely + more, bound)
+
+
+LIBRARY_TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.87, (64, 256): 0.8, (64, 128): 0.7, (64, 64): 0.5}
+"""Output tiles the library is taken to choose from on Hopper, and the share of its best rate that each reaches."""
+
+
+LIBRARY_AHEAD = 384
+"""Of K, how much a program of the library's is taken to have on its way: six stages of 64."""
+
+
+def library_us(m: int, n: int, k: int, dtype: str) -> float:
+    """Microseconds of the library's product [M, K] by [K, N]: the best of its tiles and splits of K, and a launch.
+
+    Whole waves of tiles, or memory, whichever takes longer; where K is split, a second launch sums fp32 parts.
+    """
+    size = DTYPES[dtype][0].itemsize
+    peak = getattr(linear_configs.PEAKS["sm_90"], linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32"))
+    rate = linear_paths.REACHED_RATE * peak / MULTIPROCESSORS
+    operands, result = size * (m * k + n * k), size * m * n
+    times = []
+    for (a, b), share in LIBRARY_TILES.items():
+        for splits in (1, 2, 4, 8, 16):
+            waves = math.ceil(-(-m // a) * -(-n // b) * splits / MULTIPROCESSORS)
+            busy = waves * 2.0 * a * b * k / splits / (rate * share)
+            if m <= a or n <= b:  # an operand is read once, from memory, LIBRARY_AHEAD of K at a time
+                busy = max(busy, 1e-6 * linear_configs.ARRIVAL_US * (k / splits / LIBRARY_AHEAD - 1))
+            parts = 4 * splits * m * n if splits > 1 else 0
+            time = max(busy, (operands + (parts or result)) / BANDWIDTH) + 1e-6 * linear_configs.KERNEL_US
+            times.append(time + ((parts + result) / BANDWIDTH + 1e-6 * linear_configs.KERNEL_US if parts else 0.0))
+    return 1e6 * min(times)
+
+
+def configurations(kernel: str, dtype: str, rows: int, candidates: bool) -> list[Tiles]:
+    """What is shipped for M = ``rows``, and if asked for what the tuner would try beside it."""
+    x_dtype = DTYPES[dtype][0]
+    if not candidates:
+        return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows)]
+    from rlrr_kernels.ops import tuning
+
+    return tuning.candidates(kernel, "sm_90", x_dtype, rows)
+
+
+def table(kernel: str, dtype: str, rows: int, configs: list[Tiles]) -> list[list[str]]:
+    """A line a configuration: the code's figures, then likely (best) / library time of each shape of :data:`SHAPES`."""
+    lines = []
+    for tiles in configs:
+        try:
+            code = compiled(kernel, tiles, dtype, rows)
+        except RuntimeError as error:
+            lines.append([str(tuple(tiles)), str(error)])
+            continue
+        if code.loop is None or code.spills:
+            reason = f"spills {code.spills} bytes" if code.spills else "no matrix instruction"
+            lines.append([str(tuple(tiles)), reason])
+            continue
+        cut = grid(kernel, tiles, rows, 768, 768, dtype)
+        one = sass_model.trip(code.loop, cut.tile_bytes)
+        peak = code.loop.macs / sass_model.WGMMA_MACS["TF32" if dtype == "tf32" else "BF16"] * code.resident
+        likely = max(code.resident * one.overlapped, one.serial)
+        in_flight = code.resident * (tiles.stages - 1) * cut.tile_bytes >> 10
+        cells = [
+            str(tuple(tiles)), code.loop.instruction, str(code.registers), str(code.resident), f"{in_flight}",
+            f"{peak / (code.resident * one.overlapped):.2f}", f"{peak / likely:.2f}", one.bound,
+        ]  # fmt: skip
+        for n, k in SHAPES:
+            found = predict(kernel, tiles, rows, n, k, dtype, code)
+            cells.append(f"{found.likely_us:.1f} ({found.best_us:.1f})")
+        lines.append(cells)
+    return lines
+
+
+HEADS = [
+    "tiles", "instruction", "registers", "a multiprocessor", "KiB in flight", "peak, best", "peak, likely", "bound",
+    *(f"{k} → {n}" for n, k in SHAPES),
+]  # fmt: skip
+
+
+def library_line(kernel: str, dtype: str, rows: int) -> list[str]:
+    """The library's product of the same shapes."""
+    times = []
+    for n, k in SHAPES:
+        sizes = {"forward": (rows, n, k), "grad_x": (rows, k, n), "grad_scales": (n, k, rows)}[kernel]
+        times.append(f"{library_us(*sizes, dtype):.1f}")
+    return ["library", *[""] * 7, *times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="of x, and behind a slash of W"
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 1576, 12608], help="M, rows of x")
+    parser.add_argument("--candidates", action="store_true", help="also what rlrr tune would try")
+    options = parser.parse_args()
+    print("Predicted for an H200 from machine code, measured by no GPU: µs, likely (best).")
+    for kernel in options.kernel:
+        for dtype in options.dtype:
+            for rows in options.rows:
+                print(f"\n{kernel}, {dtype}, M = {rows}")
+                lines = table(kernel, dtype, rows, configurations(kernel, dtype, rows, options.candidates))
+                for line in [HEADS, *lines, library_line(kernel, dtype, rows)]:
+                    print("  ".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
