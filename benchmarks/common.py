@@ -28,7 +28,7 @@ exact backward needs (one in forward), called bare, without autograd. ``torch``:
 
 
 class Problem(NamedTuple):
-    """One layer call: x [rows, in_features] to y [rows, out_features], rank 1, one group."""
+    """One layer call: x [rows, in_features] to y [rows, out_features]."""
 
     rows: int
     in_features: int
@@ -37,6 +37,8 @@ class Problem(NamedTuple):
     backward: bool
     device: str = "cpu"
     weight_dtype: torch.dtype | None = None  # None: dtype
+    rank: int = 1
+    groups: int = 1
 
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
         """The arguments of rlrr_linear, and ``grad_y``; what is trained requires a gradient if ``backward``."""
@@ -45,12 +47,12 @@ class Problem(NamedTuple):
         def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=self.device) * std).to(dtype)
 
-        m, k, n = self.rows, self.in_features, self.out_features
+        m, k, n, rank = self.rows, self.in_features, self.out_features, self.rank
         tensors = {
             "x": normal(m, k),
             "weight": normal(n, k, dtype=self.weight_dtype or self.dtype, std=k**-0.5),
-            "scale_row": normal(n, 1, dtype=torch.float32),
-            "scale_col": normal(1, 1, k, dtype=torch.float32, std=k**-0.5),
+            "scale_row": normal(n, rank, dtype=torch.float32),
+            "scale_col": normal(self.groups, rank, k, dtype=torch.float32, std=k**-0.5),
             "bias": normal(n, dtype=torch.float32),
             "grad_y": normal(m, n),
         }

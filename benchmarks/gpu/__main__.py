@@ -2,45 +2,34 @@
 
     python -m benchmarks.gpu --out DIR [--minutes 8]
 
-Every row is in DIR/gpu.json as soon as it is measured; DIR/gpu.md and three pictures follow after each stage. Without a
-CUDA GPU the command runs on tiny shapes as a test of itself (with TRITON_INTERPRET=1 through the Triton kernels too);
-its rows are marked meaningless.
+Every row is in DIR/gpu.json as soon as it is measured; DIR/gpu.md follows after each stage, pictures at the end, and
+DIR/tiles.json holds tiles that were found faster. What crashes or hangs takes its own process along, not the command.
+Without a CUDA GPU the command runs on tiny shapes as a test of itself (with TRITON_INTERPRET=1 through the Triton
+kernels too); its rows are marked meaningless. ``--dry-run`` lists what a GPU would do, and how long it is thought to
+take.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import functools
 import importlib.metadata
 import platform
 import signal
 import subprocess
 import sys
-import time
-import traceback
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import environment as common_environment
 from benchmarks.gpu import report
-from benchmarks.gpu.ceilings import measure_ceilings
-from benchmarks.gpu.gate import Gate
-from benchmarks.gpu.layers import layer_units
 from benchmarks.gpu.measure import describe
-from benchmarks.gpu.memory import memory_units
-from benchmarks.gpu.plan import Plan, cpu_plan, gpu_plan
-from benchmarks.gpu.rivals import peft_module
-from benchmarks.gpu.steps import step_units
-from benchmarks.gpu.targets import verdicts
-from benchmarks.gpu.tune import tune_units
+from benchmarks.gpu.plan import cpu_plan, gpu_plan
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.units import SECTIONS, default_device, make_units
 from benchmarks.gpu.work import Row, Unit
-
-SECTIONS = ("layers", "host", "memory", "steps", "tune")
-"""The order within a tier."""
-
-REPORT_SECONDS = 10.0
-"""Kept back for the last report."""
 
 
 def environment(device: str, commit: str | None) -> Row:
@@ -74,103 +63,32 @@ def _driver() -> str:
     return answer[0] if answer else "unknown"
 
 
-class Session:
-    """One run: the rows so far, where they go, and the time that is left."""
-
-    def __init__(self, plan: Plan, folder: Path, here: Row, minutes: float, sections: list[str]) -> None:
-        self.plan, self.folder, self.here, self.sections = plan, folder, here, sections
-        self.deadline = time.perf_counter() + 60 * minutes - REPORT_SECONDS
-        self.rows: list[Row] = []
-        self.file = report.RowFile(folder / report.JSON, here)
-
-    def add(self, rows: list[Row]) -> None:
-        """Keeps rows, in memory and on the disk."""
-        self.rows += rows
-        self.file.write(rows)
-
-    def run(self) -> None:
-        """Everything, until the time is up; a failing unit leaves a row that says why."""
-        gate = Gate(self.plan)
-        peft_module()
-        gc.freeze()  # what the imports made need not be searched again after every unit
-        print("ceilings", flush=True)
-        ceilings, rows = measure_ceilings(self.plan)
-        self.add(rows)
-        units = [
-            *layer_units(self.plan, gate, ceilings),
-            *memory_units(self.plan, gate),
-            *step_units(self.plan, gate),
-            *tune_units(self.plan),
-        ]
-        units = [unit for unit in units if unit.section in self.sections]
-        units.sort(key=lambda unit: (unit.tier, SECTIONS.index(unit.section)))
-        tier = units[0].tier if units else 0
-        for unit in units:
-            if unit.tier != tier:
-                tier = unit.tier
-                self._report(with_pictures=False)
-            self._run_unit(unit, gate)
-
-    def _run_unit(self, unit: Unit, gate: Gate) -> None:
-        left = self.deadline - time.perf_counter()
-        head = {"section": unit.section, "label": unit.label}
-        if left < (0 if self.plan.tiny else unit.seconds):
-            self.add([{**head, "skipped": report.NO_TIME}])
-            return
-        started, known = time.perf_counter(), len(gate.rows)
-        try:
-            rows = unit.run()
-        except Exception as error:
-            if "CUDA error" in str(error):
-                self.add([*gate.rows[known:], {**head, "error": describe(error)}])
-                raise  # the context is lost: everything after it would fail as well
-            rows = [{**head, "error": describe(error)}]
-        self.add([*gate.rows[known:], *rows])
-        print(f"{time.perf_counter() - started:6.1f} s  tier {unit.tier}  {unit.section}: {unit.label}", flush=True)
-        for row in rows:
-            if "table_row" in row:
-                print(f"          fastest on {row['arch']}, {row['precision']}: {row['table_row']}", flush=True)
-
-    def _report(self, with_pictures: bool) -> None:
-        """Never stops the measuring: the rows are safe, and ``--report-only`` can repeat it."""
-        try:
-            report.write_report(self.rows, self.plan, self.here, self.folder, with_pictures)
-        except Exception:
-            traceback.print_exc()
-
-    def finish(self) -> None:
-        """The last report, and the verdicts on the terminal."""
-        gc.unfreeze()
-        self.file.close()
-        self._report(with_pictures=True)
-        for verdict in verdicts(self.rows, self.plan):
-            value = (
-                "" if verdict.value is None else f"  {verdict.value:.3g} (bound {verdict.bound:.3g}; {verdict.where})"
-            )
-            print(f"{verdict.text:13s} {verdict.target}{value}")
-        if self.here["meaningless"]:
-            print("This was a CPU: the timings and verdicts above mean nothing.")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line: see the module's docstring. Returns the exit status: 1 where the run was cut short by an error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results; at most 5 files are written")
+    parser.add_argument("--out", type=Path, help="folder of the results; at most 6 files are written")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these (default: all of them)"
     )
     parser.add_argument("--commit", help="what the rows say, where the checkout has no git history")
+    parser.add_argument("--dry-run", action="store_true", help="list the units for a GPU and run none")
     parser.add_argument("--report-only", action="store_true", help="write the report of an earlier run's rows again")
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be positive; got {options.minutes}")
+    sections = tuple(options.sections)
+    if options.dry_run:
+        print("\n".join(_plan_lines(make_units(sections, "cuda")[1], options.minutes)))
+        return 0
+    if options.out is None:
+        parser.error("--out is required: the folder of the results")
     if options.report_only:
         return _report_only(options.out)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = gpu_plan() if device == "cuda" else cpu_plan()
+    device = default_device()
     options.out.mkdir(parents=True, exist_ok=True)
-    session = Session(plan, options.out, environment(device, options.commit), options.minutes, options.sections)
+    here = environment(device, options.commit)
+    session = Session(functools.partial(make_units, sections, device), options.out, here, options.minutes)
     signal.signal(signal.SIGTERM, _interrupt)
     status = 0
     try:
@@ -183,6 +101,19 @@ def main(arguments: list[str] | None = None) -> int:
         status = 1
     session.finish()
     return status
+
+
+def _plan_lines(units: list[Unit], minutes: float) -> list[str]:
+    """The units by tier with estimated seconds, and how far the given minutes are thought to reach."""
+    lines, total = [], 0.0
+    for tier, group in groupby(units, key=lambda unit: unit.tier):
+        here = list(group)
+        seconds = sum(unit.seconds for unit in here)
+        reach = "" if total + seconds <= 60 * minutes else f"; beyond {minutes:g} minutes"
+        total += seconds
+        lines.append(f"tier {tier}: {len(here)} units, {seconds:.0f} s, {total:.0f} s with all before{reach}")
+        lines += [f"  {unit.seconds:5.0f} s  {unit.section}: {unit.label}" for unit in here]
+    return lines
 
 
 def _interrupt(signum: int, frame: object) -> None:

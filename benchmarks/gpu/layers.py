@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from benchmarks.common import Problem
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
-from benchmarks.gpu.measure import copies_for, describe, host_us, interleave, release
+from benchmarks.gpu.measure import copies_for, explain, host_us, interleave, release
 from benchmarks.gpu.model import Ceilings, model_us
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, problem_of
 from benchmarks.gpu.rivals import OURS, PEFT, PLAIN, compiled_formula, layer_steps, peft_reason
-from benchmarks.gpu.work import Row, Unit
+from benchmarks.gpu.tune import is_tuned
+from benchmarks.gpu.work import Row, Unit, announce
 from rlrr_kernels import rlrr_linear
 
 RIVALS = {
@@ -22,12 +23,15 @@ RIVALS = {
 }
 """By work. The paths of the Triton backend share one kernel for the scale gradients: ``triton`` there."""
 
+AGAIN = "again"
+"""The mode of a layer that is timed once more, with the tiles the tuner has found meanwhile."""
 
-def problem_of(plan: Plan, shape: Shape, rows: int, precision: Precision, backward: bool = True) -> Problem:
-    """The problem of one layer call."""
-    return Problem(
-        rows, shape.in_features, shape.out_features, precision.dtype, backward, plan.device, precision.weight_dtype
-    )
+AGAIN_RIVALS = {
+    "forward": ("triton.one_pass", "auto", "reference", "merged", "floor"),
+    "step": ("triton.one_pass", "auto", "reference", "floor"),
+    "scales": ("triton", "floor"),
+}
+"""What the tuner changed and what the targets compare it with."""
 
 
 def reason_against(gate: Gate, name: str, precision: Precision, problem: Problem) -> str | None:
@@ -40,33 +44,50 @@ def reason_against(gate: Gate, name: str, precision: Precision, problem: Problem
 
 
 def layer_rows(
-    plan: Plan, gate: Gate, ceilings: Ceilings, shape: Shape, rows: int, precision: Precision, work: str, mode: str = ""
+    plan: Plan,
+    gate: Gate,
+    ceilings: Ceilings | None,
+    shape: Shape,
+    rows: int,
+    precision: Precision,
+    work: str,
+    mode: str = "",
 ) -> list[Row]:
-    """Every rival on one layer, interleaved. With ``mode`` torch.compile of the reference joins a few of them."""
+    """Every rival on one layer, interleaved.
+
+    ``mode``: one of torch.compile's, in which the compiled reference joins a few of them; :data:`AGAIN`; or neither.
+    """
     problem = problem_of(plan, shape, rows, precision)
-    names = RIVALS[work] if not mode else ("auto", "reference", "floor", "compiled")
-    if work == "step" and not mode and (rows >= TOKENS or plan.tiny):
-        names += tuple(ESTIMATES)
+    tuned, compiling = is_tuned(plan, problem, precision), mode not in ("", AGAIN)
+    names = _names(plan, rows, work, mode)
+    head = {
+        "section": "layers", "shape": shape.name, "M": rows, "N": shape.out_features, "K": shape.in_features,
+        "precision": precision.name, "work": work, "compile_mode": mode if compiling else None,
+        "tiles": "tuned" if tuned else "shipped",
+    }  # fmt: skip
+    if mode == AGAIN and not tuned:
+        return [{**head, "rival": names[0], "skipped": "no tiles were faster than the shipped ones"}]
+
+    def starting(name: str) -> None:
+        announce(name, precision.name, M=rows, N=shape.out_features, K=shape.in_features)
+
     skipped = {name: reason for name in names if (reason := reason_against(gate, name, precision, problem))}
     try:
-        compiled = compiled_formula(mode, plan.compile_options) if mode else None
+        compiled = compiled_formula(mode, plan.compile_options) if compiling else None
         with precision.applied():
             tensors = [problem.tensors(seed) for seed in range(copies_for(problem))]
             steps = {}
             for name in names:
                 if name not in skipped:
                     try:
+                        starting(name)
                         steps[name] = layer_steps(name, work, tensors, precision, compiled)
                     except Exception as error:
-                        skipped[name] = describe(error)
-            timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs)
+                        skipped[name] = explain(error, plan.device)
+            timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs, starting)
     finally:
         tensors = steps = None
         release(plan.device)
-    head = {
-        "section": "layers", "shape": shape.name, "M": rows, "N": shape.out_features, "K": shape.in_features,
-        "precision": precision.name, "work": work, "compile_mode": mode or None,
-    }  # fmt: skip
     result = []
     for name in names:
         label = f"compiled ({mode})" if name == "compiled" else name
@@ -76,9 +97,18 @@ def layer_rows(
         timing = timings[name]
         modelled = "triton.one_pass" if name == "triton" else name
         row = {**head, "rival": label, "graph_us": timing.graph_us, "wall_us": timing.wall_us}
-        row["model_us"] = model_us(modelled, work, problem, precision.name, ceilings)
+        row["model_us"] = ceilings and model_us(modelled, work, problem, precision.name, ceilings)
         result.append(row | ({"note": timing.note} if timing.note else {}))
     return result
+
+
+def _names(plan: Plan, rows: int, work: str, mode: str) -> tuple[str, ...]:
+    if mode == AGAIN:
+        return AGAIN_RIVALS[work]
+    if mode:
+        return "auto", "reference", "floor", "compiled"
+    estimated = work == "step" and (rows >= TOKENS or plan.tiny)
+    return RIVALS[work] + (tuple(ESTIMATES) if estimated else ())
 
 
 def host_rows(plan: Plan, gate: Gate) -> list[Row]:
@@ -123,27 +153,24 @@ def host_rows(plan: Plan, gate: Gate) -> list[Row]:
     return rows + ([{"section": "host", "work": "forward", "rival": "auto", "skipped": reason}] if reason else [])
 
 
-def layer_units(plan: Plan, gate: Gate, ceilings: Ceilings) -> list[Unit]:
-    """The layers of the plan, then those that wait for a compiler, and the host's share."""
-    units = []
-    for tier, shape, rows, name in plan.layers:
-        for work in ("forward", "step", "scales"):
-            units.append(
-                Unit(
-                    tier, "layers", f"{shape.name}, M = {rows}, {name}, {work}", 3.0,
-                    lambda s=shape, r=rows, p=PRECISIONS[name], w=work: layer_rows(plan, gate, ceilings, s, r, p, w),
-                )
-            )  # fmt: skip
-    for tier, shape, rows, name, mode in plan.compiled:
-        for work in ("step", "forward"):
-            units.append(
-                Unit(
-                    tier, "layers", f"{shape.name}, M = {rows}, {name}, {work}, compiled ({mode})",
-                    40.0 if mode == "max-autotune" else 15.0,
-                    lambda s=shape, r=rows, p=PRECISIONS[name], w=work, m=mode: layer_rows(
-                        plan, gate, ceilings, s, r, p, w, m
-                    ),
-                )
-            )  # fmt: skip
-    units.append(Unit(2, "host", "host time of a call", 3.0, lambda: host_rows(plan, gate)))
+def layer_units(plan: Plan) -> list[Unit]:
+    """The layers of the plan, those that wait for a compiler or for the tuner, and the host's share."""
+
+    def unit(tier: int, shape: Shape, rows: int, name: str, work: str, mode: str, seconds: float) -> Unit:
+        label = f"{shape.name}, M = {rows}, {name}, {work}" + (f", {mode}" if mode else "")
+        precision = PRECISIONS[name]
+        return Unit(
+            tier, "layers", label, seconds,
+            lambda bench: layer_rows(plan, bench.gate, bench.ceilings, shape, rows, precision, work, mode),
+        )  # fmt: skip
+
+    works = ("step", "forward", "scales")
+    units = [unit(*entry, work, "", 3.0) for entry in plan.layers for work in works]
+    units += [unit(*entry, work, AGAIN, 1.0) for entry in plan.again for work in works]
+    units += [
+        unit(*entry, work, mode, 40.0 if mode == "max-autotune" else 15.0)
+        for *entry, mode in plan.compiled
+        for work in works[:2]
+    ]
+    units.append(Unit(3, "host", "host time of a call", 3.0, lambda bench: host_rows(plan, bench.gate)))
     return units

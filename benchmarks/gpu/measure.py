@@ -19,6 +19,16 @@ MAX_WALL_COPIES = 16
 MAX_ROUNDS = 60
 MIN_ROUNDS = 7
 
+GRAPH_SECONDS = 1e-3
+"""A graph repeats its steps until eager calls would take this long: starting it costs the time of a small kernel."""
+
+QUEUE_CYCLES = 1_000_000
+"""About half a millisecond of waiting on the device, in which the host queues a round of replays without gaps."""
+
+
+class ContextLost(RuntimeError):
+    """The device answers no longer: everything that follows in this process would fail as well."""
+
 
 class Timing(NamedTuple):
     """Medians in microseconds of one step: replayed from a CUDA graph (None without), and called eagerly."""
@@ -38,8 +48,8 @@ def copies_for(problem: Problem) -> int:
     return max(1, min(MAX_COPIES, -(-2 * cache // size)))
 
 
-def capture(steps: list[Step], pool: object | None) -> torch.cuda.CUDAGraph:
-    """One graph of all steps, after warming the first up on a side stream, as capturing autograd requires."""
+def capture(steps: list[Step], pool: object | None, repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """One graph of all steps, ``repeats`` times, after warming the first up on a side stream, as autograd requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -48,13 +58,17 @@ def capture(steps: list[Step], pool: object | None) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        for step in steps:
+        for step in steps * repeats:
             step()
     return graph
 
 
 def interleave(
-    rivals: dict[str, list[Step]], device: str, seconds: float, graphs: bool
+    rivals: dict[str, list[Step]],
+    device: str,
+    seconds: float,
+    graphs: bool,
+    starting: Callable[[str], object] = lambda name: None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times every rival: its steps (one per set of rotating tensors) once a round, rivals in turn.
 
@@ -63,27 +77,39 @@ def interleave(
         device: ``cpu`` or ``cuda``.
         seconds: for all rounds; at least 7 are made, at most 60.
         graphs: whether steps are also replayed from a CUDA graph.
+        starting: told the name of each rival before its first call.
 
     Returns:
         Timings, and for every rival that raised its error. One that cannot be captured is timed eagerly, with a note.
+
+    Raises:
+        ContextLost: a rival broke the device's context.
     """
     failures: dict[str, str] = {}
     notes: dict[str, str] = {}
     captured: dict[str, torch.cuda.CUDAGraph] = {}
+    calls: dict[str, int] = {}  # in a graph
     pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no graph's results are read
     for name, steps in rivals.items():
+        starting(name)
         try:
             for step in steps[:2] * 2:  # compilation and first-touch costs are no one's run time
                 step()
             synchronize(device)
+            before = time.perf_counter()
+            steps[0]()
+            synchronize(device)
+            once = time.perf_counter() - before
         except Exception as error:
-            failures[name] = describe(error)
+            failures[name] = explain(error, device)
             continue
         if graphs:
+            repeats = max(1, round(GRAPH_SECONDS / (once * len(steps))))
             try:
-                captured[name] = capture(steps, pool)
+                captured[name] = capture(steps, pool, repeats)
+                calls[name] = repeats * len(steps)
             except Exception as error:
-                notes[name] = f"no CUDA graph: {describe(error)}"
+                notes[name] = f"no CUDA graph: {explain(error, device)}"
     running = {name: steps for name, steps in rivals.items() if name not in failures}
     wall: dict[str, list[float]] = {name: [] for name in running}
     replay: dict[str, list[float]] = {name: [] for name in captured}
@@ -102,13 +128,15 @@ def interleave(
         events = {
             name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in captured
         }
+        if events:
+            torch.cuda._sleep(QUEUE_CYCLES)
         for name, (start, end) in events.items():
             start.record()
             captured[name].replay()
             end.record()
         synchronize(device)
         for name, (start, end) in events.items():
-            replay[name].append(start.elapsed_time(end) / len(running[name]))
+            replay[name].append(start.elapsed_time(end) / calls[name])
     timings = {
         name: Timing(
             1e3 * median(replay[name]) if name in replay else None, 1e6 * median(wall[name]), notes.get(name, "")
@@ -135,6 +163,22 @@ def host_us(call: Callable[[], object], device: str, calls: int, rounds: int) ->
 def describe(error: BaseException) -> str:
     """The error on one short line, for a row."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def explain(error: Exception, device: str) -> str:
+    """:func:`describe`, where the device still answers.
+
+    Raises:
+        ContextLost: it does not.
+    """
+    if isinstance(error, ContextLost):
+        raise error
+    if device != "cpu":
+        try:
+            synchronize(device)
+        except Exception as lost:
+            raise ContextLost(describe(error)) from lost
+    return describe(error)
 
 
 def release(device: str) -> None:

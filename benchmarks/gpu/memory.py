@@ -10,11 +10,11 @@ from benchmarks.activation_bytes import TOKENS, VARIANTS, build
 from benchmarks.common import Forward, kept_bytes, peak_bytes, synchronize
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
-from benchmarks.gpu.layers import problem_of, reason_against
-from benchmarks.gpu.measure import describe, release
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
+from benchmarks.gpu.layers import reason_against
+from benchmarks.gpu.measure import explain, release
+from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape, problem_of
 from benchmarks.gpu.rivals import OURS, PEFT, forwards, layer_steps, peft_reason
-from benchmarks.gpu.work import Row, Unit
+from benchmarks.gpu.work import Row, Unit, announce
 
 RIVALS = (*OURS, "reference", "frozen", *PEFT, *ESTIMATES)
 
@@ -41,11 +41,12 @@ def memory_rows(plan: Plan, gate: Gate, shape: Shape, rows: int, precision: Prec
             "precision": precision.name, "rival": name,
         }  # fmt: skip
         reason = reason_against(gate, name, precision, problem)
+        announce(name, precision.name, M=rows, N=shape.out_features, K=shape.in_features)
         try:
             if not reason:
                 row |= _measured(plan, problem.tensors(), name, precision)
         except Exception as error:
-            reason = describe(error)
+            reason = explain(error, plan.device)
         result.append(row | ({"skipped": reason} if reason else {}))
         release(plan.device)
     return result
@@ -76,12 +77,13 @@ def block_rows(plan: Plan, gate: Gate, width: int, heads: int, images: int, prec
         }  # fmt: skip
         reason = peft_reason("lora") if variant == "lora" else None
         if variant.startswith("rlrr") and not plan.tiny:
-            reason = gate.reason_against("auto", precision)
+            reason = gate.reason_against("recompute", precision)
+        announce(variant, precision.name, model=row["shape"])
         try:
             if not reason:
                 row |= _measured_block(plan, variant, width, heads, images, precision)
         except Exception as error:
-            reason = describe(error)
+            reason = explain(error, plan.device)
         result.append(row | ({"skipped": reason} if reason else {}))
         release(plan.device)
     return result
@@ -103,19 +105,19 @@ def _measured_block(plan: Plan, variant: str, width: int, heads: int, images: in
     return {"kept_bytes": kept, "kept_with_x_bytes": with_x, "alive_bytes": alive, "peak_bytes": peak}
 
 
-def memory_units(plan: Plan, gate: Gate) -> list[Unit]:
+def memory_units(plan: Plan) -> list[Unit]:
     """One unit for each shape, and one for each block."""
     blocks = [
         Unit(
             tier, "memory", f"ViT of one block, width {width}, {name}", 6.0,
-            lambda w=width, h=heads, i=images, p=PRECISIONS[name]: block_rows(plan, gate, w, h, i, p),
+            lambda bench, w=width, h=heads, i=images, p=PRECISIONS[name]: block_rows(plan, bench.gate, w, h, i, p),
         )
         for tier, width, heads, images, name in plan.blocks
     ]  # fmt: skip
     return blocks + [
         Unit(
             tier, "memory", f"{shape.name}, M = {rows}, {name}", 3.0,
-            lambda s=shape, r=rows, p=PRECISIONS[name]: memory_rows(plan, gate, s, r, p),
+            lambda bench, s=shape, r=rows, p=PRECISIONS[name]: memory_rows(plan, bench.gate, s, r, p),
         )
         for tier, shape, rows, name in plan.memory
     ]  # fmt: skip

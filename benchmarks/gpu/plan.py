@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.common import Problem
+
 TOKENS = 197
 """Of a 224 pixel image in 16 pixel patches, with the class token."""
 
@@ -76,10 +78,12 @@ class Plan(NamedTuple):
     many_rows: int  # M from which the targets for many rows hold
     layers: list[tuple[int, Shape, int, str]]  # tier, shape, M, precision
     compiled: list[tuple[int, Shape, int, str, str]]  # and the mode of torch.compile
+    again: list[tuple[int, Shape, int, str]]  # layers once more, where the tuner found faster tiles
     memory: list[tuple[int, Shape, int, str]]
     blocks: list[tuple[int, int, int, int, str]]  # tier, width, heads, images of 17 tokens, precision
-    tuned: list[tuple[int, Shape, int, str]]  # tiles of the three kernels at this M
-    gate: list[tuple[int, int, int, int]]  # M, N, K, G
+    tuned: list[tuple[int, list[tuple[Shape, int]], str]]  # tier, problems (shape, M) of one class of M, precision
+    gate: list[tuple[int, int, int, int, int]]  # M, N, K, G, r
+    rule_rows: int  # largest M of the gate's cases on which the error rule takes its many seeds
     host: Shape
     models: list[tuple[int, str, int, str, str]]  # tier, model, batch, precision, mode
     build: Callable[[str], Any]  # a timm model by name
@@ -88,46 +92,69 @@ class Plan(NamedTuple):
     graphs: bool
 
 
+def problem_of(plan: Plan, shape: Shape, rows: int, precision: Precision, backward: bool = True) -> Problem:
+    """The problem of one layer call."""
+    return Problem(
+        rows, shape.in_features, shape.out_features, precision.dtype, backward, plan.device, precision.weight_dtype
+    )
+
+
+def _build(name: str) -> Any:
+    import timm
+
+    return timm.create_model(name, num_classes=100)
+
+
+def _build_tiny(name: str) -> Any:
+    import timm
+
+    return timm.create_model(
+        name, num_classes=3, depth=1, embed_dim=16, num_heads=1, img_size=16, patch_size=8, mlp_ratio=1
+    )
+
+
 def gpu_plan() -> Plan:
     """The plan for a CUDA GPU. A lower tier is measured earlier."""
     base, large, huge = vit_layers("ViT-B", 768), vit_layers("ViT-L", 1024), vit_layers("ViT-H", 1280)
     batches = [TOKENS * batch for batch in (1, 8, 64, 256)]
     wide = Shape("wide", 8192, 8192)  # 128 MiB of bf16: more than any L2 holds
-    layers = [(1, shape, rows, "bf16") for rows in (batches[2], batches[1], 16, 64, 1) for shape in base]
-    layers += [(1, wide, rows, "bf16") for rows in (1, 16, 64)]
-    layers += [(3, shape, rows, "bf16/fp32") for rows in (batches[2], batches[1], 16) for shape in base]
-    layers += [(4, shape, rows, "bf16") for rows in (batches[2], batches[1], 16) for shape in large + huge]
-    layers += [(5, shape, rows, "bf16") for rows in (batches[3], batches[0], 4) for shape in base]
-    layers += [(5, shape, rows, "fp16") for rows in (batches[2], 16) for shape in base]
-    layers += [(6, shape, rows, name) for name in ("tf32", "fp32") for rows in (batches[2], 16) for shape in base]
+    first = [(shape, rows) for rows in (batches[2], batches[1], 16) for shape in base]
+    layers = [(1, *entry, "bf16") for entry in first]
+    layers += [(4, shape, rows, "bf16") for rows in (64, 1) for shape in base]
+    layers += [(4, wide, rows, "bf16") for rows in (1, 16, 64)]
+    layers += [(5, *entry, "bf16/fp32") for entry in first]
+    layers += [(6, shape, rows, "bf16") for rows in (batches[2], batches[1], 16) for shape in large + huge]
+    layers += [(7, shape, rows, "bf16") for rows in (batches[3], batches[0], 4) for shape in base]
+    layers += [(7, shape, rows, "fp16") for rows in (batches[2], 16) for shape in base]
+    layers += [(8, shape, rows, name) for name in ("tf32", "fp32") for rows in (batches[2], 16) for shape in base]
     done = {entry[1:] for entry in layers}
     rest = [(shape, rows, "bf16") for rows in (*batches, 1, 4, 16, 64) for shape in base + large + huge]
-    layers += [(8, *entry) for entry in rest if entry not in done]
-    fc1 = base[2]
-    compiled = [(3, shape, batches[2], "bf16", "default") for shape in base]
-    compiled += [(5, fc1, rows, "bf16", "default") for rows in (batches[1], 16)]
-    compiled += [(7, shape, batches[2], "bf16", "max-autotune") for shape in base]
-    memory = [(2, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
-    blocks = [(2, 768, 12, 741, name) for name in ("bf16", "bf16/fp32")]  # 12,597 tokens
-    tuned = [(4, fc1, rows, "bf16") for rows in (batches[2], batches[1], 64, 16)] + [(6, fc1, batches[2], "tf32")]
-    models = [(2, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
-    models += [(4, "vit_base_patch16_224", batch, "bf16/fp32", "estimate") for batch in (64, 8)]
-    models += [(3, "vit_base_patch16_224", 8, "bf16", mode) for mode in ("eager", "graph")]
-    models += [(5, "vit_base_patch16_224", batch, "bf16/fp32", "compile") for batch in (64, 8)]
+    layers += [(9, *entry) for entry in rest if entry not in done]
+    proj, fc1 = base[1], base[2]
+    compiled = [(5, shape, batches[2], "bf16", "default") for shape in base]
+    compiled += [(7, fc1, rows, "bf16", "default") for rows in (batches[1], 16)]
+    compiled += [(8, shape, batches[2], "bf16", "max-autotune") for shape in base]
+    memory = [(3, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
+    blocks = [(3, 768, 12, 741, name) for name in ("bf16", "bf16/fp32")]  # 12,597 tokens
+    many, few = [(fc1, batches[2]), (fc1, batches[1])], [(fc1, 16), (proj, 16)]
+    tuned = [(2, many, "bf16"), (2, few, "bf16"), (3, many, "bf16/fp32"), (4, [(fc1, 64), (proj, 64)], "bf16")]
+    tuned.append((8, many[:1], "tf32"))
+    models = [(3, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
+    models += [(5, "vit_base_patch16_224", 8, "bf16", mode) for mode in ("eager", "graph")]
+    models += [(6, "vit_base_patch16_224", batch, "bf16/fp32", "compile") for batch in (8, 64)]
+    models += [(6, "vit_base_patch16_224", batch, "bf16/fp32", "estimate") for batch in (64, 8)]
     for name in ("vit_large_patch16_224", "vit_huge_patch14_224"):
-        models += [(6, name, batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
-        models.append((8, name, 8, "bf16/fp32", "compile"))
-
-    def build(name: str) -> Any:
-        import timm
-
-        return timm.create_model(name, num_classes=100)
-
-    # Tiles differ at M = 16, 64 and above, and for strides that are no multiple of 16: the gate meets each kind.
-    gate = [(256, 768, 768, 3), (48, 768, 768, 1), (8, 768, 768, 1), (197, 387, 201, 3)]
+        models += [(7, name, batch, "bf16/fp32", mode) for batch in (8, 64) for mode in ("eager", "graph")]
+        models.append((9, name, 8, "bf16/fp32", "compile"))
+    # Tiles differ at M = 16, 64 and above, for strides that are no multiple of 16 and for ranks over 4; M of 1 and of
+    # multiples of 16 are compiled differently; few rows are cut into parts; the large ones take many waves of programs.
+    gate = [
+        (256, 768, 768, 3, 1), (48, 768, 768, 1, 4), (8, 768, 768, 1, 1), (1, 768, 3072, 1, 1), (197, 387, 201, 3, 4),
+        (130, 256, 512, 1, 17), (1576, 2304, 768, 3, 1), (12608, 768, 3072, 1, 1), (5003, 3072, 768, 1, 1),
+    ]  # fmt: skip
     return Plan(
-        "cuda", False, "bf16", 4096, layers, compiled, memory, blocks, tuned, gate, base[1], models, build, {}, 0.15,
-        True,
+        "cuda", False, "bf16", 4096, layers, compiled, [(3, *entry, "bf16") for entry in first], memory, blocks, tuned,
+        gate, 256, base[1], models, _build, {}, 0.15, True,
     )  # fmt: skip
 
 
@@ -139,16 +166,8 @@ def cpu_plan() -> Plan:
         (tier, "vit_base_patch16_224", 8, "fp32", mode)
         for tier, mode in ((2, "eager"), (3, "compile"), (4, "estimate"))
     ]
-
-    def build(name: str) -> Any:
-        import timm
-
-        return timm.create_model(
-            name, num_classes=3, depth=1, embed_dim=16, num_heads=1, img_size=16, patch_size=8, mlp_ratio=1
-        )
-
     return Plan(
-        "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(2, shape, 8, "fp32")],
-        [(2, 16, 1, 1, "fp32")], [(4, shape, 8, "fp32")], [(60, 33, 40, 3)], shape, models, build,
-        {"backend": "eager"}, 0.0, False,
+        "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(5, shape, 128, "fp32")],
+        [(2, shape, 8, "fp32")], [(2, 16, 1, 1, "fp32")], [(4, [(shape, 8), (wide, 8)], "fp32")],
+        [(60, 33, 40, 3, 1), (70, 34, 40, 1, 4)], 60, shape, models, _build_tiny, {"backend": "eager"}, 0.0, False,
     )  # fmt: skip

@@ -11,6 +11,8 @@ from benchmarks.gpu.targets import layer_groups, measured, merge_crossovers, tim
 from benchmarks.gpu.work import Row
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
+TILES = "tiles.json"
+"""The tuner's winners, as :mod:`rlrr_kernels.ops.tuned_tiles` reads them."""
 PICTURES = ("gpu_layers.png", "gpu_memory.png", "gpu_steps.png")
 
 NO_TIME = "no time left"
@@ -110,13 +112,16 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
     lines += _table(
-        ["arch", "precision", "shape", "row", "µs", "shipped"],
+        ["arch", "precision", "M x N x K", "row", "µs", "µs of the shipped"],
         [
-            [r["arch"], r["precision"], f"{r['M']} x {r['N']} x {r['K']}", f"`{r['table_row']}`", r["us"], r["shipped"]]
+            [
+                r["arch"], r["precision"], ", ".join(" x ".join(map(str, sizes)) for sizes in r["problems"]),
+                f"`{r['table_row']}`", r["us"], _shipped_us(rows, r),
+            ]
             for r in measured(rows, "tune")
             if "table_row" in r
         ],
-    )
+    )  # fmt: skip
     lines += ["## From which M merging W' is faster", ""]
     lines += _table(["shape", "precision", "work", "M"], [list(entry) for entry in merge_crossovers(rows)])
     lines += ["## Not timed, and why", ""]
@@ -129,6 +134,12 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
             reasons[key] = reasons.get(key, 0) + 1
     lines += _table(["section", "what", "why", "rows"], [[*key, count] for key, count in reasons.items()])
     return "\n".join(lines)
+
+
+def _shipped_us(rows: list[Row], winner: Row) -> float | None:
+    keys = ("arch", "precision", "kernel", "class")
+    same = (row for row in measured(rows, "tune") if row["shipped"] and all(row[k] == winner[k] for k in keys))
+    return next((row["us"] for row in same), None)
 
 
 def _layer_tables(rows: list[Row]) -> list[str]:
@@ -147,8 +158,9 @@ def _layer_tables(rows: list[Row]) -> list[str]:
                 f"{_number(group[n]['graph_us'])} / {_number(group[n]['wall_us'])}" if n in group else "-"
                 for n in names
             ]
-            table.append([head["shape"], head["M"], *cells, *models])
-        lines += _table(["shape", "M", *names, "model: floor", "model: ours"], table)
+            tiles = head["tiles"] + (f", {head['compile_mode']}" if head["compile_mode"] else "")
+            table.append([head["shape"], head["M"], tiles, *cells, *models])
+        lines += _table(["shape", "M", "tiles", *names, "model: floor", "model: ours"], table)
     return lines
 
 

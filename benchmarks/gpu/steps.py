@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from benchmarks.common import Step, peak_bytes, synchronize
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.gate import Gate
-from benchmarks.gpu.measure import MAX_ROUNDS, MIN_ROUNDS, capture, describe, release
+from benchmarks.gpu.measure import MAX_ROUNDS, MIN_ROUNDS, capture, explain, release
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
 from benchmarks.gpu.rivals import PEFT, peft_config, peft_module, peft_reason
-from benchmarks.gpu.work import Row, Unit
+from benchmarks.gpu.work import Row, Unit, announce
 from rlrr_kernels import (
     NormRescale,
     RLRRConfig,
@@ -119,13 +119,12 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
     pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # shared: a step reads no other's results
     skipped, steps, peaks, trained = {}, {}, {}, {}
     for rival in rivals:
-        checked = "auto" if rival == "recompute" else rival
-        ours = rival in (*OURS, *ESTIMATES)
-        reason = gate.reason_against(checked, precision) if ours and not plan.tiny else None
+        reason = None if plan.tiny else gate.reason_against({"auto": "model"}.get(rival, rival), precision)
         reason = reason or (peft_reason(rival) if rival in PEFT else None)
         if reason:
             skipped[rival] = reason
             continue
+        announce({"auto": "model"}.get(rival, rival), precision.name, model=name, batch=batch, mode=mode)
         try:
             model, groups = build_model(plan, rival, name, precision)
             trained[rival] = sum(p.numel() for group in groups for p in group["params"])
@@ -135,7 +134,7 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
             peaks[rival] = peak_bytes(step, plan.device) if not plan.tiny else None
             steps[rival] = capture([step], pool).replay if mode == "graph" else step
         except Exception as error:
-            skipped[rival] = describe(error)
+            skipped[rival] = explain(error, plan.device)
             steps.pop(rival, None)
     times = _interleaved(plan, steps)
     steps = model = groups = step = None
@@ -168,13 +167,20 @@ def _interleaved(plan: Plan, steps: dict[str, Step]) -> dict[str, float]:
     return {rival: 1e3 * median(values) for rival, values in times.items()}
 
 
-def step_units(plan: Plan, gate: Gate) -> list[Unit]:
+def _estimated_seconds(name: str, batch: int, mode: str) -> float:
+    """Of a unit on an H200: models are built, warmed up and timed; a compiler takes a minute for each of two rivals."""
+    operations = {"base": 17.5, "large": 61.6, "huge": 167.0}  # G multiply-adds of a forward of one image
+    step = 6e9 * batch * next((value for key, value in operations.items() if key in name), 0.0) / 2e14
+    rivals = len({"compile": COMPILED, "estimate": ESTIMATED}.get(mode, RIVALS))
+    return rivals * (2.0 + (60.0 if mode == "compile" else 0.0) + step * (4 + MIN_ROUNDS)) + 3.0
+
+
+def step_units(plan: Plan) -> list[Unit]:
     """One unit for each model, batch, precision and mode."""
-    seconds = {"eager": 15.0, "graph": 15.0, "compile": 90.0, "estimate": 20.0}
     return [
         Unit(
-            tier, "steps", f"{name}, batch {batch}, {precision}, {mode}", seconds[mode],
-            lambda n=name, b=batch, p=PRECISIONS[precision], m=mode: step_rows(plan, gate, n, b, p, m),
+            tier, "steps", f"{name}, batch {batch}, {precision}, {mode}", _estimated_seconds(name, batch, mode),
+            lambda bench, n=name, b=batch, p=PRECISIONS[precision], m=mode: step_rows(plan, bench.gate, n, b, p, m),
         )
         for tier, name, batch, precision, mode in plan.models
     ]  # fmt: skip

@@ -69,18 +69,23 @@ def _groups(rows: list[Row], section: str, keys: tuple[str, ...]) -> list[tuple[
 
 def layer_groups(rows: list[Row]) -> list[tuple[Row, dict[str, Row]]]:
     """Layer rows that were interleaved with one another."""
-    return _groups(rows, "layers", ("shape", "M", "precision", "work", "compile_mode"))
+    return _groups(rows, "layers", ("shape", "M", "precision", "work", "compile_mode", "tiles"))
 
 
 def _layer_cases(rows, plan: Plan, work: str, ours: str, rival: str, few: bool | None) -> Iterator[tuple]:
-    """(our time, the rival's, all by name, where) of layers in the main precision."""
-    for head, group in layer_groups(rows):
+    """(our time, the rival's, all by name, where) of layers in the main precision, with tuned tiles where they were."""
+    groups = layer_groups(rows)
+    keys = ("shape", "M", "precision", "work", "compile_mode")
+    tuned = {tuple(head[key] for key in keys) for head, _ in groups if head["tiles"] == "tuned"}
+    for head, group in groups:
         if head["precision"] != plan.main or head["work"] != work:
+            continue
+        if head["tiles"] == "shipped" and tuple(head[key] for key in keys) in tuned:
             continue
         if few is not None and not (head["M"] <= FEW_ROWS if few else head["M"] >= plan.many_rows):
             continue
         if ours in group and rival in group:
-            where = f"{head['shape']}, M = {head['M']}"
+            where = f"{head['shape']}, M = {head['M']}" + (", tuned" if head["tiles"] == "tuned" else "")
             yield time_of(group[ours]), time_of(group[rival]), group, where
 
 

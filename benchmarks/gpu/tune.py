@@ -1,72 +1,140 @@
-"""Times the tuner's candidates for each kernel and class of M; the winner is printed as a row of the table of tiles."""
+"""Times the tuner's candidates for each kernel and class of M.
+
+The fastest is printed as a row of the table of tiles and kept in the run's own file of tuned tiles, which all that is
+timed later uses, and which ``RLRR_CACHE_DIR`` makes any later process use.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from benchmarks.gpu.layers import problem_of
-from benchmarks.gpu.measure import copies_for, interleave, release
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
-from benchmarks.gpu.work import Row, Unit
+from benchmarks.common import Problem
+from benchmarks.gpu.measure import ContextLost, copies_for, interleave, release
+from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape, problem_of
+from benchmarks.gpu.work import Row, Unit, announce
 from rlrr_kernels import backends
 from rlrr_kernels.ops import linear_configs
 
 
-def tune_rows(plan: Plan, shape: Shape, rows: int, precision: Precision, kernel: str) -> list[Row]:
-    """Times every candidate of :mod:`rlrr_kernels.ops.tuning`, interleaved, one graph each; ``winner`` is the fastest.
+def _entry(plan: Plan, kernel: str, precision: Precision, rows: int) -> str:
+    """The name of a tuned entry; under ``precision.applied()``."""
+    from rlrr_kernels.ops import linear_triton, tuned_tiles
 
-    Candidates that do not compile, spill, need too much shared memory or break the error bound have a reason instead.
+    device = torch.device(plan.device)
+    limit = linear_configs.shape_class(kernel, linear_triton.architecture(device), precision.dtype, rows)
+    names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype)
+    return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
+
+
+def is_tuned(plan: Plan, problem: Problem, precision: Precision) -> bool:
+    """Whether any kernel takes tuned tiles for a problem."""
+    if backends.unavailable("triton", plan.device):
+        return False
+    from rlrr_kernels.ops import tuned_tiles
+
+    entries = tuned_tiles.read(tuned_tiles.cache_file()) if tuned_tiles.enabled() else {}
+    with precision.applied():
+        return any(_entry(plan, kernel, precision, problem.rows) in entries for kernel in linear_configs.KERNELS)
+
+
+def tune_rows(plan: Plan, problems: list[tuple[Shape, int]], precision: Precision, kernel: str) -> list[Row]:
+    """Times every candidate of :mod:`rlrr_kernels.ops.tuning` on the problems (shape, M) of one class of M.
+
+    Interleaved, one graph each; ``us`` is the geometric mean and ``winner`` the fastest. Candidates that do not
+    compile, spill, need too much shared memory or break the error bound have a reason instead.
     """
+    rows = problems[0][1]
     head = {
-        "section": "tune", "kernel": kernel, "M": rows, "N": shape.out_features, "K": shape.in_features,
-        "precision": precision.name,
+        "section": "tune", "kernel": kernel, "precision": precision.name,
+        "problems": [[count, shape.out_features, shape.in_features] for shape, count in problems],
     }  # fmt: skip
     reason = backends.unavailable("triton", plan.device)
     if reason:
         return [{**head, "skipped": reason}]
-    from rlrr_kernels.ops import linear_triton, tuning
+    from rlrr_kernels.ops import linear_triton, tuned_tiles, tuning
 
     arch, dtype = linear_triton.architecture(torch.device(plan.device)), precision.dtype
     limit = linear_configs.shape_class(kernel, arch, dtype, rows)
     head |= {"arch": arch, "class": limit}
     candidates = tuning.candidates(kernel, arch, dtype, rows)
     shipped = candidates[0]
-    problem = problem_of(plan, shape, rows, precision)
-    steps, skipped = {}, {}
+    skipped: dict[linear_configs.Tiles, str] = {}
+    times: dict[linear_configs.Tiles, list[float]] = {tiles: [] for tiles in candidates}
     with precision.applied():
-        tensors = [problem.tensors(seed) for seed in range(copies_for(problem))]
-        drawn = [{name: tensor.detach() for name, tensor in t.items()} for t in tensors]
-        for tiles in candidates:
-            if reason := tuning.rejection(kernel, drawn[0], arch, tiles):
-                skipped[tiles] = reason
-            else:
-                launches = [tuning.launches_of(kernel, t, arch, tiles) for t in drawn]
-                steps[tiles] = [lambda group=group: [launch.run() for launch in group] for group in launches]
-        timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs)
-    tensors = drawn = launches = steps = None
-    release(plan.device)
-    times = {tiles: timing.graph_us or timing.wall_us for tiles, timing in timings.items()}
-    winner = min(times, key=times.get) if times else None
+        for shape, count in problems:
+            problem = problem_of(plan, shape, count, precision)
+            timed = [tiles for tiles in candidates if tiles not in skipped]
+            found, failed = _time_candidates(plan, problem, precision, kernel, arch, timed)
+            skipped |= failed
+            for tiles, microseconds in found.items():
+                times[tiles].append(microseconds)
+        means = {
+            tiles: math.exp(sum(map(math.log, here)) / len(here))
+            for tiles, here in times.items()
+            if tiles not in skipped
+        }
+        winner = min(means, key=means.get) if means else None
+        if winner is not None and shipped in means:
+            faster = means[winner] < tuning.GAIN * means[shipped]
+            entry = winner._asdict() | {"us": round(means[winner], 3), "shipped_us": round(means[shipped], 3)}
+            name = _entry(plan, kernel, precision, rows)
+            tuned_tiles.write(tuned_tiles.cache_file(), {name: entry if faster else None})
     result = []
     for tiles in candidates:
         row = {**head, "tiles": list(tiles), "shipped": tiles == shipped}
-        if tiles in times:
-            row |= {"us": times[tiles], "winner": tiles == winner}
+        if tiles in means:
+            row |= {"us": means[tiles], "each_us": times[tiles], "winner": tiles == winner}
             if tiles == winner:
                 row["table_row"] = f"({kernel!r}, {dtype.itemsize}): ({limit}, {tiles})"
         else:
-            row["skipped"] = skipped.get(tiles) or failures[tiles]
+            row["skipped"] = skipped[tiles]
         result.append(row)
     return result
 
 
+def _time_candidates(
+    plan: Plan, problem: Problem, precision: Precision, kernel: str, arch: str, candidates: list[linear_configs.Tiles]
+) -> tuple[dict[linear_configs.Tiles, float], dict[linear_configs.Tiles, str]]:
+    """Microseconds of each candidate on one problem, and why others have none."""
+    from rlrr_kernels.ops import tuning
+
+    tensors = [problem.tensors(seed) for seed in range(copies_for(problem))]
+    drawn = [{name: tensor.detach() for name, tensor in t.items()} for t in tensors]
+    steps, skipped = {}, {}
+    for tiles in candidates:
+        announce(
+            f"{kernel} {tuple(tiles)}", precision.name, M=problem.rows, N=problem.out_features, K=problem.in_features
+        )
+        if reason := tuning.rejection(kernel, drawn[0], arch, tiles):
+            skipped[tiles] = reason
+            _check_context(plan, reason)
+        else:
+            launches = [tuning.launches_of(kernel, t, arch, tiles) for t in drawn]
+            steps[tiles] = [lambda group=group: [launch.run() for launch in group] for group in launches]
+    timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs)
+    tensors = drawn = launches = steps = None
+    release(plan.device)
+    return {tiles: timing.graph_us or timing.wall_us for tiles, timing in timings.items()}, skipped | failures
+
+
+def _check_context(plan: Plan, reason: str) -> None:
+    """The tuner takes every error for a candidate's own; one that the device does not survive ends the process."""
+    if plan.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise ContextLost(reason) from error
+
+
 def tune_units(plan: Plan) -> list[Unit]:
-    """One unit for each kernel and shape class."""
+    """One unit for each kernel and class of M."""
     return [
         Unit(
-            tier, "tune", f"{kernel}, {shape.name}, M = {rows}, {name}", 15.0,
-            lambda s=shape, r=rows, p=PRECISIONS[name], k=kernel: tune_rows(plan, s, r, p, k),
+            tier, "tune", f"{kernel}, M = {', '.join(str(rows) for _, rows in problems)}, {name}", 6.0 * len(problems),
+            lambda bench, s=problems, p=PRECISIONS[name], k=kernel: tune_rows(plan, s, p, k),
         )
-        for tier, shape, rows, name in plan.tuned
+        for tier, problems, name in plan.tuned
         for kernel in linear_configs.KERNELS
     ]  # fmt: skip
