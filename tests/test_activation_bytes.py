@@ -26,6 +26,14 @@ def test_the_formula_gives_what_is_measured(variant: str, dtype: torch.dtype):
     assert measured(variant, DIM, HEADS, dtype) == counted(variant, DIM, HEADS, dtype.itemsize)
 
 
+def test_a_compiled_model_keeps_no_more_than_an_eager_one():
+    variant = "rlrr + mlp + norms"
+    found, eager = measured(variant, DIM, HEADS, torch.bfloat16, compiled=True), counted(variant, DIM, HEADS, 2)
+    assert found.block == 0
+    statistics = 4 * 4
+    assert eager.token - statistics <= found.token <= eager.token
+
+
 def test_recomputed_is_no_more_than_a_frozen_model_keeps():
     tokens = {variant: counted(variant, 768, 12, 2).token for variant in VARIANTS}
     assert tokens["rlrr + mlp + norms"] - tokens["frozen"] == 8  # float32 statistics where plain norms have bfloat16's

@@ -100,6 +100,14 @@ def test_works_inside_transforms_and_compiled():
     torch.testing.assert_close(compiled(scale, x), reference(scale, x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_without_its_checkpoint(strict: bool):
+    norm = NormRescale(nn.LayerNorm(D))
+    norm.keep_output = False
+    x = torch.randn(3, D)
+    torch.testing.assert_close(torch.export.export(norm, (x,), strict=strict).module()(x), norm(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_has_the_dtype_of_layer_norm(dtype, autocast):

@@ -151,16 +151,28 @@ def test_copies():
 
 
 @without_interpreter
-def test_compiles_without_a_graph_break():
-    model = adapted("vit").train()
-    recompute_activations(model)
-    images = tiny_images("vit")
+def test_compiled_without_a_graph_break_it_keeps_less_too():
+    plain = adapted("vit").train()
+    again = copy.deepcopy(plain)
+    recompute_activations(again)
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    for function in (model, compiled):
-        backward(function, images)
-    expected = gradients(model)
-    for name, gradient in gradients(compiled._orig_mod).items():
+    kept, drawn = [], tiny_images("vit")
+    for model in (plain, again):
+        # Inductor's partition of the graph into forward and backward, without its code.
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
+        for count in (3, 2):
+            images = drawn[:count]
+            model.zero_grad()
+            backward(compiled, images)
+        kept.append(kept_bytes(compiled, images))
+    tokens, size, depth = len(images) * 5, 48, 2
+    assert kept[0] - kept[1] >= depth * tokens * (4 * size + 2 * size) * 4
+    expected = gradients(plain)
+    for name, gradient in gradients(again).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+    model.zero_grad()
+    backward(model, images)
+    for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 

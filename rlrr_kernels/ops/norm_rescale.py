@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops import norm_rescale_torch
@@ -41,8 +42,8 @@ def norm_rescale(
         shift: β, [D], trained.
         eps: added to the variance.
         keep_output: ``False`` lets an :func:`rlrr_kernels.rlrr_linear` or ``rlrr_mlp`` that takes y compute it again in
-            its backward, by one more pass over x, instead of keeping it. Has no effect under ``torch.compile`` and
-            inside ``torch.func`` transforms.
+            its backward, by one more pass over x, instead of keeping it; under ``torch.compile`` whoever takes y.
+            Has no effect inside ``torch.func`` transforms and under ``torch.export``.
 
     Returns:
         y, [..., D], in the dtype ``F.layer_norm`` would give, also under autocast (which makes it float32 on CUDA). All
@@ -60,14 +61,37 @@ def norm_rescale(
             raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
     dtype = _result_dtype(x)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = fold_norm(weight, bias, scale, shift)
-        return F.layer_norm(x.to(wide), (size,), weight.to(wide), bias.to(wide), eps).to(dtype)
+        compute = _traced if keep_output or not _partitioned() else _traced_again_in_backward
+        return compute(x, weight, bias, scale, shift, eps, dtype)
     y = _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
     if not keep_output:
         again = functools.partial(_compute_again, _implementation(x), eps, dtype)
         attach_recipe(y, again, (x, weight, bias, scale, shift))
     return y
+
+
+def _traced(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """In operations that a compiler knows, which it fuses with those before and after."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = fold_norm(weight, bias, scale, shift)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
+
+
+def _traced_again_in_backward(x: Tensor, *arguments) -> Tensor:
+    """The same. The compiler may not hand y, which an opaque operator's backward reads, on to the backward."""
+    return checkpoint(_traced, x, *arguments, use_reentrant=False)
+
+
+def _partitioned() -> bool:
+    """Whether a compiler is at work that makes a backward of its own and knows checkpoints."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler._is_exporting_flag  # is_exporting() is always true to torch 2.11's compiler
+        and torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _compute_again(
