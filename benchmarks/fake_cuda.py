@@ -19,7 +19,7 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 
 SOURCE = Path(__file__).with_name("fake_libcuda.c")
-_SIZES = {"*": 8, "i32": 4, "i64": 8, "fp32": 4}
+_SIZES = {"*": 8, "i32": 4, "i64": 8, "fp32": 4, "tensordesc": 128}
 
 
 class Recorded(ctypes.Structure):
@@ -46,9 +46,12 @@ class FakeCuda:
         return self._launch.count
 
     def record(self, types: Sequence[str]) -> None:
-        """The next launch, and no other, is recorded with parameters of these Triton types ("*fp32", "i32", ...)."""
+        """The next launch, and no other, is recorded with parameters of these Triton types ("*fp32", "i32", ...).
+
+        A "tensordesc" takes 16 values, the address, sizes, stride and block of the matrix first.
+        """
         sizes = [_SIZES["*" if kind.startswith("*") else kind] for kind in types]
-        self._recorded = len(sizes)
+        self._recorded = sum(-(-size // 8) for size in sizes)
         self._sizes[:] = sizes + [0] * (64 - len(sizes))
 
     def last(self) -> dict[str, int | list[int]]:

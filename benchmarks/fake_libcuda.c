@@ -12,7 +12,7 @@
 struct {
   uint64_t count, function, stream, shared, block;
   uint64_t grid[3];
-  uint64_t parameters[MAX_PARAMETERS];
+  uint64_t parameters[MAX_PARAMETERS]; /* words: a descriptor takes 16 of them */
 } fake_launch;
 int fake_sizes[MAX_PARAMETERS];
 
@@ -25,12 +25,26 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   fake_launch.grid[0] = config->gridDimX;
   fake_launch.grid[1] = config->gridDimY;
   fake_launch.grid[2] = config->gridDimZ;
-  for (int i = 0; i < MAX_PARAMETERS && fake_sizes[i]; i++) {
-    fake_launch.parameters[i] = 0;
-    memcpy(&fake_launch.parameters[i], parameters[i], fake_sizes[i]);
+  for (int i = 0, word = 0; i < MAX_PARAMETERS && fake_sizes[i]; i++) {
+    int words = (fake_sizes[i] + 7) / 8;
+    if (word + words > MAX_PARAMETERS) return CUDA_ERROR_INVALID_VALUE;
+    fake_launch.parameters[word] = 0;
+    memcpy(&fake_launch.parameters[word], parameters[i], fake_sizes[i]);
+    word += words;
     fake_sizes[i] = 0;
   }
   return CUDA_SUCCESS;
+}
+
+/* A descriptor for the tensor memory accelerator: in place of the driver's bits, what it was asked for, the address
+   first. */
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  uint64_t words[16] = {(uint64_t)(uintptr_t)address, sizes[0], sizes[1], strides[0], box[0], box[1], type, swizzle};
+  memcpy(map, words, sizeof words);
+  return rank == 2 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -20,11 +21,12 @@ if backends.INTERPRETING or shutil.which("cc") is None:
 
 import triton
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import host_overhead
 from benchmarks.fake_cuda import FakeCuda, fake_cuda
 from rlrr_kernels.ops import launch as launching
-from rlrr_kernels.ops import linear_launches, norm_rescale_triton
+from rlrr_kernels.ops import linear_launches, linear_schedules, norm_rescale_triton
 from rlrr_kernels.ops.launch import Launch
 from rlrr_kernels.ops.linear_configs import Tiles
 
@@ -41,10 +43,17 @@ def by_triton(launch: Launch) -> None:
     launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
 
 
+def kinds(value: object) -> list[str]:
+    if isinstance(value, TensorDescriptor):
+        return ["tensordesc", "i32", "i32", "i64", "i64"]  # Triton adds sizes and strides
+    if isinstance(value, Tensor):
+        return [f"*{value.dtype}"]
+    return [] if value == 1 else ["i32"]
+
+
 def sent(fake: FakeCuda, launch: Launch, start=Launch.run) -> dict:
     """What a launch hands to the driver; numbers that are 1 are part of the kernel and not handed over."""
-    types = [f"*{v.dtype}" if isinstance(v, Tensor) else "i32" for v in launch.args if isinstance(v, Tensor) or v != 1]
-    fake.record(types)
+    fake.record([kind for value in launch.args for kind in kinds(value)])
     before = fake.count
     start(launch)
     assert fake.count == before + 1
@@ -122,6 +131,36 @@ def test_a_misaligned_tensor_takes_tritons_way(cuda: FakeCuda):
     assert sent(cuda, misaligned) == other
 
 
+def persistent_launches(count=40, rows=64, cols=96, dtype=torch.float16) -> list[Launch]:
+    """The persistent form of forward, ∂x and the scale gradients on new tensors."""
+    x, y, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((count, cols), (count, rows), (rows, cols)))
+    row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
+    grads, given = (torch.zeros_like(row), torch.zeros_like(col), bias), (weight, row, col)
+    tiles = Tiles(16, 32, 64, 4, 2, schedule="persistent")
+    return [
+        *linear_schedules.forward_launches(x, *given, bias, True, y, "sm_90", tiles),
+        *linear_schedules.grad_x_launches(y, *given, True, x, "sm_90", tiles),
+        linear_schedules.grad_scales_launches(y, x, *given, grads, "sm_90", tiles)[0],
+    ]
+
+
+def test_descriptors_are_of_the_tensors_of_each_launch(cuda: FakeCuda):
+    first, others = persistent_launches(), persistent_launches()
+    for launch, other in zip(first, others, strict=True):
+        assert launch.plan is other.plan
+        for given in (launch, other, launch):
+            parameters = sent(cuda, given)["parameters"]
+            for tensor, (height, width) in zip(given.tensors, given.plan.blocks, strict=False):
+                address, columns, rows, stride, box_width, box_height = parameters[:6]
+                assert (address, rows, columns) == (tensor.data_ptr(), *tensor.shape)
+                assert stride == tensor.stride(0) * tensor.itemsize
+                assert width % box_width == height % box_height == 0  # a block may come in several copies
+                assert parameters[16:20] == [*tensor.shape, *tensor.stride()]
+                parameters = parameters[20:]
+            assert parameters[0] == given.tensors[2].data_ptr()
+        assert starts(launch) == 0, "Triton makes the descriptors"
+
+
 def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
     (launch, *_), seen = every_launch(count=24), []
     launch.run()
@@ -175,6 +214,7 @@ def leaked(launch: Launch, times: int) -> dict[str, int]:
     constants = {name: value for name, value in launch.plan.meta.items() if not name.startswith("num_")}
     values = {"None": None, "number": launch.plan.numbers[0], **constants, "plan": launch.plan}
     values |= {f"tensor {i}": tensor for i, tensor in enumerate(launch.tensors)}
+    gc.collect()  # what others left must not be freed in between
     before = {name: sys.getrefcount(value) for name, value in values.items()}
     for _ in range(times):
         launch.run()

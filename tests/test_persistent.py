@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from rlrr_kernels import backends, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops import linear_configs, linear_persistent, linear_schedules, tuned_tiles, tuning
+from rlrr_kernels.ops.launch import Plan
 from rlrr_kernels.ops.linear_configs import Tiles
 
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs the kernels")
@@ -106,23 +109,26 @@ PROBLEMS = [  # M, N, K, rank, groups: tiles run over the ends of M, of a group 
 ]
 
 
-def persistent(tiles: Tiles):
-    return tuned_tiles.only_tiles("grad_scales", tiles._replace(schedule="persistent"))
+@contextmanager
+def persistent(tiles: Tiles) -> Iterator[None]:
+    """Makes every kernel take ``tiles`` in its persistent form."""
+    with ExitStack() as stack:
+        for kernel in linear_configs.KERNELS:
+            stack.enter_context(tuned_tiles.only_tiles(kernel, tiles._replace(schedule="persistent")))
+        yield
 
 
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("shape", "tiles"), PROBLEMS, ids=str)
 def test_exact_on_odd_shapes(shape: tuple, tiles: Tiles, monkeypatch: pytest.MonkeyPatch):
-    ran, launches = [], linear_persistent.grad_scales_launches
-    monkeypatch.setattr(
-        linear_persistent, "grad_scales_launches", lambda *args: ran.append(args[-1]) or launches(*args)
-    )
+    ran, run = [], Plan.run
+    monkeypatch.setattr(Plan, "run", lambda plan, *given: ran.append(plan.kernel.__name__) or run(plan, *given))
     tensors = Case(*shape, dtype=torch.float64).draw(0)
     with persistent(tiles):
         numerics.check_bound(one_pass, tensors)
         numerics.check_bound(one_pass, {name: tensor for name, tensor in tensors.items() if name != "bias"})
-    assert len(ran) == 2
+    assert sum("persistent" in name for name in ran) == 6
 
 
 @needs_interpreter

@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
 
 KERNELS = ("forward", "grad_x", "grad_scales")
 
-SCHEDULES = {"tiled": KERNELS, "persistent": ("grad_scales",)}
+SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS}
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
@@ -251,13 +251,14 @@ def by_tma(shape: tuple[int, int], strides: tuple[int, int], itemsize: int, addr
     )
 
 
-def steps_a_program(steps: int, tiles: Tiles, arch: str) -> int:
-    """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4.
+def wave(tiles: Tiles, arch: str) -> int:
+    """Programs that run at once: one of 8 warps has a multiprocessor's registers to itself; of 4, two share it."""
+    return MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) * max(1, 8 // tiles.warps)
 
-    A program of 8 warps has a multiprocessor's registers to itself; of 4, two share it.
-    """
-    programs = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) * max(1, 8 // tiles.warps)
-    return max(4, -(-steps // programs))
+
+def steps_a_program(steps: int, tiles: Tiles, arch: str) -> int:
+    """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4."""
+    return max(4, -(-steps // wave(tiles, arch)))
 
 
 def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:

@@ -25,7 +25,7 @@ def _outer(row, col, TRANSPOSED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _factor(
+def rescale_factor(
     row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
     RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def rlrr_linear_fwd_kernel(
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
             col = tl.load(col_ptr + here, mask=mask_k, other=0.0)
-        factor = _factor(row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+        factor = rescale_factor(row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
         w = (w.to(ACC) * factor).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += step * stride_xk
@@ -169,7 +169,9 @@ def rlrr_linear_bwd_dx_kernel(
             w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
             row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
         group_ptr = col_ptr + group * RANK * K
-        factor = _factor(row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
+        factor = rescale_factor(
+            row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC
+        )
         w = (w.to(ACC) * factor).to(g.dtype)
         acc = tl.dot(w, g, acc, input_precision=PRECISION, out_dtype=ACC)
     dx_ptrs = dx_ptr + offs_m[None, :] * K + offs_k[:, None]
@@ -353,5 +355,5 @@ def merge_kernel(
     col_ptr += group.to(tl.int64) * RANK * K
     row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
     col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
-    factor = _factor(row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+    factor = rescale_factor(row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
     tl.store(out_ptr + wide_n * K + offs_k[None, :], (w * factor).to(out_ptr.dtype.element_ty), mask=mask)

@@ -13,10 +13,83 @@ from torch import Tensor
 from rlrr_kernels.ops import linear_configs
 from rlrr_kernels.ops.launch import Launch, Plan, cdiv
 from rlrr_kernels.ops.linear_launches import launch_meta, plan_reduction, precision_of
-from rlrr_kernels.ops.linear_persistent_kernels import rlrr_linear_bwd_scales_persistent_kernel
+from rlrr_kernels.ops.linear_persistent_kernels import (
+    rlrr_linear_bwd_dx_persistent_kernel,
+    rlrr_linear_bwd_scales_persistent_kernel,
+    rlrr_linear_fwd_persistent_kernel,
+)
 from rlrr_kernels.ops.linear_torch import accumulate_dtype
 
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+
+
+@_plans
+def _forward_plan(
+    x_shape: torch.Size, rows: int, col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype,
+    precision: str, arch: str, tiles: linear_configs.Tiles,
+) -> Plan:  # fmt: skip
+    (count, cols), (groups, rank, _) = x_shape, col_shape
+    of_y = groups * cdiv(rows // groups, tiles.block_n) * cdiv(count, tiles.block_m)
+    meta = {
+        "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias, "EVEN_K": cols % tiles.block_k == 0,
+        **launch_meta(dtype, precision, tiles),
+    }  # fmt: skip
+    return Plan(
+        rlrr_linear_fwd_persistent_kernel, (min(of_y, linear_configs.wave(tiles, arch)),),
+        (count, rows, cols, rows // groups), meta, ((tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)),
+    )  # fmt: skip
+
+
+def forward_launches(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None,
+    residual: bool,
+    y: Tensor,
+    arch: str,
+    tiles: linear_configs.Tiles,
+) -> tuple[Launch, ...]:
+    """What :func:`rlrr_kernels.ops.linear_launches.forward_launches` gives, by a persistent grid."""
+    plan = _forward_plan(
+        x.shape, weight.shape[0], scale_col.shape, bias is not None, residual, x.dtype, precision_of(x.dtype), arch,
+        tiles,
+    )  # fmt: skip
+    return (Launch(plan, (x, weight, scale_row, scale_col, x if bias is None else bias, y)),)
+
+
+@_plans
+def _grad_x_plan(
+    grad_shape: torch.Size, cols: int, col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str,
+    arch: str, tiles: linear_configs.Tiles,
+) -> Plan:  # fmt: skip
+    (count, rows), (groups, rank, _) = grad_shape, col_shape
+    of_x, size = cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m), rows // groups
+    meta = {
+        "RANK": rank, "RESIDUAL": residual, "EVEN_N": size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+    }  # fmt: skip
+    return Plan(
+        rlrr_linear_bwd_dx_persistent_kernel, (min(of_x, linear_configs.wave(tiles, arch)),),
+        (count, rows, cols, size), meta, ((tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)),
+    )  # fmt: skip
+
+
+def grad_x_launches(
+    grad_y: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    residual: bool,
+    grad_x: Tensor,
+    arch: str,
+    tiles: linear_configs.Tiles,
+) -> tuple[Launch, ...]:
+    """What :func:`rlrr_kernels.ops.linear_launches.grad_x_launches` gives, by a persistent grid."""
+    plan = _grad_x_plan(
+        grad_y.shape, weight.shape[1], scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype), arch, tiles
+    )
+    return (Launch(plan, (grad_y, weight, scale_row, scale_col, grad_x)),)
 
 
 def most_pieces(tiles: int, blocks: int, span: int) -> int:

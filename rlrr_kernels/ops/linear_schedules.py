@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from rlrr_kernels.ops import linear_launches, linear_persistent
@@ -9,13 +11,18 @@ from rlrr_kernels.ops.launch import Launch
 from rlrr_kernels.ops.linear_configs import Tiles, check_schedule
 
 
+def _module(kernel: str, tiles: Tiles) -> ModuleType:
+    check_schedule(kernel, tiles)
+    return linear_persistent if tiles.schedule == "persistent" else linear_launches
+
+
 def forward_launches(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
     arch: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """y [M, N] = x W'ᵀ + b: see :func:`rlrr_kernels.ops.linear_launches.forward_launches`."""
-    check_schedule("forward", tiles)
-    return linear_launches.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
+    launches = _module("forward", tiles)
+    return launches.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
 
 
 def grad_x_launches(
@@ -23,8 +30,8 @@ def grad_x_launches(
     tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂x [M, K] = g W': see :func:`rlrr_kernels.ops.linear_launches.grad_x_launches`."""
-    check_schedule("grad_x", tiles)
-    return linear_launches.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
+    launches = _module("grad_x", tiles)
+    return launches.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
 
 
 def grad_scales_launches(
@@ -32,6 +39,5 @@ def grad_scales_launches(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None], arch: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂s_r, ∂s_c and ∂b: see :func:`rlrr_kernels.ops.linear_launches.grad_scales_launches`."""
-    check_schedule("grad_scales", tiles)
-    launches = linear_persistent if tiles.schedule == "persistent" else linear_launches
+    launches = _module("grad_scales", tiles)
     return launches.grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)

@@ -49,6 +49,8 @@ CANDIDATES = {
 """(block_m, block_n, block_k, warps, stages) for :class:`Tiles`; ``python -m benchmarks.tile_model`` predicts times."""
 
 PERSISTENT_CANDIDATES = {
+    ("forward", 2): [(256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3)],
+    ("grad_x", 2): [(256, 64, 128, 8, 3), (256, 64, 128, 8, 4), (128, 64, 128, 8, 4), (128, 64, 128, 4, 3)],
     ("grad_scales", 2): [
         (64, 128, 256, 8, 4), (64, 128, 256, 8, 3), (64, 256, 128, 8, 4), (64, 128, 128, 4, 3), (64, 128, 128, 8, 4),
     ],
@@ -91,7 +93,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Ti
     limit = linear_configs.shape_class(kernel, arch, dtype, rows)
     found.append(linear_configs.tiles_for(kernel, arch, dtype, rows))
     found += [Tiles(*values) for values in CANDIDATES.get((kernel, dtype.itemsize, limit), [])]
-    if tma:
+    if tma and not limit:
         values = PERSISTENT_CANDIDATES.get((kernel, dtype.itemsize), [])
         found += [Tiles(*numbers, schedule="persistent") for numbers in values]
     if limit and kernel != "grad_scales":
