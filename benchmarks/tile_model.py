@@ -14,6 +14,7 @@ import contextlib
 import functools
 import io
 import math
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -237,6 +238,27 @@ def library_line(kernel: str, dtype: str, rows: int) -> list[str]:
     return ["library", *[""] * 7, *times]
 
 
+VIT_SHAPES = [(n * d, k * d) for d in (768, 1024, 1280) for n, k in ((1, 1), (3, 1), (4, 1), (1, 4))]
+"""(N, K) of the layers of ViT-B, L and H."""
+
+
+def trails(kernel: str, dtype: str) -> list[float]:
+    """What the shipped tiles take longer than the library, as shares of the product at its rate, layer by layer and M.
+
+    The median is in ``linear_paths.TRAIL``.
+    """
+    peak = getattr(linear_configs.PEAKS["sm_90"], linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32"))
+    found = []
+    for m in (394, 788, 1576, 3152, 6304, 12608, 50432):
+        tiles = linear_configs.tiles_for(kernel, "sm_90", DTYPES[dtype][0], m)
+        code = compiled(kernel, tiles, dtype, 4096)
+        for n, k in VIT_SHAPES:
+            sizes = (m, n, k) if kernel == "forward" else (m, k, n)
+            longer = predict(kernel, tiles, m, n, k, dtype, code).likely_us - library_us(*sizes, dtype)
+            found.append(1e-6 * longer * linear_paths.REACHED_RATE * peak / (2.0 * m * n * k))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
@@ -245,10 +267,15 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 1576, 12608], help="M, rows of x")
     parser.add_argument("--candidates", action="store_true", help="also what rlrr tune would try")
+    parser.add_argument("--trails", action="store_true", help="only by how much a product trails the library's")
     options = parser.parse_args()
-    print("Predicted for an H200 from machine code, measured by no GPU: µs, likely (best).")
+    print("Predicted for an H200 from machine code, measured by no GPU; times are µs, likely (best).")
     for kernel in options.kernel:
         for dtype in options.dtype:
+            if options.trails:
+                if kernel != "grad_scales":
+                    print(f"{kernel}, {dtype}: median {statistics.median(trails(kernel, dtype)):.2f}", flush=True)
+                continue
             for rows in options.rows:
                 print(f"\n{kernel}, {dtype}, M = {rows}")
                 lines = table(kernel, dtype, rows, configurations(kernel, dtype, rows, options.candidates))

@@ -13,9 +13,13 @@ REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
 """Shares of ``linear_configs.PEAKS`` that a large copy and a large product of the vendor's library are taken to reach:
 4.3 TB/s and 790 TFLOP/s on an H200."""
 
-TRAIL = 0.18
-"""Share of the library's time by which a one-pass kernel trails it where operations rule, for its weight goes through
-registers: 15 to 20 % is reported of such kernels on Hopper."""
+TRAIL = {"half": 0.7, "half of float32": 1.4, "tf32": 4.0, "float32": 0.5, "float64": 0.5}
+"""What a one-pass kernel takes longer than the library's product, as a share of 2 M N K over its rate.
+
+By what is multiplied; "half of float32" is a 16-bit x and an fp32 W. The first three are medians over layers of ViT-B,
+L and H at 394 to 50,432 rows of times predicted from machine code, idle multiprocessors included (``python -m
+benchmarks.tile_model --trails``). The last two run without matrix instructions and are a guess.
+"""
 
 TRAIL_PER_RANK, TRAIL_IN_A_LOOP = 0.12, 3.0
 """What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels that
@@ -36,7 +40,7 @@ def merge_gain(
 ) -> float:  # fmt: skip
     """How many times its cost a merge saves, by the model; in proportion to M = ``rows``.
 
-    It saves the share by which a one-pass kernel trails the library's product of 2 M N K operations. It costs a kernel
+    It saves what a one-pass kernel takes longer than the library's product of 2 M N K operations. It costs a kernel
     that reads W and writes W', N K elements each; the product then finds W' in the L2 cache, where that holds it.
     Forward and ∂x each decide, and merge, for themselves: nothing W-sized is kept between them.
 
@@ -50,11 +54,13 @@ def merge_gain(
         weight_dtype: of W.
         tf32: whether products of float32 are rounded to TF32.
     """
-    trail = TRAIL + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else TRAIL_IN_A_LOOP
     if arch == "interpreter":
-        return rows / INTERPRETER_ROWS * (trail / TRAIL)
+        return rows / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
+    kind = precision_kind(dtype, tf32)
+    trail = TRAIL["half of float32" if kind == "half" and weight_dtype.itemsize == 4 else kind]
+    trail = trail + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else max(trail, TRAIL_IN_A_LOOP)
     weights, peaks = out_features * in_features, PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE])
-    saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, precision_kind(dtype, tf32)))
+    saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
     moved = weights * (weight_dtype.itemsize + dtype.itemsize)
     return saved / (1e-6 * KERNEL_US + moved / (REACHED_BANDWIDTH * peaks.bandwidth))
 
