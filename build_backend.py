@@ -7,8 +7,15 @@ first download it.
 
 import os
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # an isolated build has the one that pyproject.toml asks for
+    raise RuntimeError(
+        f"building rlrr-kernels needs setuptools >= 77, and {setuptools.__version__} is installed: update it, or leave "
+        "out --no-build-isolation"
+    )
 
 
 def _torch() -> list[str]:

@@ -17,7 +17,7 @@ except ImportError as error:
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.options import Cpu, takes_options_of
-from rlrr_kernels.train.progress import console, program
+from rlrr_kernels.train.progress import console, error_console, program
 
 app = typer.Typer(
     help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
@@ -25,13 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-app.add_typer(data_app, name="data")
-app.command()(reproduce)
-app.command()(ablate)
-app.command()(report)
-app.command()(import_adapter)
-app.command()(export_adapter)
 
 AdapterWeights = Annotated[
     str | None, typer.Option(help="File with the backbone's weights, where the adapter was not trained on a hub's")
@@ -86,12 +79,14 @@ def finetune(
         f"{result.fit.seconds:.0f} s, peak memory {result.fit.peak_memory / 2**30:.2f} GiB\n"
         f"learning curve: {config.out / CURVE}\nadapter: {result.adapter}",
         highlight=False,
+        soft_wrap=True,
     )
     if result.fit.exchanged is not None:
         console.print(
             f"exchanged a step: {result.fit.exchanged['gradients']:,} bytes of gradients, of {result.report.trained:,} "
             f"trained parameters; {result.fit.exchanged['weights']:,} bytes of weights",
             highlight=False,
+            soft_wrap=True,
         )
     hint = f" --weights {config.weights}" if result.task.weights not in ("hub", "none") else ""
     console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
@@ -247,24 +242,33 @@ def demo(
         run_seeds(config, seeds, fresh=fresh)
 
 
+app.add_typer(data_app, name="data")
+app.command()(reproduce)
+app.command()(ablate)
+app.command()(report)
+app.command()(import_adapter)
+app.command()(export_adapter)
+
+
 def main() -> None:
     """Runs the program; an error that names its cause is printed without a traceback unless RLRR_TRACEBACK is set."""
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes one prints
-    warnings.showwarning = lambda message, *_, **__: console.print(
-        f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True
-    )
+    warnings.showwarning = lambda message, *_, **__: _complain("[yellow]warning:[/yellow]", message)
     try:
         app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        console.quiet = False
         if os.environ.get("RLRR_TRACEBACK"):
             raise
-        console.print("[bold red]error:[/bold red]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _complain("[bold red]error:[/bold red]", error)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("stopped; go on with the same command and --resume")
+        error_console.print("stopped; go on with the same command and --resume")
         sys.exit(130)
+
+
+def _complain(kind: str, message: object) -> None:
+    error_console.print(kind, end=" ")
+    error_console.print(str(message), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

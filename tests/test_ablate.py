@@ -26,7 +26,7 @@ def rlrr(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        return ended.value.code or 0, capsys.readouterr().out
+        return ended.value.code or 0, "".join(capsys.readouterr())
 
     return run
 

@@ -73,11 +73,12 @@ def test_holds_trained_tensors_only_and_a_schema_version(tmp_path):
     info = adapter_info(tmp_path)
     assert info.config == RLRRConfig(recipe="paper")
     assert info.metadata == metadata
-    assert info.base_model == {"class": "VisionTransformer", "name": "vit_tiny_patch16_224", "num_classes": 5}
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # without the tag, timm could take other weights one day
+    assert info.base_model == {"class": "VisionTransformer", "name": name, "num_classes": 5}
     card = (tmp_path / "README.md").read_text()
     for part in (
         "library_name: rlrr-kernels",
-        "vit_tiny_patch16_224",
+        f'timm.create_model("{name}", pretrained=True, num_classes=5)',
         "load_adapter(model",
         "trained parameters",
         "0.9",

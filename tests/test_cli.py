@@ -1,6 +1,7 @@
 """The program ``rlrr``: what it writes, what it prints, and the errors it gives in place of tracebacks."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rlrr_kernels
-from rlrr_kernels import adapter_info
+from rlrr_kernels import RLRRLinear, adapter_info
 from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data import ImageDataset, find_samples
 from rlrr_kernels.train.task import load_task
@@ -31,7 +32,7 @@ def rlrr(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        return ended.value.code or 0, " ".join(capsys.readouterr().out.split())
+        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
 
     yield run
     torch.set_num_threads(threads)
@@ -69,6 +70,13 @@ def test_finetune_evaluate_merge(rlrr, images, tmp_path):
         == (result["trained_parameters"])
     )
     assert adapter_info(adapter).metadata["task"]["classes"] == ["blue", "red"]
+
+    card = (adapter / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    made = {}
+    exec(code.replace("path/to/this/folder", str(adapter)), made)
+    assert made["task"].preprocessing.image_size == 32
+    assert not any(isinstance(module, RLRRLinear) for module in made["model"].modules())
 
     status, printed = rlrr("evaluate", adapter, "--data", images, "--json", tmp_path / "scores.json")
     assert status == 0
@@ -129,7 +137,7 @@ def test_weights_file_is_asked_for_again(rlrr, images, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file(timm.create_model("test_vit", num_classes=0).state_dict(), other)
     status, printed = rlrr("evaluate", adapter, "--data", images, "--weights", other)
-    assert printed.startswith("warning: the frozen weights of 24 of 24 layers differ")
+    assert "warning: the frozen weights of 24 of 24 layers differ" in printed
 
 
 def test_bad_input_is_told_in_a_line_before_any_work(rlrr, images, tmp_path):
@@ -198,8 +206,17 @@ def test_help_and_version():
     runner = CliRunner()
     assert runner.invoke(app, ["--version"]).output.startswith("rlrr-kernels ")
     shown = runner.invoke(app, ["--help"]).output
-    for command in ("finetune", "evaluate", "merge", "doctor", "demo"):
-        assert command in shown
+    commands = ("finetune", "evaluate", "merge", "doctor", "demo", "reproduce", "report")
+    assert sorted(commands, key=shown.index) == list(commands)
+
+
+def test_errors_go_to_the_error_stream(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rlrr", "merge", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: adapter folder")
 
 
 def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path):

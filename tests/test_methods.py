@@ -183,7 +183,7 @@ def test_the_program_trains_scores_and_merges_every_method(method, tmp_path, mon
         monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        printed = " ".join(capsys.readouterr().out.split())
+        printed = " ".join("".join(capsys.readouterr()).split())
         assert not ended.value.code, printed
         return printed
 

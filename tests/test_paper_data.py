@@ -31,7 +31,7 @@ def rlrr(monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:
             main()
-        return ended.value.code or 0, " ".join(capsys.readouterr().out.split())
+        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
 
     return run
 

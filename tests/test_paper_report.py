@@ -145,7 +145,7 @@ def test_report_writes_markdown_csv_and_picture(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join("".join(capsys.readouterr()).split())
     for text in ("TRIAL: 2 epochs in place of the paper's 60", "optimistic score", "report.md", "missing", "-4.7"):
         assert text in printed
     markdown = (tmp_path / "report.md").read_text()

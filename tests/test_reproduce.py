@@ -99,7 +99,7 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
         monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        return ended.value.code or 0, " ".join(capsys.readouterr().out.split())
+        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
 
     out = tmp_path / "out"
     command = (

@@ -162,3 +162,22 @@ def test_all_processes_killed_and_started_again_end_as_if_they_had_not_been(tmp_
     folders = (killed / "adapter", tmp_path / "straight" / "adapter")
     resumed, straight = (load_file(folder / "adapter.safetensors") for folder in folders)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+def test_a_launcher_that_starts_too_few_processes_is_not_taken_for_one(monkeypatch):
+    """accelerate launch --num_processes 2 on a CPU: it sets these, starts one process and says nothing."""
+    for name, value in (("ACCELERATE_MIXED_PRECISION", "no"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="asked for several processes and has started one"):
+        make_accelerator(TrainConfig(), cpu=True)
+
+
+def test_accelerate_launch_trains_on_two_processes(tmp_path):
+    make_splits(tmp_path / "images")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    options = f"--model test_vit --weights none --image-size 32 --epochs 2 --data {tmp_path / 'images'}".split()
+    command = [*launch, "-m", "rlrr_kernels.cli", "finetune", *options, "--batch-size", "4", "--out", tmp_path / "run"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bytes of gradients" in done.stdout
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"][0]["processes"] == 2

@@ -41,9 +41,23 @@ arXiv 2403.19067). The backbone's own weights are not part of it.
 {metadata}"""
 
 
-def model_card(document: Mapping[str, Any], report: AdaptReport) -> str:
+def model_card(document: Mapping[str, Any], report: AdaptReport, usage: str | None = None) -> str:
     """The card's text. ``document`` is what ``config.json`` holds, ``report`` that of the adapted model."""
     base = document["base_model"]
+    name = base["name"]
+    metadata = document["metadata"]
+    return _TEMPLATE.format(
+        front_matter=f"base_model: timm/{name}\n" if name else "",
+        base=name or base["class"],
+        base_class=base["class"],
+        use=usage or _usage(base),
+        report=report,
+        config=json.dumps(document["adaptation"], indent=2),
+        metadata=f"\n## Metadata\n\n```json\n{json.dumps(metadata, indent=2)}\n```\n" if metadata else "",
+    )
+
+
+def _usage(base: Mapping[str, Any]) -> str:
     name, classes = base["name"], base["num_classes"]
     lines = ["from rlrr_kernels import load_adapter, merge_adapter", ""]
     if name:
@@ -55,13 +69,4 @@ def model_card(document: Mapping[str, Any], report: AdaptReport) -> str:
         'load_adapter(model, "path/to/this/folder")',
         "merge_adapter(model)  # optional: a plain model, nothing left to pay at inference",
     ]
-    metadata = document["metadata"]
-    return _TEMPLATE.format(
-        front_matter=f"base_model: timm/{name}\n" if name else "",
-        base=name or base["class"],
-        base_class=base["class"],
-        use="\n".join(lines),
-        report=report,
-        config=json.dumps(document["adaptation"], indent=2),
-        metadata=f"\n## Metadata\n\n```json\n{json.dumps(metadata, indent=2)}\n```\n" if metadata else "",
-    )
+    return "\n".join(lines)

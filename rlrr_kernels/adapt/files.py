@@ -52,7 +52,8 @@ class AdapterInfo:
     Attributes:
         folder: where it lies.
         config: how a backbone is adapted for it.
-        base_model: ``class``, ``name`` (timm's, or None) and ``num_classes`` (or None) of the model it was saved from.
+        base_model: ``class``, ``name`` (timm's with the weights' tag, or None) and ``num_classes`` (or None) of the
+            model it was saved from.
         metadata: what :func:`save_adapter` was given.
         also_trained: names of trained tensors that are neither adapter nor head.
         shapes: name → shape of every tensor.
@@ -82,7 +83,11 @@ def _safetensors() -> ModuleType:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    usage: str | None = None,
 ) -> Path:
     """Writes the trained tensors of an adapted model, its configuration and a model card to ``folder``.
 
@@ -93,6 +98,8 @@ def save_adapter(
         model: after :func:`rlrr_kernels.adapt_model` (or inside the wrappers of ``torch.compile`` or DDP).
         folder: made with its parents when missing.
         metadata: JSON types (class names, metrics, ...) kept in ``config.json`` and shown on the card.
+        usage: Python on the card that makes the model again and loads the adapter from "path/to/this/folder"; None:
+            timm makes the model by its name, where it has one.
 
     Returns:
         The folder.
@@ -115,7 +122,7 @@ def save_adapter(
         "metadata": dict(metadata or {}),
         "backbone_sample": sample_backbone(model, adaptation.layers),
     }
-    return write_folder(folder, document, tensors, lambda: model_card(document, adapt_report(model)))
+    return write_folder(folder, document, tensors, lambda: model_card(document, adapt_report(model), usage))
 
 
 def write_folder(
@@ -195,9 +202,11 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """``class``, ``name`` (timm's, or None) and ``num_classes`` (or None) of ``model``, as JSON types."""
+    """``class``, ``name`` (timm's with the tag of its weights, or None), ``num_classes`` (or None), as JSON types."""
     config = getattr(model, "pretrained_cfg", None)  # timm's
     name = config.get("architecture") if isinstance(config, Mapping) else None
+    if name and config.get("tag"):
+        name = f"{name}.{config['tag']}"
     classes = getattr(model, "num_classes", None)
     return {"class": type(model).__name__, "name": name, "num_classes": classes if isinstance(classes, int) else None}
 

@@ -260,7 +260,7 @@ def import_adapter(
     differs = load_authors_tensors(backbone, tensors, names)
     origin = str(weights) if str(weights) in (HUB, NO_WEIGHTS) else Path(weights).name
     task = Task(model, origin, classes, transform)
-    save_adapter(backbone, out, metadata={"task": task.to_dict(), METADATA: differs})
+    save_adapter(backbone, out, metadata={"task": task.to_dict(), METADATA: differs}, usage=task.usage())
     return adapt_report(backbone)
 
 

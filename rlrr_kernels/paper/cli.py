@@ -264,7 +264,7 @@ def import_adapter(
     """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
     from rlrr_kernels.paper import authors
 
-    mapping = None if names is None else authors.readsplit_names(names)
+    mapping = None if names is None else authors.read_names(names)
     report = authors.import_adapter(
         file,
         out,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks for it
+
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
@@ -27,6 +31,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
 
     # accelerate keeps the first precision of a process for good; a second run may want another one.
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    _warn_of_missing_processes()
     precision = config.mixed_precision
     if precision == "auto":
         precision = _fastest_precision(torch.cuda.is_available() and not cpu)
@@ -35,6 +40,17 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         cpu=cpu or not torch.accelerator.is_available(),  # else processes without a GPU would each train alone
     )
+
+
+def _warn_of_missing_processes() -> None:
+    """Where ``accelerate launch`` prepared for several processes, but left it to an MPI that is not there."""
+    prepared = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if prepared and not any(name in os.environ for name in _SIZES):
+        warnings.warn(
+            "accelerate launch was asked for several processes and has started one; without a GPU, too, it needs "
+            "--multi_gpu for that, or MPI. torchrun --nproc-per-node N starts N processes anywhere",
+            stacklevel=3,
+        )
 
 
 def _fastest_precision(cuda: bool) -> str:

@@ -220,10 +220,6 @@ def finetune(
     resume = from_main(accelerator, lambda: _look_for_run(out, resume))
     talk = accelerator.is_main_process and not quiet
     splits = _splits(config, splits)
-    if config.check:
-        paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
-        follow = functools.partial(track, description="checking images", enabled=talk)
-        from_main(accelerator, lambda: check_images(paths, follow))
     torch.manual_seed(config.train.seed)
     model, preprocessing = create_model(
         config.model,
@@ -240,6 +236,10 @@ def finetune(
     report = apply_method(model, method)
     if config.recompute:
         recompute_activations(model)
+    if config.check:  # last: it may take minutes, what comes before takes seconds
+        paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
+        follow = functools.partial(track, description="checking images", enabled=talk)
+        from_main(accelerator, lambda: check_images(paths, follow))
     if talk:
         _introduce(config, task, splits, report, resume)
     from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
@@ -267,14 +267,14 @@ def finetune(
     )
     adapter = out / ADAPTER
     if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
-        _save(model, adapter, _metadata(config, task, accelerator, result, None), out)
+        _save(model, adapter, task, _metadata(config, task, accelerator, result, None), out)
     if config.epoch_chosen_on == "test":
         test = result.best
     else:
         test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
     if accelerator.is_main_process:
         if test is not None:
-            _save(model, adapter, _metadata(config, task, accelerator, result, test), out)
+            _save(model, adapter, task, _metadata(config, task, accelerator, result, test), out)
         _write_result(config, _metadata(config, task, accelerator, result, test), report, result, talk)
     return FinetuneResult(model, adapter, task, report, result, test)
 
@@ -335,21 +335,20 @@ def _introduce(
     report: AdaptReport | BaselineReport,
     resume: bool,
 ) -> None:
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
-    console.print(f"[bold]{task.model}[/bold], weights {task.weights}, {size} x {size} px", highlight=False)
-    place = "" if config.data is None else f"{config.data}: "
-    console.print(f"{place}{len(task.classes)} classes, {counts} images", highlight=False)
+    say(f"[bold]{task.model}[/bold], weights {task.weights}, {size} x {size} px")
+    say(f"{'' if config.data is None else f'{config.data}: '}{len(task.classes)} classes, {counts} images")
     if config.epoch_chosen_on == "test":
-        console.print("the epoch is chosen on the test images: an optimistic score")
+        say("the epoch is chosen on the test images: an optimistic score")
     where = f" on {len(report.layers)} layers" if report.layers else ""
-    console.print(
+    say(
         f"{TITLES[config.method]}{where}: {report.trained:,} of {report.total:,} parameters trained "
-        f"({report.share:.2%})",
-        highlight=False,
+        f"({report.share:.2%})"
     )
     if resume:
-        console.print(f"going on from {Path(config.out) / checkpoint.NAME}", highlight=False)
+        say(f"going on from {Path(config.out) / checkpoint.NAME}")
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -384,13 +383,13 @@ def _metadata(
     }
 
 
-def _save(model: nn.Module, folder: Path, metadata: dict[str, Any], out: Path) -> None:
+def _save(model: nn.Module, folder: Path, task: Task, metadata: dict[str, Any], out: Path) -> None:
     try:
-        save_trained(model, folder, metadata=metadata)
+        save_trained(model, folder, metadata=metadata, usage=task.usage())
     except OSError as error:
         elsewhere = Path(tempfile.gettempdir()) / f"rlrr-adapter-{out.resolve().name}"
         try:
-            save_trained(model, elsewhere, metadata=metadata)
+            save_trained(model, elsewhere, metadata=metadata, usage=task.usage())
         except OSError:
             rescue = f"make room and run the same command with --resume: {out / checkpoint.NAME} holds the training"
         else:

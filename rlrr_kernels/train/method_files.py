@@ -52,14 +52,18 @@ class FolderInfo:
     metadata: dict[str, Any]
 
 
-def save_trained(model: nn.Module, folder: str | Path, *, metadata: Mapping[str, Any]) -> Path:
+def save_trained(
+    model: nn.Module, folder: str | Path, *, metadata: Mapping[str, Any], usage: str | None = None
+) -> Path:
     """Writes what training changed in ``model``, adapted by RLRR or a baseline, to ``folder``; replaced in one step.
+
+    ``metadata`` and ``usage`` are as for :func:`rlrr_kernels.save_adapter`.
 
     Raises:
         ValueError, TypeError, OSError: as for :func:`rlrr_kernels.save_adapter`.
     """
     if is_adapted(model):
-        return save_adapter(model, folder, metadata=metadata)
+        return save_adapter(model, folder, metadata=metadata, usage=usage)
     applied = baseline_of(model)
     plain = tuple(name for name in applied.linears if not model.get_submodule(name).weight.requires_grad)
     document = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 """Where the library and its command-line program print."""
 
+error_console = Console(stderr=True)
+"""Where the program's errors and warnings go."""
+
 
 def program() -> str:
     """How the command-line program was started, for commands to try next."""
-    return sys.argv[0] if Path(sys.argv[0]).name == "rlrr" else "python -m rlrr_kernels.cli"
+    if Path(sys.argv[0]).name != "rlrr":
+        return "python -m rlrr_kernels.cli"
+    return "rlrr" if shutil.which("rlrr") == sys.argv[0] else sys.argv[0]
 
 
 def make_progress(*, enabled: bool = True) -> Progress:

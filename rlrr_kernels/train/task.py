@@ -51,6 +51,18 @@ class Task:
                 "`rlrr finetune`"
             ) from error
 
+    def usage(self) -> str:
+        """Python for a model card that makes the trained model again."""
+        file = self.weights not in (HUB, NO_WEIGHTS)
+        weights = f', weights="path/to/{self.weights}"' if file else ""
+        return (
+            "from rlrr_kernels import merge_adapter\n"
+            "from rlrr_kernels.train.task import load_task\n\n"
+            f'model, task = load_task("path/to/this/folder"{weights})\n'
+            "transform = task.preprocessing.transform()  # of a PIL image; task.classes are the names by label\n"
+            "merge_adapter(model)  # optional: a plain model, nothing left to pay at inference"
+        )
+
     def backbone(self, weights: str | Path | None = None) -> nn.Module:
         """The frozen model with a new head.
 
