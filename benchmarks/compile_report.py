@@ -24,6 +24,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels.ops import (
@@ -32,6 +34,7 @@ from rlrr_kernels.ops import (
     linear_rows_triton,
     linear_schedules,
     norm_rescale_triton,
+    tuning,
 )
 from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops.activation import ACTIVATIONS
@@ -81,6 +84,8 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, GluonDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1  # as Triton's launcher does for strides
         else:
@@ -96,8 +101,9 @@ def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
     signature, constants, attributes = _signature(launch)
     options = {key: launch.plan.meta[key] for key in ("num_warps", "num_stages") if key in launch.plan.meta}
+    source = GluonASTSource if launch.plan.kernel.is_gluon() else ASTSource
     return triton.compile(
-        ASTSource(launch.plan.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
+        source(launch.plan.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
     )
 
 
@@ -144,6 +150,15 @@ def _sum_of_parts(arch: str) -> Case:
     scales = _meta(768, 1), _meta(1, 1, 3072)
     _, launch = linear_launches.forward_launches(x, weight, *scales, _meta(768), True, y, arch, tiles)
     return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
+
+
+def experimental_cases(arch: str) -> Iterator[Case]:
+    """What the tuner tries for ``arch`` when asked for kernels that no GPU has run."""
+    for dtype, kernel in product(("bf16", "fp16"), configs.KERNELS):
+        for tiles in tuning.experimental_candidates(kernel, arch, _NAMES[dtype], 4096):
+            yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
+            if dtype == "bf16":
+                yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -224,7 +239,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
         "shared_bound": case.shared_bound,
-        "uses_dot": "tt.dot" in compiled.asm["ttir"],
+        "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],
         "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
     }
 
@@ -247,7 +262,7 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            for case in chain(linear_cases(arch), norm_cases(), activation_cases()):
+            for case in chain(linear_cases(arch), experimental_cases(arch), norm_cases(), activation_cases()):
                 yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -28,7 +28,7 @@ class Recorded(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("count", "function", "stream", "shared", "block")),
         ("grid", ctypes.c_uint64 * 3),
-        ("parameters", ctypes.c_uint64 * 64),
+        ("parameters", ctypes.c_uint64 * 128),
     ]
 
 
@@ -37,7 +37,7 @@ class FakeCuda:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._launch = Recorded.in_dll(library, "fake_launch")
-        self._sizes = (ctypes.c_int * 64).in_dll(library, "fake_sizes")
+        self._sizes = (ctypes.c_int * 128).in_dll(library, "fake_sizes")
         self._recorded = 0
 
     @property
@@ -52,7 +52,7 @@ class FakeCuda:
         """
         sizes = [_SIZES["*" if kind.startswith("*") else kind] for kind in types]
         self._recorded = sum(-(-size // 8) for size in sizes)
-        self._sizes[:] = sizes + [0] * (64 - len(sizes))
+        self._sizes[:] = sizes + [0] * (128 - len(sizes))
 
     def last(self) -> dict[str, int | list[int]]:
         """The last launch: function, stream, shared memory, threads, grid; the parameters of the one recorded last."""

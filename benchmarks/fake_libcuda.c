@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MAX_PARAMETERS 64
+#define MAX_PARAMETERS 128
 
 /* The last launch; cuLaunchKernelEx is not told how many parameters there are or of which size: fake_sizes says so, for
    one launch alone. Another kernel may have fewer: what lies behind its last one is not to be read. */
@@ -37,14 +37,20 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 }
 
 /* A descriptor for the tensor memory accelerator: in place of the driver's bits, what it was asked for, the address
-   first. */
+   first. Refuses what the driver does. */
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   uint64_t words[16] = {(uint64_t)(uintptr_t)address, sizes[0], sizes[1], strides[0], box[0], box[1], type, swizzle};
+  static const uint64_t item_bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+  static const uint64_t row_bytes[] = {1 << 30, 32, 64, 128};
+  uint64_t row = box[0] * item_bytes[type];
   memcpy(map, words, sizeof words);
-  return rank == 2 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  return rank == 2 && words[0] % 16 == 0 && strides[0] % 16 == 0 && sizes[0] && sizes[1] && box[0] && box[0] <= 256 &&
+                 box[1] && box[1] <= 256 && row % 16 == 0 && row <= row_bytes[swizzle]
+             ? CUDA_SUCCESS
+             : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {

@@ -190,6 +190,9 @@ def tune(
         list[int] | None, typer.Option(help="Batch times tokens, repeat for several; default: 8, 64 and 1576")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    experimental: Annotated[
+        bool, typer.Option("--experimental", help="Also try kernels that no GPU has run: kill it if one hangs")
+    ] = False,
 ) -> None:
     """Measure tiles of the Triton kernels on this GPU and keep those that beat the shipped ones. Takes minutes."""
     import torch
@@ -213,7 +216,7 @@ def tune(
             raise ValueError(f"--shape must be NxK, such as 3072x768; got {', '.join(shape)}") from None
     if rows:
         options["rows"] = rows
-    run(dtype=getattr(torch, dtype, dtype), report=show, **options)
+    run(dtype=getattr(torch, dtype, dtype), experimental=experimental, report=show, **options)
     console.print(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it", highlight=False)
 
 

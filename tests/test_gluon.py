@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gluon_simulator import Deadlock, Descriptor, Fault, Pointer, Simulation
 
-SOURCE = Path(__file__).parent.parent / "rlrr_kernels/ops/linear_gluon_kernels.py"
+pytest.importorskip("triton", reason="needs Triton")
+
+from rlrr_kernels import backends
+from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops import linear_configs, tuned_tiles, tuning
+from rlrr_kernels.ops.linear_configs import Tiles
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "rlrr_kernels/ops/linear_gluon_kernels.py"
+KERNELS = ("forward", "grad_x")
+
+needs_compiler = pytest.mark.skipif(backends.INTERPRETING, reason="with Triton's interpreter on, nothing compiles")
 
 SHAPES = [  # M, N, K, groups, block_m, stages, programs
     (1, 8, 8, 1, 16, 2, 1),
@@ -55,7 +72,7 @@ def simulate(simulation: Simulation, transposed: bool, shape: tuple[int, ...], s
     return y, x @ merged if transposed else x @ merged.T + bias
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "grad_x"])
+@pytest.mark.parametrize("transposed", [False, True], ids=KERNELS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:3])))
 def test_the_result_is_exact_in_every_order_of_events(transposed: bool, shape: tuple[int, ...]):
     check(Simulation(SOURCE), transposed, shape, range(12))
@@ -114,3 +131,178 @@ def test_mistakes_are_caught(mistake: str):
 def test_one_stage_would_deadlock():
     with pytest.raises(Deadlock, match="waits for a barrier's phase"):
         simulate(Simulation(SOURCE), False, (16, 128, 128, 1, 16, 1, 1), 0)
+
+
+# ---------------------------------------------------------------- what the compiler makes of it
+
+
+def products(sass: str) -> list[dict[str, int]]:
+    """Of each asynchronous product: its instructions, those with W' in registers, the arithmetic before its wait."""
+    found, current, running = [], {"instructions": 0, "registers": 0, "arithmetic": 0}, False
+    for line in sass.splitlines():
+        if "HGMMA" in line:
+            assert not running, "a product starts before the last one was waited for"
+            current["instructions"] += 1
+            current["registers"] += bool(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line))
+            running = "gsb0" in line  # the last instruction of a group
+        elif running and re.search(r"\b(FFMA|FMUL)\b", line):
+            current["arithmetic"] += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            found.append(current)
+            current, running = {"instructions": 0, "registers": 0, "arithmetic": 0}, False
+    return found
+
+
+def compiled(kernel: str, dtype: str, tiles: Tiles):
+    from benchmarks import compile_report
+
+    case = next(
+        case
+        for case in compile_report.experimental_cases("sm_90")
+        if (case.kernel, case.dtype) == (kernel, dtype) and case.launch.plan.meta["BLOCK_M"] == tiles.block_m
+    )
+    return compile_report.compile_launch(case.launch, "sm_90")
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_tile_is_rescaled_while_another_multiplies(kernel: str, size: int):
+    sass = compiled(kernel, "bf16", tuning.EXPERIMENTAL_CANDIDATES[kernel, 2][size]).asm["sass"]
+    found = products(sass)
+    assert len(found) == 4, "two in turn in each half"
+    for product in found:
+        assert product["instructions"] == product["registers"] == 4, "64 deep, W' in registers, and none waits alone"
+        assert product["arithmetic"] >= 56, "of 32 multiplications and 32 factors a thread, before the product's wait"
+    assert sass.count("UTMALDG.2D") == 4
+    assert "UTMASTG.2D" in sass
+    assert ("LDSM.16.MT88.4" in sass) == (kernel == "grad_x"), "W is transposed on its way into registers"
+
+
+def test_the_overlap_can_be_missed():
+    serial = "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR12], R24, gsb0\nWARPGROUP.DEPBAR.LE gsb0, 0x0\nFFMA R1\n"
+    assert products(serial * 2) == [{"instructions": 1, "registers": 1, "arithmetic": 0}] * 2
+
+
+@pytest.mark.slow
+def test_triton_3_6_overlaps_as_well():
+    old = os.environ.get("RLRR_TRITON_3_6")
+    if not old:
+        pytest.skip("RLRR_TRITON_3_6 does not name a folder with Triton 3.6; `make test-all` makes one")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([old, str(ROOT)])}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "rescaled_while or driver"]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert "6 passed" in found.stdout, found.stdout
+
+
+# ---------------------------------------------------------------- how it is launched
+
+
+def drawn(*sizes: int, **options) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in Case(*sizes, dtype=torch.bfloat16, **options).draw(0).items()}
+
+
+def launch_of(kernel: str, rows=300, n=2304, k=768, groups=3, tiles: Tiles | None = None):
+    draw = drawn(rows, n, k, groups=groups)
+    tiles = tiles or tuning.EXPERIMENTAL_CANDIDATES[kernel, 2][0]
+    (launch,) = tuning.launches_of(kernel, draw, "sm_90", tiles)
+    return launch, draw
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_driver_is_given_the_matrices_and_their_blocks(kernel: str):
+    from benchmarks.fake_cuda import fake_cuda
+
+    launch, draw = launch_of(kernel)
+    with fake_cuda() as cuda:
+        for _ in range(2):
+            cuda.record(["tensordesc", "i32", "i32", "i64", "i64"] * 4)  # Triton adds sizes and strides
+            launch.run()
+            sent = cuda.last()
+    assert sent["block"] == 384, "two groups of warps that multiply, one that copies"
+    rows, contracted = (2304, 768) if kernel == "forward" else (768, 2304)
+    assert sent["grid"] == [rows // 128 * 2, 1, 1]
+    # Address, columns and rows, bytes from one row to the next, columns and rows of a block, type, swizzle.
+    x, weight, col, y = (sent["parameters"][first : first + 8] for first in range(0, 80, 20))
+    swizzled, plain, bf16, fp32 = 3, 0, 9, 7  # as the driver numbers them
+    assert x[1:] == [contracted, 300, 2 * contracted, 64, 256, bf16, swizzled]
+    assert weight == [draw["weight"].data_ptr(), 768, 2304, 2 * 768, 64, 64, bf16, swizzled]
+    assert col[1:] == [contracted, 3 if kernel == "forward" else 1, 4 * contracted, 64, 1, fp32, plain]
+    assert y[1:] == [rows, 300, 2 * rows, 64, 256, bf16, swizzled]
+
+
+def test_tiles_that_the_kernel_does_not_have_are_refused():
+    for tiles in (Tiles(256, 64, 64, 4, 3), Tiles(256, 128, 64, 8, 3), Tiles(256, 128, 64, 4, 1)):
+        with pytest.raises(ValueError, match="schedule gluon"):
+            launch_of("forward", tiles=tiles._replace(schedule="gluon"))
+    with pytest.raises(ValueError, match="schedule of grad_scales"):
+        launch_of("grad_scales", tiles=Tiles(64, 128, 128, 8, 4, schedule="gluon"))
+
+
+# ---------------------------------------------------------------- when it is chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "weight_dtype": torch.float16}, True),
+        ({"groups": 3}, True),
+        ({"weight_shape": (1000, 776)}, True),
+        ({"arch": "sm_100"}, False),
+        ({"arch": "interpreter"}, False),
+        ({"weight_dtype": torch.float32}, False),
+        ({"dtype": torch.float32, "weight_dtype": torch.float32}, False),
+        ({"rank": 2}, False),
+        ({"groups": 3, "weight_shape": (576, 768)}, False),  # groups of 192 rows
+        ({"weight_shape": (1001, 768)}, False),
+        ({"weight_shape": (1000, 772)}, False),
+    ],
+)
+def test_what_it_serves(changes: dict, expected: bool):
+    given = {
+        "arch": "sm_90", "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "weight_shape": (2304, 768),
+        "rank": 1, "groups": 1,
+    } | changes  # fmt: skip
+    assert linear_configs.by_hand(**given) is expected
+
+
+def test_it_is_tried_only_when_asked_for():
+    for kernel in linear_configs.KERNELS:
+        for rows in (8, 64, 4096):
+            plain = tuning.candidates(kernel, "sm_90", torch.bfloat16, rows)
+            more = tuning.experimental_candidates(kernel, "sm_90", torch.bfloat16, rows)
+            assert not any(map(linear_configs.experimental, plain))
+            assert all(map(linear_configs.experimental, more))
+            assert bool(more) == (kernel in KERNELS and rows == 4096)
+    assert not tuning.experimental_candidates("forward", "sm_100", torch.bfloat16, 4096)
+    assert not tuning.experimental_candidates("forward", "sm_90", torch.float32, 4096)
+
+
+def test_it_is_not_tried_with_a_compiler_that_was_never_checked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning.triton, "__version__", "3.60.0")
+    assert not tuning.experimental_candidates("forward", "sm_90", torch.bfloat16, 4096)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tuned_tiles_serve_only_what_it_can(kernel: str):
+    gluon = tuning.EXPERIMENTAL_CANDIDATES[kernel, 2][0]
+
+    def chosen(rows=1576, shape=(768, 768), dtype=torch.bfloat16, groups=1, rank=1, arch="sm_90") -> str:
+        x, weight = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape, dtype=torch.bfloat16)
+        with tuned_tiles.only_tiles(kernel, gluon):
+            return tuned_tiles.tiles_for(kernel, arch, x, weight, weight, rank, groups=groups).schedule
+
+    assert chosen() == chosen(groups=3) == "gluon"
+    others = {"shape": (772, 768)}, {"shape": (768, 772)}, {"groups": 4}, {"rank": 2}, {"arch": "sm_80"}
+    for changes in (*others, {"dtype": torch.float32}):
+        assert chosen(**changes) == "tiled", changes
+
+
+def test_the_tuner_says_what_it_does_not_serve():
+    draw = drawn(300, 768, 768, rank=2)
+    reason = tuning.rejection("forward", draw, "sm_90", tuning.EXPERIMENTAL_CANDIDATES["forward", 2][0])
+    assert reason == "the schedule gluon does not serve this problem"

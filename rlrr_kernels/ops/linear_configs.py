@@ -34,12 +34,17 @@ class Tiles(NamedTuple):
 
 KERNELS = ("forward", "grad_x", "grad_scales")
 
-SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS}
+SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS, "gluon": ("forward", "grad_x")}
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
-each an equal share of all steps, operands by TMA; for operands that :func:`by_tma` can load.
+each an equal share of all steps, operands by TMA; for operands that :func:`by_tma` can load. ``gluon``: scheduled by
+hand for Hopper (:mod:`rlrr_kernels.ops.linear_gluon_kernels`), its ``warps`` are those of each half of a tile; for
+problems that :func:`by_hand` describes besides.
 """
+
+EXPERIMENTAL = ("gluon",)
+"""Schedules that could hang a GPU, and that none has run: never chosen and never tuned unless asked for."""
 
 TMA_ARCHITECTURES = ("sm_90", "sm_100", "interpreter")
 
@@ -185,6 +190,10 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
         strip = tiles.block_n * min(tiles.block_k, PART_COLUMNS) * weight_dtype.itemsize
         return max(least, stages + barriers + (strip if tiles.schedule == "persistent" else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
+    if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
+        stage = (tiles.block_m * contracted + tiles.block_n * tiles.block_k) * size + contracted * 4
+        result = tiles.block_m * (tiles.block_n + tiles.block_k - contracted) * size
+        return stage * tiles.stages + result + 512
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     scales = UNROLLED_RANK * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
@@ -222,6 +231,11 @@ def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bo
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
 
 
+def experimental(tiles: Tiles) -> bool:
+    """Whether a launch with these tiles may hang, so that it belongs in a process that can be killed."""
+    return tiles.schedule in EXPERIMENTAL
+
+
 def check_schedule(kernel: str, tiles: Tiles) -> None:
     """Refuses tiles whose schedule the kernel does not have.
 
@@ -248,6 +262,25 @@ def by_tma(shape: tuple[int, int], strides: tuple[int, int], itemsize: int, addr
         and stride * itemsize % 16 == 0
         and stride * itemsize < 2**40
         and address % 16 == 0
+    )
+
+
+def by_hand(
+    arch: str, dtype: torch.dtype, weight_dtype: torch.dtype, weight_shape: tuple[int, int], rank: int, groups: int
+) -> bool:
+    """Whether the schedule ``gluon`` serves a weight [N, K], beside operands that :func:`by_tma` can load.
+
+    Rows of the result and of the scales must begin at multiples of 16 bytes, and no tile of W may straddle two groups.
+    """
+    rows, cols = weight_shape
+    return (
+        arch == "sm_90"
+        and dtype == weight_dtype
+        and dtype in (torch.bfloat16, torch.float16)
+        and rank == 1
+        and rows % 8 == 0
+        and cols % 8 == 0
+        and (groups == 1 or rows // groups % 128 == 0)
     )
 
 

@@ -13,6 +13,10 @@ from rlrr_kernels.ops.linear_configs import Tiles, check_schedule
 
 def _module(kernel: str, tiles: Tiles) -> ModuleType:
     check_schedule(kernel, tiles)
+    if tiles.schedule == "gluon":
+        from rlrr_kernels.ops import linear_gluon  # older versions of Triton do not have its language
+
+        return linear_gluon
     return linear_persistent if tiles.schedule == "persistent" else linear_launches
 
 

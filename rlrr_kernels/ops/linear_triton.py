@@ -66,7 +66,7 @@ def forward(
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(count, weight.shape[0])
     if y.numel():
-        tiles = tuned_tiles.tiles_for("forward", arch, x, weight, weight, scale_row.shape[1])
+        tiles = tuned_tiles.tiles_for("forward", arch, x, weight, weight, scale_col.shape[1], groups=len(scale_col))
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles):
@@ -122,7 +122,7 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tenso
         return grad_y.new_zeros(count, weight.shape[1])
     grad_x = grad_y.new_empty(count, weight.shape[1])
     if grad_x.numel():
-        tiles = tuned_tiles.tiles_for("grad_x", arch, grad_y, weight, weight, scale_row.shape[1])
+        tiles = tuned_tiles.tiles_for("grad_x", arch, grad_y, weight, weight, scale_col.shape[1], groups=len(scale_col))
         for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles):
             launch.run()
     return grad_x

@@ -164,7 +164,14 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
 
 
 def tiles_for(
-    kernel: str, arch: str, first: Tensor, second: Tensor, weight: Tensor, rank: int, tiled: bool = False
+    kernel: str,
+    arch: str,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    rank: int,
+    tiled: bool = False,
+    groups: int = 1,
 ) -> Tiles:
     """The tiles of ``kernel``: the user's own where there are any, else those of the table.
 
@@ -182,7 +189,7 @@ def tiles_for(
     )
     return _choose(
         kernel, arch, first.device, first.dtype, weight.dtype, torch.get_float32_matmul_precision(),
-        rows, rank, first.stride(), second.stride(), tma, forced,
+        rows, weight.shape, rank, groups, first.stride(), second.stride(), tma, forced,
     )  # fmt: skip
 
 
@@ -193,8 +200,10 @@ def loaded_by_tma(*operands: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _choose(
-    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, rank, first_strides, second_strides, tma, forced
-) -> Tiles:  # matmul_precision is part of the key alone
+    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank, groups, first_strides,
+    second_strides, tma, forced,
+) -> Tiles:  # fmt: skip
+    # matmul_precision is part of the key alone
     regular = linear_configs.regular(rank, *first_strides, *second_strides)
     own = forced
     if own is None and regular and rank == 1 and (entries := _entries()):
@@ -202,7 +211,9 @@ def _choose(
         names = precision_name(dtype, weight_dtype)
         own = entries.get(entry_name(gpu_name(device), kernel, names, limit))
     if own is not None and (tma or own.schedule == "tiled"):
-        return own
+        by_hand = linear_configs.by_hand(arch, dtype, weight_dtype, weight_shape, rank, groups)
+        if by_hand or own.schedule != "gluon":
+            return own
     return linear_configs.tiles_for(kernel, arch, dtype, rows, regular, tma)
 
 

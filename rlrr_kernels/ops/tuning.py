@@ -57,7 +57,20 @@ PERSISTENT_CANDIDATES = {
 }  # fmt: skip
 """The same for persistent grids, by kernel and bytes of an element."""
 
-INTERPRETED_CANDIDATES = [Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES]
+EXPERIMENTAL_CANDIDATES = {
+    ("forward", 2): [Tiles(256, 128, 64, 4, 3, schedule="gluon"), Tiles(128, 128, 64, 4, 5, schedule="gluon")],
+    ("grad_x", 2): [Tiles(256, 64, 128, 4, 3, schedule="gluon"), Tiles(128, 64, 128, 4, 5, schedule="gluon")],
+}
+"""By kernel and bytes of an element."""
+
+GLUON_TRITONS = ("3.6", "3.9")
+"""Versions whose compiler is checked to keep the hand-made schedule; its language changes between versions."""
+
+INTERPRETED_CANDIDATES = [
+    Tiles(16, 16, 32, 4, 1, schedule=name)
+    for name in linear_configs.SCHEDULES
+    if name not in linear_configs.EXPERIMENTAL
+]
 
 GAIN = 0.98
 """Share of the shipped tiles' time below which others are kept: less is noise."""
@@ -101,6 +114,14 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Ti
     return list(dict.fromkeys(found))
 
 
+def experimental_candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Tiles]:
+    """More tiles to try, whose kernels no GPU has run and which may hang it: for a process that can be killed."""
+    known = triton.__version__.startswith(tuple(f"{version}." for version in GLUON_TRITONS))
+    if arch != "sm_90" or not known or rows < linear_configs.TMA_MIN_ROWS:
+        return []
+    return list(EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), []))
+
+
 def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> tuple[Launch, ...]:
     """The launches of a one-pass kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
     given = t["weight"], t["scale_row"], t["scale_col"]
@@ -119,6 +140,11 @@ def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
     if tiles.schedule != "tiled" and not tuned_tiles.loaded_by_tma(*operands):
         return "TMA cannot load the operands"
+    groups, rank, _ = t["scale_col"].shape
+    if tiles.schedule == "gluon" and not linear_configs.by_hand(
+        arch, x.dtype, weight.dtype, weight.shape, rank, groups
+    ):
+        return f"the schedule {tiles.schedule} does not serve this problem"
     if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, linear_triton.device_name(x.device)):
         return f"needs {linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype) >> 10} KiB of shared memory"
     try:
@@ -151,6 +177,7 @@ def tune(
     *,
     dtype: torch.dtype = torch.bfloat16,
     kernels: Sequence[str] = KERNELS,
+    experimental: bool = False,
     device: torch.device | str = "cuda",
     timer: Timer | None = None,
     path: Path | None = None,
@@ -165,6 +192,8 @@ def tune(
         rows: M, rows of x (batch times tokens); one or more of each class of M that matters.
         dtype: of x and W: bfloat16, float16 or float32.
         kernels: of "forward", "grad_x", "grad_scales".
+        experimental: also try what no GPU has run yet. A kernel that hangs does not return: the process must be
+            killed, and what was found for other kernels and classes of M is in the file.
         device: a CUDA device.
         timer: takes a call and gives microseconds; default: Triton's benchmark with an empty L2 cache.
         path: the file; default: where later calls look, :func:`rlrr_kernels.ops.tuned_tiles.cache_file`.
@@ -186,7 +215,7 @@ def tune(
             classes.setdefault(linear_configs.shape_class(kernel, arch, dtype, count), []).append(count)
         for limit, counts in classes.items():
             problems = [(count, *shape) for shape in shapes for count in counts]
-            result = _tune_class(kernel, problems, dtype, device, arch, limit, timer)
+            result = _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer)
             name = tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, result.precision, limit)
             times = {"us": round(result.us, 3), "shipped_us": round(result.shipped_us, 3)}
             tuned_tiles.write(path, {name: result.tiles._asdict() | times if result.kept else None})
@@ -212,8 +241,10 @@ def _check(shapes, rows, dtype, kernels, device) -> None:
         raise ValueError(f"device={str(device)!r} cannot be tuned: {reason}")
 
 
-def _tune_class(kernel, problems, dtype, device, arch, limit, timer) -> Tuned:
+def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer) -> Tuned:
     shipped, *others = candidates(kernel, arch, dtype, problems[0][0])
+    if experimental:
+        others += experimental_candidates(kernel, arch, dtype, problems[0][0])
     rejected: dict[Tiles, str] = {}
     logs: dict[Tiles, float] = dict.fromkeys([shipped, *others], 0.0)
     for count, out_features, in_features in problems:
