@@ -155,7 +155,9 @@ def _sum_of_parts(arch: str) -> Case:
 def experimental_cases(arch: str) -> Iterator[Case]:
     """What the tuner tries for ``arch`` when asked for kernels that no GPU has run."""
     for dtype, kernel in product(("bf16", "fp16"), configs.KERNELS):
-        for tiles in tuning.experimental_candidates(kernel, arch, _NAMES[dtype], 4096):
+        for tiles in tuning.candidates(kernel, arch, _NAMES[dtype], 4096, experimental=True):
+            if not configs.experimental(tiles):
+                continue
             yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
             if dtype == "bf16":
                 yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)

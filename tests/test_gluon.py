@@ -270,21 +270,24 @@ def test_what_it_serves(changes: dict, expected: bool):
     assert linear_configs.by_hand(**given) is expected
 
 
+def tried(kernel="forward", arch="sm_90", dtype=torch.bfloat16, rows=4096, experimental=True) -> list[Tiles]:
+    return [t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if linear_configs.experimental(t)]
+
+
 def test_it_is_tried_only_when_asked_for():
     for kernel in linear_configs.KERNELS:
         for rows in (8, 64, 4096):
-            plain = tuning.candidates(kernel, "sm_90", torch.bfloat16, rows)
-            more = tuning.experimental_candidates(kernel, "sm_90", torch.bfloat16, rows)
-            assert not any(map(linear_configs.experimental, plain))
-            assert all(map(linear_configs.experimental, more))
-            assert bool(more) == (kernel in KERNELS and rows == 4096)
-    assert not tuning.experimental_candidates("forward", "sm_100", torch.bfloat16, 4096)
-    assert not tuning.experimental_candidates("forward", "sm_90", torch.float32, 4096)
+            assert bool(tried(kernel, rows=rows)) == (kernel in KERNELS and rows == 4096)
+            assert not tried(kernel, rows=rows, experimental=False)
+    assert not tried(arch="sm_100")
+    assert not tried(arch="interpreter")
+    assert not tried(dtype=torch.float32)
 
 
 def test_it_is_not_tried_with_a_compiler_that_was_never_checked(monkeypatch: pytest.MonkeyPatch):
+    assert tried()
     monkeypatch.setattr(tuning.triton, "__version__", "3.60.0")
-    assert not tuning.experimental_candidates("forward", "sm_90", torch.bfloat16, 4096)
+    assert not tried()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -63,7 +63,7 @@ EXPERIMENTAL_CANDIDATES = {
 }
 """By kernel and bytes of an element."""
 
-GLUON_TRITONS = ("3.6", "3.9")
+GLUON_TRITONS = ("3.6.", "3.9.")
 """Versions whose compiler is checked to keep the hand-made schedule; its language changes between versions."""
 
 INTERPRETED_CANDIDATES = [
@@ -97,8 +97,11 @@ class Tuned(NamedTuple):
         return self.us < GAIN * self.shipped_us
 
 
-def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Tiles]:
-    """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts."""
+def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
+    """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts.
+
+    Last and only if ``experimental``: those whose kernel may hang, for a process that can be killed.
+    """
     tma = arch in linear_configs.TMA_ARCHITECTURES and rows >= linear_configs.TMA_MIN_ROWS
     found = [linear_configs.tiles_for(kernel, arch, dtype, rows, tma=tma)]
     if arch == "interpreter":
@@ -111,15 +114,9 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Ti
         found += [Tiles(*numbers, schedule="persistent") for numbers in values]
     if limit and kernel != "grad_scales":
         found += [tiles._replace(max_splits=1) for tiles in found]
+    if experimental and arch == "sm_90" and tma and not limit and triton.__version__.startswith(GLUON_TRITONS):
+        found += EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), [])
     return list(dict.fromkeys(found))
-
-
-def experimental_candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> list[Tiles]:
-    """More tiles to try, whose kernels no GPU has run and which may hang it: for a process that can be killed."""
-    known = triton.__version__.startswith(tuple(f"{version}." for version in GLUON_TRITONS))
-    if arch != "sm_90" or not known or rows < linear_configs.TMA_MIN_ROWS:
-        return []
-    return list(EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), []))
 
 
 def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> tuple[Launch, ...]:
@@ -242,9 +239,7 @@ def _check(shapes, rows, dtype, kernels, device) -> None:
 
 
 def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer) -> Tuned:
-    shipped, *others = candidates(kernel, arch, dtype, problems[0][0])
-    if experimental:
-        others += experimental_candidates(kernel, arch, dtype, problems[0][0])
+    shipped, *others = candidates(kernel, arch, dtype, problems[0][0], experimental)
     rejected: dict[Tiles, str] = {}
     logs: dict[Tiles, float] = dict.fromkeys([shipped, *others], 0.0)
     for count, out_features, in_features in problems:
