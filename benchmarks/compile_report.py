@@ -34,12 +34,13 @@ from rlrr_kernels.ops import (
     linear_rows_triton,
     linear_schedules,
     norm_rescale_triton,
+    row_sample_triton,
     tuning,
 )
 from rlrr_kernels.ops import linear_configs as configs
 from rlrr_kernels.ops.activation import ACTIVATIONS
 from rlrr_kernels.ops.launch import Launch
-from rlrr_kernels.ops.row_sample import RowSample
+from rlrr_kernels.ops.row_sample import MOST_KEYS, RowSample
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -129,9 +130,11 @@ def linear_cases(arch: str) -> Iterator[Case]:
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
             yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
-        yield _sampled_case(arch, dtype, configs.TABLE[arch]["grad_scales", x_dtype.itemsize][-1][1], dtypes, 4096)
+        shipped = configs.TABLE[arch]["grad_scales", x_dtype.itemsize][-1][1]
+        yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096, images=64)
         if dtype in ("bf16", "fp32"):
-            yield _sampled_case(arch, dtype, tiles, dtypes, 1001, 771, 773, rank=4, groups=3)
+            yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096)
+            yield from _sampled_cases(arch, dtype, tiles, dtypes, 1001, 771, 773, rank=4, groups=3, images=7)
         if dtype == "tf32":
             continue  # no product in the merge
         weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
@@ -182,6 +185,14 @@ def norm_cases() -> Iterator[Case]:
                 yield Case(name, dtype, config, launch)
 
 
+def draw_cases() -> Iterator[Case]:
+    """The draw of a quarter of the patch tokens of 64 images: of ViT at 224 px, and of the most one program sorts."""
+    for others in (196, MOST_KEYS):
+        keys, index = _meta(64, others), _meta(64 * (1 + others // 4), dtype=torch.int64)
+        launch = row_sample_triton.smallest_keys_launch(keys, others // 4, 1, index)
+        yield Case("draw_rows", "fp32", f"{others // 4} of {others}, 64 images", launch)
+
+
 def activation_cases() -> Iterator[Case]:
     """The backward of every activation for ViT-B's hidden layer."""
     for dtype, name in product(("bf16", "fp16", "fp32", "fp64"), ACTIVATIONS):
@@ -206,15 +217,25 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
 
 
-def _sampled_case(arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
-    """Scale gradients from a quarter of the rows, of which an eighth count once."""
-    config = f"of {rows // 4} of {rows} x {n} x {k}, rank {rank}; MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+def _sampled_cases(
+    arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1, images=0
+) -> Iterator[Case]:  # fmt: skip
+    """Scale gradients from about a quarter of the rows, of which the first one of each of ``images`` counts once."""
+    size = rows // 4 // max(images, 1) * max(images, 1)
+    config = (
+        f"of {size} of {rows} x {n} x {k}, {images} images, rank {rank}; "
+        f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+    )
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
-    x, y = _meta(rows // 4, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
-    sample = RowSample(_meta(rows // 4, dtype=torch.int64), rows // 32, 4.0)
+    x, y = _meta(size, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
+    sample = RowSample(_meta(size, dtype=torch.int64), images, 4.0, images)
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(n)
-    launch, _ = linear_rows_triton.grad_scales_launches(y, x, sample, weight, scale_row, scale_col, grads, arch, tiles)
-    return Case("sampled_grad_scales", dtype, config, launch)
+    *means, launch, _ = linear_rows_triton.grad_scales_launches(
+        y, x, sample, weight, scale_row, scale_col, grads, arch, tiles
+    )
+    for mean in means:
+        yield Case("image_means", dtype, config, mean)
+    yield Case("sampled_grad_scales", dtype, config, launch)
 
 
 def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
@@ -264,7 +285,10 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            for case in chain(linear_cases(arch), experimental_cases(arch), norm_cases(), activation_cases()):
+            cases = chain(
+                linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases()
+            )
+            for case in cases:
                 yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

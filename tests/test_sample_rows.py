@@ -55,10 +55,10 @@ def token_like(images: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("fraction", "drawn"), [(0.5, 8), (0.25, 4), (0.125, 2), (0.03, 1), (0.34, 5), (0.9, 14)])
 def test_every_image_gives_its_prefix_and_as_many_of_its_other_tokens(fraction: float, drawn: int):
-    index, kept, weight = sample_rows(torch.Size((5, 18, 10)), fraction, 2, CPU)
+    index, kept, weight, images = sample_rows(torch.Size((5, 18, 10)), fraction, 2, CPU)
     assert index[:kept].tolist() == [18 * image + token for image in range(5) for token in (0, 1)]
     rows = index[kept:].view(5, drawn)
-    assert weight == 16 / drawn
+    assert (weight, images) == ((15 / (drawn - 1), 5) if drawn >= 4 else (16 / drawn, 0))
     for image in range(5):
         numbers = rows[image].tolist()
         assert numbers == sorted(set(numbers))
@@ -68,7 +68,7 @@ def test_every_image_gives_its_prefix_and_as_many_of_its_other_tokens(fraction: 
 def test_every_token_is_drawn_equally_often():
     counts = torch.zeros(3 * 9)
     for _ in range(2000):
-        index, kept, _ = sample_rows(torch.Size((3, 3, 3, 10)), 0.3, 1, CPU)
+        index, kept, *_ = sample_rows(torch.Size((3, 3, 3, 10)), 0.3, 1, CPU)
         counts[index[kept:]] += 1
     counts = counts.view(3, 9)
     assert (counts[:, 0] == 0).all()
@@ -92,8 +92,8 @@ def test_nothing_is_drawn_where_it_would_be_every_row(shape: tuple, fraction: fl
 
 
 def test_rows_of_a_matrix_are_one_image_without_prefix():
-    index, kept, weight = sample_rows(torch.Size((40, 10)), 0.25, 3, CPU)
-    assert (len(set(index.tolist())), kept, weight) == (10, 0, 4.0)
+    index, kept, weight, images = sample_rows(torch.Size((40, 10)), 0.25, 3, CPU)
+    assert (len(set(index.tolist())), kept, weight, images) == (10, 0, 4.0, 0)
 
 
 # ---------------------------------------------------------------- bias and variance
@@ -106,10 +106,13 @@ def z_scores(estimates: Tensor, exact: Tensor) -> Tensor:
     return (estimates.mean(0) - exact) / error
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_unbiased(prefix: int):
+def test_unbiased(prefix: int, share: float):
+    """Of eight or nine tokens two are drawn or, with images, four or five."""
     x, grad_y = token_like(4, 9)
-    layer = make_layer(scale_grad_rows=0.25, prefix_tokens=prefix)
+    layer = make_layer(scale_grad_rows=share, prefix_tokens=prefix)
+    assert (layer._draw_rows(x).images > 0) == (share == 0.5)
     exact = gradients(layer.eval(), x, grad_y)
     layer.train()
     estimates = torch.stack([gradients(layer, x, grad_y) for _ in range(800)])
@@ -120,7 +123,7 @@ def test_unbiased(prefix: int):
 def test_two_processes_average_to_the_gradient_of_the_whole_batch():
     """Each has half of the batch and a generator of its own, as DistributedDataParallel's processes do."""
     x, grad_y = token_like(4, 9)
-    layer = make_layer(scale_grad_rows=0.25, prefix_tokens=1)
+    layer = make_layer(scale_grad_rows=0.5, prefix_tokens=1)
     exact = gradients(layer.eval(), x, grad_y) / 2
     layer.train()
     states, estimates = [torch.Generator().manual_seed(rank).get_state() for rank in (3, 4)], []
@@ -135,22 +138,31 @@ def test_two_processes_average_to_the_gradient_of_the_whole_batch():
     assert z_scores(torch.stack(estimates), exact).abs().max() < 4.5
 
 
-def test_prefix_and_images_as_strata_have_less_variance_than_uniform_rows():
-    x, grad_y = token_like(8, 17)
+def test_prefix_images_and_means_take_variance_away():
+    """Beside as many uniformly drawn rows, and beside the same rows without their means."""
+    x, grad_y = token_like(8, 33)
     layer = make_layer(scale_grad_rows=0.25, prefix_tokens=1)
     exact = gradients(layer.eval(), x, grad_y)
     layer.train()
-    sample = layer._draw_rows(x)
-    size, rows = len(sample.index), 8 * 17
-    stratified = torch.stack([gradients(layer, x, grad_y) for _ in range(200)])
-    uniform = []
-    for _ in range(200):
-        layer.zero_grad()
-        drawn = RowSample(torch.randperm(rows)[:size], 0, rows / size)
-        rlrr_linear(x, layer.weight, layer.scale_row, layer.scale_col, scale_grad_rows=drawn).backward(grad_y)
-        uniform.append(torch.cat([layer.scale_row.grad.flatten(), layer.scale_col.grad.flatten()]))
-    variances = [(estimates - exact).square().sum(1).mean() for estimates in (stratified, torch.stack(uniform))]
-    assert variances[0] < variances[1] / 4
+
+    def variance(draw) -> float:
+        """The total over all coordinates, of 200 draws."""
+        layer._draw_rows = draw
+        estimates = torch.stack([gradients(layer, x, grad_y) for _ in range(200)])
+        return (estimates - exact).square().sum(1).mean().item()
+
+    def sampled(x: Tensor) -> RowSample:
+        return sample_rows(x.shape, 0.25, 1, CPU)
+
+    def without_means(x: Tensor) -> RowSample:
+        return sampled(x)._replace(weight=32 / 8, images=0)
+
+    def uniform(x: Tensor) -> RowSample:
+        return RowSample(torch.randperm(8 * 33)[: 8 * 9], 0, 33 / 9)
+
+    ours, plain = variance(sampled), variance(without_means)
+    assert ours < 0.6 * plain
+    assert plain < variance(uniform) / 4
 
 
 # ---------------------------------------------------------------- the layer
@@ -233,6 +245,14 @@ def test_bad_options(options: dict, error: type[Exception], message: str):
         (RowSample(torch.arange(3), 4), ValueError, "scale_grad_rows.kept must be from 0 to S = 3; got 4"),
         (RowSample(torch.arange(3), 1, math.inf), ValueError, "scale_grad_rows.weight must be a finite number .* inf"),
         (RowSample(torch.empty(3, device="meta").long()), ValueError, "must be on the device of x, cpu; got meta"),
+        (RowSample(torch.arange(4), 2, 2.0, 4), ValueError, "images must divide the rows of x, 6, .*; got 4"),
+        (
+            RowSample(torch.arange(3), 1, 2.0, 2),
+            ValueError,
+            "kept entries, 1, and the others, 2, .*; got 2",
+        ),
+        (RowSample(torch.arange(2), 2, 2.0, 2), ValueError, "and the others, 0, of which it needs some; .* got 2"),
+        (RowSample(torch.arange(2), 0, 2.0, -1), ValueError, "scale_grad_rows.images must .*; got -1"),
         (RowSample(torch.tensor([7])), IndexError, "index"),
     ],
 )

@@ -12,6 +12,7 @@ from implementations import BACKENDS, DTYPES
 
 from rlrr_kernels import RLRRLinear, RowSample, backends, numerics, rlrr_linear, use_backend
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.row_sample import sample_rows
 from rlrr_kernels.reference import rlrr_linear_reference
 
 poisoned = pytest.mark.usefixtures("poisoned_memory")
@@ -27,6 +28,15 @@ def draw_sample(rows: int, size: int, kept: int, weight: float = SEVENTH) -> Row
     return RowSample(torch.randperm(rows, generator=torch.Generator().manual_seed(1))[:size], kept, weight)
 
 
+def draw_images(images: int, tokens: int, prefix: int, drawn: int) -> RowSample:
+    """The first ``prefix`` rows of every image and ``drawn`` of its others, with their means."""
+    generator, first = torch.Generator().manual_seed(1), torch.arange(0, images * tokens, tokens)
+    kept = [start + torch.arange(prefix) for start in first]
+    others = tokens - prefix
+    picked = [start + prefix + torch.randperm(others, generator=generator)[:drawn] for start in first]
+    return RowSample(torch.cat(kept + picked), images * prefix, (others - 1) / (drawn - 1), images)
+
+
 def estimate_reference(x, weight, scale_row, scale_col, bias=None, *, residual=True, sample: RowSample):
     """The literal formula: exact for x and bias, and for the scales a sum over the two parts of the sample."""
     exact = rlrr_linear_reference(x, weight, scale_row.detach(), scale_col.detach(), bias, residual=residual)
@@ -38,7 +48,20 @@ def estimate_reference(x, weight, scale_row, scale_col, bias=None, *, residual=T
         return rows, rlrr_linear_reference(frozen[rows], weight, *scales, residual=residual)
 
     parts = [part(rows[: sample.kept], 1.0), part(rows[sample.kept :], sample.weight)]
-    return _AddNothing.apply(exact, *[tensor for pair in parts for tensor in pair])
+    if sample.images:
+        drawn = (len(rows) - sample.kept) // sample.images
+        scales = [_Times.apply(scale, drawn) for scale in (scale_row, scale_col)]
+        means = frozen[rows[sample.kept :]].unflatten(0, (sample.images, drawn)).mean(1)
+        parts.append((sample, rlrr_linear_reference(means, weight, *scales, residual=residual)))
+    return _AddNothing.apply(exact, *[item for pair in parts for item in pair])
+
+
+def missed_means(grad: torch.Tensor, sample: RowSample) -> torch.Tensor:
+    """By image, Σ_P g / n - weight · (mean of the drawn g), [B, N], in the accumulation dtype and then rounded."""
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    kept, drawn = sample.index[: sample.kept], sample.index[sample.kept :].unflatten(0, (sample.images, -1))
+    others = wide.index_fill(0, kept.long(), 0).unflatten(0, (sample.images, -1)).sum(1)
+    return (others / drawn.shape[1] - sample.weight * wide[drawn].mean(1)).to(grad.dtype)
 
 
 class _Times(torch.autograd.Function):
@@ -55,13 +78,14 @@ class _Times(torch.autograd.Function):
 class _AddNothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exact, *parts):
-        ctx.save_for_backward(*parts[::2])
+        ctx.rows = parts[::2]
         return exact.clone()
 
     @staticmethod
     def backward(ctx, grad):
         flat = grad.reshape(-1, grad.shape[-1])
-        return grad, *[gradient for rows in ctx.saved_tensors for gradient in (None, flat[rows])]
+        grads = [missed_means(flat, rows) if isinstance(rows, RowSample) else flat[rows] for rows in ctx.rows]
+        return grad, *[gradient for one in grads for gradient in (None, one)]
 
 
 # ---------------------------------------------------------------- numerics
@@ -84,12 +108,16 @@ def error_rule_of_estimate(case: Case, sample: RowSample, backend: str, seeds: i
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(
-    ("shape", "size", "kept"), [((197, 51, 70, 1, 3), 67, 17), ((130, 66, 67, 4, 1), 33, 0)], ids=str
+    ("shape", "sample"),
+    [
+        pytest.param((197, 51, 70, 1, 3), draw_sample(197, 67, 17), id="plain"),
+        pytest.param((130, 66, 67, 4, 1), draw_sample(130, 33, 0), id="plain, nothing kept"),
+        pytest.param((200, 51, 70, 1, 3), draw_images(8, 25, 1, 6), id="images"),
+        pytest.param((130, 66, 67, 4, 1), draw_images(2, 65, 0, 33), id="images, nothing kept"),
+    ],
 )
-def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple, size: int, kept: int):
-    errors = error_rule_of_estimate(
-        Case(*shape, dtype=dtype), draw_sample(shape[0], size, kept), backend, numerics.SEEDS
-    )
+def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple, sample: RowSample):
+    errors = error_rule_of_estimate(Case(*shape, dtype=dtype), sample, backend, numerics.SEEDS)
     for name, (ours, eager) in errors.items():
         if dtype == torch.float64:
             assert ours <= numerics.FLOAT64_ROUNDOFFS * torch.finfo(dtype).eps / 2, name
@@ -121,6 +149,40 @@ def test_any_size_and_layout(backend: str, rows: int, size: int, kept: int):
                 torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=f"{layout} {name}")
                 if name in ("y", "x") and layout == "dense":
                     assert torch.equal(value, plain[name]), name
+
+
+@poisoned
+@on_every_backend
+@pytest.mark.parametrize(
+    ("images", "tokens", "prefix", "drawn"), [(3, 13, 1, 4), (32, 3, 1, 2), (1, 70, 0, 64), (2, 9, 3, 6)]
+)
+def test_images_are_estimated_by_their_means_and_a_covariance(
+    backend: str, images: int, tokens: int, prefix: int, drawn: int
+):
+    """Against P ḡ x̄ᵀ + (P - 1) S_gx in float64, the covariance as torch.cov has it; (2, 9, 3, 6) draws every row."""
+    tensors = Case(images * tokens, 99, 70, 2, 3, dtype=torch.float64).draw(0)
+    sample = draw_images(images, tokens, prefix, drawn)
+    x, g = (tensors[name].unflatten(0, (images, tokens)) for name in ("x", "grad_y"))
+    picked = sample.index[sample.kept :].unflatten(0, (images, drawn)) - torch.arange(images)[:, None] * tokens
+    product = torch.zeros(99, 70, dtype=torch.float64)
+    for image in range(images):
+        product += g[image, :prefix].t() @ x[image, :prefix]
+        others, xs, gs = g[image, prefix:], x[image, picked[image]], g[image, picked[image]]
+        covariance = torch.cov(torch.cat([gs, xs], 1).t())[:99, 99:]
+        product += len(others) * torch.outer(others.mean(0), xs.mean(0)) + (len(others) - 1) * covariance
+    weighted = (product * tensors["weight"]).unflatten(0, (3, 33))
+    row, col = tensors["scale_row"].unflatten(0, (3, 33)), tensors["scale_col"]
+    expected = {
+        "scale_row": torch.einsum("gnk,grk->gnr", weighted, col).flatten(0, 1),
+        "scale_col": torch.einsum("gnk,gnr->grk", weighted, row),
+        "bias": tensors["grad_y"].sum(0),
+    }
+    for layout in ("dense", "transposed"):
+        if layout == "transposed":
+            tensors["grad_y"] = tensors["grad_y"].t().contiguous().t()
+        actual = outputs_of(tensors, backend, sample)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11, msg=f"{layout} {name}")
 
 
 @poisoned
@@ -169,14 +231,38 @@ def test_same_sample_same_bits(backend: str):
         assert torch.equal(value, again[name]), name
 
 
+@poisoned
+@on_every_backend
+@pytest.mark.parametrize(
+    ("images", "tokens", "prefix", "fraction"), [(3, 197, 1, 0.25), (2, 20, 18, 0.5), (1, 9, 0, 0.9), (2, 1030, 2, 0.1)]
+)
+def test_the_smallest_keys_are_drawn(backend: str, images: int, tokens: int, prefix: int, fraction: float):
+    """1028 tokens are more than one program of the kernel sorts."""
+    torch.manual_seed(0)
+    keys = torch.rand(images, tokens - prefix)
+    torch.manual_seed(0)
+    with use_backend(backend):
+        sample = sample_rows(torch.Size((images, tokens, 8)), fraction, prefix, torch.device("cpu"))
+    drawn = round(fraction * (tokens - prefix))
+    first = torch.arange(0, images * tokens, tokens).unsqueeze(1)
+    expected = [first + torch.arange(prefix), keys.argsort(1)[:, :drawn].sort(1).values + first + prefix]
+    assert torch.equal(sample.index, torch.cat([part.flatten() for part in expected]))
+    assert sample.kept == images * prefix
+
+
 # ---------------------------------------------------------------- the operator and its neighbours
 
 
+PLAIN_AND_IMAGES = pytest.mark.parametrize(
+    "sample", [draw_sample(30, 12, 4), draw_images(3, 10, 1, 4)], ids=["plain", "images"]
+)
+
+
 @on_every_backend
-def test_opcheck(backend: str):
+@PLAIN_AND_IMAGES
+def test_opcheck(backend: str, sample: RowSample):
     tensors = Case(30, 12, 10, 2, 3).draw(0)
     leaves = [tensors[name].requires_grad_() for name in LEAVES]
-    sample = draw_sample(30, 12, 4)
     args = (leaves[0], tensors["weight"], *leaves[1:], True, backend, None, *sample)
     torch.library.opcheck(torch.ops.rlrr_kernels.linear.default, args)
     x = leaves[0].detach()[sample.index]
@@ -188,9 +274,9 @@ def test_opcheck(backend: str):
 
 
 @on_every_backend
-def test_the_operator_is_the_function(backend: str):
+@PLAIN_AND_IMAGES
+def test_the_operator_is_the_function(backend: str, sample: RowSample):
     tensors = Case(30, 12, 10, 2, 3).draw(0)
-    sample = draw_sample(30, 12, 4)
 
     def operator(x, weight, scale_row, scale_col, bias, residual):
         return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, residual, backend, None, *sample)
@@ -230,9 +316,9 @@ def test_a_layer_compiles_without_a_graph_break(backend: str, compiler: str, dyn
 
 
 @on_every_backend
-def test_with_an_input_activation(backend: str):
-    tensors = Case(24, 12, 10, 2, 3, dtype=torch.float64).draw(0)
-    sample = draw_sample(24, 9, 2)
+@PLAIN_AND_IMAGES
+def test_with_an_input_activation(backend: str, sample: RowSample):
+    tensors = Case(30, 12, 10, 2, 3, dtype=torch.float64).draw(0)
     function = partial(rlrr_linear, backend=backend, input_activation="gelu", scale_grad_rows=sample)
     actual = numerics.outputs(function, tensors, True)
 

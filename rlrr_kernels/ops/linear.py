@@ -81,7 +81,7 @@ def rlrr_linear(
     check_input(x, weight)
     check_parameters(weight, scale_row, scale_col, bias)
     if scale_grad_rows is not None:
-        check_sample("scale_grad_rows", scale_grad_rows, x.device)
+        check_sample("scale_grad_rows", scale_grad_rows, x)
     backend = backends.resolve(backend, x.device.type, x.dtype)
     return checked_linear(
         x, weight, scale_row, scale_col, bias, residual, backend, input_activation, scale_grad_rows, recipe
@@ -191,7 +191,7 @@ class _LinearFunctorch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, index, kept, row_weight):
+    def forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *sample):
         return compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
     @staticmethod
@@ -209,7 +209,7 @@ class _LinearFunctorch(torch.autograd.Function):
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 6
+        return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 7
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -225,10 +225,8 @@ class _LinearFunctorch(torch.autograd.Function):
 
 class _LinearBackwardFunctorch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs, index, kept, row_weight
-    ):
-        sample = unflatten_sample(index, kept, row_weight)
+    def forward(grad_y, x, weight, scale_row, scale_col, residual, backend, input_activation, needs, *sample):
+        sample = unflatten_sample(*sample)
         x = rows_for_backward(x, sample, input_activation)
         grads = compute_gradients(
             grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
@@ -275,13 +273,14 @@ def _select(args, in_dims, index: int):
 _library = torch.library.Library("rlrr_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor scale_row, Tensor scale_col, Tensor? bias=None, bool residual=True, "
-    'str backend="auto", str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0) -> Tensor',
+    'str backend="auto", str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0, '
+    "SymInt images=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor scale_row, Tensor scale_col, bool residual, "
-    "str backend, bool[] needs, str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "str backend, bool[] needs, str? input_activation=None, Tensor? rows=None, SymInt kept=0, float row_weight=1.0, "
+    "SymInt images=0) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -305,7 +304,7 @@ def _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *s
     check_input(x, weight)
     check_parameters(weight, scale_row, scale_col, bias)
     if (rows := unflatten_sample(*sample)) is not None:
-        check_sample("rows", rows, x.device)
+        check_sample("rows", rows, x)
 
 
 def _linear_fake(
