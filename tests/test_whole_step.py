@@ -107,7 +107,7 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
             counts.append(Counter(started))
     assert counts[0] == counts[1] == counts[2]
     for kernel in ("fwd", "bwd_dx", "bwd_scales", "bwd_reduce"):
-        assert counts[0][f"_rlrr_linear_{kernel}_kernel"] == layers
+        assert counts[0][f"rlrr_linear_{kernel}_kernel"] == layers
     for kernel in ("fwd", "bwd", "bwd_reduce"):
         assert counts[0][f"_norm_rescale_{kernel}_kernel"] == norms
     others = set(counts[0]) - {"sum_splits_kernel", "_activation_bwd_kernel"}

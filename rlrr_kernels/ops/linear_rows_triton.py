@@ -234,7 +234,7 @@ def _plans(
         ),
         {
             "NEED_BIAS": need_bias, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
-            "BLOCK": _MEANS_BLOCK, "BLOCK_ROWS": 64, "num_warps": 4,
+            "BLOCK": _MEANS_BLOCK, "BLOCK_ROWS": 64, "num_warps": 8,
         },
     )  # fmt: skip
     return _Plans(means, partial, reduction, values)
