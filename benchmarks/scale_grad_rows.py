@@ -4,9 +4,9 @@
 
 DINOv2 ViT-S/14 is fine-tuned on photographs of solar cells with ``scale_grad_rows`` = 1 (exact), 1/2, 1/4 and 1/8.
 Then, at the adapter of the first exact run: what a step keeps for its backward, and the noise of the gradient of all
-s_r and s_c, beside that of uniformly drawn rows: how much variance a draw adds to that of the minibatch gradient, and
-the cosine to the exact gradient. The command goes on where it was stopped; it writes ``scale_grad_rows.md`` and
-``.json`` after every run.
+s_r and s_c, beside that of the same rows without the images' means and of uniformly drawn rows: how much variance a
+draw adds to that of the minibatch gradient, and the cosine to the exact gradient. The command goes on where it was
+stopped; it writes ``scale_grad_rows.md`` and ``.json`` after every run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rlrr_kernels import RLRRLinear, RowSample
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
+from rlrr_kernels.ops.row_sample import sample_rows
 from rlrr_kernels.train.config import TrainConfig
 from rlrr_kernels.train.data import ImageDataset, find_splits, make_loader
 from rlrr_kernels.train.finetune import ADAPTER, ENVIRONMENT, FinetuneConfig
@@ -100,6 +101,19 @@ def uniform_rows(share: float, x: Tensor) -> RowSample:
     return RowSample(torch.randperm(rows, device=x.device)[:size], 0, rows / size)
 
 
+def plain_rows(share: float, prefix: int, x: Tensor) -> RowSample | None:
+    """The layer's own draw, each of its rows with the same weight and nothing else."""
+    sample = sample_rows(x.shape, share, prefix, x.device)
+    if sample is None or not sample.images:
+        return sample
+    rows = math.prod(x.shape[:-1])
+    return sample._replace(weight=(rows - sample.kept) / (len(sample.index) - sample.kept), images=0)
+
+
+SCHEMES = {"images' means": "", "without means": "without means: ", "uniform": "of uniform rows: "}
+"""How rows are drawn and used, the layer's own way first; what the report's columns call it."""
+
+
 def gradient_noise(study: Study) -> list[dict[str, Any]]:
     """By share and scheme: bytes kept, variance added to the minibatch gradient's own relative to it, mean cosine."""
     run = study.run(1.0, study.seeds[0])
@@ -118,12 +132,14 @@ def gradient_noise(study: Study) -> list[dict[str, Any]]:
     mean = torch.stack(exact).mean(0)
     variance = sum((gradient - mean).square().sum().item() for gradient in exact) / (len(exact) - 1)
     rows = []
-    for scheme in ("prefix and images", "uniform"):
+    for scheme in SCHEMES:
         for share in SHARES[1:]:
             for layer in layers:
                 layer.scale_grad_rows = share
                 if scheme == "uniform":
                     layer._draw_rows = partial(uniform_rows, share)
+                elif scheme == "without means":
+                    layer._draw_rows = partial(plain_rows, share, layer.prefix_tokens)
             estimates = [scale_gradient(model, *batch) for batch in batches]
             pairs = list(zip(estimates, exact, strict=True))
             added = sum((ours - theirs).square().sum().item() for ours, theirs in pairs) / len(pairs)
@@ -195,13 +211,14 @@ def markdown(study: Study, rows: list[dict[str, Any]], noise: list[dict[str, Any
             "variance that the draw adds, over the minibatch gradient's own, and cosine to the exact gradient. A step "
             f"in float32 keeps {noise[0]['kept_bytes_exact'] / 2**20:.0f} MiB for its backward with exact gradients.",
             "",
-            "| scale_grad_rows | kept | added variance | cosine | of uniform rows: added variance | cosine |",
-            "|---|---|---|---|---|---|",
+            "| scale_grad_rows | kept |" + "".join(f" {name}added variance | cosine |" for name in SCHEMES.values()),
+            "|---|---|" + "---|---|" * len(SCHEMES),
         ]
         for share in SHARES[1:]:
-            ours, uniform = (row for row in noise if row["scale_grad_rows"] == share)
-            cells = [f"{row['added_variance']:.2f} | {row['cosine']:.3f}" for row in (ours, uniform)]
-            lines.append(f"| {share:g} | {ours['kept_bytes'] / 2**20:.0f} MiB | {' | '.join(cells)} |")
+            here = {row["scheme"]: row for row in noise if row["scale_grad_rows"] == share}
+            cells = [f"{here[name]['added_variance']:.2f} | {here[name]['cosine']:.3f}" for name in SCHEMES]
+            kept = here[next(iter(SCHEMES))]["kept_bytes"]
+            lines.append(f"| {share:g} | {kept / 2**20:.0f} MiB | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

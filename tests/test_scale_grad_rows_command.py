@@ -41,7 +41,8 @@ def test_command(images, tmp_path, monkeypatch):
     assert [config.scale_grad_rows for config in trained] == [1.0, 0.25]
     document = json.loads((tmp_path / "runs" / "scale_grad_rows.json").read_text())
     assert [row["scale_grad_rows"] for row in document["runs"]] == [1.0, 0.25]
-    ours, uniform = document["noise"]
+    ours, plain, uniform = document["noise"]
+    assert plain["kept_bytes"] == ours["kept_bytes"]
     assert ours["kept_bytes"] < ours["kept_bytes_exact"]
     assert 0 < ours["added_variance"] < uniform["added_variance"]
     assert uniform["cosine"] < ours["cosine"] < 1

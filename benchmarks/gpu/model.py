@@ -55,9 +55,9 @@ def launches(name: str, work: str, problem: Problem, share: float = 1.0) -> list
         forward, grad_x = _in_parts("forward", forward[0], y, problem), _in_parts("grad_x", grad_x[0], x, problem)
     # The floor writes G where the others read W.
     scales = [Launch(x + y + (half if name == "floor" else weight), product)]
-    if share < 1:  # rows of x are copied in the forward; ∂b reads all of g
+    if share < 1:  # rows of x are copied in the forward; the images' means read all of g
         forward.append(Launch(2 * share * x, 0))
-        scales = [Launch(share * (x + y) + y + weight, share * product)]
+        scales = [Launch(y + share * x, 0), Launch(share * (x + y) + weight, share * product)]
     if name == "torch":
         scales = [Launch(x + y + half, product), Launch(half + 10 * n * k * 4, 0)]  # G, then passes in fp32
     if name == "reference":

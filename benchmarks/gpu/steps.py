@@ -33,8 +33,14 @@ OURS = ("auto", "recompute")
 RIVALS = (*OURS, "reference", "hira", "lora")
 COMPILED = ("auto", "reference")
 """Those that are timed under torch.compile too, which takes a minute each."""
-ESTIMATED = ("auto", *ESTIMATES, "lora")
+RECOMPUTED_ESTIMATE = "rows 1/4, recompute"
+"""The least memory: an estimate with :func:`rlrr_kernels.recompute_activations`."""
+
+ESTIMATED = (*OURS, *ESTIMATES, RECOMPUTED_ESTIMATE, "lora")
 """The estimates of the scale gradients, eager, between the exact ones and LoRA."""
+
+_KERNELS_OF = {"recompute": "auto", RECOMPUTED_ESTIMATE: "rows 1/4"}
+"""Which rival's kernels one that recomputes runs."""
 
 PEFT_TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
@@ -74,9 +80,10 @@ def build_model(plan: Plan, rival: str, name: str, precision: Precision) -> tupl
     torch.manual_seed(0)
     with torch.device(plan.device):  # drawing a large model on the host takes many seconds
         model = plan.build(name).to(precision.weight_dtype)
-    if rival in (*OURS, "reference", *ESTIMATES):
-        adapt_model(model, RLRRConfig(recipe="paper", scale_grad_rows=ESTIMATES.get(rival, 1.0)))
-        if rival == "recompute":
+    kernels = _KERNELS_OF.get(rival, rival)
+    if kernels in ("auto", "reference", *ESTIMATES):
+        adapt_model(model, RLRRConfig(recipe="paper", scale_grad_rows=ESTIMATES.get(kernels, 1.0)))
+        if rival in _KERNELS_OF:
             recompute_activations(model)
         if rival == "reference":
             use_reference(model)

@@ -35,7 +35,9 @@ class RLRRLinear(Rescaled):
         scale_grad_rows: ρ under 1 estimates the gradients of s_r and s_c from a share ρ of the rows of x, without bias:
             2 + ρ matrix products a step instead of 3, and only these rows are kept for the backward. The gradients of x
             and f stay exact. Rows are drawn per image (the first dimension of an x of three or more) from the global
-            generator of the device in every forward in training mode, as dropout's are; eval mode draws nothing.
+            generator of the device in every forward in training mode, as dropout's are; eval mode draws nothing. With
+            four of them or more the images' mean gradients are known to the estimate, see
+            :class:`rlrr_kernels.RowSample`.
         prefix_tokens: how many of an image's rows, the first ones, are always used (class and register tokens); the
             last dimension but one counts tokens.
         device, dtype: of the frozen tensors, as in ``nn.Linear``.

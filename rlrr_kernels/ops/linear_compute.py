@@ -41,7 +41,11 @@ def compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, inp
 
 
 def rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str | None) -> Tensor:
-    """What the backward with scale gradients reads of x: all of it, or the sample's rows [S, K]."""
+    """What the backward with scale gradients reads of x: all of it, or the sample's rows [S, K].
+
+    A copy of 2 S K elements in a launch of its own: the product could spare the read alone, at most 1.3 % of a layer's
+    time at S = M / 4 by bytes and operations, and only where it is not the vendor's.
+    """
     if sample is None or input_activation is not None:
         return x
     return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).index_select(0, sample.index)
