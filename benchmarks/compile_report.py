@@ -285,9 +285,7 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            cases = chain(
-                linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases()
-            )
+            cases = chain(linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases())
             for case in cases:
                 yield report_row(case, arch)
     finally:
