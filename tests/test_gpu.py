@@ -20,6 +20,7 @@ from rlrr_kernels import (
     use_backend,
 )
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.row_sample import sample_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +46,31 @@ def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple):
 def test_error_rule_of_sampled_scale_gradients(dtype: torch.dtype, shape: tuple):
     with use_backend("triton"):
         numerics.check_error_rule(exact_by_sampling, Case(*shape, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [768, 771])
+def test_images_means_are_those_of_the_torch_path(dtype: torch.dtype, size: int):
+    sample = sample_rows(torch.Size((8, 197, size)), 0.25, 1, torch.device("cuda"))
+    tensors = Case(8 * 197, 768, size, 1, 3, dtype=dtype, device="cuda").draw(0)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    exact = numerics.outputs(partial(rlrr_linear, backend="torch", scale_grad_rows=sample), wide, True)
+    errors = {}
+    for backend in ("triton", "torch"):
+        actual = numerics.outputs(partial(rlrr_linear, backend=backend, scale_grad_rows=sample), tensors, True)
+        errors[backend] = {name: numerics.relative_error(actual[name], exact[name]) for name in exact}
+    for name, error in errors["triton"].items():
+        assert error <= 1.5 * errors["torch"][name] + torch.finfo(dtype).eps, name
+
+
+def test_the_draw_of_the_kernel_is_the_draw_by_torch():
+    for images, tokens, prefix, share in ((64, 197, 1, 0.25), (3, 50, 5, 0.5), (2, 1024, 0, 0.125)):
+        samples = []
+        for backend in ("triton", "torch"):
+            torch.manual_seed(3)
+            with use_backend(backend):
+                samples.append(sample_rows(torch.Size((images, tokens, 8)), share, prefix, torch.device("cuda")))
+        assert torch.equal(samples[0].index, samples[1].index)
 
 
 def test_sampled_rows_are_repeatable_and_drawn_anew_in_a_cuda_graph():

@@ -271,6 +271,7 @@ def bad(**changes):
         (bad(fc1_scale_col=torch.ones(2, 36).double()), ValueError, "fc1_scale_col must be .* with K = 35"),
         (bad(fc2_bias=torch.ones(66).double()), ValueError, r"fc2_bias must be \[N\] with N = 34; got shape \(66,\)"),
         (bad(fc1_bias=torch.ones(66, device="meta")), ValueError, "fc1_bias must be on the device of x"),
+        (bad(fc2_scale_grad_rows=0.5), TypeError, "fc2_scale_grad_rows must be a RowSample or None; got float"),
     ],
 )
 def test_bad_input(arguments: dict, error: type[Exception], message: str):

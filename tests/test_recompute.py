@@ -95,6 +95,24 @@ def test_equal_with_scales_on_one_side(sides: str):
 
 
 @without_interpreter
+def test_estimates_draw_the_same_rows_and_keep_fewer_of_them():
+    plain = adapted("vit")
+    for layer in plain.modules():
+        if isinstance(layer, RLRRLinear):
+            layer.scale_grad_rows = 0.5
+    again = copy.deepcopy(plain)
+    recompute_activations(again)
+    images = tiny_images("vit")
+    assert kept_bytes(again, images) < kept_bytes(plain, images)
+    for model in (plain, again):
+        torch.manual_seed(0)
+        backward(model, images)
+    expected = gradients(plain)
+    for name, gradient in gradients(again).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+@without_interpreter
 def test_keeps_neither_the_activation_nor_the_normalised_inputs():
     plain = adapted("vit")
     again = copy.deepcopy(plain)

@@ -122,16 +122,16 @@ class RLRRLinear(Rescaled):
         self._adopt(linear, rows, cols, col_groups=groups, **options)
 
     def _rescaled(self, x: Tensor) -> Tensor:
-        sample = None if self.scale_grad_rows == 1 else self._draw_rows(x)
         return rlrr_linear(
             x, self.weight, *self.scales(), self._total_bias(),
-            residual=self.residual, scale_grad_rows=sample,
+            residual=self.residual, scale_grad_rows=self._draw_rows(x),
         )  # fmt: skip
 
     def _draw_rows(self, x: Tensor) -> RowSample | None:
+        """The rows that the gradients of this forward of x [..., K] are estimated from; None where they are exact."""
         # Whether gradients are on must not matter: reentrant checkpointing runs the first forward without them, and a
         # second one that draws more would find the generator's state, and so the dropout masks, elsewhere.
-        if not (self.training and any(scale.requires_grad for scale in self.scales())):
+        if self.scale_grad_rows == 1 or not (self.training and any(scale.requires_grad for scale in self.scales())):
             return None
         return sample_rows(x.shape, self.scale_grad_rows, self.prefix_tokens, x.device)
 

@@ -15,7 +15,7 @@ class RLRRMlp(Mlp):
 
     Modules, parameters and state dict are timm's own, so an ``Mlp`` becomes one by its ``__class__`` alone. Where the
     operator does not do the same, timm's forward runs: while a dropout between the layers is active, with another
-    activation than GELU or a norm, with merged or sampled layers, and with hooks on a module inside.
+    activation than GELU or a norm, with merged layers, and with hooks on a module inside.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,14 +27,13 @@ class RLRRMlp(Mlp):
         y = rlrr_mlp(
             x, fc1.weight, *fc1.scales(), fc1._total_bias(), fc2.weight, *fc2.scales(), fc2._total_bias(),
             activation=activation, residual=fc1.residual,
+            fc1_scale_grad_rows=fc1._draw_rows(x), fc2_scale_grad_rows=fc2._draw_rows(x),
         )  # fmt: skip
         return self.drop2(y)
 
     def _undisturbed(self) -> bool:
         """Whether nothing happens between the layers, for now, that the operator would leave out."""
         if self.fc1.merged or self.fc2.merged or (self.training and self.drop1.p > 0):
-            return False
-        if self.fc1.scale_grad_rows < 1 or self.fc2.scale_grad_rows < 1:
             return False
         return not any(map(_has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))
 

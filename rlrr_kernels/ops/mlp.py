@@ -9,6 +9,7 @@ from rlrr_kernels.ops.activation import check_name
 from rlrr_kernels.ops.arguments import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
 from rlrr_kernels.ops.linear import checked_linear
 from rlrr_kernels.ops.recompute import recipe_of
+from rlrr_kernels.ops.row_sample import RowSample, check_sample
 
 
 def rlrr_mlp(
@@ -25,6 +26,8 @@ def rlrr_mlp(
     activation: str = "gelu",
     residual: bool = True,
     backend: str = "auto",
+    fc1_scale_grad_rows: RowSample | None = None,
+    fc2_scale_grad_rows: RowSample | None = None,
 ) -> Tensor:
     """y = act(h) W₂'ᵀ + b₂ with h = x W₁'ᵀ + b₁ and W' = W ⊙ (1 + s_r s_c): the MLP of a transformer under RLRR.
 
@@ -39,6 +42,7 @@ def rlrr_mlp(
         activation: ``gelu`` (exact) or ``gelu_tanh``, computed in fp32 (fp64 for float64).
         residual: as in ``rlrr_linear``, of both layers.
         backend: as in ``rlrr_linear``.
+        fc1_scale_grad_rows, fc2_scale_grad_rows: as in ``rlrr_linear``; all of h is kept for ∂h in any case.
 
     Returns:
         y, [..., N] in the dtype of x after autocast.
@@ -64,6 +68,9 @@ def rlrr_mlp(
         )
     check_parameters(*fc1, prefix="fc1_")
     check_parameters(*fc2, prefix="fc2_")
+    for name, sample in (("fc1_scale_grad_rows", fc1_scale_grad_rows), ("fc2_scale_grad_rows", fc2_scale_grad_rows)):
+        if sample is not None:
+            check_sample(name, sample, x)
     backend = backends.resolve(backend, x.device.type, x.dtype)
-    h = checked_linear(x, *fc1, residual, backend, None, recipe=recipe)
-    return checked_linear(h, *fc2, residual, backend, activation)
+    h = checked_linear(x, *fc1, residual, backend, None, fc1_scale_grad_rows, recipe)
+    return checked_linear(h, *fc2, residual, backend, activation, fc2_scale_grad_rows)
