@@ -90,7 +90,7 @@ def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str) -> Grid:
     of_m, of_n, of_k = (-(-a // b) for a, b in zip((m, n, k), tiles[:3], strict=True))
     bm, bn, bk = tiles[:3]
     moved = bm * (bn + bk) * size
-    if tiles.schedule == "persistent":  # only the scale gradients have it
+    if tiles.schedule == "persistent" and kernel == "grad_scales":
         trips = linear_configs.steps_a_program(of_n * of_k * of_m, tiles, "sm_90")
         ends = trips / of_m + 1
         return Grid(-(-of_n * of_k * of_m // trips), trips, moved, round(4 * (bn + bk) * ends), of_m, 1, ends)
@@ -99,11 +99,15 @@ def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str) -> Grid:
         splits = linear_configs.splits_for(m, tiles, programs, "sm_90")
         return Grid(programs * splits, -(-of_m // splits), moved, 4 * (bn + bk), of_m, splits)
     free, steps, width = (of_n, of_k, bn) if kernel == "forward" else (of_k, of_n, bk)
+    contracted = bk if kernel == "forward" else bn
+    moved = bm * contracted * size + bn * bk * weight_size
+    if tiles.schedule == "persistent":
+        programs = min(of_m * free, linear_configs.wave(tiles, "sm_90"))
+        ends = -(-of_m * free // programs)
+        return Grid(programs, ends * steps, moved, ends * bm * width * size, of_m, 1, ends)
     splits = linear_configs.contraction_splits(steps, of_m * free, tiles, "sm_90")
     trips = -(-steps // splits)
     splits = -(-steps // trips)
-    contracted = bk if kernel == "forward" else bn
-    moved = bm * contracted * size + bn * bk * weight_size
     return Grid(of_m * free * splits, trips, moved, bm * width * (4 if splits > 1 else size), of_m, splits)
 
 

@@ -182,13 +182,15 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to
     UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
     way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
-    the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W is beside them.
+    the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W or of the result
+    is beside them.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
+    persistent = tiles.schedule == "persistent"
     if kernel == "grad_scales":
         stages = tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages
         strip = tiles.block_n * min(tiles.block_k, PART_COLUMNS) * weight_dtype.itemsize
-        return max(least, stages + barriers + (strip if tiles.schedule == "persistent" else 0))
+        return max(least, stages + barriers + (strip if persistent else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
         stage = (tiles.block_m * contracted + tiles.block_n * tiles.block_k) * size + contracted * 4
@@ -197,7 +199,8 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     scales = UNROLLED_RANK * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
-    return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers)
+    result = 512 * tiles.warps if persistent else 0  # on its way to another layout
+    return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers + result)
 
 
 def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> bool:
