@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...]
 
-Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product and
-which matrix instruction its machine code uses. Launches are built by the launchers themselves from meta tensors, so the
-report compiles what a GPU would run.
+Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product,
+which matrix instruction its machine code uses, and whether a kernel that is given descriptors loads by TMA. Launches
+are built by the launchers themselves from meta tensors, so the report compiles what a GPU would run.
 """
 
 from __future__ import annotations
@@ -119,14 +119,15 @@ def linear_cases(arch: str) -> Iterator[Case]:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         dtypes = x_dtype, w_dtype
         for kernel in configs.KERNELS:
-            entries = configs.TABLE[arch][kernel, x_dtype.itemsize]
-            persistent = configs.PERSISTENT.get(arch, {}).get((kernel, x_dtype.itemsize))
-            for limit, tiles in [*entries, (0, persistent)] if persistent else entries:
+            for limit, tiles in configs.TABLE[arch][kernel, x_dtype.itemsize]:
                 rows = limit or 4096
                 yield (case := _case(kernel, arch, dtype, tiles, dtypes, rows))
                 if case.launch.plan.meta.get("SPLIT"):
                     yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows)
             yield _case(kernel, arch, dtype, tiles, dtypes, rows, rank=4, groups=3)
+            if persistent := configs.PERSISTENT.get(arch, {}).get((kernel, x_dtype.itemsize)):
+                yield _case(kernel, arch, dtype, persistent, dtypes, 4096)
+                yield _case(kernel, arch, dtype, persistent, dtypes, 4096, rank=4, groups=3)
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
             yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
@@ -264,6 +265,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "shared_bound": case.shared_bound,
         "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],
         "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
+        "tma": "UTMALDG" in code if case.launch.plan.blocks else None,
     }
 
 
@@ -307,6 +309,8 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"uses {row['matrix_instruction']}, not HGMMA")
     if half and row["uses_dot"] and row["matrix_instruction"] is None:
         found.append("uses no matrix instruction")
+    if row["tma"] is False:
+        found.append("is given descriptors and does not load by TMA")
     return found
 
 

@@ -32,9 +32,11 @@ def test_no_configuration_spills_or_misses_the_tensor_cores(arch: str):
 
 
 def test_the_report_can_fail():
-    row = {"arch": "sm_90", "dtype": "bf16", "spills": 0, "shared_bytes": 9, "uses_dot": True, "shared_bound": None}
+    row = {"arch": "sm_90", "dtype": "bf16", "spills": 0, "shared_bytes": 9, "uses_dot": True}
+    row |= {"shared_bound": None, "tma": None}
     assert not compile_report.problems(row | {"matrix_instruction": "HGMMA"})
     assert "not HGMMA" in compile_report.problems(row | {"matrix_instruction": "HMMA"})[0]
+    assert "TMA" in compile_report.problems(row | {"matrix_instruction": "HGMMA", "tma": False})[0]
     assert "spills" in compile_report.problems(row | {"matrix_instruction": "HGMMA", "spills": 8})[0]
     assert "shared" in compile_report.problems(row | {"matrix_instruction": "HGMMA", "shared_bytes": 1 << 20})[0]
     assert "shared" in compile_report.problems(row | {"matrix_instruction": "HGMMA", "shared_bound": 8})[0]

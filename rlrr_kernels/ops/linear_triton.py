@@ -102,7 +102,9 @@ def backward(
         torch.empty_like(scale_col) if need_col else None,
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
-    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1, tiled=sample is not None)
+    # A loop over the rank takes the registers that a wide tile of G leaves.
+    tiled = sample is not None or scale_row.shape[1] > linear_configs.UNROLLED_RANK
+    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1, tiled)
     if sample is None:
         launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
     else:
