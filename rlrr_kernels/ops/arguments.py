@@ -13,7 +13,9 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
 
 
-def check_tensors(x, weight, scale_row, scale_col, bias, prefix: str = "") -> None:
+def check_tensors(
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
+) -> None:
     """Types and devices; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
@@ -45,7 +47,15 @@ def autocast_input(x: Tensor) -> tuple[Tensor, bool]:
     return x, autocast
 
 
-def check_dtypes(dtype, weight_dtype, scale_row, scale_col, bias, autocast: bool, prefix: str = "") -> None:
+def check_dtypes(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    bias: Tensor | None,
+    autocast: bool,
+    prefix: str = "",
+) -> None:
     """``dtype`` is that of x, after autocast."""
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
@@ -70,7 +80,9 @@ def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:
         )
 
 
-def check_parameters(weight, scale_row, scale_col, bias, prefix: str = "") -> None:
+def check_parameters(
+    weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
+) -> None:
     """Scales and bias fit weight [N, K]."""
     rows, cols = weight.shape
     rank = 1

@@ -89,9 +89,17 @@ def rlrr_linear(
 
 
 def checked_linear(
-    x, weight, scale_row, scale_col, bias, residual, backend, input_activation,
-    sample: RowSample | None = None, recipe: Recipe | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    bias: Tensor | None,
+    residual: bool,
+    backend: str,
+    input_activation: str | None,
+    sample: RowSample | None = None,
+    recipe: Recipe | None = None,
+) -> Tensor:
     """:func:`rlrr_linear` of arguments that were checked, with a resolved backend; ``recipe`` is that of x."""
     if torch.compiler.is_compiling() or not _plain(x):
         scale_row, scale_col = canonical(scale_row, scale_col, weight)

@@ -25,7 +25,16 @@ def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     return module, {"path": path} if path else {}
 
 
-def compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation) -> Tensor:
+def compute_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    bias: Tensor | None,
+    residual: bool,
+    backend: str,
+    input_activation: str | None,
+) -> Tensor:
     """y [..., N] of x [..., K]."""
     module, options = _implementation(backend)
     scale_row, scale_col = canonical(scale_row, scale_col, weight)
@@ -52,7 +61,16 @@ def rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str
 
 
 def compute_gradients(
-    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    residual: bool,
+    backend: str,
+    needs: tuple[bool, bool, bool, bool],
+    input_activation: str | None,
+    sample: RowSample | None,
 ) -> list[Tensor | None]:
     """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype).
 

@@ -128,14 +128,15 @@ def read_results(folder: str | Path) -> dict[str, TaskResults]:
 def _read(file: Path) -> TaskResults:
     try:
         document: dict[str, Any] = json.loads(file.read_text())
-        if document.pop("format") != _FORMAT or document.pop("version") != 1:
+        if document.pop("format", None) != _FORMAT or document.pop("version", None) != 1:
             raise ValueError("it is of another format or version")
         document["protocol"] = Protocol(**document["protocol"])
         document["runs"] = tuple(Run(**run) for run in document["runs"])
         document["seeds"] = tuple(document["seeds"])
         results = TaskResults(**document)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or no results file of rlrr reproduce: {error!r}") from error
+        reason = f"it has no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} is damaged or no results file of rlrr reproduce: {reason}") from error
     if results.dataset not in dataset_names(results.protocol.benchmark):
         raise ValueError(f"{file} is of {results.dataset!r}, which is no dataset of {results.protocol.benchmark}")
     return results
