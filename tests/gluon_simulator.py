@@ -76,15 +76,10 @@ class Descriptor:
         self.array, self.block, self.dtype = array, block, array.dtype
         self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * array.itemsize)
 
-    def part(self, corner: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, slice]]:
-        """What of a block lies in the matrix, and where in the block that is."""
-        starts = [min(max(int(first), 0), size) for first, size in zip(corner, self.array.shape, strict=True)]
-        stops = [min(int(first) + b, n) for first, b, n in zip(corner, self.block, self.array.shape, strict=True)]
-        inside = [slice(a, max(a, b)) for a, b in zip(starts, stops, strict=True)]
-        return self.array[tuple(inside)], tuple(
-            slice(s.start - int(first), s.stop - int(first)) if s.stop > s.start else slice(0, 0)
-            for s, first in zip(inside, corner, strict=True)
-        )
+    def part(self, corner: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, ...]]:
+        """What of a block lies in the matrix, and where in the block that is: none of it lies before the first row."""
+        inside = self.array[tuple(slice(first, first + size) for first, size in zip(corner, self.block, strict=True))]
+        return inside, tuple(slice(size) for size in inside.shape)
 
 
 class Barrier:

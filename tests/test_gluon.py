@@ -17,9 +17,9 @@ from gluon_simulator import Deadlock, Descriptor, Fault, Pointer, Simulation
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends
+from rlrr_kernels import backends, numerics
 from rlrr_kernels.numerics import Case
-from rlrr_kernels.ops import linear_configs, tuned_tiles, tuning
+from rlrr_kernels.ops import linear_configs, linear_schedules, tuned_tiles, tuning
 from rlrr_kernels.ops.linear_configs import Tiles
 
 ROOT = Path(__file__).parent.parent
@@ -38,48 +38,70 @@ SHAPES = [  # M, N, K, groups, block_m, stages, programs
 ]
 
 
-def check(
-    simulation: Simulation, transposed: bool, shape: tuple[int, ...], seeds: Sequence[int], residual=True
-) -> None:
-    """What the kernel stores is the result in float64, for whole numbers that are exact in every dtype on the way."""
-    for seed in seeds:
-        result, exact = simulate(simulation, transposed, shape, seed, residual)
-        np.testing.assert_array_equal(result, exact)
+def simulate(
+    simulation: Simulation, kernel: str, t: dict[str, torch.Tensor], shape, seed: int, residual=True, **changes
+):
+    """What the launch of a kernel on the tensors ``t`` stores, in the order of events that a seed makes."""
+    *_, block_m, stages, programs = shape
+    given = t["weight"], t["scale_row"], t["scale_col"], residual
+    blocks = (block_m, 128, 64) if kernel == "forward" else (block_m, 64, 128)
+    tiles = Tiles(*blocks, warps=4, stages=stages, schedule="gluon")
+    result = torch.full_like(t["grad_y"] if kernel == "forward" else t["x"], torch.nan)
+    if kernel == "forward":
+        (launch,) = linear_schedules.forward_launches(t["x"], *given[:3], t["bias"], residual, result, "sm_90", tiles)
+    else:
+        (launch,) = linear_schedules.grad_x_launches(t["grad_y"], *given, result, "sm_90", tiles)
+    plan, arrays = launch.plan, [tensor.numpy() for tensor in launch.tensors]
+    arguments = [Descriptor(array, block) for array, block in zip(arrays, plan.blocks, strict=False)]
+    arguments += [Pointer(array) for array in arrays[len(plan.blocks) :]] + list(plan.numbers)
+    named = dict(zip(plan.kernel.arg_names, arguments, strict=False))
+    constants = {name: value for name, value in plan.meta.items() if name in plan.kernel.arg_names}
+    simulation.launch("rescaled_product_kernel", programs, seed, **(named | constants | changes))
+    return result
 
 
-def simulate(simulation: Simulation, transposed: bool, shape: tuple[int, ...], seed: int, residual: bool = True):
-    """What the kernel stores and the exact result."""
-    count, n, k, groups, block_m, stages, programs = shape
+def exact(kernel: str, t: dict[str, torch.Tensor], residual: bool = True) -> torch.Tensor:
+    """The result in float64."""
+    t = {name: tensor.double() for name, tensor in t.items()}
+    groups = len(t["scale_col"])
+    scales = t["scale_row"] * t["scale_col"][:, 0].repeat_interleave(len(t["weight"]) // groups, 0)
+    merged = t["weight"] * (residual + scales)
+    return t["x"] @ merged.T + t["bias"] if kernel == "forward" else t["grad_y"] @ merged
+
+
+def whole(shape: tuple[int, ...], seed: int) -> dict[str, torch.Tensor]:
+    """A problem of numbers so small and whole that every dtype on the way holds every result."""
     draw = np.random.default_rng(seed)
-    weight = draw.integers(-3, 4, (n, k)).astype(np.float16)
-    row = draw.integers(-2, 3, n).astype(np.float32)
-    col = draw.integers(-2, 3, (groups, k)).astype(np.float32)
-    bias = draw.integers(-9, 9, n).astype(np.float32)
-    merged = weight.astype(np.float64) * (residual + row[:, None] * np.repeat(col, n // groups, 0))
-    rows, contracted = (k, n) if transposed else (n, k)
-    x = draw.integers(-3, 4, (count, contracted)).astype(np.float16)
-    y = np.full((count, rows), np.nan, np.float32)
-    row_tiles = -(-rows // 128)
-    simulation.launch(
-        "rescaled_product_kernel", programs, seed,
-        x_desc=Descriptor(x, (block_m, 64)), w_desc=Descriptor(weight, (64, 64)),
-        col_desc=Descriptor(row[None] if transposed else col, (1, 64)), y_desc=Descriptor(y, (block_m, 64)),
-        row_ptr=Pointer(col if transposed else row), bias_ptr=Pointer(bias),
-        tiles=row_tiles * -(-count // block_m), row_tiles=row_tiles, steps=-(-contracted // 128) * 2, rows=rows,
-        group_size=n // groups, TRANSPOSED=transposed, ONE_GROUP=groups == 1, RESIDUAL=residual,
-        HAS_BIAS=not transposed, BLOCK_M=block_m, STAGES=stages,
-    )  # fmt: skip
-    return y, x @ merged if transposed else x @ merged.T + bias
+    count, n, k, groups, *_ = shape
+    sizes = {"x": (count, k), "grad_y": (count, n), "weight": (n, k)}
+    scales = {"scale_row": (n, 1), "scale_col": (groups, 1, k), "bias": (n,)}
+    drawn = {name: torch.tensor(draw.integers(-1, 2, size)) for name, size in (sizes | scales).items()}
+    return {name: tensor.to(torch.float16 if name in sizes else torch.float32) for name, tensor in drawn.items()}
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=KERNELS)
+def check(simulation: Simulation, kernel: str, shape: tuple[int, ...], seeds: Sequence[int], residual=True) -> None:
+    for seed in seeds:
+        t = whole(shape, seed)
+        assert torch.equal(simulate(simulation, kernel, t, shape, seed, residual).double(), exact(kernel, t, residual))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:3])))
-def test_the_result_is_exact_in_every_order_of_events(transposed: bool, shape: tuple[int, ...]):
-    check(Simulation(SOURCE), transposed, shape, range(12))
+def test_the_result_is_exact_in_every_order_of_events(kernel: str, shape: tuple[int, ...]):
+    check(Simulation(SOURCE), kernel, shape, range(12))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_error_stays_within_the_bound(kernel: str):
+    shape = 40, 256, 136, 2, 16, 3, 2
+    t = {name: x.detach() for name, x in Case(*shape[:3], groups=2, dtype=torch.float16).draw(0).items()}
+    result = simulate(Simulation(SOURCE), kernel, t, shape, 0)
+    bound = exact(kernel, {name: tensor.abs() for name, tensor in t.items()}) * torch.finfo(torch.float16).eps / 2
+    assert ((result - exact(kernel, t)).abs() / bound).max() <= numerics.BOUND
 
 
 def test_without_the_residual():
-    check(Simulation(SOURCE), False, SHAPES[1], range(2), residual=False)
+    check(Simulation(SOURCE), "forward", SHAPES[1], range(2), residual=False)
 
 
 MISTAKES = {
@@ -125,12 +147,13 @@ MISTAKES = {
 def test_mistakes_are_caught(mistake: str):
     simulation = Simulation(SOURCE, MISTAKES[mistake])
     with pytest.raises((Fault, Deadlock, AssertionError)):
-        check(simulation, False, SHAPES[1], range(25))
+        check(simulation, "forward", SHAPES[1], range(25))
 
 
 def test_one_stage_would_deadlock():
+    shape = 16, 128, 128, 1, 16, 2, 1
     with pytest.raises(Deadlock, match="waits for a barrier's phase"):
-        simulate(Simulation(SOURCE), False, (16, 128, 128, 1, 16, 1, 1), 0)
+        simulate(Simulation(SOURCE), "forward", whole(shape, 0), shape, 0, STAGES=1)
 
 
 # ---------------------------------------------------------------- what the compiler makes of it
