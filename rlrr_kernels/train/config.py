@@ -39,6 +39,8 @@ class TrainConfig:
         clip_grad: largest norm of the gradient; None: not clipped.
         mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
         activation_checkpointing: recompute a timm model's blocks in backward instead of keeping their activations.
+        compile: train and validate by ``torch.compile``: a few minutes at the start, then fewer kernels. Each size of a
+            batch is compiled by itself.
         fsdp: on several processes, spread the frozen weights over them (FSDP2) instead of copying them (DDP).
         seed: of the order of the images, their augmentation and dropout.
         workers: processes that load images; None: up to 8 beside a GPU, none beside a CPU that is busy training.
@@ -69,6 +71,7 @@ class TrainConfig:
     clip_grad: float | None = None
     mixed_precision: str = "auto"
     activation_checkpointing: bool = False
+    compile: bool = False
     fsdp: bool = False
     seed: int = 42
     workers: int | None = None
@@ -96,6 +99,8 @@ class TrainConfig:
             raise ValueError(f"label_smoothing must be from 0 to 1; got {self.label_smoothing}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1; got {self.ema_decay}")
+        if self.compile and self.fsdp:
+            raise ValueError("compile goes with copies of the model, not with fsdp; got both")
         for name, choices in (
             ("schedule", SCHEDULES),
             ("schedule_per", SCHEDULE_STEPS),

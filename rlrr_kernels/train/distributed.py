@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+COMPILER = "inductor"
+"""The backend of ``torch.compile``."""
+
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks for it
 
 
@@ -28,6 +31,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import TorchDynamoPlugin
 
     # accelerate keeps the first precision of a process for good; a second run may want another one.
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
@@ -35,10 +39,13 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     precision = config.mixed_precision
     if precision == "auto":
         precision = _fastest_precision(torch.cuda.is_available() and not cpu)
+    # Sizes by themselves: else a resumed run, which meets them in another order, would compute by other kernels.
+    plugin = {"dynamo_plugin": TorchDynamoPlugin(backend=COMPILER, dynamic=False)} if config.compile else {}
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulate,
         cpu=cpu or not torch.accelerator.is_available(),  # else processes without a GPU would each train alone
+        **plugin,
     )
 
 
@@ -137,10 +144,13 @@ class _CountedAllGather:
 
 
 def copy_to_all(model: nn.Module, accelerator: Accelerator, exchange: Exchange) -> nn.Module:
-    """``model`` on the device of ``accelerator``; in several processes wrapped by DDP, which averages gradients."""
+    """``model`` on the device of ``accelerator``; in several processes wrapped by DDP, which averages gradients.
+
+    Compiled where the accelerator has a compiler.
+    """
     prepared = accelerator.prepare(model)
     if accelerator.num_processes > 1:
-        exchange.restrict_to_gradients(prepared)
+        exchange.restrict_to_gradients(getattr(prepared, "_orig_mod", prepared))  # the DDP inside a compiled module
     return prepared
 
 
