@@ -187,6 +187,20 @@ def test_second_derivatives_and_forward_mode_say_that_they_are_missing(backend: 
 
 
 @on_every_backend
+def test_a_tensor_left_over_from_a_transform(backend: str):
+    """What escaped from ``torch.func.grad`` is an ordinary tensor again, in every call."""
+    tensors, kept = problem(), []
+    torch.func.grad(lambda x: kept.append(x * 2) or x.sum())(tensors["x"])
+    scale = tensors["scale_row"].clone().requires_grad_()
+    results = []
+    for x in (tensors["x"] * 2, kept[0], kept[0]):
+        y = rlrr_linear(x, tensors["weight"], scale, tensors["scale_col"], tensors["bias"], backend=backend)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), scale)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@on_every_backend
 @pytest.mark.parametrize("shape", [(6, 10), (2, 3, 10)])
 def test_the_output_may_be_modified_in_place(backend: str, shape: tuple[int, ...]):
     tensors = problem()

@@ -11,7 +11,9 @@ Environment variables of Triton are read when a kernel is compiled, not at later
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _dtype = operator.attrgetter("dtype")
 _address = Tensor.data_ptr
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 StartKernel = Callable[[int, Sequence[int]], None]
 """Starts one compiled kernel on a stream, given the addresses of its tensors."""
@@ -78,35 +80,30 @@ class Plan:
     def run(self, *tensors: Tensor) -> None:
         """Launches on the device of the first tensor, which Triton leaves to the caller."""
         device = tensors[0].get_device()
-        if device >= 0 and device != _current_device():
+        if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self.run(*tensors)
-        key = (device, *map(_dtype, tensors))
-        known = self._starts.get(key)
+        known = self._starts.get((device, *map(_dtype, tensors)))
         if known is not None:
             driver, start = known
             pointers = list(map(_address, tensors))
-            if not reduce(operator.or_, pointers) & 15 and driver is triton.runtime.driver.active and self._plain():
+            if not (
+                reduce(operator.or_, pointers) & 15
+                or driver is not triton.runtime.driver.active
+                or watched(self.kernel)
+            ):
                 return start(driver.get_current_stream(device), pointers)
         compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
         if self._direct_from_now_on(tensors):
             start = _make_start(self, compiled)
             if start is not None:
-                self._starts[key] = triton.runtime.driver.active, start
+                self._starts[(device, *map(_dtype, tensors))] = triton.runtime.driver.active, start
         return None
 
-    def _plain(self) -> bool:
-        """Whether nothing watches or alters launches."""
-        runtime = knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        return not (
-            getattr(enter, "calls", enter)
-            or getattr(leave, "calls", leave)
-            or runtime.debug
-            or runtime.add_stages_inspection_hook
-            or self.kernel.pre_run_hooks
-            or knobs.compilation.__dict__
-        )
+    def known_start(self, tensors: Sequence[Tensor]) -> StartKernel | None:
+        """How the kernel for these tensors is started past Triton; None before it was launched, or if it cannot be."""
+        known = self._starts.get((tensors[0].get_device(), *map(_dtype, tensors)))
+        return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
 
     def _direct_from_now_on(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the kernel that Triton just launched may be started without it the next time."""
@@ -116,8 +113,22 @@ class Plan:
             and isinstance(self.kernel, triton.JITFunction)
             and triton.runtime.driver.active.get_current_target().backend == "cuda"
             and not any(tensor.data_ptr() % 16 for tensor in tensors)
-            and self._plain()
+            and not watched(self.kernel)
         )
+
+
+def watched(*kernels: triton.JITFunction) -> bool:
+    """Whether anything watches or alters launches of the kernels, so that Triton has to do them."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.__dict__
+        or any([kernel.pre_run_hooks for kernel in kernels])  # noqa: C419 (a generator costs twice as much)
+    )
 
 
 class Launch(NamedTuple):
@@ -134,6 +145,21 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the device of the first tensor."""
         self.plan.run(*self.tensors)
+        if (record := getattr(_thread, "record", None)) is not None:
+            record.append(self)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Lists the launches that this thread runs within the block, and so keeps their tensors."""
+    _thread.record = launches = []
+    try:
+        yield launches
+    finally:
+        _thread.record = None
 
 
 def _arguments_after_tensors(plan: Plan) -> tuple:

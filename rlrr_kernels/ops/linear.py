@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops import activation, linear_torch
+from rlrr_kernels.ops import activation, linear_call, linear_torch
 from rlrr_kernels.ops.arguments import (
     autocast_input,
     canonical,
@@ -23,6 +23,7 @@ from rlrr_kernels.ops.arguments import (
     check_parameters,
     check_tensors,
 )
+from rlrr_kernels.ops.linear_call import PLAIN_TYPES, Call
 from rlrr_kernels.ops.linear_compute import compute_gradients, compute_linear, rows_for_backward
 from rlrr_kernels.ops.recompute import Recipe, recipe_of
 from rlrr_kernels.ops.row_sample import RowSample, check_sample, flatten_sample, unflatten_sample
@@ -72,20 +73,25 @@ def rlrr_linear(
             a gradient, the activation is unknown, or the backend cannot run here.
         IndexError: a row of ``scale_grad_rows`` is not in x (on a GPU: a device-side assertion).
     """
-    check_tensors(x, weight, scale_row, scale_col, bias)
     recipe = recipe_of(x)
     if input_activation is not None:
         activation.check_name("input_activation", input_activation)
-    x, autocast = autocast_input(x)
-    check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
-    check_input(x, weight)
-    check_parameters(weight, scale_row, scale_col, bias)
+    layout = _eager_layout(x, weight, scale_row, scale_col, bias, residual, backend)
+    call = None if layout is None else linear_call.known(layout)
+    if call is None:
+        check_tensors(x, weight, scale_row, scale_col, bias)
+        dtype = x.dtype
+        x, autocast = autocast_input(x)
+        check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
+        check_input(x, weight)
+        check_parameters(weight, scale_row, scale_col, bias)
+        call = Call(backends.resolve(backend, x.device.type, x.dtype), residual, None if x.dtype == dtype else x.dtype)
+        linear_call.remember(layout, call, x, weight, scale_row, scale_col, bias)
+    elif call.dtype is not None:
+        x = x.to(call.dtype)
     if scale_grad_rows is not None:
         check_sample("scale_grad_rows", scale_grad_rows, x)
-    backend = backends.resolve(backend, x.device.type, x.dtype)
-    return checked_linear(
-        x, weight, scale_row, scale_col, bias, residual, backend, input_activation, scale_grad_rows, recipe
-    )
+    return _linear(x, weight, scale_row, scale_col, bias, call, input_activation, scale_grad_rows, recipe)
 
 
 def checked_linear(
@@ -101,21 +107,31 @@ def checked_linear(
     recipe: Recipe | None = None,
 ) -> Tensor:
     """:func:`rlrr_linear` of arguments that were checked, with a resolved backend; ``recipe`` is that of x."""
-    if torch.compiler.is_compiling() or not _plain(x):
-        scale_row, scale_col = canonical(scale_row, scale_col, weight)
-        return torch.ops.rlrr_kernels.linear(
-            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
-        )
-    if torch._C._are_functorch_transforms_active():
-        return _LinearFunctorch.apply(
-            x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
-        )
-    options = residual, backend, input_activation, False, sample, recipe
-    return _Linear.apply(x, weight, scale_row, scale_col, bias, options)
+    layout = _eager_layout(x, weight, scale_row, scale_col, bias, residual, backend)
+    call = None if layout is None else linear_call.known(layout)
+    if call is None:
+        call = Call(backend, residual)
+        linear_call.remember(layout, call, x, weight, scale_row, scale_col, bias)
+    return _linear(x, weight, scale_row, scale_col, bias, call, input_activation, sample, recipe)
 
 
-def _plain(x: Tensor) -> bool:
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
+def _eager_layout(x, weight, scale_row, scale_col, bias, residual, backend) -> tuple | None:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    layout = linear_call.layout_of(x, weight, scale_row, scale_col, bias, residual, backend)
+    return None if layout is None or _is_wrapped(x) else layout  # wrapped: left over from a transform that has ended
+
+
+def _linear(x, weight, scale_row, scale_col, bias, call: Call, input_activation, sample, recipe) -> Tensor:
+    if not call.eager:
+        options = call.residual, call.backend, input_activation, *flatten_sample(sample)
+        if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES:
+            scale_row, scale_col = canonical(scale_row, scale_col, weight)
+            return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, *options)
+        if torch._C._are_functorch_transforms_active():
+            return _LinearFunctorch.apply(x, weight, scale_row, scale_col, bias, *options)
+    apply = _apply if call.eager else _Linear.apply
+    return apply(x, weight, scale_row, scale_col, bias, (call, input_activation, False, sample, recipe))
 
 
 # ---------------------------------------------------------------- eager, and the operator's autograd
@@ -124,13 +140,13 @@ def _plain(x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them.
 
-    For an x with a recipe, the tensors that the recipe takes instead. ``options`` is residual, backend,
-    input_activation, through_op, sample and recipe in one argument: each argument and each gradient costs host time.
+    For an x with a recipe, the tensors that the recipe takes instead. ``options`` is call, input_activation,
+    through_op, sample and recipe in one argument: each argument, gradient and attribute of ctx costs host time.
     """
 
     @staticmethod
     def forward(ctx, x, weight, scale_row, scale_col, bias, options):
-        residual, backend, input_activation, through_op, sample, recipe = options
+        call, input_activation, through_op, sample, recipe = options
         need_x, _, need_row, need_col, need_bias, _ = ctx.needs_input_grad
         need_scales = need_row or need_col
         if not need_scales:
@@ -142,17 +158,19 @@ class _Linear(torch.autograd.Function):
             index, ingredients = sample[:1] if sample else (), recipe.tensors if recipe else ()
             ctx.save_for_backward(kept, weight, scale_row, scale_col, *index, *ingredients)
         needs = need_x, need_row, need_col, need_bias
-        ctx.options = residual, backend, input_activation, through_op, needs, need_bias and bias.dtype
-        ctx.counts = sample[1:] if sample else ()
-        ctx.compute_x = recipe and recipe.compute
+        counts, compute_x = sample and sample[1:], recipe and recipe.compute
+        ctx.options = call, input_activation, through_op, needs, need_bias and bias.dtype, counts, compute_x
         if through_op:
             # The forward has no use for the sample. But what no output needs, a compiled backward draws anew: then g is
             # of other rows than x.
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.rlrr_kernels.linear(
-                    x, weight, scale_row, scale_col, bias, residual, backend, input_activation, *flatten_sample(sample)
-                )
-        return compute_linear(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
+                    x, weight, scale_row, scale_col, bias, call.residual, call.backend, input_activation,
+                    *flatten_sample(sample),
+                )  # fmt: skip
+        if input_activation is None:
+            return call.forward(x, weight, scale_row, scale_col, bias)
+        return compute_linear(x, weight, scale_row, scale_col, bias, call.residual, call.backend, input_activation)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -160,26 +178,35 @@ class _Linear(torch.autograd.Function):
         return _gradients_once(ctx, grad_y) if torch.is_grad_enabled() else _gradients(ctx, grad_y)
 
 
+_apply = super(torch.autograd.Function, _Linear).apply
+"""``_Linear.apply`` but for what ``torch.func`` transforms need there, 2 µs of Python before PyTorch 2.15."""
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def _gradients(ctx, grad_y):
-    residual, backend, input_activation, through_op, needs, bias_dtype = ctx.options
+    call, input_activation, through_op, needs, bias_dtype, counts, compute_x = ctx.options
     x, weight, scale_row, scale_col, *others = ctx.saved_tensors or (None, None, None, None)
     sample = None
-    if ctx.counts:
+    if counts:
         index, *others = others
-        sample = RowSample(index, *ctx.counts)
+        sample = RowSample(index, *counts)
     if others:
-        x = rows_for_backward(ctx.compute_x(grad_y.dtype, *others), sample, input_activation)
+        x = rows_for_backward(compute_x(grad_y.dtype, *others), sample, input_activation)
     if weight is None:
         grad_x = grad_row = grad_col = None
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=linear_torch.accumulate_dtype(grad_y.dtype))
     elif through_op:
         grads = torch.ops.rlrr_kernels.linear_backward(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, *flatten_sample(sample)
-        )
+            grad_y, x, weight, scale_row, scale_col, call.residual, call.backend, needs, input_activation,
+            *flatten_sample(sample),
+        )  # fmt: skip
         grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    elif sample is None and input_activation is None:
+        grad_x, grad_row, grad_col, grad_bias = call.gradients(grad_y, x, weight, scale_row, scale_col, needs)
     else:
         grad_x, grad_row, grad_col, grad_bias = compute_gradients(
-            grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, sample
+            grad_y, x, weight, scale_row, scale_col, call.residual, call.backend, needs, input_activation, sample
         )
     if grad_bias is not None and grad_bias.dtype != bias_dtype:
         grad_bias = grad_bias.to(bias_dtype)
@@ -332,7 +359,7 @@ def _linear_autograd(
             "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
         )
-    options = residual, backend, input_activation, True, unflatten_sample(*sample), None
+    options = Call(backend, residual), input_activation, True, unflatten_sample(*sample), None
     return _Linear.apply(x, weight, scale_row, scale_col, bias, options)
 
 

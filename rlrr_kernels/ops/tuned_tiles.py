@@ -149,6 +149,13 @@ def _entries() -> dict[str, Tiles]:
 # ---------------------------------------------------------------- the choice at a call
 
 _forced: dict[str, Tiles] = {}
+changes = 0
+"""How often what :func:`tiles_for` and :func:`path_for` answer may have changed."""
+
+
+def _changed() -> None:
+    global changes
+    changes += 1
 
 
 @contextmanager
@@ -156,11 +163,13 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
     """Makes a kernel take ``tiles`` for everything within a block, in all threads."""
     before = dict(_forced)
     _forced[kernel] = tiles
+    _changed()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _changed()
 
 
 def tiles_for(
@@ -233,3 +242,4 @@ def forget() -> None:
     _entries.cache_clear()
     _choose.cache_clear()
     _path.cache_clear()
+    _changed()
