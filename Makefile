@@ -27,8 +27,8 @@ lint: $(STAMP)
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,gpu_gate linear_numerics linear_op mlp_op norm_rescale persistent \
-	recompute replay scale_grad_rows tuning))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,gpu_gate gpu_pretended linear_numerics linear_op mlp_op \
+	norm_rescale persistent recompute replay scale_grad_rows tuning))
 
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE

@@ -109,15 +109,22 @@ def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
     }
 
 
-def test_the_tuner_names_one_winner_for_each_kernel(interpreted):
+def test_the_tuner_names_one_winner_for_each_kernel_and_schedule(interpreted):
     rows = report.read_rows(interpreted[0] / report.JSON)
     tuned = [row for row in rows if row["section"] == "tune"]
-    for kernel in linear_configs.KERNELS:
-        here = [row for row in tuned if row["kernel"] == kernel]
+    many = min(rows for _, problems, _ in PLAN.tuned for _, rows in problems) >= linear_configs.TMA_MIN_ROWS
+    expected = {
+        (kernel, schedule)
+        for schedule, kernels in linear_configs.SCHEDULES.items()
+        for kernel in kernels
+        if schedule == "tiled" or many
+    }
+    assert {(row["kernel"], row["schedule"]) for row in tuned} == expected
+    for kernel, schedule in expected:
+        here = [row for row in tuned if (row["kernel"], row["schedule"]) == (kernel, schedule)]
         winners = [row for row in here if row.get("winner")]
-        tried = [name for name, kernels in linear_configs.SCHEDULES.items() if kernel in kernels]
-        assert len(here) == 1 + len(set(tried) - set(linear_configs.EXPERIMENTAL))
         assert len(winners) == 1
+        assert sum(row["used"] for row in here) == 1
         assert winners[0]["us"] == min(row["us"] for row in here)
         assert winners[0]["table_row"].startswith(f"({kernel!r}, 4): (0, Tiles(")
         assert winners[0]["table_row"] in interpreted[1]
@@ -157,9 +164,11 @@ def test_every_time_waits_for_its_gate():
             seen.add(tuple(unit.label.split(", ")))
         elif unit.section == "layers":
             precision = unit.label.split(", ")[2]
-            assert {(name, precision) for name in gate_module.CHECKED[:4]} <= seen, unit.label
+            assert {(name, precision) for name in ("shipped tiles", *gate_module.CHECKED[:4])} <= seen, unit.label
         elif unit.section == "steps":
             assert {(name, unit.label.split(", ")[2]) for name in gate_module.CHECKED} <= seen, unit.label
+        elif unit.section == "tune":
+            assert ("shipped tiles", unit.label.split(", ")[-1]) in seen, unit.label
     assert len({(unit.section, unit.label) for unit in ordered}) == len(ordered)
 
 

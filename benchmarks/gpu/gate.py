@@ -159,7 +159,7 @@ class Gate:
         key = row["backend"], row["precision"]
         if row["check"] == "survival":
             self._deaths.setdefault(key, []).append(row)
-        elif row["check"] != "timed problem":
+        elif row["check"] in ("error rule", "one problem"):
             self._verdicts[key] = self._verdicts.get(key) or (None if row["passed"] else row["reason"])
 
     def reason_against(self, name: str, precision: Precision, problem: Problem | None = None) -> str | None:
@@ -192,6 +192,18 @@ class Gate:
             announce(name, precision.name)
             self._verdicts[key] = self._check_cases(name, precision)
         return self._verdicts.get(key)
+
+    def reason_against_tiles(self, kernel: str, precision: Precision, problem: Problem) -> str | None:
+        """Why the tiles now in force for ``kernel`` must not be used; not remembered as the implementation's fault."""
+        announce(f"{kernel} with its shipped tiles", precision.name)
+        try:
+            with precision.applied():
+                found = flaws(
+                    subject("triton.one_pass"), draw("triton.one_pass", problem), precision.matmul == "highest"
+                )
+        except Exception as error:
+            return explain(error, self.plan.device)
+        return "; ".join(found) or None
 
     def _check_cases(self, name: str, precision: Precision) -> str | None:
         backend = "triton" if name in (MLP, NORM) else name

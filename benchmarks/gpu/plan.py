@@ -137,7 +137,7 @@ def gpu_plan() -> Plan:
     memory = [(3, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
     blocks = [(3, 768, 12, 741, name) for name in ("bf16", "bf16/fp32")]  # 12,597 tokens
     many, few = [(fc1, batches[2]), (fc1, batches[1])], [(fc1, 16), (proj, 16)]
-    tuned = [(2, many, "bf16"), (2, few, "bf16"), (3, many, "bf16/fp32"), (4, [(fc1, 64), (proj, 64)], "bf16")]
+    tuned = [(2, many, "bf16"), (2, few, "bf16"), (2, many, "bf16/fp32"), (4, [(fc1, 64), (proj, 64)], "bf16")]
     tuned.append((8, many[:1], "tf32"))
     models = [(3, "vit_base_patch16_224", batch, "bf16/fp32", mode) for batch in (64, 8) for mode in ("eager", "graph")]
     models += [(5, "vit_base_patch16_224", 8, "bf16", mode) for mode in ("eager", "graph")]

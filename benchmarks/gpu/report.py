@@ -112,11 +112,11 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
     lines += _table(
-        ["arch", "precision", "M x N x K", "row", "µs", "µs of the shipped"],
+        ["arch", "precision", "M x N x K", "row", "µs", "µs of those in use before"],
         [
             [
                 r["arch"], r["precision"], ", ".join(" x ".join(map(str, sizes)) for sizes in r["problems"]),
-                f"`{r['table_row']}`", r["us"], _shipped_us(rows, r),
+                f"`{r['table_row']}`", r["us"], _used_us(rows, r),
             ]
             for r in measured(rows, "tune")
             if "table_row" in r
@@ -136,9 +136,9 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     return "\n".join(lines)
 
 
-def _shipped_us(rows: list[Row], winner: Row) -> float | None:
-    keys = ("arch", "precision", "kernel", "class")
-    same = (row for row in measured(rows, "tune") if row["shipped"] and all(row[k] == winner[k] for k in keys))
+def _used_us(rows: list[Row], winner: Row) -> float | None:
+    keys = ("arch", "precision", "kernel", "class", "schedule")
+    same = (row for row in measured(rows, "tune") if row["used"] and all(row[k] == winner[k] for k in keys))
     return next((row["us"] for row in same), None)
 
 

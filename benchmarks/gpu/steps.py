@@ -118,6 +118,14 @@ def training_step(
     return step
 
 
+def _gate_names(rival: str) -> list[str]:
+    """What the gate must have passed before ``rival`` may be timed; the last is what it is called there."""
+    kernels = _KERNELS_OF.get(rival, rival)
+    names = ["model"] if kernels in ("auto", *ESTIMATES) else [rival]
+    names += [kernels] if kernels in ESTIMATES else []
+    return names + (["recompute"] if rival in _KERNELS_OF else [])
+
+
 def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precision, mode: str) -> list[Row]:
     """Every rival on one model, steps interleaved. ``mode``: ``eager``, ``graph``, ``compile`` or ``estimate``."""
     rivals = {"compile": COMPILED, "estimate": ESTIMATED}.get(mode, RIVALS)
@@ -126,12 +134,12 @@ def step_rows(plan: Plan, gate: Gate, name: str, batch: int, precision: Precisio
     pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # shared: a step reads no other's results
     skipped, steps, peaks, trained = {}, {}, {}, {}
     for rival in rivals:
-        reason = None if plan.tiny else gate.reason_against({"auto": "model"}.get(rival, rival), precision)
-        reason = reason or (peft_reason(rival) if rival in PEFT else None)
+        found = (None if plan.tiny else gate.reason_against(checked, precision) for checked in _gate_names(rival))
+        reason = next(filter(None, found), None) or (peft_reason(rival) if rival in PEFT else None)
         if reason:
             skipped[rival] = reason
             continue
-        announce({"auto": "model"}.get(rival, rival), precision.name, model=name, batch=batch, mode=mode)
+        announce(_gate_names(rival)[-1], precision.name, model=name, batch=batch, mode=mode)
         try:
             model, groups = build_model(plan, rival, name, precision)
             trained[rival] = sum(p.numel() for group in groups for p in group["params"])

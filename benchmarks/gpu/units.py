@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.gpu.ceilings import ceiling_rows
 from benchmarks.gpu.gate import CHECKED, MLP, NORM
 from benchmarks.gpu.layers import layer_units
 from benchmarks.gpu.memory import memory_units
-from benchmarks.gpu.plan import PRECISIONS, Plan, cpu_plan, gpu_plan
+from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, cpu_plan, gpu_plan
 from benchmarks.gpu.steps import step_units
-from benchmarks.gpu.tune import tune_units
+from benchmarks.gpu.tune import fallback_rows, tune_units
 from benchmarks.gpu.work import Row, Unit
 from benchmarks.gpu.worker import Bench
 
@@ -23,11 +25,16 @@ _ORDER = ("ceilings", "gate", *SECTIONS)
 def make_units(sections: tuple[str, ...], device: str) -> tuple[Plan, list[Unit]]:
     """The plan for ``device`` ("cuda" or "cpu"), and the units of these sections, most valuable first."""
     plan = gpu_plan() if device == "cuda" else cpu_plan()
+    return plan, units_of(plan, sections)
+
+
+def units_of(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
+    """The units of these sections, most valuable first."""
     units = [*layer_units(plan), *memory_units(plan), *step_units(plan), *tune_units(plan)]
     units = [unit for unit in units if unit.section in sections]
     ceilings = [Unit(0, "ceilings", "copy and products", 5.0, lambda bench: ceiling_rows(plan))]
     units += ceilings + gate_units(plan, sections)
-    return plan, sorted(units, key=lambda unit: (unit.tier, _ORDER.index(unit.section)))
+    return sorted(units, key=lambda unit: (unit.tier, _ORDER.index(unit.section)))
 
 
 def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
@@ -36,7 +43,7 @@ def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
 
     def need(names: tuple[str, ...], entries: list[tuple[int, str]]) -> None:
         for tier, precision in entries:
-            for name in names:
+            for name in (_FALLBACK, *names):
                 key = name, precision
                 tiers[key] = min(tier, tiers.get(key, tier))
 
@@ -50,15 +57,22 @@ def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
         need(CHECKED, [(tier, name) for tier, *_, name in plan.blocks])
     if "steps" in sections:
         need(CHECKED, [(tier, name) for tier, _, _, name, _ in plan.models])
-
-    def run(bench: Bench, name: str, precision: str) -> list[Row]:
-        bench.gate.check(name, PRECISIONS[precision])
-        return []
-
+    if "tune" in sections:
+        need((), [(tier, name) for tier, _, name in plan.tuned])
     return [
-        Unit(tier, "gate", f"{name}, {precision}", 6.0, lambda bench, n=name, p=precision: run(bench, n, p))
+        Unit(tier, "gate", f"{name}, {precision}", 5.0, partial(_run_gate, name, PRECISIONS[precision]))
         for (name, precision), tier in sorted(tiers.items(), key=lambda item: item[1])
     ]
+
+
+_FALLBACK = "shipped tiles"
+
+
+def _run_gate(name: str, precision: Precision, bench: Bench) -> list[Row]:
+    if name == _FALLBACK:
+        return fallback_rows(bench.plan, bench.gate, precision)
+    bench.gate.check(name, precision)
+    return []  # the gate keeps its own
 
 
 def default_device() -> str:

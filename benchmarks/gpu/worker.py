@@ -8,6 +8,7 @@ runs for the first time it says what that is, so that the session can name it, s
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from benchmarks.gpu.gate import Gate
 from benchmarks.gpu.measure import ContextLost, describe, explain, release
 from benchmarks.gpu.model import Ceilings
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.rivals import peft_module
 from benchmarks.gpu.work import Row, Unit, listen
 
 MakeUnits = Callable[[], tuple[Plan, list[Unit]]]
@@ -68,6 +70,8 @@ def serve(connection: Any, make_units: MakeUnits, earlier: list[Row], environmen
     listen(lambda row: connection.send(("running", row)))
     if plan.device == "cuda":
         torch.zeros(1, device=plan.device)
+    peft_module()
+    gc.freeze()  # what the imports made need not be searched again after every unit
     connection.send(("ready", None))
     answers = True
     while answers:
