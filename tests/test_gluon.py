@@ -332,3 +332,35 @@ def test_the_tuner_says_what_it_does_not_serve():
     draw = drawn(300, 768, 768, rank=2)
     reason = tuning.rejection("forward", draw, "sm_90", tuning.EXPERIMENTAL_CANDIDATES["forward", 2][0])
     assert reason == "the schedule gluon does not serve this problem"
+
+
+# ---------------------------------------------------------------- on a GPU
+
+ON_A_GPU = """
+import sys, torch
+from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops import linear_configs, linear_triton, tuning
+
+kernel, dtype, device = sys.argv[1], getattr(torch, sys.argv[2]), torch.device("cuda", 0)
+arch = linear_triton.architecture(device)
+for groups, sizes in (3, (4096, 2304, 768)), (1, (12608, 768, 3072)), (1, (300, 1000, 776)):
+    drawn = Case(*sizes, groups=groups, dtype=dtype, device=str(device)).draw(0)
+    drawn = {name: tensor.detach() for name, tensor in drawn.items()}
+    for tiles in tuning.candidates(kernel, arch, dtype, 4096, experimental=True):
+        if linear_configs.experimental(tiles):
+            reason = tuning.rejection(kernel, drawn, arch, tiles)
+            assert reason is None, (sizes, tiles, reason)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_ends_and_is_exact(kernel: str, dtype: str):
+    """In a process of its own: one whose kernel hangs can only be killed."""
+    command = [sys.executable, "-c", ON_A_GPU, kernel, dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
