@@ -47,6 +47,12 @@ def _program_options(words: list[str]) -> tuple[str, set[str]]:
     return name, {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
+def _check_program(words: list[str]) -> None:
+    name, known = _program_options(words[1:])
+    unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known - {"--help"}
+    assert not unknown, f"{name} has no {', '.join(sorted(unknown))}"
+
+
 @pytest.mark.parametrize(("page", "text"), blocks("sh"))
 def test_commands_exist(page, text):
     for line in text.replace("\\\n", " ").splitlines():
@@ -56,15 +62,28 @@ def test_commands_exist(page, text):
         if "rlrr_kernels.cli" in words:  # under torchrun or accelerate
             words = ["rlrr", *words[words.index("rlrr_kernels.cli") + 1 :]]
         if words[0] == "rlrr":
-            name, known = _program_options(words[1:])
-            unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known - {"--help"}
-            assert not unknown, f"{name} has no {', '.join(sorted(unknown))}"
+            _check_program(words)
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]), line
         else:
             assert words[0] in ("pip", "python"), f"a command that nothing checks: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_the_prose_names_exists(page):
+    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", prose):
+        code = " ".join(code.split())
+        if code.startswith("rlrr "):
+            _check_program(code.split())
+        elif re.fullmatch(r"[\w*/.]+\.(py|cpp|h|inl|sh)", code):
+            folders = [ROOT / name for name in ("rlrr_kernels", "benchmarks", "csrc")]
+            found = next(ROOT.glob(code), None) or any(next(folder.rglob(code), None) for folder in folders)
+            assert found, f"{code} is nowhere"
+        elif code.startswith("python -m "):
+            assert importlib.util.find_spec(code.split()[2]), code
 
 
 def _anchors(text: str) -> set[str]:
