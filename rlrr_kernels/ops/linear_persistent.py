@@ -99,8 +99,9 @@ def most_pieces(tiles: int, blocks: int, span: int) -> int:
 
 @_plans
 def _grad_scales_plans(
-    grad_shape: torch.Size, x_shape: torch.Size, weight_strides: tuple[int, int], col_shape: torch.Size,
-    needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
+    grad_shape: torch.Size, x_shape: torch.Size, weight_strides: tuple[int, int], weight_size: int,
+    col_shape: torch.Size, needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str,
+    tiles: linear_configs.Tiles,
 ) -> tuple[Plan, Plan, int]:  # fmt: skip
     """How the scale gradients are cut into partial sums, how these are added up, and how many there are."""
     (count, rows), cols, (groups, rank, _) = grad_shape, x_shape[1], col_shape
@@ -110,9 +111,9 @@ def _grad_scales_plans(
     of_g, blocks = groups * tiles_per_group * tiles_k, cdiv(count, tiles.block_m)
     span = linear_configs.steps_a_program(of_g * blocks, tiles, arch)
     pieces = most_pieces(of_g, blocks, span)
-    strips = cdiv(cols, min(tiles.block_k, linear_configs.PART_COLUMNS))
+    strip = min(tiles.block_k, linear_configs.STRIP_BYTES // weight_size)
     reduction, col_offset, bias_offset, values = plan_reduction(
-        row=(pieces * strips, rows * rank) if need_row else (0, 0),
+        row=(pieces * cdiv(cols, strip), rows * rank) if need_row else (0, 0),
         col=(pieces * tiles_per_group, groups * rank * cols) if need_col else (0, 0),
         bias=(pieces * tiles_k, rows) if need_bias else (0, 0),
     )
@@ -122,7 +123,7 @@ def _grad_scales_plans(
         (col_offset, bias_offset, count, rows, cols, size, span, pieces, *weight_strides),
         {
             "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-            "EVEN_N": size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+            "EVEN_N": size % tiles.block_n == 0, "STRIP": strip, **launch_meta(dtype, precision, tiles),
         },
         ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
     )  # fmt: skip
@@ -142,8 +143,9 @@ def grad_scales_launches(
     """What :func:`rlrr_kernels.ops.linear_launches.grad_scales_launches` gives, by a persistent grid."""
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, reduction, values = _grad_scales_plans(
-        grad_y.shape, x.shape, weight.stride(), scale_col.shape, needs, dtype, precision_of(dtype), arch, tiles
-    )
+        grad_y.shape, x.shape, weight.stride(), weight.itemsize, scale_col.shape, needs, dtype, precision_of(dtype),
+        arch, tiles,
+    )  # fmt: skip
     parts = grad_y.new_empty(values, dtype=accumulate_dtype(dtype))
     outputs = [parts if grad is None else grad for grad in grads]
     return (

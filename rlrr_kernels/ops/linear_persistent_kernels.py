@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlrr_kernels.ops import linear_configs
 from rlrr_kernels.ops.linear_kernels import rescale_factor, scale_part_ptrs, store_scale_parts
-
-PART_COLUMNS = tl.constexpr(linear_configs.PART_COLUMNS)
 
 
 @triton.jit
@@ -30,17 +27,20 @@ def rlrr_linear_fwd_persistent_kernel(
     which the L2 cache holds for every layer of a ViT, so both come from memory once.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    tiles_n = (N // group_size) * tiles_per_group
+    groups = N // group_size
+    tiles_n = groups * tiles_per_group
     blocks = tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0)
-    tiles_here = tl.cdiv(tiles_n * tl.cdiv(M, BLOCK_M) - tile, tl.num_programs(0))
+    programs = tl.num_programs(0)
+    tiles_here = tl.cdiv(tiles_n * tl.cdiv(M, BLOCK_M) - tile, programs)
+    # The tile is counted on from step to step: divisions would be a sixth of a step's instructions.
+    pid_m = tile // tiles_n
+    group = tile % tiles_n // tiles_per_group
+    in_group = tile % tiles_per_group
     block = 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     for _ in range(tiles_here * blocks):
-        pid_n = tile % tiles_n
-        pid_m = tile // tiles_n
-        group = pid_n // tiles_per_group
-        first_n = (pid_n % tiles_per_group) * BLOCK_N
+        first_n = in_group * BLOCK_N
         local_n = first_n + tl.arange(0, BLOCK_N)
         # Rows past the end of a group are the next one's: their results are not stored.
         rows_n = group * group_size + tl.minimum(local_n, group_size - 1)
@@ -65,7 +65,15 @@ def rlrr_linear_fwd_persistent_kernel(
             tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
             acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
             block = 0
-            tile += tl.num_programs(0)
+            in_group += programs % tiles_per_group
+            group += programs % tiles_n // tiles_per_group
+            pid_m += programs // tiles_n
+            if in_group >= tiles_per_group:
+                in_group -= tiles_per_group
+                group += 1
+            if group >= groups:
+                group -= groups
+                pid_m += 1
 
 
 @triton.jit
@@ -80,17 +88,17 @@ def rlrr_linear_bwd_dx_persistent_kernel(
     tiles of K fastest.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    groups = N // group_size
     tiles_k = tl.cdiv(K, BLOCK_K)
-    blocks = (N // group_size) * tiles_per_group
     tile = tl.program_id(0)
-    tiles_here = tl.cdiv(tiles_k * tl.cdiv(M, BLOCK_M) - tile, tl.num_programs(0))
-    block = 0
+    programs = tl.num_programs(0)
+    tiles_here = tl.cdiv(tiles_k * tl.cdiv(M, BLOCK_M) - tile, programs)
+    pid_k = tile % tiles_k
+    pid_m = tile // tiles_k
+    group = 0
+    local_n = 0
     acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-    for _ in range(tiles_here * blocks):
-        pid_k = tile % tiles_k
-        pid_m = tile // tiles_k
-        group = block // tiles_per_group
-        local_n = (block % tiles_per_group) * BLOCK_N
+    for _ in range(tiles_here * groups * tiles_per_group):
         first_n = group * group_size + local_n
         offs_n = first_n + tl.arange(0, BLOCK_N)
         mask_n = local_n + tl.arange(0, BLOCK_N) < group_size
@@ -108,33 +116,40 @@ def rlrr_linear_bwd_dx_persistent_kernel(
         if not EVEN_N:  # rows past the end of a group are the next one's, which has a turn of its own
             factor = tl.where(mask_n[None, :], factor, 0.0)
         acc = tl.dot((w.to(ACC) * factor).to(g.dtype), g.T, acc, input_precision=PRECISION, out_dtype=ACC)
-        block += 1
-        if block == blocks:
+        local_n += BLOCK_N
+        if local_n >= group_size:
+            local_n = 0
+            group += 1
+        if group == groups:
             offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
             dx_ptrs = dx_ptr + offs_m[None, :].to(tl.int64) * K + offs_k[:, None]
             tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_k[:, None] & (offs_m < M)[None, :])
             acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-            block = 0
-            tile += tl.num_programs(0)
+            group = 0
+            pid_k += programs % tiles_k
+            pid_m += programs // tiles_k
+            if pid_k >= tiles_k:
+                pid_k -= tiles_k
+                pid_m += 1
 
 
 @triton.jit
 def _store_in_strips(
     G, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk, pid_k, pid_n, part,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """:func:`store_scale_parts` in strips of PART_COLUMNS columns: W beside a whole wide tile of G takes registers."""
-    if BLOCK_K > PART_COLUMNS:
+    """:func:`store_scale_parts` in strips of STRIP columns: W beside a whole wide tile of G takes registers."""
+    if BLOCK_K > STRIP:
         half: tl.constexpr = BLOCK_K // 2
         left, right = G.reshape(BLOCK_N, 2, half).permute(0, 2, 1).split()
         _store_in_strips(
             left, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
-            2 * pid_k, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, half,
+            2 * pid_k, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, half, STRIP,
         )  # fmt: skip
         _store_in_strips(
             right, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
-            2 * pid_k + 1, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, half,
+            2 * pid_k + 1, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, half, STRIP,
         )  # fmt: skip
     elif pid_k * BLOCK_K < K:
         store_scale_parts(
@@ -147,10 +162,9 @@ def _store_in_strips(
 def _clear_parts(
     parts_ptr, col_offset, bias_offset, N, K, group_size, pid_k, pid_n, part,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Zeros for one part of everything that a tile of G [BLOCK_N, BLOCK_K] adds to."""
-    STRIP: tl.constexpr = BLOCK_K if BLOCK_K < PART_COLUMNS else PART_COLUMNS
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local_n < group_size
@@ -177,7 +191,7 @@ def rlrr_linear_bwd_scales_persistent_kernel(
     stride_wn, stride_wk,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
     EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of ∂s_r = (G ⊙ W) s_cᵀ, ∂s_c = s_rᵀ (G ⊙ W) and ∂b = Σ g; G = gᵀx stays here.
 
@@ -187,7 +201,7 @@ def rlrr_linear_bwd_scales_persistent_kernel(
     next tile are on their way while this one's part is made. A tile has at most ``pieces`` parts; its last program
     clears those it does not have.
 
-    parts, all ACC: [pieces, tiles of PART_COLUMNS of K, N, r] for ∂s_r, at col_offset [pieces, tiles of a group, G, r,
+    parts, all ACC: [pieces, strips of K, N, r] for ∂s_r, at col_offset [pieces, tiles of a group, G, r,
     K] for ∂s_c, at bias_offset [pieces, tiles of K, N] for ∂b: each of the tiles that have a row of N sums g over its
     share of the blocks, from shared memory, while the tensor cores work. Grid: (programs,).
 
@@ -205,37 +219,49 @@ def rlrr_linear_bwd_scales_persistent_kernel(
         for empty in range(tl.program_id(0) - (ending * blocks) // span + 1, pieces):
             _clear_parts(
                 parts_ptr, col_offset, bias_offset, N, K, group_size, ending % tiles_k, ending // tiles_k,
-                tl.cast(empty, tl.int64), RANK, NEED_ROW, NEED_COL, NEED_BIAS, ACC, BLOCK_N, BLOCK_K,
+                tl.cast(empty, tl.int64), RANK, NEED_ROW, NEED_COL, NEED_BIAS, ACC, BLOCK_N, BLOCK_K, STRIP,
             )  # fmt: skip
+    # Counted on from step to step: divisions would be a third of a step's instructions.
     tile = first // blocks
     block = first % blocks
+    turn = block % tiles_k
+    pid_k = tile % tiles_k
+    group = tile // tiles_k // tiles_per_group
+    local_n = (tile // tiles_k % tiles_per_group) * BLOCK_N
     acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     for step in range(first, last):
-        pid_n = tile // tiles_k
-        pid_k = tile % tiles_k
-        group = pid_n // tiles_per_group
-        first_n = (pid_n % tiles_per_group) * BLOCK_N
-        g = g_desc.load([block * BLOCK_M, group * group_size + first_n])
+        g = g_desc.load([block * BLOCK_M, group * group_size + local_n])
         x = x_desc.load([block * BLOCK_M, pid_k * BLOCK_K])
         acc = tl.dot(g.T, x, acc, input_precision=PRECISION, out_dtype=ACC)
-        if NEED_BIAS and block % tiles_k == pid_k:
+        if NEED_BIAS and turn == pid_k:
             total += tl.sum(g.to(ACC), 0)
         if block == blocks - 1 or step == last - 1:
-            mask_n = first_n + lanes_n < group_size
+            mask_n = local_n + lanes_n < group_size
             if not EVEN_N:
                 acc = tl.where(mask_n[:, None], acc, 0.0)
+            pid_n = group * tiles_per_group + local_n // BLOCK_N
             part = (tl.program_id(0) - (step - block) // span).to(tl.int64)
             _store_in_strips(
                 acc, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
-                pid_k, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K,
+                pid_k, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K, STRIP,
             )  # fmt: skip
             if NEED_BIAS:
-                bias_ptrs = parts_ptr + bias_offset + (part * tiles_k + pid_k) * N + group * group_size + first_n
+                bias_ptrs = parts_ptr + bias_offset + (part * tiles_k + pid_k) * N + group * group_size + local_n
                 tl.store(bias_ptrs + lanes_n, total, mask=mask_n)
             acc = tl.zeros((BLOCK_N, BLOCK_K), ACC)
             total = tl.zeros((BLOCK_N,), ACC)
         block += 1
+        turn += 1
+        if turn == tiles_k:
+            turn = 0
         if block == blocks:
             block = 0
-            tile += 1
+            turn = 0
+            pid_k += 1
+            if pid_k == tiles_k:
+                pid_k = 0
+                local_n += BLOCK_N
+                if local_n >= group_size:
+                    local_n = 0
+                    group += 1
