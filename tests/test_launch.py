@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels import backends
+from rlrr_kernels import RLRRLinear, backends
 
 if backends.INTERPRETING or shutil.which("cc") is None:
     pytest.skip("needs Triton's compiler and a C compiler", allow_module_level=True)
@@ -158,7 +158,19 @@ def test_descriptors_are_of_the_tensors_of_each_launch(cuda: FakeCuda):
                 assert parameters[16:20] == [*tensor.shape, *tensor.stride()]
                 parameters = parameters[20:]
             assert parameters[0] == given.tensors[2].data_ptr()
-        assert starts(launch) == 0, "Triton makes the descriptors"
+        assert starts(launch) == 1
+        assert sent(cuda, launch) == sent(cuda, launch, by_triton)
+
+
+def test_a_descriptor_is_of_its_tensors_strides(cuda: FakeCuda):
+    """One plan serves tensors of a shape whatever their strides, which only descriptors know."""
+    (launch, *_), storage = persistent_launches(count=56), torch.zeros(56, 128, dtype=torch.float16)
+    x = storage[:, :96]
+    wide = Launch(launch.plan, (x, *launch.tensors[1:]))
+    for _ in range(2):
+        for given in (launch, wide):
+            assert sent(cuda, given) == sent(cuda, given, by_triton)
+    assert starts(launch) == 2
 
 
 def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
@@ -224,12 +236,28 @@ def leaked(launch: Launch, times: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("times", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_launches_keep_and_lose_no_reference(cuda: FakeCuda, times: int):
-    for launch in [*every_launch(), *norm_launches()]:
+    for launch in [*every_launch(), *norm_launches(), *persistent_launches()]:
         launch.run()
         before = cuda.count
         assert not leaked(launch, times), launch.plan.kernel
         assert cuda.count == before + times
         assert starts(launch) == 1
+
+
+def test_a_whole_call_is_started_past_everything(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    """From the second call on, with launches that were built anew or by Triton as the first had."""
+    monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors stand for a GPU's
+    layer = RLRRLinear(64, 96, dtype=torch.bfloat16)
+    x = torch.zeros(4, 20, 64, dtype=torch.bfloat16, requires_grad=True)
+    with backends.use_backend("triton.one_pass"):
+        launches = []
+        for _ in range(3):
+            before = cuda.count
+            layer(x).sum().backward()
+            launches.append(cuda.count - before)
+            monkeypatch.setattr(launching.Plan, "run", lambda *args: pytest.fail("a launch was built"))
+    assert launches[0] == launches[1] == launches[2] >= 4
+    assert x.grad.shape == x.shape
 
 
 def test_the_installed_triton_is_known():

@@ -4,8 +4,8 @@ Triton's own launcher binds and classifies every argument at every call, 6 to 13
 compiled kernel instead and calls the launcher's C function with it. That is right as long as all that the just-in-time
 compiler specialises on is the same: the numbers and constants are the plan's own, the dtypes are part of the key, and
 pointers that are not all multiples of 16 take Triton's way, as do hooks, debugging, instrumentation, AMD devices (there
-the size of a tensor counts as well), kernels that load by TMA and versions of Triton whose C function is unknown here.
-Environment variables of Triton are read when a kernel is compiled, not at later launches.
+the size of a tensor counts as well) and versions of Triton whose C function is not known here. Environment variables of
+Triton are read when a kernel is compiled, not at later launches.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Plan:
         if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self.run(*tensors)
-        known = self._starts.get((device, *map(_dtype, tensors)))
+        known = self._starts.get(self._key(tensors))
         if known is not None:
             driver, start = known
             pointers = list(map(_address, tensors))
@@ -97,19 +97,26 @@ class Plan:
         if self._direct_from_now_on(tensors):
             start = _make_start(self, compiled)
             if start is not None:
-                self._starts[(device, *map(_dtype, tensors))] = triton.runtime.driver.active, start
+                start = _by_tma(start, tensors[: len(self.blocks)]) if self.blocks else start
+                self._starts[self._key(tensors)] = triton.runtime.driver.active, start
         return None
+
+    def _key(self, tensors: Sequence[Tensor]) -> tuple:
+        """What a kernel depends on beside the plan, and where descriptors are made, what these do beside an address."""
+        key = (tensors[0].get_device(), *map(_dtype, tensors))
+        for tensor in tensors[: len(self.blocks)]:
+            key += (tensor.shape, tensor.stride())
+        return key
 
     def known_start(self, tensors: Sequence[Tensor]) -> StartKernel | None:
         """How the kernel for these tensors is started past Triton; None before it was launched, or if it cannot be."""
-        known = self._starts.get((tensors[0].get_device(), *map(_dtype, tensors)))
+        known = self._starts.get(self._key(tensors))
         return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
 
     def _direct_from_now_on(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the kernel that Triton just launched may be started without it the next time."""
         return (
             _make_start is not None
-            and not self.blocks
             and isinstance(self.kernel, triton.JITFunction)
             and triton.runtime.driver.active.get_current_target().backend == "cuda"
             and not any(tensor.data_ptr() % 16 for tensor in tensors)
@@ -206,6 +213,35 @@ def _make_start_3_7(plan: Plan, compiled: triton.compiler.CompiledKernel) -> Sta
         )  # fmt: skip
 
     return start
+
+
+class _Descriptor:
+    """As much of a ``TensorDescriptor`` of zero padding as Triton's launcher reads, of the memory at an address."""
+
+    __slots__ = ("address", "shape", "strides")
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, address: int, layout: tuple[torch.Size, tuple[int, ...]]) -> None:
+        self.address, (self.shape, self.strides) = address, layout
+
+    @property
+    def base(self) -> _Descriptor:
+        """What has an address."""
+        return self
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
+def _by_tma(start: StartKernel, tensors: Sequence[Tensor]) -> StartKernel:
+    """``start`` with descriptors of the first tensors, which are laid out as ``tensors`` are."""
+    layouts = [(tensor.shape, tensor.stride()) for tensor in tensors]
+
+    def start_by_tma(stream: int, pointers: Sequence[int]) -> None:
+        start(stream, (*map(_Descriptor, pointers, layouts), *pointers[len(layouts) :]))
+
+    return start_by_tma
 
 
 _make_start = {"3.6": _make_start_3_6, "3.7": _make_start_3_7, "3.8": _make_start_3_7, "3.9": _make_start_3_7}.get(
