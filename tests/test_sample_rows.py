@@ -120,6 +120,23 @@ def test_unbiased(prefix: int, share: float):
     assert z_scores(0.8 * estimates, exact).abs().max() > 4.5, "a bias of a fifth would not be seen"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_unbiased_when_compiled(dynamic: bool):
+    """With images. A draw made anew for the backward would pair rows of g with other rows of x."""
+    x, grad_y = token_like(4, 9)
+    layer = make_layer(scale_grad_rows=0.5, prefix_tokens=1)
+    exact = gradients(layer.eval(), x, grad_y)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.train(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for images in (3, 4):  # 3 alone would not show a number of images that the first call left in the graph
+        estimates = []
+        for _ in range(400):
+            layer.zero_grad()
+            compiled(x[:images]).backward(grad_y[:images])
+            estimates.append(torch.cat([layer.scale_row.grad.flatten(), layer.scale_col.grad.flatten()]))
+    assert z_scores(torch.stack(estimates), exact).abs().max() < 4.5
+
+
 def test_two_processes_average_to_the_gradient_of_the_whole_batch():
     """Each has half of the batch and a generator of its own, as DistributedDataParallel's processes do."""
     x, grad_y = token_like(4, 9)
