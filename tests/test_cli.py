@@ -171,7 +171,7 @@ def test_evaluate_names_what_does_not_fit(rlrr, images, tmp_path):
     adapter = tmp_path / "run" / "adapter"
     status, printed = rlrr("evaluate", adapter, "--data", make_images(tmp_path / "fish", {"fish": 2}))
     assert status == 1
-    assert "the class 'fish', which is not among the model's classes: blue, red" in printed
+    assert "classes that the model does not have: 'fish'; it has blue, red" in printed
     tensors = adapter / "adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
     for command in (("evaluate", adapter, "--data", images), ("merge", adapter)):

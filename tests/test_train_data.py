@@ -69,7 +69,7 @@ def test_bad_folders_are_named(tmp_path):
 
 def test_a_class_unknown_to_the_model_is_named(tmp_path):
     make_images(tmp_path, {"cat": 1, "fish": 1})
-    with pytest.raises(ValueError, match="'fish', which is not among the model's classes: cat, dog"):
+    with pytest.raises(ValueError, match="classes that the model does not have: 'fish'; it has cat, dog"):
         find_samples(tmp_path, ("cat", "dog"))
 
 

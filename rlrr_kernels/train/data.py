@@ -78,7 +78,7 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
     unknown = [name for name in found if name not in classes]
     if unknown:
         raise ValueError(
-            f"{folder} holds the class {', '.join(map(repr, unknown))}, which is not among the model's classes: "
+            f"{folder} holds classes that the model does not have: {_shorten([*map(repr, unknown)])}; it has "
             f"{_shorten([*classes])}"
         )
     paths: list[Path] = []
