@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import report
 from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.work import Row, Unit
 from benchmarks.gpu.worker import MakeUnits, Worker
-from rlrr_kernels.ops.tuned_tiles import DIRECTORY_VARIABLE
+from rlrr_kernels import backends
 
 REPORT_SECONDS = 10.0
 """Kept back for the last report."""
+
+TILES_DIRECTORY = "RLRR_CACHE_DIR"
+"""Where :mod:`rlrr_kernels.ops.tuned_tiles`, which needs Triton, looks for tuned tiles."""
 
 START_SECONDS = 180.0
 """In which a process must be ready: it imports torch and the models, and creates its context."""
@@ -40,6 +44,7 @@ class Session:
         self.file = report.RowFile(folder / report.JSON, here)
         (folder / report.TILES).unlink(missing_ok=True)  # an earlier run's tiles are not this one's
         self._worker: Worker | None = None
+        self._ahead: Any = None  # benchmarks.gpu.ahead.Ahead
 
     def add(self, rows: list[Row]) -> None:
         """Keeps rows, in memory and on the disk."""
@@ -53,6 +58,10 @@ class Session:
             RuntimeError: no process gets ready to run units.
         """
         tier = None
+        if self.plan.device == "cuda" and backends.HAS_TRITON:
+            from benchmarks.gpu.ahead import Ahead  # imports Triton
+
+            self._ahead = Ahead()
         for number, unit in enumerate(self.units):
             if unit.tier != tier and tier is not None:
                 self._report(with_pictures=False)
@@ -105,7 +114,7 @@ class Session:
 
     def _start_worker(self) -> None:
         # The user's own tiles are left alone, in both directions.
-        environment = {DIRECTORY_VARIABLE: str(self.folder.resolve())}
+        environment = {TILES_DIRECTORY: str(self.folder.resolve())}
         self._worker = Worker(self.make_units, self.rows, environment)
         try:
             self._worker.wait_until_ready(START_SECONDS)
@@ -138,6 +147,8 @@ class Session:
     def finish(self) -> None:
         """The last report, and the verdicts on the terminal."""
         self._end_worker()
+        if self._ahead is not None:
+            self._ahead.end()
         self.file.close()
         self._report(with_pictures=True)
         for verdict in verdicts(self.rows, self.plan):
