@@ -11,12 +11,13 @@ from functorch.compile import make_boxed_func
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from triton.backends.compiler import GPUTarget
 
-from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, backends
+from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, backends, recompute_activations
 
 
 class Driver:
@@ -45,11 +46,12 @@ class Graphs:
     def __init__(self) -> None:
         self.forward: list[str] = []
         self.backward: list[str] = []
+        self.modules: list[torch.fx.GraphModule] = []
         self.backend = aot_autograd(fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward))
 
-    @staticmethod
-    def _keep(names: list[str]) -> Callable:
+    def _keep(self, names: list[str]) -> Callable:
         def compiler(graph: torch.fx.GraphModule, example_inputs: list) -> Callable:
+            self.modules.append(graph)
             names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
             return make_boxed_func(graph.forward)
 
@@ -75,6 +77,12 @@ def trace(module: nn.Module, sizes: list[tuple[int, ...]], dynamic: bool) -> tup
 
 def count(names: list[str], operator: str) -> int:
     return sum(name.startswith(f"rlrr_kernels.{operator}.") for name in names)
+
+
+def assert_can_be_captured(graphs: Graphs) -> None:
+    """What mode="reduce-overhead" asks before it captures a graph: nothing waits for the device or is marked unsafe."""
+    assert len(graphs.modules) == 2
+    assert [get_first_incompatible_cudagraph_node(module) for module in graphs.modules] == [None, None]
 
 
 class UnderAutocast(nn.Module):
@@ -106,11 +114,19 @@ def test_norm_under_a_scale_and_shift(dynamic: bool):
     trace(NormRescale(nn.LayerNorm(32)), sizes(dynamic, 5, 32), dynamic)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_adapted_model(dynamic: bool):
+@pytest.mark.parametrize(("dynamic", "recompute"), [(False, False), (True, True)])
+def test_adapted_model(dynamic: bool, recompute: bool):
     model = tiny_model("vit").train()
     adapt_model(model, RLRRConfig(recipe="paper"))
+    recompute_activations(model, recompute)
     model, graphs = trace(model, sizes(dynamic, 3, 32, 32), dynamic)
     layers = sum(isinstance(module, RLRRLinear) for module in model.modules())
     assert layers == 8
     assert count(graphs.forward, "linear") == count(graphs.backward, "linear_backward") == layers
+    assert_can_be_captured(graphs)
+
+
+def test_sampled_layer():
+    layer = RLRRLinear(32, 48, groups=3, scale_grad_rows=0.5, prefix_tokens=1).train()
+    _, graphs = trace(layer, sizes(False, 5, 32), False)
+    assert_can_be_captured(graphs)
