@@ -192,7 +192,7 @@ def configurations(kernel: str, dtype: str, rows: int, candidates: bool) -> list
     """What is shipped for M = ``rows``, and if asked for what the tuner would try beside it."""
     x_dtype = DTYPES[dtype][0]
     if not candidates:
-        return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows)]
+        return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows, tma=True)]
     from rlrr_kernels.ops import tuning
 
     return tuning.candidates(kernel, "sm_90", x_dtype, rows)

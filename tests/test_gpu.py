@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +129,59 @@ def test_cuda_graph_capture(backend: str):
     eager = [step(), x.grad, layer.scale_row.grad, layer.scale_col.grad, layer.shift.grad]
     for a, b in zip(captured, eager, strict=True):
         assert torch.equal(a, b)
+
+
+@contextmanager
+def persistent(number: int) -> Iterator[None]:
+    """Makes every kernel take one of its persistent candidates."""
+    from rlrr_kernels.ops import linear_configs, tuned_tiles, tuning
+
+    with ExitStack() as stack:
+        for (kernel, _), candidates in tuning.PERSISTENT_CANDIDATES.items():
+            tiles = linear_configs.Tiles(*candidates[number], schedule="persistent")
+            stack.enter_context(tuned_tiles.only_tiles(kernel, tiles))
+        yield
+
+
+needs_tma = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)),
+    reason="the persistent kernels are for Hopper and Blackwell",
+)
+
+
+@needs_tma
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("shape", [(1576, 2304, 768, 1, 3), (1001, 1200, 784, 1, 3), (61, 768, 3072, 1, 1)], ids=str)
+def test_error_rule_of_persistent_kernels(dtype: torch.dtype, number: int, shape: tuple):
+    with persistent(number):
+        numerics.check_error_rule(
+            partial(rlrr_linear, backend="triton.one_pass"), Case(*shape, dtype=dtype, device="cuda")
+        )
+
+
+@needs_tma
+def test_descriptors_in_a_cuda_graph_and_same_bits():
+    tensors = Case(1576, 2304, 768, 1, 3, dtype=torch.bfloat16, device="cuda").draw(0)
+    leaves = [tensors[name].requires_grad_() for name in ("x", "scale_row", "scale_col", "bias")]
+
+    def step() -> list[torch.Tensor]:
+        y = rlrr_linear(leaves[0], tensors["weight"], *leaves[1:], backend="triton.one_pass")
+        return [y, *torch.autograd.grad(y, leaves, tensors["grad_y"])]
+
+    with persistent(0):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            leaves[0].copy_(torch.randn_like(leaves[0]))
+        graph.replay()
+        for ours, eager in zip([value.clone() for value in captured], step(), strict=True):
+            assert torch.equal(ours, eager)
 
 
 def test_same_input_same_bits():

@@ -57,8 +57,8 @@ def chosen(rows=1576, dtype=torch.bfloat16, arch="sm_90", offset=0, transposed=F
 
 
 def test_the_table_serves_it_where_tma_can_load():
-    assert chosen().schedule == chosen(rows=256).schedule == chosen(arch="sm_100").schedule == "persistent"
-    others = {"rows": 255}, {"dtype": torch.float32}, {"arch": "sm_80"}, {"offset": 1}, {"transposed": True}
+    assert chosen().schedule == chosen(rows=1024).schedule == chosen(arch="sm_100").schedule == "persistent"
+    others = {"rows": 1023}, {"dtype": torch.float32}, {"arch": "sm_80"}, {"offset": 1}, {"transposed": True}
     for changes in (*others, {"tiled": True}):
         assert chosen(**changes).schedule == "tiled", changes
 

@@ -95,6 +95,28 @@ def test_a_compiled_loop_multiplies_and_copies_its_tile(kernel: str, rows: int, 
     assert code.resident >= 1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "most"), [("forward", (256, 128, 64, 8, 3), 0.7), ("grad_scales", (64, 128, 256, 8, 4), 0.3)]
+)
+def test_a_persistent_loop_loads_by_tma_and_has_room_between_its_products(kernel: str, blocks: tuple, most: float):
+    tiles = Tiles(*blocks, schedule="persistent")
+    code = tile_model.compiled(kernel, tiles, "bf16", 4096)
+    assert (code.spills, code.loop.instruction) == (0, "HGMMA")
+    assert code.loop.macs == tiles.block_m * tiles.block_n * tiles.block_k
+    assert code.loop.copied_bytes <= 4 * 1024, "only scales are copied by threads"
+    assert code.loop.issue < most * code.loop.tensor, "divisions back in the loop?"
+    assert code.loop.rare > code.loop.issue, "the end of a tile is in the loop"
+
+
+def test_the_grid_of_a_persistent_kernel():
+    tiles = Tiles(256, 128, 64, 8, 3, schedule="persistent")
+    cut = tile_model.grid("forward", tiles, 12608, 3072, 768, "bf16")
+    assert (cut.programs, cut.ends, cut.trips) == (132, 10, 120)  # 24 x 50 tiles of 12 blocks
+    assert tile_model.grid("grad_x", tiles._replace(block_n=64, block_k=128), 256, 768, 768, "bf16").programs == 6
+    scales = tile_model.grid("grad_scales", Tiles(64, 128, 256, 8, 4, schedule="persistent"), 12608, 3072, 768, "bf16")
+    assert (scales.programs, scales.trips) == (132, 108)  # 24 x 3 tiles of 197 blocks
+
+
 def test_matrix_instructions_of_single_warps_are_counted_as_well():
     code = tile_model.compiled("forward", Tiles(16, 32, 128, 4, 4), "bf16", 16)
     assert (code.loop.instruction, code.loop.macs) == ("HMMA", 16 * 32 * 128)

@@ -106,18 +106,22 @@ PERSISTENT: dict[str, dict[tuple[str, int], Tiles]] = {
     "sm_90": {("grad_scales", 2): Tiles(64, 128, 256, 8, 4, schedule="persistent")},
     "sm_100": {("grad_scales", 2): Tiles(64, 128, 256, 8, 4, schedule="persistent")},
 }
-"""What serves in :data:`TABLE`'s place from TMA_MIN_ROWS rows on, where TMA can load the operands.
+"""What serves in :data:`TABLE`'s place from PERSISTENT_MIN_ROWS on, where TMA can load the operands.
 
 The scale gradients alone. Next to the tiled kernel, by what the compiler made of both for sm_90: a step multiplies 64
 rows of 128 x 256 where that one multiplies 128 x 128, so a product needs a quarter less from the L2 cache, which rules
-both; two thirds of a step's tensor time are free of other instructions; the wait in a step is for the product before;
-g is read no second time for the bias; and no wave is partly idle. ``benchmarks.tile_model`` predicts 92 µs for a 768 to
+both; other instructions fill a quarter of a step's tensor time; the wait in a step is for the product before; g is read
+no second time for the bias; and no wave is partly idle. ``benchmarks.tile_model`` predicts 92 µs for a 768 to
 3072 layer at M = 12,608, where it gives the tiled kernel 139 and the library's gᵀx 110.
 
 Forward and ∂x of many rows are merged and left to the library; their persistent forms are predicted to be level with
 wide tiled ones, so they are left to the tuner. Triton's own warp specialisation is not used: on Hopper its compiler
-fails on a rescaled first operand and on sums over both sides of a tile, or leaves the loop as it is (3.6 and 3.9).
+fails on a rescaled first operand and on sums over both sides of a tile, leaves the loop as it is, or waits for every
+product, depending on the tile (3.6 and 3.9).
 """
+
+PERSISTENT_MIN_ROWS = 1024
+"""Rows from which it is: below, the end of a tile, 2,400 instructions a warp, is too much of its work (predicted)."""
 
 IRREGULAR = {
     ("forward", 2): Tiles(32, 64, 32, 8, 1),
@@ -238,7 +242,7 @@ def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bo
     """
     if not regular and arch != "interpreter":
         return IRREGULAR[kernel, dtype.itemsize]
-    if tma and rows >= TMA_MIN_ROWS and (tiles := PERSISTENT.get(arch, {}).get((kernel, dtype.itemsize))):
+    if tma and rows >= PERSISTENT_MIN_ROWS and (tiles := PERSISTENT.get(arch, {}).get((kernel, dtype.itemsize))):
         return tiles
     entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
