@@ -247,8 +247,8 @@ def test_launches_keep_and_lose_no_reference(cuda: FakeCuda, times: int):
 def test_a_whole_call_is_started_past_everything(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
     """From the second call on, with launches that were built anew or by Triton as the first had."""
     monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors stand for a GPU's
-    layer = RLRRLinear(64, 96, dtype=torch.bfloat16)
-    x = torch.zeros(4, 20, 64, dtype=torch.bfloat16, requires_grad=True)
+    layer = RLRRLinear(64, 96, dtype=torch.float16)
+    x = torch.zeros(4, 20, 64, dtype=torch.float16, requires_grad=True)
     with backends.use_backend("triton.one_pass"):
         launches = []
         for _ in range(3):
