@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import io
-import math
 import statistics
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 
 from benchmarks import compile_report, sass_model
 from benchmarks.common import LAYER_SHAPES
+from benchmarks.gpu import library
 from benchmarks.sass_model import CLOCK_HZ, L2_BYTES_A_CLOCK, L2_CLOCKS, MEMORY_CLOCKS, MULTIPROCESSORS
 from rlrr_kernels.ops import linear_configs, linear_paths
 from rlrr_kernels.ops.linear_configs import KERNELS, Tiles
@@ -158,34 +158,12 @@ def predict(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str, code:
     return Prediction(best + more, likely + more, bound)
 
 
-LIBRARY_TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.87, (64, 256): 0.8, (64, 128): 0.7, (64, 64): 0.5}
-"""Output tiles the library is taken to choose from on Hopper, and the share of its best rate that each reaches."""
-
-
-LIBRARY_AHEAD = 384
-"""Of K, how much a program of the library's is taken to have on its way: six stages of 64."""
-
-
 def library_us(m: int, n: int, k: int, dtype: str) -> float:
-    """Microseconds of the library's product [M, K] by [K, N]: the best of its tiles and splits of K, and a launch.
-
-    Whole waves of tiles, or memory, whichever takes longer; where K is split, a second launch sums fp32 parts.
-    """
-    size = DTYPES[dtype][0].itemsize
-    peak = getattr(linear_configs.PEAKS["sm_90"], linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32"))
-    rate = linear_paths.REACHED_RATE * peak / MULTIPROCESSORS
-    operands, result = size * (m * k + n * k), size * m * n
-    times = []
-    for (a, b), share in LIBRARY_TILES.items():
-        for splits in (1, 2, 4, 8, 16):
-            waves = math.ceil(-(-m // a) * -(-n // b) * splits / MULTIPROCESSORS)
-            busy = waves * 2.0 * a * b * k / splits / (rate * share)
-            if m <= a or n <= b:  # an operand is read once, from memory, LIBRARY_AHEAD of K at a time
-                busy = max(busy, 1e-6 * linear_configs.ARRIVAL_US * (k / splits / LIBRARY_AHEAD - 1))
-            parts = 4 * splits * m * n if splits > 1 else 0
-            time = max(busy, (operands + (parts or result)) / BANDWIDTH) + 1e-6 * linear_configs.KERNEL_US
-            times.append(time + ((parts + result) / BANDWIDTH + 1e-6 * linear_configs.KERNEL_US if parts else 0.0))
-    return 1e6 * min(times)
+    """Microseconds of the library's product [M, K] by [K, N]."""
+    kind = linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32")
+    rate = linear_paths.REACHED_RATE * getattr(linear_configs.PEAKS["sm_90"], kind)
+    launches = library.product(m, n, k, DTYPES[dtype][0].itemsize, BANDWIDTH, rate)
+    return sum(launch.microseconds(BANDWIDTH, rate) for launch in launches)
 
 
 def configurations(kernel: str, dtype: str, rows: int, candidates: bool) -> list[Tiles]:

@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu import gate as gate_module
 from benchmarks.gpu import measure, model, report, steps, targets, units
 from benchmarks.gpu.estimates import ESTIMATES
-from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan, problem_of
+from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from rlrr_kernels import backends
 from rlrr_kernels.ops import linear_configs
 
@@ -364,29 +364,6 @@ def test_verdicts_take_the_worst_case_and_its_bound():
     kept = {"section": "memory", "shape": "fc1", "M": 8, "precision": "bf16", "rival": "auto", "kept_bytes": 0}
     assert verdict([kept | {"alive_bytes": 512}], "kept").text == "not reached"
     assert verdict([kept | {"alive_bytes": 0}], "kept").text == "reached"
-
-
-def test_the_model_charges_what_each_path_moves():
-    problem = problem_of(PLAN, Shape("fc1", 768, 3072), 12608, PRECISIONS["bf16"])
-    m, n, k = 12608, 3072, 768
-    floor = model.model_us("floor", "step", problem, "bf16", CEILINGS)
-    assert math.isclose(floor, 1e6 * 3 * 2 * m * n * k / 8e14)  # the matrix rate rules at this size
-    merge = model.model_us("triton.merge", "step", problem, "bf16", CEILINGS)
-    assert math.isclose(merge - floor, 1e6 * 2 * 2 * 2 * n * k / 4e12)  # W' is written twice, W read twice
-    assert model.model_us("auto", "step", problem, "bf16", CEILINGS) == floor
-    eager = model.model_us("reference", "step", problem, "bf16", CEILINGS)
-    assert math.isclose(eager - floor, 1e6 * 34 * n * k / 4e12)  # the elementwise passes
-    assert model.model_us("dora", "step", problem, "bf16", CEILINGS) is None
-    one = problem_of(PLAN, Shape("fc1", 768, 3072), 1, PRECISIONS["bf16"])
-    few = problem_of(PLAN, Shape("fc2", 3072, 768), 16, PRECISIONS["bf16"])
-    parts = 8 * 16 * 768 * 4  # 12 tiles of 24 steps, in 8 parts of 3
-    whole = 2 * (3072 * 768 + 16 * (3072 + 768))
-    first, total = model.launches("triton.one_pass", "forward", few)
-    assert (first.bytes, total.bytes) == (whole - 2 * 16 * 768 + parts, parts + 2 * 16 * 768)
-    assert total.operations == 0
-    assert len(model.launches("triton.merge", "forward", few)) == 2
-    assert len(model.launches("triton.one_pass", "forward", problem)) == 1
-    assert math.isclose(model.model_us("floor", "forward", one, "bf16", CEILINGS), 1e6 * 2 * (n * k + n + k) / 4e12)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""The bytes-and-operations model: the least time a path can take, from bandwidth and matrix rate as measured here.
+"""The model of every path: what a launch moves and computes, charged at the bandwidth and matrix rate measured here.
 
-Every launch is charged max(bytes / bandwidth, operations / rate), each operand read once and each result written once.
-A time far above its model is launch gaps, occupancy or repeated reads; a target below it is out of reach.
+A launch takes the largest of: bytes over bandwidth, each operand read once and each result written once; operations
+over rate; for the one-pass kernels what their tiles read from the L2 cache; and waits one after another. Idle
+multiprocessors are counted, and a fixed cost of every launch. All else overlaps perfectly: a time far above its model
+is a bad schedule, and a target below it is out of reach. ``python -m benchmarks.gpu.predict`` prints it without a GPU.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.common import Problem
+from benchmarks.gpu import library
 from benchmarks.gpu.estimates import ESTIMATES
-from rlrr_kernels.ops import linear_configs
+from benchmarks.gpu.library import MULTIPROCESSORS, Launch, whole_waves
+from rlrr_kernels.ops import linear_configs, linear_paths
 
 
 class Ceilings(NamedTuple):
@@ -20,86 +24,150 @@ class Ceilings(NamedTuple):
     rates: dict[str, float]
 
 
-class Launch(NamedTuple):
-    """Bytes moved and multiply-add operations (two each) of one launch."""
-
-    bytes: float
-    operations: float
-
+_H200 = linear_configs.PEAKS["sm_90"]
+H200 = Ceilings(
+    linear_paths.REACHED_BANDWIDTH * _H200.bandwidth,
+    {
+        name: linear_paths.REACHED_RATE * peak
+        for name, peak in {"bf16": _H200.half, "fp16": _H200.half, "tf32": _H200.tf32, "fp32": _H200.float32}.items()
+    },
+)
+"""What is taken for an H200 where none has measured."""
 
 ARCHITECTURE = "sm_90"
-"""Whose tiles decide into how many parts a product of few rows is cut."""
+"""Whose tiles and paths are modelled."""
 
-MODELLED = ("floor", "frozen", "merged", "reference", "triton.one_pass", "triton.merge", "torch")
+PART_CLOCKS, CLOCK_HZ = 0.13, 1.755e9
+"""Clocks of a multiprocessor for each value of G that is made partial sums of, read off the sm_90 code."""
+
+MODELLED = ("floor", "frozen", "merged", "reference", "triton.one_pass", "triton.merge", "auto", "torch")
 
 
-def launches(name: str, work: str, problem: Problem, share: float = 1.0) -> list[Launch]:
+class _Layer:
+    """The launches of one problem at given ceilings."""
+
+    def __init__(self, problem: Problem, rate: float, bandwidth: float, tf32: bool) -> None:
+        self.problem, self.rate, self.bandwidth, self.tf32 = problem, rate, bandwidth, tf32
+        self.m, self.n, self.k = problem.rows, problem.out_features, problem.in_features
+        self.size = problem.dtype.itemsize
+        self.weight_dtype = problem.weight_dtype or problem.dtype
+        self.x, self.y, self.half = (
+            self.m * self.k * self.size,
+            self.m * self.n * self.size,
+            self.n * self.k * self.size,
+        )
+        self.weight = self.n * self.k * self.weight_dtype.itemsize
+
+    def library(self, m: int, n: int, k: int) -> list[Launch]:
+        return library.product(m, n, k, self.size, self.bandwidth, self.rate)
+
+    def cast(self) -> list[Launch]:
+        """Autocast's copy of an fp32 W."""
+        return [Launch(self.weight + self.half)] if self.weight != self.half else []
+
+    def product(self, kernel: str, path: str) -> list[Launch]:
+        """y or ∂x: ``library`` with a given W, ``merge`` or ``one_pass``."""
+        of_y = kernel == "forward"
+        if path == "auto":
+            gain = linear_paths.merge_gain(
+                self.m, self.n, self.k, 1, ARCHITECTURE, self.problem.dtype, self.weight_dtype, self.tf32
+            )
+            path = linear_paths.choose_path(gain)
+        if path == "one_pass":
+            return self._one_pass(kernel)
+        merge = [Launch(self.weight + self.half)] if path == "merge" else []
+        return merge + (self.library(self.m, self.n, self.k) if of_y else self.library(self.m, self.k, self.n))
+
+    def _one_pass(self, kernel: str) -> list[Launch]:
+        """As :func:`linear_configs.contraction_splits` cuts it: fp32 parts, then their sum, where it does."""
+        m, n, k, size, weight_size = self.m, self.n, self.k, self.size, self.weight_dtype.itemsize
+        tiles = linear_configs.tiles_for(kernel, ARCHITECTURE, self.problem.dtype, m)
+        bm, bn, bk = tiles[:3]
+        of_m, of_n, of_k = -(-m // bm), -(-n // bn), -(-k // bk)
+        free, steps, contracted = (of_n, of_k, bk) if kernel == "forward" else (of_k, of_n, bn)
+        given, result = (self.x, self.y) if kernel == "forward" else (self.y, self.x)
+        splits = linear_configs.contraction_splits(steps, of_m * free, tiles, ARCHITECTURE)
+        trips = -(-steps // splits)
+        splits = -(-steps // trips)
+        programs = of_m * free * splits
+        moved = bm * contracted * size + bn * bk * weight_size
+        arrival = linear_configs.ARRIVAL_US if of_m == 1 else linear_configs.ARRIVAL_US / 2
+        parts = splits * (result // size) * 4 if splits > 1 else 0
+        whole = Launch(
+            self.weight + given + (parts or result), 2.0 * programs * trips * bm * bn * bk, whole_waves(programs),
+            programs * trips * moved, arrival * max(0.0, trips / max(tiles.stages - 1, 1) - 1),
+        )  # fmt: skip
+        return [whole] + ([Launch(parts + result)] if parts else [])
+
+    def scales(self, share: float) -> list[Launch]:
+        """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
+        tiles = linear_configs.tiles_for("grad_scales", ARCHITECTURE, self.problem.dtype, self.m, tma=share == 1)
+        rows = max(1, round(self.m * share))
+        bm, bn, bk = tiles[:3]
+        of_m, of_n, of_k = -(-rows // bm), -(-self.n // bn), -(-self.k // bk)
+        steps = of_m * of_n * of_k
+        if tiles.schedule == "persistent":  # equal shares of the steps
+            trips = linear_configs.steps_a_program(steps, tiles, ARCHITECTURE)
+            programs = -(-steps // trips)
+            splits = max(1, -(-of_m // trips))
+            idle, ends = trips * MULTIPROCESSORS / steps, programs * (trips / of_m + 1)
+        else:
+            programs = of_n * (of_k + 1)
+            splits = linear_configs.splits_for(rows, tiles, programs, ARCHITECTURE)
+            idle, ends = whole_waves(programs * splits) * (of_k + 1) / of_k, programs * splits
+        parts = 4 * splits * (of_k * self.n + of_n * self.k + self.n)
+        made_us = 1e6 * PART_CLOCKS * bn * bk * ends / MULTIPROCESSORS / CLOCK_HZ
+        operations, through_cache = 2.0 * steps * bm * bn * bk, steps * bm * (bn + bk) * self.size
+        products_us = 1e6 * idle * max(operations / self.rate, through_cache / library.L2_BYTES_A_SECOND)
+        read = share * (self.x + self.y) + self.weight
+        first = Launch(read + parts, operations, idle, through_cache, products_us + made_us)
+        return [first, Launch(parts)]
+
+    def reference(self) -> tuple[list[Launch], list[Launch], list[Launch]]:
+        """Forward, ∂x and scale gradients of the eager formula, kernel by kernel."""
+        w = self.weight
+        merge = [Launch(2 * w), Launch(2 * w), Launch(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
+        gradients = [Launch(3 * w), Launch(w), Launch(2 * w), Launch(3 * w), Launch(w), Launch(self.y)]
+        forward = merge + self.product("forward", "library")
+        scales = self.library(self.n, self.k, self.m) + self.cast() + gradients
+        return forward, self.product("grad_x", "library"), scales
+
+
+def launches(
+    name: str, work: str, problem: Problem, share: float = 1.0, ceilings: Ceilings = H200, precision: str = "bf16"
+) -> list[Launch]:
     """The launches of rival ``name`` for ``work`` ("forward", "step": forward and backward, or "scales").
 
     ``scales`` is the gradient of scales and bias alone, G = gᵀx for the floor; under ``share`` from these rows.
     """
-    m, n, k = problem.rows, problem.out_features, problem.in_features
-    size = problem.dtype.itemsize
-    x, y, half = m * k * size, m * n * size, n * k * size  # half: W in the dtype of the products
-    weight = n * k * (problem.weight_dtype or problem.dtype).itemsize
-    product = 2.0 * m * n * k
-    rescales = name == "triton.one_pass"
-    given = half if name in ("floor", "merged") else weight  # what a product reads when it reads W itself
-    merge = [Launch(weight + half, 0)] if name in ("triton.merge", "torch") else []
-    if name == "frozen" and weight != half:
-        merge = [Launch(weight + half, 0)]  # autocast's copy
-    read = weight if rescales else half if merge else given
-    forward = [*merge, Launch(x + read + y, product)]
-    grad_x = [*merge, Launch(y + read + x, product)]
-    if rescales:
-        forward, grad_x = _in_parts("forward", forward[0], y, problem), _in_parts("grad_x", grad_x[0], x, problem)
-    # The floor writes G where the others read W.
-    scales = [Launch(x + y + (half if name == "floor" else weight), product)]
-    if share < 1:  # rows of x are copied in the forward; the images' means read all of g
-        forward.append(Launch(2 * share * x, 0))
-        scales = [Launch(y + share * x, 0), Launch(share * (x + y) + weight, share * product)]
-    if name == "torch":
-        scales = [Launch(x + y + half, product), Launch(half + 10 * n * k * 4, 0)]  # G, then passes in fp32
+    precision = precision.split("/")[0]
+    layer = _Layer(problem, ceilings.rates[precision], ceilings.bandwidth, precision == "tf32")
     if name == "reference":
-        passes = Launch(7 * weight, 0)  # W ⊙ s_c, ⊙ s_r, + W: two, two and three times W
-        cast = [Launch(weight + half, 0)] if weight != half else []
-        forward = [passes, *cast, Launch(x + half + y, product)]
-        grad_x = [Launch(y + half + x, product)]
-        scales = [Launch(x + y + half, product), *cast, Launch(10 * weight, 0)]
-    if work == "forward":
-        return forward
-    if work == "scales":
-        return scales
-    return forward + grad_x + ([] if name == "frozen" else scales)
-
-
-def _in_parts(kernel: str, whole: Launch, result: int, problem: Problem) -> list[Launch]:
-    """A product as :func:`linear_configs.contraction_splits` cuts it on Hopper: fp32 parts, then their sum."""
-    m, n, k = problem.rows, problem.out_features, problem.in_features
-    tiles = linear_configs.tiles_for(kernel, ARCHITECTURE, problem.dtype, m)
-    of_rows, of_n, of_k = -(-m // tiles.block_m), -(-n // tiles.block_n), -(-k // tiles.block_k)
-    free, contracted = (of_n, of_k) if kernel == "forward" else (of_k, of_n)
-    splits = linear_configs.contraction_splits(contracted, of_rows * free, tiles, ARCHITECTURE)
-    splits = -(-contracted // -(-contracted // splits))
-    if splits == 1:
-        return [whole]
-    parts = splits * m * (n if kernel == "forward" else k) * 4
-    return [Launch(whole.bytes - result + parts, whole.operations), Launch(parts + result, 0)]
+        forward, grad_x, scales = layer.reference()
+    elif name in ("floor", "frozen", "merged"):
+        cast = layer.cast() if name == "frozen" else []
+        forward, grad_x = cast + layer.product("forward", "library"), cast + layer.product("grad_x", "library")
+        scales = layer.library(layer.n, layer.k, layer.m) if name == "floor" else [Launch(layer.y)]  # only ∂b
+    elif name == "torch":
+        forward, grad_x = layer.product("forward", "merge"), layer.product("grad_x", "merge")
+        scales = [*layer.library(layer.n, layer.k, layer.m), Launch(layer.half + 10 * layer.n * layer.k * 4)]
+    else:
+        path = name.removeprefix("triton.")
+        forward, grad_x, scales = layer.product("forward", path), layer.product("grad_x", path), layer.scales(share)
+        if share < 1:  # rows of x are copied in the forward; the images' means read all of g
+            forward, scales = [*forward, Launch(2 * share * layer.x)], [Launch(layer.y + share * layer.x), *scales]
+    return {"forward": forward, "scales": scales, "step": forward + grad_x + scales}[work]
 
 
 def model_us(name: str, work: str, problem: Problem, precision: str, ceilings: Ceilings) -> float | None:
     """Microseconds the model gives rival ``name``; None for a rival that is not modelled.
 
-    ``auto`` and the estimates are the better of two paths; the drawing of an estimate's rows is left out.
+    The drawing of an estimate's rows is left out.
     """
-    paths = ("triton.one_pass", "triton.merge") if name == "auto" or name in ESTIMATES else (name,)
-    if not set(paths) <= set(MODELLED):
+    share = ESTIMATES.get(name, 1.0)
+    path = "auto" if name in ESTIMATES else name
+    if path not in MODELLED:
         return None
-    rate, share = ceilings.rates[precision.split("/")[0]], ESTIMATES.get(name, 1.0)
-    return 1e6 * min(
-        sum(
-            max(launch.bytes / ceilings.bandwidth, launch.operations / rate)
-            for launch in launches(path, work, problem, share)
-        )
-        for path in paths
-    )
+    rate = ceilings.rates[precision.split("/")[0]]
+    found = launches(path, work, problem, share, ceilings, precision)
+    return sum(launch.microseconds(ceilings.bandwidth, rate) for launch in found)

@@ -63,7 +63,8 @@ def _number(value: Any) -> str:
     return str(value)
 
 
-def _table(heads: list[str], lines: list[list[Any]]) -> list[str]:
+def markdown_table(heads: list[str], lines: list[list[Any]]) -> list[str]:
+    """Lines of Markdown, with a blank one behind; "None." without any line."""
     if not lines:
         return ["None.", ""]
     rule = "|" + "---|" * len(heads)
@@ -83,10 +84,11 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += [
         "Times are medians of interleaved runs. Kernel times are replays of a CUDA graph, µs a call; wall times are",
         "eager calls to the end of their work on the device. The model charges each launch the larger of bytes over",
-        "the measured copy bandwidth and operations over the measured matrix rate.", "",
+        "the measured copy bandwidth and operations over the measured matrix rate with idle multiprocessors, and a",
+        "fixed cost.", "",
         "## Targets", "",
     ]  # fmt: skip
-    lines += _table(
+    lines += markdown_table(
         ["target", "verdict", "worst", "bound there", "where", "cases"],
         [
             [v.target, v.text if not plan.tiny else f"meaningless ({v.text})", v.value, v.bound, v.where, v.count]
@@ -94,24 +96,24 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
         ],
     )
     lines += ["## Ceilings measured here", ""]
-    lines += _table(
+    lines += markdown_table(
         ["what", "TB/s", "TFLOP/s"],
         [[r["what"], r.get("TB_per_s"), r.get("TFLOP_per_s")] for r in measured(rows, "ceilings")],
     )
     lines += _layer_tables(rows)
     lines += ["## Host time of one call, µs", ""]
-    lines += _table(
+    lines += markdown_table(
         ["work", "call", "host", "over F.linear"],
         [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
     )
     lines += ["## Memory of one layer and one block, bytes", ""]
     keys = ["shape", "M", "precision", "rival", "kept_bytes", "kept_with_x_bytes", "alive_bytes", "peak_bytes"]
-    lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
+    lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
     lines += ["## Training steps", ""]
     keys = ["model", "batch", "precision", "mode", "rival", "ms", "images_per_s", "peak_bytes", "trained"]
-    lines += _table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
+    lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
-    lines += _table(
+    lines += markdown_table(
         ["arch", "precision", "M x N x K", "row", "µs", "µs of those in use before"],
         [
             [
@@ -123,7 +125,7 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
         ],
     )  # fmt: skip
     lines += ["## From which M merging W' is faster", ""]
-    lines += _table(["shape", "precision", "work", "M"], [list(entry) for entry in merge_crossovers(rows)])
+    lines += markdown_table(["shape", "precision", "work", "M"], [list(entry) for entry in merge_crossovers(rows)])
     lines += ["## Not timed, and why", ""]
     reasons: dict[tuple, int] = {}
     for row in rows:
@@ -132,7 +134,7 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
             what = "" if reason == NO_TIME else next((row[k] for k in _NAMES if row.get(k)), "")
             key = row["section"], what, reason
             reasons[key] = reasons.get(key, 0) + 1
-    lines += _table(["section", "what", "why", "rows"], [[*key, count] for key, count in reasons.items()])
+    lines += markdown_table(["section", "what", "why", "rows"], [[*key, count] for key, count in reasons.items()])
     return "\n".join(lines)
 
 
@@ -160,7 +162,7 @@ def _layer_tables(rows: list[Row]) -> list[str]:
             ]
             tiles = head["tiles"] + (f", {head['compile_mode']}" if head["compile_mode"] else "")
             table.append([head["shape"], head["M"], tiles, *cells, *models])
-        lines += _table(["shape", "M", "tiles", *names, "model: floor", "model: ours"], table)
+        lines += markdown_table(["shape", "M", "tiles", *names, "model: floor", "model: ours"], table)
     return lines
 
 
