@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from implementations import BACKENDS
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear, use_backend
@@ -365,3 +366,11 @@ def bad(**changes):
 def test_bad_input(arguments: dict, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         rlrr_linear(**arguments)
+
+
+def test_tracing_with_symbolic_sizes():
+    layer = RLRRLinear(16, 8)
+    graph = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(4, 16))
+    assert "rlrr_kernels.linear" in graph.code
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(graph(x), layer(x))
