@@ -134,8 +134,10 @@ class Shared:
 class Event:
     """Something under way. ``end`` is what happens when it ends."""
 
+    done = False
+
     def __init__(self, owner: int, kind: str, end: Callable[[], None]) -> None:
-        self.owner, self.kind, self.end, self.done = owner, kind, end, False
+        self.owner, self.kind, self.end = owner, kind, end
 
 
 class Product(Event):
@@ -166,8 +168,9 @@ class _Run:
         self.program, self.programs = program, programs
         self.random = random.Random(f"{seed} {program}")
         # Who is slow is drawn once, so that runs differ by more than jitter.
-        self.pace = {name: self.random.choice((0.02, 1.0, 20.0)) for name in (0, 1, 2, 3, "load", "store", "product")}
+        self.pace = {name: self.random.choice((0.001, 1.0, 20.0)) for name in (0, 1, 2, 3, "load", "store", "product")}
         self.current, self.events = -1, []
+        self.products: dict[int, list[Product]] = {}  # of each partition, those that it has not waited for
         self.unfenced: list[tuple[int, Any]] = []  # what was written or initialised, and by whom, without a fence yet
 
     # ------------------------------------------------ scheduling
@@ -251,19 +254,15 @@ class _Run:
         self.waiting[index] = None
         self.back.release()
 
-    def start(self, event: Event) -> Event:
+    def start(self, event: Event) -> None:
         self.events.append(event)
         self.pause()
-        return event
 
     # ------------------------------------------------ what kernels call
 
     def allocate(self, dtype, shape, layout) -> Shared:
         if layout == "barriers":
-            array = np.empty(shape, object)
-            for place in np.ndindex(*shape):
-                array[place] = Barrier()
-            return Shared(self, array)
+            return Shared(self, np.frompyfunc(lambda _: Barrier(), 1, 1)(np.empty(shape)))
         return Shared(self, np.full(shape, np.nan, dtype))
 
     def init(self, barrier: Barrier, count: int) -> None:
@@ -318,16 +317,19 @@ class _Run:
     def multiply(self, a: Tensor, b: Shared, acc, is_async: bool) -> Product:
         _check(is_async, "products are asynchronous here")
         _check(a.dtype == b.dtype, "operands of two dtypes")
-        return self.start(Product(self, a, b, acc))
+        product = Product(self, a, b, acc)
+        self.products.setdefault(self.current, []).append(product)
+        self.start(product)
+        return product
 
-    def multiply_wait(self, outstanding: int, deps) -> tuple:
-        mine = self.current
-        products = [event for event in self.events if event.kind == "product" and event.owner == mine]
+    def multiply_wait(self, outstanding: int, deps) -> Any:
+        products = self.products.get(self.current, [])
         ending = products[: max(0, len(products) - outstanding)]
+        del products[: len(ending)]
         for product in ending:
             _check(any(dep is product.a for dep in deps), "a product's registers are not among the deps of its wait")
         self.pause(lambda: all(product.done for product in ending), "warpgroup_mma_wait")
-        found = tuple(dep.value if isinstance(dep, Product) and dep.done else dep for dep in deps)
+        found = tuple(dep.value if any(dep is product for product in ending) else dep for dep in deps)
         return found[0] if len(found) == 1 else found
 
     def load(self, pointer: Pointer, mask=True, other=0.0) -> Tensor:
@@ -362,36 +364,30 @@ class Simulation:
             self.names[kernel](**arguments)
 
     def _import(self, name, globals=None, locals=None, fromlist=(), level=0):
-        if not name.startswith("triton"):
-            return builtins.__import__(name, globals, locals, fromlist, level)
-        found = {"gluon": SimpleNamespace(jit=lambda function: function), "language": self._language()}
-        return SimpleNamespace(**found, **self._hopper())
+        return (
+            self._triton() if name.startswith("triton") else builtins.__import__(name, globals, locals, fromlist, level)
+        )
 
-    def _call(self, name: str) -> Callable:
-        return lambda *args, **kwargs: getattr(self.run, name)(*args, **kwargs)
+    def _triton(self) -> SimpleNamespace:
+        """What kernels use of Gluon, all in one place."""
 
-    def _language(self) -> SimpleNamespace:
+        def call(name: str) -> Callable:
+            return lambda *args, **kwargs: getattr(self.run, name)(*args, **kwargs)
+
         layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")
-        return SimpleNamespace(
+        language = SimpleNamespace(
             constexpr=lambda value: value, static_range=range, float32=np.dtype("float32"), int64=np.dtype("int64"),
             program_id=lambda axis: self.run.program, num_programs=lambda axis: self.run.programs,
-            arange=lambda start, end, layout: _tensor(np.arange(start, end)),
-            zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)),
-            expand_dims=lambda value, axis: np.expand_dims(value, axis),
-            load=self._call("load"), allocate_shared_memory=self._call("allocate"),
-            warp_specialize=self._call("specialize"), **dict.fromkeys(layouts, lambda *args: None),
+            arange=lambda start, end, layout: _tensor(np.arange(start, end)), expand_dims=np.expand_dims,
+            zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)), load=call("load"),
+            allocate_shared_memory=call("allocate"), warp_specialize=call("specialize"),
+            **dict.fromkeys(layouts, lambda *args: None),
         )  # fmt: skip
-
-    def _hopper(self) -> dict[str, Any]:
-        barrier = {name: self._call(name) for name in ("init", "expect", "wait", "arrive")}
-        return {
-            "mbarrier": SimpleNamespace(MBarrierLayout=lambda: "barriers", **barrier),
-            "tma": SimpleNamespace(
-                async_load=self._call("load_tile"),
-                async_store=self._call("store_tile"),
-                store_wait=self._call("store_wait"),
-            ),
-            "fence_async_shared": self._call("fence"),
-            "warpgroup_mma": self._call("multiply"),
-            "warpgroup_mma_wait": self._call("multiply_wait"),
-        }
+        barrier = {name: call(name) for name in ("init", "expect", "wait", "arrive")}
+        copies = {"async_load": "load_tile", "async_store": "store_tile", "store_wait": "store_wait"}
+        return SimpleNamespace(
+            gluon=SimpleNamespace(jit=lambda function: function), language=language,
+            mbarrier=SimpleNamespace(MBarrierLayout=lambda: "barriers", **barrier),
+            tma=SimpleNamespace(**{name: call(method) for name, method in copies.items()}),
+            fence_async_shared=call("fence"), warpgroup_mma=call("multiply"), warpgroup_mma_wait=call("multiply_wait"),
+        )  # fmt: skip
