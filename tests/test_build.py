@@ -93,3 +93,12 @@ def test_isolated_builds_ask_for_torch(source):
             [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True, check=True
         )
         assert ("torch" in run.stdout.splitlines()[-1]) == present
+
+
+def test_an_old_setuptools_is_named(source):
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; import build_backend"
+    run = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert run.stderr.strip().endswith(
+        "RuntimeError: building rlrr-kernels needs setuptools >= 77, and 65.5.0 is installed: update it, or leave out "
+        "--no-build-isolation"
+    )
