@@ -5,7 +5,8 @@
 The tensors are tiny and on the CPU; they stand for a GPU's. The Triton backend runs for real, kernels compiled for
 sm_90 and Triton's launcher included, on a CUDA driver that does nothing (``benchmarks/fake_cuda.py``): what is missing
 is the driver's own work, one call a launch, which ``F.linear`` pays on a GPU as well. "by Triton" takes Triton's own
-way to its launcher instead of ours. Variants are interleaved; median and best are printed.
+way to its launcher instead of ours. Where PEFT is installed, its layers are rows too: like F.linear's, their time holds
+the tiny operations themselves. Variants are interleaved; median and best are printed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import triton
 
 from benchmarks.fake_cuda import fake_cuda
+from benchmarks.gpu.rivals import peft_config, peft_module, peft_reason
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear
 from rlrr_kernels.ops import launch
 
@@ -38,13 +40,20 @@ def variants() -> dict[str, Callable[[], torch.Tensor]]:
     bias.requires_grad_()
     scales = layer.scale_row, layer.scale_col
     ours = functools.partial(rlrr_linear, x, weight, *scales, bias, backend="triton.one_pass")
-    return {
+    calls = {
         "F.linear": lambda: F.linear(x, weight, bias),
         "rlrr_linear, torch": lambda: rlrr_linear(x, weight, *scales, bias, backend="torch"),
         "rlrr_linear, triton": ours,
         BY_TRITON: ours,
         "RLRRLinear, triton": lambda: layer(x),
     }
+    if (peft := peft_module()) is not None:
+        for method, label in (("lora", "LoRA r=8"), ("hira", "HiRA r=1")):
+            if peft_reason(method) is None:
+                model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+                adapted = peft.get_peft_model(model, peft_config(method, "0")).base_model.model[0]
+                calls[f"PEFT {label}"] = functools.partial(adapted, x)
+    return calls
 
 
 def by_triton() -> AbstractContextManager:

@@ -111,7 +111,7 @@ def run(tensors: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
 def expected(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
     """The same with no replay."""
     with monkeypatch.context() as without:
-        without.setattr(Replay, "run", lambda replay, tensors: False)
+        without.setattr(Replay, "ready", lambda replay: False)
         return run(tensors, **options)
 
 

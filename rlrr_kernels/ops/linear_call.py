@@ -50,7 +50,7 @@ class Call:
     def forward(self, x: Tensor, weight: Tensor, scale_row, scale_col, bias: Tensor | None) -> Tensor:
         """y [..., N] of an x [..., K] that was cast."""
         replay = self._replays.get("forward")
-        if replay is not None:
+        if replay is not None and replay.ready():
             y = x.new_empty((*x.shape[:-1], weight.shape[0]))
             own = (x, weight, scale_row, scale_col, y) if bias is None else (x, weight, scale_row, scale_col, bias, y)
             if replay.run(own):
@@ -68,7 +68,7 @@ class Call:
         """Those of x, scale_row, scale_col and bias that ``needs`` asks for, as :func:`compute_gradients` has them."""
         key = needs, grad_y.stride(), x is not None and x.stride()
         replay = self._replays.get(key)
-        if replay is not None:
+        if replay is not None and replay.ready():
             need_x, need_row, need_col, need_bias = needs
             grads = (
                 grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x else None,

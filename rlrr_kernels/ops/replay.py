@@ -72,18 +72,20 @@ class Replay:
             or (self._precision is not None and self._precision != torch.get_float32_matmul_precision())
         )
 
-    def run(self, tensors: Sequence[Tensor]) -> bool:
-        """Starts the kernels for ``tensors`` of the recorded layout; False, and none of them, where that is not safe.
-
-        The replay is outdated, launches are watched, another device is current, or a tensor is not aligned.
-        """
+    def ready(self) -> bool:
+        """Whether it may run: it is not outdated, nothing watches launches, and its device is current."""
         device = self._device
-        if (
+        return not (
             self.outdated()
             or launching.watched(*self._kernels)
             or (device >= 0 and device != launching.current_device())
-        ):
-            return False
+        )
+
+    def run(self, tensors: Sequence[Tensor]) -> bool:
+        """Starts the kernels for ``tensors`` of the recorded layout; False, and none of them, where one is not aligned.
+
+        It must be :meth:`ready`.
+        """
         pointers = list(map(_address, tensors))
         if self._scratch:
             scratch = tensors[0].new_empty(self._scratch, dtype=torch.uint8)  # kept until the kernels are in the stream
@@ -91,7 +93,7 @@ class Replay:
             pointers += [base + offset for offset in self._offsets]
         if reduce(operator.or_, pointers) & 15:
             return False
-        stream = self._driver.get_current_stream(device)
+        stream = self._driver.get_current_stream(self._device)
         for start, taken in self._steps:
             start(stream, taken(pointers))
         return True
