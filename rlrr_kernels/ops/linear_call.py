@@ -127,7 +127,7 @@ _calls: dict[tuple, Call] = {}
 def layout_of(x, weight, scale_row, scale_col, bias, residual: bool, backend: str) -> tuple | None:
     """All that an eager call depends on but the values in its tensors.
 
-    None where a scale or a tensor is missing or x or weight is of another type: its sizes may be symbols, without a hash.
+    None where a scale or a tensor is missing, and for an x or weight of another type: its sizes may have no hash.
     """
     if type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES:
         return None
