@@ -297,3 +297,24 @@ def test_scratch_buffers_do_not_overlap(sizes: dict[str, int], buffers: list[int
         assert edges[0] == 0
         assert all(edge % 256 == 0 for edge in edges)
         assert edges == sorted(set(edges))
+
+
+@pytest.mark.parametrize("frozen", [(), ("x", "scale_col")])
+def test_compiled_code_replays_too(recorder: Recorder, frozen: tuple[str, ...]):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda tensors: rlrr_linear(**tensors, backend="triton.one_pass"), backend="aot_eager", fullgraph=True
+    )
+    for seed in range(3):
+        tensors = problem(seed, frozen=frozen)
+        expected = run(tensors)
+        inputs = {name: tensor.detach() for name, tensor in tensors.items() if name != "grad_y"}
+        leaves = {name: inputs[name].requires_grad_() for name in expected if name != "y"}
+        started = len(recorder.started)
+        y = compiled(inputs)
+        y.backward(tensors["grad_y"])
+        if seed > 1:
+            # Forward, the gradient of x where it is wanted, partial sums for the scales and their reduction.
+            assert len(recorder.started) - started >= 3 + (not frozen)
+        for name, value in {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}.items():
+            assert torch.equal(value, expected[name]), name

@@ -1,4 +1,4 @@
-"""``Call``: what eager calls of ``rlrr_linear`` with tensors of the same layout share.
+"""``Call``: what eager calls of ``rlrr_linear``, and those of compiled code, with tensors of the same layout share.
 
 Checks and the choice of kernels depend on types, shapes, strides, dtypes and devices alone and take the host several
 times as long as starting the kernels does. So a layout that was checked once is not checked again, and its kernels are
