@@ -198,6 +198,7 @@ def tune(
     import torch
 
     from rlrr_kernels.ops import tuned_tiles
+    from rlrr_kernels.ops.path_tuning import tune_path
     from rlrr_kernels.ops.tuning import Tuned
     from rlrr_kernels.ops.tuning import tune as run
 
@@ -217,6 +218,14 @@ def tune(
     if rows:
         options["rows"] = rows
     run(dtype=getattr(torch, dtype, dtype), experimental=experimental, report=show, **options)
+    shapes = {name: value for name, value in options.items() if name == "shapes"}
+    merges = tune_path(dtype=getattr(torch, dtype, dtype), **shapes)
+    kept = (
+        f"from {merges.least_gain:.2f} of the modelled gain, kept"
+        if merges.kept
+        else "where the model says, as shipped"
+    )
+    console.print(f"merges: {merges.us:.1f} µs, shipped {merges.shipped_us:.1f} µs: {kept}", highlight=False)
     console.print(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it", highlight=False)
 
 

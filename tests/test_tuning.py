@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops import launch, linear_configs, linear_triton, tuned_tiles, tuning
+from rlrr_kernels.ops import launch, linear_configs, linear_triton, path_tuning, tuned_tiles, tuning
 from rlrr_kernels.ops.linear_configs import Tiles
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +200,7 @@ def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatc
 
 
 def test_candidates_that_spill_or_do_not_fit_are_rejected_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
-    tensors = tuning._draw(tuning.numerics.Case(8, 32, 64))
+    tensors = tuning.draw(tuning.numerics.Case(8, 32, 64))
     huge = Tiles(128, 512, 512, 8, 8)
     monkeypatch.setattr(linear_triton, "device_name", lambda device: "sm_90")
     assert "KiB of shared memory" in tuning.rejection("forward", tensors, "sm_90", huge)
@@ -249,3 +249,63 @@ def test_the_arch_of_the_default_device_has_candidates():
     for kernel in linear_configs.KERNELS:
         for rows in (8, 64, 1576):
             assert len(tuning.candidates(kernel, "sm_90", torch.bfloat16, rows)) > 3
+
+
+# ---------------------------------------------------------------- the path
+
+
+def path_timer(faster_from: int):
+    """A merge takes 5 µs; one pass 1 µs below so many rows, else 9."""
+
+    def microseconds(call) -> float:
+        call()
+        if call.keywords["path"] == "merge":
+            return 5.0
+        return 1.0 if call.args[0].shape[0] < faster_from else 9.0
+
+    return microseconds
+
+
+def path_of(rows: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> str:
+    x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype)
+    return tuned_tiles.path_for("interpreter", x, weight, rank)
+
+
+@needs_interpreter
+def test_the_measured_path_is_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, options = [8, 20, 40, 120], {"dtype": torch.float32, "device": "cpu"}
+    assert (path_of(40), path_of(120)) == ("one_pass", "merge")  # the interpreter merges above 96 rows
+    found = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(30), **options)
+    assert found.kept
+    assert 20 / 96 < found.least_gain < 40 / 96
+    assert round(found.us, 6) < round(found.shipped_us, 6)
+    assert [path_of(count) for count in (20, 40, 120)] == ["one_pass", "merge", "merge"]
+    assert path_of(40, dtype=torch.float16) == "one_pass", "it was measured for float32"
+    assert chosen() == chosen(rows=9)  # the tiles stay
+    monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, "off")
+    tuned_tiles.forget()
+    assert path_of(40) == "one_pass"
+    monkeypatch.delenv(tuned_tiles.SWITCH_VARIABLE)
+    found = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(100), **options)
+    assert not found.kept, "the model's choice was as fast"
+    assert path_of(40) == "one_pass"
+    never = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(10**9), **options)
+    assert never.kept
+    assert path_of(120) == "one_pass"
+    assert path_of(121) == "merge", "what was not measured is the model's"
+    assert path_tuning.tune_path([(32, 64)], rows, timer=path_timer(0), **options).least_gain < 8 / 96
+
+
+@pytest.mark.parametrize("value", [0, -1, "much", None, float("inf")])
+def test_a_least_gain_that_is_none_is_damage(folder: Path, value: object):
+    name = tuned_tiles.path_entry_name("interpreter", "float32")
+    (folder / "tiles.json").write_text(json.dumps({"format": 2, "entries": {name: {"least_gain": value}}}))
+    tuned_tiles.forget()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert path_of(40) == "one_pass"
+
+
+def test_wrong_arguments_of_the_path_are_named():
+    for changes, message in (({"rows": [0]}, "rows must be"), ({"device": "meta"}, "cannot be tuned")):
+        with pytest.raises(ValueError, match=message):
+            path_tuning.tune_path(**({"shapes": [(32, 64)], "rows": [5], "device": "cpu"} | changes))

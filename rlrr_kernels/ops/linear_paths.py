@@ -1,6 +1,7 @@
 """``one_pass`` or ``merge``: when W' in scratch and the library's product beat one pass over W, as pure functions.
 
-Modelled, not measured: datasheet peaks, the shares of them that are reached, and what a kernel costs.
+Modelled, not measured: datasheet peaks, the shares of them that are reached, and what a kernel costs. ``rlrr tune``
+measures on a GPU above which gain a merge is faster there (:mod:`rlrr_kernels.ops.path_tuning`).
 """
 
 from __future__ import annotations

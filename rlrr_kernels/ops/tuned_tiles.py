@@ -77,8 +77,13 @@ def entry_name(gpu: str, kernel: str, precision: str, limit: int) -> str:
     return " | ".join([gpu, f"triton {triton.__version__}", kernel, precision, f"M <= {limit}" if limit else "any M"])
 
 
+def path_entry_name(gpu: str, precision: str) -> str:
+    """The key of the entry that says from which gain a merge is made."""
+    return entry_name(gpu, "path", precision, 0)
+
+
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a file, {} where there is none; each has the fields of :class:`Tiles` and what was measured.
+    """The entries of a file, {} where there is none: fields of :class:`Tiles`, or least_gain, and what was measured.
 
     Raises:
         ValueError: the file is not what the tuner writes.
@@ -90,12 +95,21 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["entries"] if content["format"] in (1, FORMAT) else None
         for entry in (entries or {}).values():
-            _tiles(entry)
+            _value(entry)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if entries is None:
         raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
     return entries
+
+
+def _value(entry: dict[str, Any]) -> Tiles | float:
+    """Tiles, or the least gain of a merge."""
+    if "least_gain" not in entry:
+        return _tiles(entry)
+    if not 0 < float(entry["least_gain"]) < float("inf"):
+        raise ValueError(f"no least_gain: {entry}")
+    return float(entry["least_gain"])
 
 
 def _tiles(entry: dict[str, Any]) -> Tiles:
@@ -134,13 +148,13 @@ def write(path: Path, changes: dict[str, dict[str, Any] | None]) -> None:
 
 
 @functools.cache
-def _entries() -> dict[str, Tiles]:
-    """The tiles of this user, read once."""
+def _entries() -> dict[str, Tiles | float]:
+    """The tiles and least gains of this user, read once."""
     if not enabled():
         return {}
     path = cache_file()
     try:
-        return {name: _tiles(entry) for name, entry in read(path).items()}
+        return {name: _value(entry) for name, entry in read(path).items()}
     except (ValueError, OSError) as error:
         warnings.warn(f"tuned tiles are ignored: {error}", stacklevel=2)
         return {}
@@ -228,13 +242,19 @@ def _choose(
 
 def path_for(arch: str, x: Tensor, weight: Tensor, rank: int) -> str:
     """``one_pass`` or ``merge`` for a product of x [M, K] or g [M, N] and a rescaled weight [N, K]."""
-    return _path(arch, x.dtype, weight.dtype, torch.get_float32_matmul_precision(), x.shape[0], weight.shape, rank)
+    return _path(
+        arch, x.device, x.dtype, weight.dtype, torch.get_float32_matmul_precision(), x.shape[0], weight.shape, rank
+    )
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _path(arch, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank) -> str:
+def _path(arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank) -> str:
     tf32 = matmul_precision != "highest"
-    return linear_paths.choose_path(linear_paths.merge_gain(rows, *weight_shape, rank, arch, dtype, weight_dtype, tf32))
+    gain, least_gain = linear_paths.merge_gain(rows, *weight_shape, rank, arch, dtype, weight_dtype, tf32), 1.0
+    if entries := _entries():
+        name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
+        least_gain = entries.get(name, least_gain)
+    return linear_paths.choose_path(gain, least_gain)
 
 
 def forget() -> None:

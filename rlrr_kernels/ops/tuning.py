@@ -163,7 +163,7 @@ def _one_pass(*args, **kwargs) -> Tensor:
     return rlrr_linear(*args, backend="triton.one_pass", **kwargs)
 
 
-def _microseconds(call: Callable[[], object]) -> float:
+def microseconds(call: Callable[[], object]) -> float:
     """Median time on the GPU, its cache emptied before each call."""
     return 1e3 * triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median")
 
@@ -200,8 +200,10 @@ def tune(
         ValueError: an argument is not one of those above, or Triton cannot run on ``device``.
     """
     device, shapes, rows = torch.device(device), list(shapes), list(rows)
-    _check(shapes, rows, dtype, kernels, device)
-    path, timer = path or tuned_tiles.cache_file(), timer or _microseconds
+    if not kernels or set(kernels) - set(KERNELS):
+        raise ValueError(f"kernels must be of {', '.join(KERNELS)}; got {list(kernels)}")
+    check_problems(shapes, rows, dtype, device)
+    path, timer = path or tuned_tiles.cache_file(), timer or microseconds
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     arch = linear_triton.architecture(device)
@@ -222,15 +224,18 @@ def tune(
     return results
 
 
-def _check(shapes, rows, dtype, kernels, device) -> None:
+def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        ValueError: an argument is not one of :func:`tune`'s, or Triton cannot run on ``device``.
+    """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32; got {dtype}")
     if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
         raise ValueError(f"shapes must be pairs (N, K) of positive numbers; got {shapes}")
     if not rows or min(rows) < 1:
         raise ValueError(f"rows must be positive numbers; got {rows}")
-    if not kernels or set(kernels) - set(KERNELS):
-        raise ValueError(f"kernels must be of {', '.join(KERNELS)}; got {list(kernels)}")
     reason = backends.unavailable("triton", device.type)
     if device.type == "cuda" and not torch.cuda.is_available():
         reason = "there is no CUDA GPU here"
@@ -243,7 +248,7 @@ def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, time
     rejected: dict[Tiles, str] = {}
     logs: dict[Tiles, float] = dict.fromkeys([shipped, *others], 0.0)
     for count, out_features, in_features in problems:
-        tensors = _draw(numerics.Case(count, out_features, in_features, dtype=dtype, device=str(device)))
+        tensors = draw(numerics.Case(count, out_features, in_features, dtype=dtype, device=str(device)))
         for tiles in list(logs):
             if tiles != shipped and (reason := rejection(kernel, tensors, arch, tiles)):
                 rejected[tiles] = reason
@@ -257,6 +262,6 @@ def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, time
     return Tuned(kernel, precision, limit, best, shipped, times[best], times[shipped], rejected)
 
 
-def _draw(case: numerics.Case) -> dict[str, Tensor]:
+def draw(case: numerics.Case) -> dict[str, Tensor]:
     """A problem with its scales as the launches want them."""
     return {name: tensor.detach().contiguous() for name, tensor in case.draw(0).items()}
