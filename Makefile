@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TRITON_3_6 := $(VENV)/triton-3.6
 
-.PHONY: setup test test-all test-gpu lint extension bench sanitize demo demo-seeds evidence
+.PHONY: setup test test-all test-gpu gpu lint extension bench sanitize demo demo-seeds evidence
 
 setup: $(STAMP)
 
@@ -44,6 +44,16 @@ test-all: lint $(TRITON_3_6)
 # What no machine without a CUDA GPU can check; CI has none.
 test-gpu: setup
 	$(PY) -m pytest tests -q -m gpu
+
+# Everything a GPU is needed for in one go: measurements first, then the tests, whose kernels are compiled by then. Takes
+# the packages that PYTHON has and installs nothing: make gpu PYTHON=python3 OUT=results
+OUT ?= results
+MINUTES ?= 8
+gpu:
+	status=0; \
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) || status=1; \
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/test_gpu.py -q || status=1; \
+	exit $$status
 
 # The Triton of torch 2.11, beside the installed one: GPU machines often have an older one.
 $(TRITON_3_6): $(STAMP)

@@ -98,3 +98,24 @@ def test_without_a_gpu_nothing_is_started_and_with_one_it_ends(monkeypatch: pyte
     assert len(started._processes) == 2
     started.end()
     assert all(process.returncode is not None for process in started._processes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "sizes", [(2**21 + 64, 1024, 64), (50_000_000, 16, 16), (64, 64, 2_000_000), (64, 2_000_000, 64)], ids=str
+)
+def test_no_launch_is_larger_than_a_gpu_allows(sizes: tuple[int, int, int], precision: str):
+    rows, in_features, out_features = sizes
+    case = PRECISIONS[precision]
+    launched = []
+    problem = Problem(rows, in_features, out_features, case.dtype, True, "meta")
+    with (
+        mock.patch.object(linear_triton, "architecture", return_value="sm_90"),
+        mock.patch.object(Plan, "run", lambda plan, *tensors: launched.append(plan)),
+    ):
+        for job in ahead.linear_jobs(problem, case, 0.25):
+            job()
+    assert len({plan.kernel.__name__ for plan in launched}) >= 5
+    for plan in launched:
+        assert plan.grid[0] < 2**31, plan.kernel.__name__
+        assert all(size < 2**16 for size in plan.grid[1:]), (plan.kernel.__name__, plan.grid)

@@ -78,7 +78,7 @@ def rlrr_linear_fwd_kernel(
     mask_m = offs_m < M
     rows_m = tl.minimum(offs_m, M - 1)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None] * stride_xk
+    x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     col_ptr += group.to(tl.int64) * RANK * K
     step = tl.full((), BLOCK_K, tl.int64)
@@ -340,13 +340,14 @@ def merge_kernel(
     w_ptr, row_ptr, col_ptr, out_ptr, K, group_size, stride_wn, stride_wk,
     RANK: tl.constexpr, RESIDUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once. Grid: (tiles of K, tiles of N)."""
+    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once. Grid: (tiles of K · tiles of N,), the axis without a limit."""
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    pid_n = tl.program_id(1)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid_n = tl.program_id(0) // tiles_k
     group = pid_n // tiles_per_group
     local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = group * group_size + local_n
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = local_n < group_size
     mask_k = offs_k < K
     mask = mask_n[:, None] & mask_k[None, :]

@@ -252,7 +252,7 @@ def _merge_plan(
         "BLOCK_K": 128,
         "num_warps": 4,
     }
-    grid = (cdiv(cols, meta["BLOCK_K"]), groups * cdiv(rows // groups, meta["BLOCK_N"]))
+    grid = (cdiv(cols, meta["BLOCK_K"]) * groups * cdiv(rows // groups, meta["BLOCK_N"]),)
     return Plan(merge_kernel, grid, (cols, rows // groups, *weight_strides), meta)
 
 
