@@ -69,7 +69,11 @@ def compiled(kernel: str, tiles: Tiles, dtype: str, rows: int) -> Compiled:
     registers, spills = compile_report._nvidia_resources(binary.asm["cubin"])
     shared = binary.metadata.shared
     loop = sass_model.read_loop(binary.asm["sass"], tiles.warps)
-    return Compiled(loop, registers, spills, shared, sass_model.resident(registers, tiles.warps, shared))
+    resident = sass_model.resident(registers, tiles.warps, shared)
+    if tiles.schedule == "gluon" and loop is not None:
+        # Each of two halves of a tile has warps of its own, whose loop does two blocks a trip.
+        loop, resident = loop._replace(stalls=loop.stalls // 2), 1
+    return Compiled(loop, registers, spills, shared, resident)
 
 
 class Grid(NamedTuple):
@@ -101,8 +105,9 @@ def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str) -> Grid:
     free, steps, width = (of_n, of_k, bn) if kernel == "forward" else (of_k, of_n, bk)
     contracted = bk if kernel == "forward" else bn
     moved = bm * contracted * size + bn * bk * weight_size
-    if tiles.schedule == "persistent":
-        programs = min(of_m * free, linear_configs.wave(tiles, "sm_90"))
+    if tiles.schedule != "tiled":
+        running = MULTIPROCESSORS if tiles.schedule == "gluon" else linear_configs.wave(tiles, "sm_90")
+        programs = min(of_m * free, running)
         ends = -(-of_m * free // programs)
         return Grid(programs, ends * steps, moved, ends * bm * width * size, of_m, 1, ends)
     splits = linear_configs.contraction_splits(steps, of_m * free, tiles, "sm_90")
@@ -173,7 +178,7 @@ def configurations(kernel: str, dtype: str, rows: int, candidates: bool) -> list
         return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows, tma=True)]
     from rlrr_kernels.ops import tuning
 
-    return tuning.candidates(kernel, "sm_90", x_dtype, rows)
+    return tuning.candidates(kernel, "sm_90", x_dtype, rows, experimental=True)
 
 
 def table(kernel: str, dtype: str, rows: int, configs: list[Tiles]) -> list[list[str]]:
@@ -248,7 +253,7 @@ def main() -> None:
         "--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="of x, and behind a slash of W"
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 1576, 12608], help="M, rows of x")
-    parser.add_argument("--candidates", action="store_true", help="also what rlrr tune would try")
+    parser.add_argument("--candidates", action="store_true", help="also what rlrr tune --experimental would try")
     parser.add_argument("--trails", action="store_true", help="only by how much a product trails the library's")
     options = parser.parse_args()
     print("Predicted for an H200 from machine code, measured by no GPU; times are µs, likely (best).")

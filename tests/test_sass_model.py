@@ -122,6 +122,18 @@ def test_matrix_instructions_of_single_warps_are_counted_as_well():
     assert (code.loop.instruction, code.loop.macs) == ("HMMA", 16 * 32 * 128)
 
 
+@pytest.mark.parametrize("schedule", [name for name in linear_configs.SCHEDULES if name != "tiled"])
+def test_other_schedules_are_read_as_well(schedule: str):
+    warps = 4 if schedule == "gluon" else 8
+    tiles = Tiles(256, 128, 64, warps, 3, schedule=schedule)
+    code = tile_model.compiled("forward", tiles, "bf16", 4096)
+    assert code.loop.macs == 256 * 128 * 64
+    assert code.loop.copied_bytes <= 4 * 2 * 256  # scales at most: TMA copies the tiles
+    cut = tile_model.grid("forward", tiles, 12608, 3072, 768, "bf16")
+    assert (cut.programs, cut.ends) == (132, 50 * 24 // 132 + 1)
+    assert tile_model.predict("forward", tiles, 12608, 3072, 768, "bf16", code).best_us > 75  # of operations alone
+
+
 def test_predictions_follow_the_problem():
     tiles = linear_configs.tiles_for("forward", "sm_90", tile_model.DTYPES["bf16"][0], 4096)
     code = tile_model.compiled("forward", tiles, "bf16", 4096)
