@@ -1,11 +1,12 @@
 """Bytes that a ViT keeps between forward and backward, counted and measured on a CPU: what each way of training needs.
 
-    python -m benchmarks.activation_bytes [--dim 768] [--heads 12] [--dtype bfloat16]
+    python -m benchmarks.activation_bytes [--dim 768] [--heads 12] [--dtype bfloat16] [--peak]
 
 Measured: all storages that autograd saves, parameters left out, by ``saved_tensors_hooks``. Blocks and tokens are
 varied, so that what belongs to a token of a block, and what belongs to a block whatever it is given, come out apart.
 Counted: a formula for each variant (:func:`counted`). The two are compared; a difference is an error. Under
-``torch.compile``, where Inductor's partitioner chooses what is saved, they are measured alone.
+``torch.compile``, where Inductor's partitioner chooses what is saved, they are measured alone. ``--peak``: instead, the
+most that torch's allocator holds in a step of twelve blocks, AdamW included, beyond what it held before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.common import kept_bytes
+from benchmarks.common import kept_bytes, peak_bytes
 from benchmarks.gpu.rivals import peft_config, peft_module, peft_reason
 from benchmarks.gpu.steps import PEFT_TARGETS, use_reference
 from rlrr_kernels import NormRescale, RLRRConfig, adapt_model, recompute_activations
@@ -105,6 +106,22 @@ def _kept(model: nn.Module, images: int, compiled: bool) -> int:
     return kept_bytes(lambda: forward(x), [x, *model.parameters()])
 
 
+def peak(variant: str, depth: int, dim: int, heads: int, dtype: torch.dtype, images: int) -> int:
+    """Bytes that a step of training takes at most, beyond parameters and what AdamW remembers."""
+    model = build(variant, depth, dim, heads, dtype).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    x = torch.randn(images, 3, 32, 32, dtype=dtype, requires_grad=not trained)
+    labels = torch.zeros(images, dtype=torch.long)
+    optimizer = torch.optim.AdamW(trained or [x], fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x).float(), labels).backward()
+        optimizer.step()
+
+    return peak_bytes(step)
+
+
 def table(dim: int, heads: int, dtype: torch.dtype, compiled: bool = False) -> str:
     """Markdown: bytes of each variant, measured.
 
@@ -133,7 +150,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768, help="width of the model; ViT-B's by default")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and images")
+    parser.add_argument("--peak", action="store_true", help="of a step on 93 images, 1,581 tokens, instead")
     arguments = parser.parse_args()
+    if arguments.peak:
+        for variant in VARIANTS:
+            if variant != "lora" or not peft_reason("lora"):
+                found = peak(variant, 12, arguments.dim, arguments.heads, getattr(torch, arguments.dtype), 93)
+                print(f"{variant}: {found / 2**20:.0f} MiB", flush=True)
+        return
     for compiled in (False, True):
         print(table(arguments.dim, arguments.heads, getattr(torch, arguments.dtype), compiled), end="\n\n")
 

@@ -12,7 +12,7 @@ if backends.INTERPRETING:
 
 pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 
-from benchmarks.activation_bytes import VARIANTS, counted, measured, table
+from benchmarks.activation_bytes import VARIANTS, counted, measured, peak, table
 from benchmarks.gpu.rivals import peft_reason
 
 DIM, HEADS = 48, 3
@@ -38,6 +38,11 @@ def test_recomputed_is_no_more_than_a_frozen_model_keeps():
     tokens = {variant: counted(variant, 768, 12, 2).token for variant in VARIANTS}
     assert tokens["rlrr + mlp + norms"] - tokens["frozen"] == 8  # float32 statistics where plain norms have bfloat16's
     assert tokens["rlrr + mlp + norms"] < tokens["rlrr + mlp"] < tokens["rlrr"] < tokens["lora"] < tokens["reference"]
+
+
+def test_the_peak_of_a_step_falls_by_what_is_not_kept():
+    plain, again, frozen = (peak(v, 2, DIM, HEADS, torch.float32, 32) for v in ("rlrr", "rlrr + mlp + norms", "frozen"))
+    assert frozen < again < plain
 
 
 def test_a_wrong_formula_is_told(monkeypatch: pytest.MonkeyPatch):
