@@ -21,6 +21,7 @@ if backends.INTERPRETING or shutil.which("cc") is None:
 
 import triton
 from triton import knobs
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import host_overhead
@@ -44,7 +45,7 @@ def by_triton(launch: Launch) -> None:
 
 
 def kinds(value: object) -> list[str]:
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | hopper.TensorDescriptor):
         return ["tensordesc", "i32", "i32", "i64", "i64"]  # Triton adds sizes and strides
     if isinstance(value, Tensor):
         return [f"*{value.dtype}"]
@@ -171,6 +172,24 @@ def test_a_descriptor_is_of_its_tensors_strides(cuda: FakeCuda):
         for given in (launch, wide):
             assert sent(cuda, given) == sent(cuda, given, by_triton)
     assert starts(launch) == 2
+
+
+def gluon_launches(count=300, rows=256, cols=384) -> list[Launch]:
+    """The hand-scheduled forward and ∂x."""
+    x, y, weight = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((count, cols), (count, rows), (rows, cols)))
+    row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
+    forward, backward = (Tiles(128, *blocks, 4, 3, schedule="gluon") for blocks in ((128, 64), (64, 128)))
+    return [
+        *linear_schedules.forward_launches(x, weight, row, col, bias, True, y, "sm_90", forward),
+        *linear_schedules.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", backward),
+    ]
+
+
+def test_descriptors_of_gluon_are_the_same(cuda: FakeCuda):
+    for launch, other in zip(gluon_launches(), gluon_launches(), strict=True):
+        for given in (launch, other, launch):
+            assert sent(cuda, given) == sent(cuda, given, by_triton)
+        assert starts(launch) == 1
 
 
 def test_hooks_still_run(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
