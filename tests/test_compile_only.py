@@ -31,6 +31,15 @@ def test_no_configuration_spills_or_misses_the_tensor_cores(arch: str):
     assert {(kernel, dtype) for kernel in linear_configs.KERNELS for dtype in dtypes} <= seen
 
 
+def test_products_of_few_rows_are_compiled_in_parts_and_whole():
+    cases = [case for case in compile_report.linear_cases("sm_90") if case.dtype == "bf16"]
+    for kernel in ("forward", "grad_x"):
+        for limit, tiles in linear_configs.TABLE["sm_90"][kernel, 2][:-1]:
+            metas = [case.launch.plan.meta for case in cases if case.kernel == kernel and f"; {limit} x" in case.config]
+            split = {meta["SPLIT"] for meta in metas if meta["BLOCK_M"] == tiles.block_m}
+            assert split == {True, False}, (kernel, limit)
+
+
 def test_the_report_can_fail():
     row = {"arch": "sm_90", "dtype": "bf16", "spills": 0, "shared_bytes": 9, "uses_dot": True}
     row |= {"shared_bound": None, "tma": None}
