@@ -11,12 +11,14 @@ from pretended_gpu import pretended_gpu
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import layers, measure, report, steps, targets
-from benchmarks.gpu.plan import Plan, Shape, cpu_plan
+from benchmarks.gpu.gate import Gate
+from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
 from benchmarks.gpu.rivals import peft_module
+from benchmarks.gpu.tune import fallback_rows
 from benchmarks.gpu.units import SECTIONS, units_of
 from benchmarks.gpu.worker import Bench
 from rlrr_kernels import backends
-from rlrr_kernels.ops import tuned_tiles
+from rlrr_kernels.ops import linear_configs, tuned_tiles
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETING, reason="the kernels need TRITON_INTERPRET=1 here")
 
@@ -93,3 +95,25 @@ def test_the_copies_that_rotate_are_larger_than_the_cache(gpu):
     size = 4 * (16 * 64 * 2 + 64 * 64)
     assert measure.copies_for(small) == min(measure.MAX_COPIES, -(-2 * (1 << 16) // size))
     assert measure.copies_for(small._replace(rows=100_000)) == 1
+
+
+@pytest.mark.parametrize("reason", [None, "y has an error of 1.0"])
+def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | None, monkeypatch: pytest.MonkeyPatch):
+    gate, seen = Gate(a_plan(False)), []
+
+    def check(kernel, precision, problem):
+        seen.append(dict(tuned_tiles.read(tuned_tiles.cache_file())))  # what the next process finds if this one hangs
+        assert linear_configs.PERSISTENT["sm_90"][kernel, 2] in tuned_tiles._forced.values()
+        return reason
+
+    monkeypatch.setattr(gate, "reason_against_tiles", check)
+    monkeypatch.setattr("rlrr_kernels.ops.linear_triton.architecture", lambda device: "sm_90")
+    rows = fallback_rows(gate.plan, gate, PRECISIONS["bf16"])
+    assert [row["passed"] for row in rows] == [reason is None] * len(seen)
+    assert seen
+    for number, entries in enumerate(seen, 1):
+        assert len(entries) == (1 if reason is None else number)
+        assert all(entry["schedule"] == "tiled" for entry in entries.values())
+    left = tuned_tiles.read(tuned_tiles.cache_file())
+    assert left == ({} if reason is None else seen[-1])
+    assert not fallback_rows(gate.plan, gate, PRECISIONS["fp32"])
