@@ -70,11 +70,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _cpp_failure() -> str | None:
     """Loads the C++ operators; returns why they cannot be used, None when they can."""
     try:
-        importlib.import_module("rlrr_kernels.ops.linear_cpp")
+        importlib.import_module("rlrr_kernels._cpp")
     except ImportError as error:
         if importlib.util.find_spec("rlrr_kernels._cpp") is None:
             return "the C++ extension is not built; installing with RLRR_BUILD_CPP=1 shows what stops it"
         return f"the C++ extension does not load: {error}"
+    importlib.import_module("rlrr_kernels.ops.linear_cpp")  # an error in it is ours, and none to go on with
     return None
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+
+import pytest
+
+from rlrr_kernels import backends
 
 SCRIPT = """
 import json, sys, time
@@ -34,3 +39,10 @@ def test_import_takes_torch_alone_and_no_gpu():
 def test_import_adds_at_most_a_tenth_to_import_torch():
     best = min((measure() for _ in range(5)), key=lambda found: found["ours"])
     assert best["ours"] <= 0.10 * best["torch"], best
+
+
+def test_an_extension_that_was_built_is_used():
+    """Its own tests are skipped without it: one that does not load must not pass for one that nobody built."""
+    if importlib.util.find_spec("rlrr_kernels._cpp") is None:
+        pytest.skip("the C++ extension is not built")
+    assert backends.CPP_FAILURE is None

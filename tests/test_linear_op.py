@@ -261,19 +261,23 @@ def resident_bytes() -> int:
 def test_nothing_the_size_of_the_weight_is_alive_after_the_forward(backend: str, low: torch.dtype | None):
     size = 6144  # a weight of 151 MB, so that allocator noise does not count
     layer = RLRRLinear(size, size, bias=False)
-    x = torch.randn(4, size)
+    x = torch.randn(4, size, requires_grad=True)  # without its gradient nothing would need W' again
 
     def forward() -> torch.Tensor:
-        with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+        with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None), use_backend(backend):
             return layer(x)
+
+    def kept() -> int:
+        before = resident_bytes()
+        y = forward()
+        assert y.requires_grad
+        return resident_bytes() - before
 
     forward().sum().backward()  # thread pools, packed buffers and gradients exist from here on
     layer.zero_grad(set_to_none=False)
-    before = resident_bytes()
-    y = forward()
-    kept = resident_bytes() - before
-    assert y.requires_grad
-    assert kept < layer.weight.nbytes / 10, f"{kept / 1e6:.0f} MB"
+    # The least of a few: the allocator takes pages at times of its own, the layer would keep something at every call.
+    least = min(kept() for _ in range(5))
+    assert least < layer.weight.nbytes / 10, f"{least / 1e6:.0f} MB"
 
 
 @on_every_backend

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlrr_kernels import _cpp  # noqa: F401  (registers torch.ops.rlrr_kernels_cpp)
-from rlrr_kernels.ops.row_sample import RowSample
+
+if TYPE_CHECKING:  # it asks backends.py, which loads this module
+    from rlrr_kernels.ops.row_sample import RowSample
 
 PATHS = {"auto": 0, "one_pass": 1, "panels": 2, "library": 3}
 """``one_pass`` reads W once per few rows, ``panels`` are products on tiles of W' in cache, ``library`` is W' in scratch
