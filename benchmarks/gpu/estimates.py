@@ -42,3 +42,25 @@ def exact_by_sampling(x, weight, scale_row, scale_col, bias=None, *, residual=Tr
     once = rows - rows // 4
     sample = RowSample(torch.cat([order, order[once:]]), once, 0.5)
     return rlrr_linear(x, weight, scale_row, scale_col, bias, residual=residual, scale_grad_rows=sample)
+
+
+def estimate_by_images(x, weight, scale_row, scale_col, bias=None, *, residual=True, backend="auto") -> Tensor:
+    """``rlrr_linear`` with a draw from images and their means, the same at every call with so many rows.
+
+    An estimate: to be compared with itself on another backend. Up to eight images of at least eight rows; exact where
+    there are fewer rows.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows < 8:
+        return rlrr_linear(x, weight, scale_row, scale_col, bias, residual=residual, backend=backend)
+    images = next(count for count in range(8, 0, -1) if rows % count == 0 and (count == 1 or rows // count >= 8))
+    tokens, generator = rows // images, torch.Generator().manual_seed(0)
+    others = tokens - 1
+    drawn = max(2, others // 3)
+    picked = torch.stack([1 + torch.randperm(others, generator=generator)[:drawn] for _ in range(images)])
+    first = torch.arange(0, rows, tokens)
+    index = torch.cat([first, (picked + first[:, None]).flatten()]).to(x.device)
+    sample = RowSample(index, images, (others - 1) / (drawn - 1), images)
+    return rlrr_linear(
+        x, weight, scale_row, scale_col, bias, residual=residual, backend=backend, scale_grad_rows=sample
+    )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Problem
-from benchmarks.gpu.estimates import ESTIMATES, exact_by_sampling
+from benchmarks.gpu.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
 from benchmarks.gpu.guard import GuardedMemory, guarded
 from benchmarks.gpu.measure import explain
 from benchmarks.gpu.plan import Plan, Precision
@@ -31,9 +31,12 @@ from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference
 SAMPLED = "sampled rows"
 """The scale gradients from sampled rows, by a sample that stands for all of them."""
 
+BY_IMAGES = "sampled rows by images"
+"""The same from a draw as training takes it, against the torch path with that draw: an estimate has no exact result."""
+
 MLP, NORM = "mlp", "norm"
 
-CHECKED = ("triton.one_pass", "triton.merge", "torch", SAMPLED, MLP, NORM)
+CHECKED = ("triton.one_pass", "triton.merge", "torch", SAMPLED, BY_IMAGES, MLP, NORM)
 
 _PATHS = ("triton.one_pass", "triton.merge")
 
@@ -41,7 +44,7 @@ CHOICES = {
     "auto": _PATHS,
     "model": (*_PATHS, NORM),
     "recompute": (*_PATHS, NORM, MLP),
-    **dict.fromkeys(ESTIMATES, (*_PATHS, SAMPLED)),
+    **dict.fromkeys(ESTIMATES, (*_PATHS, SAMPLED, BY_IMAGES)),
 }
 """What an implementation stands on that has no kernels of its own; it is as exact as all of these."""
 
@@ -83,6 +86,9 @@ def subject(name: str) -> Subject:
     if name == MLP:
         ours = partial(rlrr_mlp, backend="triton")
         return Subject(partial(_outputs, ours), partial(_outputs, rlrr_mlp_reference), False)
+    if name == BY_IMAGES:
+        torch_path = partial(estimate_by_images, backend="torch")
+        return Subject(partial(_outputs, estimate_by_images), partial(_outputs, torch_path), False)
     sampled = name in (SAMPLED, *ESTIMATES)
     ours = exact_by_sampling if sampled else partial(rlrr_linear, backend=name)
     return Subject(partial(_outputs, ours), partial(_outputs, rlrr_linear_reference), True)
@@ -207,7 +213,7 @@ class Gate:
 
     def _check_cases(self, name: str, precision: Precision) -> str | None:
         backend = "triton" if name in (MLP, NORM) else name
-        reason = None if name == SAMPLED else backends.unavailable(backend, self.plan.device)
+        reason = None if name in (SAMPLED, BY_IMAGES) else backends.unavailable(backend, self.plan.device)
         if reason:
             self._add(name, precision, None, "error rule", None, reason)
             return reason
@@ -217,7 +223,7 @@ class Gate:
                 rows, in_features, out_features, precision.dtype, False, self.plan.device, precision.weight_dtype,
                 rank, groups,
             )  # fmt: skip
-            if rows <= self.plan.rule_rows and name not in (MLP, NORM):
+            if rows <= self.plan.rule_rows and name not in (BY_IMAGES, MLP, NORM):
                 reasons.append(self._check_rule(name, precision, problem))
             reasons.append(self._check_problem(name, precision, problem, "one problem"))
         return next((reason for reason in reasons if reason), None)
@@ -257,7 +263,7 @@ class Gate:
 
     def _triton(self, name: str):
         """Norms and sampled rows have no argument that says who computes them."""
-        chooses = name in (NORM, SAMPLED) and backends.unavailable("triton", self.plan.device) is None
+        chooses = name in (NORM, SAMPLED, BY_IMAGES) and backends.unavailable("triton", self.plan.device) is None
         return backends.use_backend("triton") if chooses else nullcontext()
 
     def _add(self, name, precision, problem, check, passed, reason, seconds=None) -> None:
