@@ -164,9 +164,10 @@ class Rescaled(nn.Module):
         return self._plain(x, weight, bias)
 
     def _total_bias(self) -> Tensor | None:
-        if self.shift is None:
-            return self.bias
-        return self.shift if self.bias is None else self.bias + self.shift
+        bias, shift = self.bias, self.shift  # once each: looking up a parameter costs the host a third of a microsecond
+        if shift is None:
+            return bias
+        return shift if bias is None else bias + shift
 
     @torch.no_grad()
     def merged_bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
