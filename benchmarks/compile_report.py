@@ -126,7 +126,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
                 yield (case := _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes))
                 if case.launch.plan.meta.get("SPLIT"):
                     yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows, *sizes)
-            yield _case(kernel, arch, dtype, tiles, dtypes, rows, rank=4, groups=3)
+                yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=4, groups=3)
             if persistent := configs.PERSISTENT.get(arch, {}).get((kernel, x_dtype.itemsize)):
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096)
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096, rank=4, groups=3)
