@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_gpu import Event
 
 from benchmarks.gpu import gate as gate_module
 from benchmarks.gpu import measure, model, report, steps, targets, units
@@ -206,19 +207,6 @@ class Graph:
 class Stream:
     def wait_stream(self, other: object) -> None:
         pass
-
-
-class Event:
-    """Stands for a CUDA event: one millisecond passes between any two."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        pass
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1.0
 
 
 class Within:
