@@ -27,8 +27,9 @@ lint: $(STAMP)
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,gpu_gate gpu_pretended linear_numerics linear_op mlp_op \
-	norm_rescale persistent recompute replay scale_grad_rows tuning))
+INTERPRETED := $(addprefix tests/benchmarks/test_,$(addsuffix .py,gpu_gate gpu_pretended)) $(addprefix \
+	tests/ops/test_,$(addsuffix .py,linear_numerics linear_op mlp_op norm_rescale persistent recompute replay scale_grad_rows \
+	tuning))
 
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
@@ -64,10 +65,10 @@ $(TRITON_3_6): $(STAMP)
 bench: $(STAMP)
 	mkdir -p benchmarks/results
 	for dtype in float32 bfloat16; do \
-	  $(PY) -m pytest benchmarks/test_linear.py -q --benchmark-only -k $$dtype \
+	  $(PY) -m pytest benchmarks/cpu/test_linear.py -q --benchmark-only -k $$dtype \
 	    --benchmark-json benchmarks/results/linear_cpu_$$dtype.json || exit 1; \
 	done
-	$(PY) -m benchmarks.report benchmarks/results/linear_cpu_*.json \
+	$(PY) -m benchmarks.cpu.report benchmarks/results/linear_cpu_*.json \
 	  --markdown benchmarks/results/linear_cpu.md --picture benchmarks/results/linear_cpu.png
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.

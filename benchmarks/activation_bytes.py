@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.common import kept_bytes, peak_bytes
-from benchmarks.gpu.rivals import peft_config, peft_module, peft_reason
-from benchmarks.gpu.steps import PEFT_TARGETS, use_reference
+from benchmarks.gpu.measurements.baselines import peft_config, peft_module, peft_reason
+from benchmarks.gpu.measurements.steps import PEFT_TARGETS, use_reference
 from rlrr_kernels import NormRescale, RLRRConfig, adapt_model, recompute_activations
 
 LORA_RANK = 8

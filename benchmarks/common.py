@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlrr_kernels import rlrr_linear
-from rlrr_kernels.ops import linear_torch
+from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
 
 LAYER_SHAPES = ((768, 768), (768, 2304), (768, 3072), (3072, 768))

@@ -28,19 +28,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlrr_kernels.ops import (
-    activation_triton,
-    linear_launches,
-    linear_rows_triton,
-    linear_schedules,
-    norm_rescale_triton,
-    row_sample_triton,
-    tuning,
-)
-from rlrr_kernels.ops import linear_configs as configs
-from rlrr_kernels.ops.activation import ACTIVATIONS
-from rlrr_kernels.ops.launch import Launch
-from rlrr_kernels.ops.row_sample import MOST_KEYS, RowSample
+from rlrr_kernels.ops.activation import triton_backward as activation_triton
+from rlrr_kernels.ops.activation.functions import ACTIVATIONS
+from rlrr_kernels.ops.host.launch import Launch
+from rlrr_kernels.ops.linear import tiles as configs
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
+from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
+from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
+from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
+from rlrr_kernels.ops.sampling import triton_draw as row_sample_triton
+from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
+from rlrr_kernels.ops.tuning import tiles as tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

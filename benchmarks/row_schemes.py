@@ -5,7 +5,7 @@
 A gradient of s_r and s_c is a sum over rows of x: a row's part is g ⊙ W (s_c ⊙ x) and x ⊙ Wᵀ (s_r ⊙ g). For DINOv2
 ViT-S/14 on photographs of solar cells these parts are computed for every patch token, and of them the variance of every
 scheme, in closed form where there is one: the total over all scales, beside that of the plain draw. The scheme that was
-taken, the images' means of the drawn rows, is in ``rlrr_kernels/ops/row_sample.py``.
+taken, the images' means of the drawn rows, is in ``rlrr_kernels/ops/sampling/row_sample.py``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from rlrr_kernels import RLRRLinear
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
-from rlrr_kernels.train.data import ImageDataset, find_splits, make_loader
-from rlrr_kernels.train.method_files import load_trained
-from rlrr_kernels.train.task import Task
+from rlrr_kernels.train.data.folders import ImageDataset, find_splits, make_loader
+from rlrr_kernels.train.methods.files import load_trained
+from rlrr_kernels.train.models.task import Task
 
 SIDE = 2
 """One of every SIDE x SIDE patches, or of every SIDE² tokens, is drawn."""

@@ -24,18 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import kept_bytes
-from benchmarks.trial import limited_run
+from benchmarks.evidence.trial import limited_run
 from rlrr_kernels import RLRRLinear, RowSample
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
-from rlrr_kernels.ops.row_sample import sample_rows
-from rlrr_kernels.train.config import TrainConfig
-from rlrr_kernels.train.data import ImageDataset, find_splits, make_loader
+from rlrr_kernels.ops.sampling.row_sample import sample_rows
+from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.data.folders import ImageDataset, find_splits, make_loader
 from rlrr_kernels.train.finetune import ADAPTER, ENVIRONMENT, FinetuneConfig
-from rlrr_kernels.train.grid import METRICS, GridRun, Spread, finished_result, run_grid
-from rlrr_kernels.train.progress import console
-from rlrr_kernels.train.task import load_task
+from rlrr_kernels.train.grid.runs import METRICS, GridRun, Spread, finished_result, run_grid
+from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.output.progress import console
 
 NAME = "scale_grad_rows"
 

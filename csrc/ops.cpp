@@ -1,5 +1,5 @@
 // The operators rlrr_kernels_cpp::linear and ::linear_backward on torch's stable ABI: arguments in, a way chosen,
-// outputs allocated. Their fake and autograd kernels are in rlrr_kernels/ops/linear_cpp.py.
+// outputs allocated. Their fake and autograd kernels are in rlrr_kernels/ops/linear/cpp_backend.py.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

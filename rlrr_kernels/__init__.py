@@ -21,12 +21,11 @@ from rlrr_kernels.nn.additive import AdditiveLinear
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
-from rlrr_kernels.ops.linear import rlrr_linear
+from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.mlp import rlrr_mlp
-from rlrr_kernels.ops.norm_rescale import norm_rescale
-from rlrr_kernels.ops.row_sample import RowSample
-
-__version__ = "0.1.0"
+from rlrr_kernels.ops.norm_rescale.public import norm_rescale
+from rlrr_kernels.ops.sampling.row_sample import RowSample
+from rlrr_kernels.version import __version__
 
 __all__ = [
     "AdaptReport",

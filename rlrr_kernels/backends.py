@@ -75,7 +75,6 @@ def _cpp_failure() -> str | None:
         if importlib.util.find_spec("rlrr_kernels._cpp") is None:
             return "the C++ extension is not built; installing with RLRR_BUILD_CPP=1 shows what stops it"
         return f"the C++ extension does not load: {error}"
-    importlib.import_module("rlrr_kernels.ops.linear_cpp")  # an error in it is ours, and none to go on with
     return None
 
 
@@ -127,6 +126,10 @@ def unavailable(name: str, device_type: str) -> str | None:
     return None
 
 
+def _cpu_level() -> str:
+    return importlib.import_module("rlrr_kernels.ops.linear.cpp_backend").cpu_level()
+
+
 def backend_report() -> dict[str, Any]:
     """What each backend could do on this machine and what ``auto`` chooses, as plain data.
 
@@ -134,7 +137,7 @@ def backend_report() -> dict[str, Any]:
     """
     cuda = torch.cuda.is_available()
     devices = ["cpu"] + (["cuda"] if cuda else [])
-    cpp = None if CPP_FAILURE is not None else importlib.import_module("rlrr_kernels.ops.linear_cpp").cpu_level()
+    cpp = None if CPP_FAILURE is not None else _cpu_level()
     return {
         "torch": torch.__version__,
         "default": default_backend(),

@@ -15,9 +15,9 @@ except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
+from rlrr_kernels.train.config.options import Cpu, takes_options_of
 from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.options import Cpu, takes_options_of
-from rlrr_kernels.train.progress import console, error_console, program
+from rlrr_kernels.train.output.progress import console, error_console, program
 
 app = typer.Typer(
     help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
@@ -35,7 +35,7 @@ BatchSize = Annotated[int, typer.Option(help="Images a step")]
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from rlrr_kernels import __version__
+        from rlrr_kernels.version import __version__
 
         typer.echo(f"rlrr-kernels {__version__}")
         raise typer.Exit
@@ -106,12 +106,12 @@ def evaluate(
     import dataclasses
     import json
 
-    from rlrr_kernels.train.config import TrainConfig
-    from rlrr_kernels.train.data import ImageDataset, check_images, find_samples, make_loader
-    from rlrr_kernels.train.distributed import make_accelerator
+    from rlrr_kernels.train.config.train_config import TrainConfig
+    from rlrr_kernels.train.data.folders import ImageDataset, check_images, find_samples, make_loader
     from rlrr_kernels.train.evaluate import evaluate as score
-    from rlrr_kernels.train.progress import track
-    from rlrr_kernels.train.task import Task, load_task
+    from rlrr_kernels.train.loop.distributed import make_accelerator
+    from rlrr_kernels.train.models.task import Task, load_task
+    from rlrr_kernels.train.output.progress import track
 
     task = Task.of_adapter(adapter)
     folder = data / split if split else data / "test" if (data / "test").is_dir() else data
@@ -147,7 +147,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists")] = False,
 ) -> None:
     """Fold an adapter into its backbone: a plain timm checkpoint, with nothing left to pay at inference."""
-    from rlrr_kernels.train.export import merge_to_file
+    from rlrr_kernels.train.output.export import merge_to_file
 
     output = output or adapter.parent / "merged.safetensors"
     if output.exists() and not overwrite:
@@ -197,10 +197,10 @@ def tune(
     """Measure tiles of the Triton kernels on this GPU and keep those that beat the shipped ones. Takes minutes."""
     import torch
 
-    from rlrr_kernels.ops import tuned_tiles
-    from rlrr_kernels.ops.path_tuning import tune_path
-    from rlrr_kernels.ops.tuning import Tuned
-    from rlrr_kernels.ops.tuning import tune as run
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.tuning.path import tune_path
+    from rlrr_kernels.ops.tuning.tiles import Tuned
+    from rlrr_kernels.ops.tuning.tiles import tune as run
 
     def show(found: Tuned) -> None:
         kept = f"{tuple(found.tiles)}, kept" if found.kept else "the shipped tiles stay"

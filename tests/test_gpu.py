@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.common import Problem
-from benchmarks.gpu.estimates import exact_by_sampling
-from benchmarks.gpu.gate import CHECKED, draw, flaws, subject
+from benchmarks.gpu.correctness.check import CHECKED, draw, flaws, subject
+from benchmarks.gpu.measurements.estimates import exact_by_sampling
 from rlrr_kernels import (
     RLRRConfig,
     RLRRLinear,
@@ -25,7 +25,7 @@ from rlrr_kernels import (
     use_backend,
 )
 from rlrr_kernels.numerics import Case
-from rlrr_kernels.ops.row_sample import sample_rows
+from rlrr_kernels.ops.sampling.row_sample import sample_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -201,7 +201,9 @@ def test_cuda_graph_capture(backend: str):
 @contextmanager
 def persistent(number: int) -> Iterator[None]:
     """Makes every kernel take one of its persistent candidates."""
-    from rlrr_kernels.ops import linear_configs, tuned_tiles, tuning
+    from rlrr_kernels.ops.linear import tiles as linear_configs
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.tuning import tiles as tuning
 
     with ExitStack() as stack:
         for (kernel, _), candidates in tuning.PERSISTENT_CANDIDATES.items():
@@ -310,7 +312,10 @@ def test_compiled_model(mode: str):
 
 
 def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rlrr_kernels.ops import linear_configs, linear_triton, tuned_tiles, tuning
+    from rlrr_kernels.ops.linear import tiles as linear_configs
+    from rlrr_kernels.ops.linear import triton_backend as linear_triton
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.tuning import tiles as tuning
 
     monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
     tuned_tiles.forget()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.session.work import Row
 from benchmarks.gpu.targets import layer_groups, measured, merge_crossovers, time_of, verdicts
-from benchmarks.gpu.work import Row
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 TILES = "tiles.json"
-"""The tuner's winners, as :mod:`rlrr_kernels.ops.tuned_tiles` reads them."""
+"""The tuner's winners, as :mod:`rlrr_kernels.ops.tuning.store` reads them."""
 PICTURES = ("gpu_layers.png", "gpu_memory.png", "gpu_steps.png")
 
 NO_TIME = "no time left"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.work import Row
+from benchmarks.gpu.session.work import Row
 
 FEW_ROWS = 64
 WIDE_WEIGHT_BYTES = 64e6

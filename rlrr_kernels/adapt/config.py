@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from rlrr_kernels.nn.rescaled import INITS, check_sides
-from rlrr_kernels.ops.arguments import MAX_RANK
+from rlrr_kernels.ops.checks import MAX_RANK
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
-from rlrr_kernels.ops.row_sample import check_fraction
+from rlrr_kernels.ops.sampling.row_sample import check_fraction
 
 SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""

@@ -13,7 +13,7 @@ from rlrr_kernels.adapt.report import describe_keys
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.rescaled import Rescaled
-from rlrr_kernels.ops.norm_rescale import fold_norm
+from rlrr_kernels.ops.norm_rescale.public import fold_norm
 
 
 @dataclasses.dataclass(frozen=True)

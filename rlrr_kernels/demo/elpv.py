@@ -6,7 +6,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from rlrr_kernels.train.data import stratified_split
+from rlrr_kernels.train.data.folders import stratified_split
 
 CLASSES = ("functional", "defective")
 TEST_FRACTION = 0.25

@@ -16,16 +16,16 @@ from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
-from rlrr_kernels.train import checkpoint
-from rlrr_kernels.train.config import TrainConfig
-from rlrr_kernels.train.data import ImageDataset, find_splits
-from rlrr_kernels.train.export import logits, merge_to_file
+from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.data.folders import ImageDataset, find_splits
 from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune
-from rlrr_kernels.train.model import create_model
-from rlrr_kernels.train.plot import learning_curve
-from rlrr_kernels.train.probe import ProbeResult, linear_probe
-from rlrr_kernels.train.progress import console, program, track
-from rlrr_kernels.train.task import load_task
+from rlrr_kernels.train.loop import checkpoint
+from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
+from rlrr_kernels.train.models.backbones import create_model
+from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.output.export import logits, merge_to_file
+from rlrr_kernels.train.output.plot import learning_curve
+from rlrr_kernels.train.output.progress import console, program, track
 
 DEFAULT_LRS = (1e-3, 3e-3)
 """Both are trained in full; the validation images choose."""

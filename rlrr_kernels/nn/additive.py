@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.rescaled import Rescaled
-from rlrr_kernels.ops.arguments import autocast_input
-from rlrr_kernels.ops.linear_torch import accumulate_dtype
+from rlrr_kernels.ops.checks import autocast_input
+from rlrr_kernels.ops.dtypes import accumulate_dtype
 
 
 class AdditiveLinear(Rescaled):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.rescaled import Rescaled
-from rlrr_kernels.ops import linear_torch
-from rlrr_kernels.ops.linear import rlrr_linear
-from rlrr_kernels.ops.row_sample import RowSample, check_fraction, sample_rows
+from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from rlrr_kernels.ops.linear.public import rlrr_linear
+from rlrr_kernels.ops.sampling.row_sample import RowSample, check_fraction, sample_rows
 
 
 class RLRRLinear(Rescaled):

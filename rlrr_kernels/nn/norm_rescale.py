@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.ops.norm_rescale import fold_norm, norm_rescale
+from rlrr_kernels.ops.norm_rescale.public import fold_norm, norm_rescale
 
 SSF_INITS = ("paper", "identity")
 

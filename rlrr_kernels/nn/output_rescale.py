@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
-from rlrr_kernels.ops.norm_rescale import fold_norm
+from rlrr_kernels.ops.norm_rescale.public import fold_norm
 
 
 class OutputRescale(nn.Module):

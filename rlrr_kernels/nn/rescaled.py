@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.ops.arguments import MAX_RANK
+from rlrr_kernels.ops.checks import MAX_RANK
 
 INITS = ("paper", "identity", "normal")
 SIDES = ("both", "left", "right")

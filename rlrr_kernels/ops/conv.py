@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlrr_kernels.ops import linear_torch
-from rlrr_kernels.ops.arguments import MAX_RANK, autocast_input, check_dtypes
+from rlrr_kernels.ops.checks import MAX_RANK, autocast_input, check_dtypes
+from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.linear import torch_backend as linear_torch
 
 CONV_LAYOUTS = ("out,in*kh*kw", "out*kh,in*kw")
 """How a kernel [out, in, kh, kw] is seen as a matrix W: which of its axes index the rows, and which the columns."""
@@ -140,7 +141,7 @@ def _check(x, weight, scale_row, scale_col, bias, groups: int, layout: str) -> N
 
 def _formula(x, weight, scale_row, scale_col, bias, options, layout, residual) -> Tensor:
     """The same in operations that compilers and transforms see through, one pair of vectors at a time."""
-    wide = linear_torch.accumulate_dtype(weight.dtype)
+    wide = accumulate_dtype(weight.dtype)
     row, col = scale_row.to(wide), scale_col[0].to(wide)
     factor = float(residual) + row[:, :1] * col[:1]
     for j in range(1, row.shape[1]):
@@ -172,7 +173,7 @@ class _Conv2d(torch.autograd.Function):
         x, weight, scale_row, scale_col = ctx.saved_tensors
         (stride, padding, dilation, groups), layout, residual, x_shape, bias_dtype = ctx.settings
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
-        wide = linear_torch.accumulate_dtype(grad_y.dtype)
+        wide = accumulate_dtype(grad_y.dtype)
         grad_x = grad_row = grad_col = grad_bias = None
         with torch._C._DisableAutocast():
             if need_x or need_row or need_col:

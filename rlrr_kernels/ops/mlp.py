@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.activation import check_name
-from rlrr_kernels.ops.arguments import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
-from rlrr_kernels.ops.linear import checked_linear
+from rlrr_kernels.ops.activation.functions import check_name
+from rlrr_kernels.ops.checks import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
+from rlrr_kernels.ops.linear.public import checked_linear
 from rlrr_kernels.ops.recompute import recipe_of
-from rlrr_kernels.ops.row_sample import RowSample, check_sample
+from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
 
 def rlrr_mlp(

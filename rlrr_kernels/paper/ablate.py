@@ -10,7 +10,7 @@ from typing import Any
 
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.grid import GridRun, Spread, run_grid
+from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 
 NAME = "ablation"
 """Of the files that hold the tables."""
@@ -108,7 +108,7 @@ def ablate(
         The tables as Markdown.
 
     Raises:
-        ValueError, OSError: as for :func:`select_variants` and :func:`rlrr_kernels.train.grid.run_grid`.
+        ValueError, OSError: as for :func:`select_variants` and :func:`rlrr_kernels.train.grid.runs.run_grid`.
     """
     variants = select_variants(studies)
     grid = [

@@ -42,9 +42,9 @@ from rlrr_kernels.adapt.files import differences, read_adapter, write_together
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.model import apply_adaptation, plan_adaptation, planned_shapes
 from rlrr_kernels.paper.data import preprocessing
-from rlrr_kernels.paper.settings import dataset_settings
-from rlrr_kernels.train.model import HUB, NO_WEIGHTS, create_model
-from rlrr_kernels.train.task import Task
+from rlrr_kernels.paper.hyperparameters import dataset_settings
+from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
+from rlrr_kernels.train.models.task import Task
 
 CONFIG = RLRRConfig(recipe="paper")
 """How a ViT is adapted that such a file fits."""
@@ -235,8 +235,8 @@ def import_adapter(
     Args:
         file: theirs.
         out: the adapter folder.
-        model, weights, image_size: the backbone, see :func:`rlrr_kernels.train.model.create_model`; its weights are not
-            kept, but a sample of them, by which others are told apart.
+        model, weights, image_size: the backbone, see :func:`create_model`; its weights are
+            not kept, but a sample of them, by which others are told apart.
         dataset: one of the paper's, whose transform is written down; None: timm's for these weights.
         classes: names in label order; None: their numbers.
         names: see :func:`load_authors_tensors`.

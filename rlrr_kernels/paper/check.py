@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rlrr_kernels.paper.data import read_listings, split_note
-from rlrr_kernels.paper.settings import BENCHMARKS, DatasetSettings, dataset_names, dataset_settings, selected_datasets
-from rlrr_kernels.train.data import unreadable_images
+from rlrr_kernels.paper.hyperparameters import (
+    BENCHMARKS,
+    DatasetSettings,
+    dataset_names,
+    dataset_settings,
+    selected_datasets,
+)
+from rlrr_kernels.train.data.folders import unreadable_images
 
 
 @dataclasses.dataclass(frozen=True)

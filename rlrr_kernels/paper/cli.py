@@ -10,9 +10,9 @@ import typer
 from rich.table import Column, Table
 
 from rlrr_kernels.paper.reproduce import ReproduceConfig
-from rlrr_kernels.train.model import HUB
-from rlrr_kernels.train.options import Cpu, ImageSize, ModelName, Weights, split_names, takes_options_of
-from rlrr_kernels.train.progress import console, program, track
+from rlrr_kernels.train.config.options import Cpu, ImageSize, ModelName, Weights, split_names, takes_options_of
+from rlrr_kernels.train.models.backbones import HUB
+from rlrr_kernels.train.output.progress import console, program, track
 
 data_app = typer.Typer(help="The paper's datasets: VTAB-1k and FGVC.", no_args_is_help=True)
 
@@ -68,8 +68,8 @@ def prepare(
 ) -> None:
     """Make datasets from torchvision's, in the same layout, where the published archives are not at hand."""
     from rlrr_kernels.paper.data import split_note
+    from rlrr_kernels.paper.hyperparameters import dataset_settings
     from rlrr_kernels.paper.prepare import prepare_dataset
-    from rlrr_kernels.paper.settings import dataset_settings
 
     for settings in [dataset_settings(name) for name in dataset]:
         folder = prepare_dataset(
@@ -88,8 +88,8 @@ def prepare(
 def list_datasets() -> None:
     """Print the paper's datasets, their settings, and which of them rlrr data prepare can make."""
     from rlrr_kernels.paper.data import augmentation
+    from rlrr_kernels.paper.hyperparameters import DATASETS
     from rlrr_kernels.paper.prepare import TORCHVISION
-    from rlrr_kernels.paper.settings import DATASETS
 
     columns = ("dataset", "group", "classes", "lr", "wd", "drop", "augment", "prepare")
     table = Table(*(Column(name, no_wrap=True) for name in columns), box=None, pad_edge=False)
@@ -160,7 +160,7 @@ def reproduce(
             raise ValueError("--at-once and --job are settings of jobs; give --cluster too")
         results = run(config)
     else:
-        from rlrr_kernels.train.cluster import job_parameters, submit_grid
+        from rlrr_kernels.train.grid.cluster import job_parameters, submit_grid
 
         parameters = job_parameters(job or ())
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
@@ -202,9 +202,9 @@ def ablate(
     """
     from rlrr_kernels.paper.ablate import NAME, STUDIES, seed_runs
     from rlrr_kernels.paper.ablate import ablate as run
+    from rlrr_kernels.paper.hyperparameters import SEED
     from rlrr_kernels.paper.reproduce import grid_runs
-    from rlrr_kernels.paper.settings import SEED
-    from rlrr_kernels.train.config import TrainConfig
+    from rlrr_kernels.train.config.train_config import TrainConfig
     from rlrr_kernels.train.finetune import FinetuneConfig
 
     if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):

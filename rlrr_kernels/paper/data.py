@@ -7,9 +7,9 @@ import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-from rlrr_kernels.paper.settings import DatasetSettings
-from rlrr_kernels.train.data import Samples, first_lines
-from rlrr_kernels.train.preprocessing import Preprocessing
+from rlrr_kernels.paper.hyperparameters import DatasetSettings
+from rlrr_kernels.train.data.folders import Samples, first_lines
+from rlrr_kernels.train.data.preprocessing import Preprocessing
 
 SPLITS = ("honest", "paper")
 """``honest``: the epoch is chosen on validation images and the test images are scored once. ``paper``: as the authors
@@ -45,7 +45,7 @@ def load_splits(root: str | Path, settings: DatasetSettings, split: str = "hones
 
     Args:
         root: holds one folder a dataset.
-        settings: of the dataset, see :func:`rlrr_kernels.paper.settings.dataset_settings`.
+        settings: of the dataset, see :func:`rlrr_kernels.paper.hyperparameters.dataset_settings`.
         split: ``honest`` gives train, val and test: VTAB-1k's 800, 200 and test images, FGVC's three files. ``paper``
             gives train (those two together) and test.
 

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from rlrr_kernels.paper.data import SOURCE
-from rlrr_kernels.paper.settings import DatasetSettings
+from rlrr_kernels.paper.hyperparameters import DatasetSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rlrr_kernels.paper.settings import GROUPS, dataset_names
+from rlrr_kernels.paper.hyperparameters import GROUPS, dataset_names
 
 
 @dataclasses.dataclass(frozen=True)

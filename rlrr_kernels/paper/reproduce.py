@@ -20,15 +20,15 @@ from rlrr_kernels.paper.data import (
     read_listings,
     split_note,
 )
+from rlrr_kernels.paper.hyperparameters import SEED, DatasetSettings, selected_datasets
 from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, remove_partial, write_results
-from rlrr_kernels.paper.settings import SEED, DatasetSettings, selected_datasets
-from rlrr_kernels.train.config import TrainConfig
-from rlrr_kernels.train.data import first_lines
+from rlrr_kernels.train.config.presets import paper_train_config
+from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.data.folders import first_lines
 from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.grid import GridRun, run_grid
-from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name
-from rlrr_kernels.train.presets import paper_train_config
-from rlrr_kernels.train.progress import console
+from rlrr_kernels.train.grid.runs import GridRun, run_grid
+from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name
+from rlrr_kernels.train.output.progress import console
 
 RUNS = "runs"
 """Where the run folders lie, in the folder of a reproduction."""
@@ -100,12 +100,12 @@ def reproduce(
 ) -> dict[str, TaskResults]:
     """Does every run that is not done yet, the first seed of all tasks first; the same call goes on with a stopped one.
 
-    Each run is one of :func:`rlrr_kernels.train.grid.run_grid`: killed at any moment, no finished epoch is lost. The
+    Each run is one of :func:`run_grid`: killed at any moment, no finished epoch is lost. The
     results file of a task is replaced in one step after each of its runs.
 
     Args:
         config: what to reproduce.
-        grid: does the runs: ``run_grid``, or :func:`rlrr_kernels.train.cluster.submit_grid` with its settings.
+        grid: does the runs: ``run_grid``, or :func:`rlrr_kernels.train.grid.cluster.submit_grid` with its settings.
         quiet: print nothing.
 
     Returns:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.paper.settings import dataset_names
+from rlrr_kernels.paper.hyperparameters import dataset_names
 
 FOLDER = "results"
 """Where the files lie, in the folder of a reproduction."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 import rlrr_kernels
 from rlrr_kernels import backends
-from rlrr_kernels.train.environment import versions
+from rlrr_kernels.train.output.environment import versions
 
 
 def report() -> list[Table]:

@@ -18,18 +18,17 @@ from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
 from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
-from rlrr_kernels.train import checkpoint
-from rlrr_kernels.train.board import require_tensorboard
-from rlrr_kernels.train.config import TrainConfig
-from rlrr_kernels.train.config_file import write_config
-from rlrr_kernels.train.data import ImageDataset, Samples, check_images, find_splits, make_loader
-from rlrr_kernels.train.distributed import from_main, make_accelerator
-from rlrr_kernels.train.drop import check_drop, set_drop
-from rlrr_kernels.train.environment import add_session, environment
+from rlrr_kernels.train.config.files import write_config
+from rlrr_kernels.train.config.settings import settings_of
+from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.data.folders import ImageDataset, Samples, check_images, find_splits, make_loader
+from rlrr_kernels.train.data.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.evaluate import Scores, evaluate
-from rlrr_kernels.train.loop import fit
-from rlrr_kernels.train.method_files import save_trained
-from rlrr_kernels.train.methods import (
+from rlrr_kernels.train.loop import checkpoint
+from rlrr_kernels.train.loop.distributed import from_main, make_accelerator
+from rlrr_kernels.train.loop.fit import fit
+from rlrr_kernels.train.loop.record import FitResult
+from rlrr_kernels.train.methods.baselines import (
     METHODS,
     TITLES,
     Baseline,
@@ -39,13 +38,14 @@ from rlrr_kernels.train.methods import (
     optimizer_groups,
     recipe_of,
 )
-from rlrr_kernels.train.model import HUB, NO_WEIGHTS, check_model_name, create_model
-from rlrr_kernels.train.plot import learning_curve
-from rlrr_kernels.train.preprocessing import AUGMENTATIONS, Preprocessing
-from rlrr_kernels.train.progress import console, track
-from rlrr_kernels.train.record import FitResult
-from rlrr_kernels.train.settings import settings_of
-from rlrr_kernels.train.task import Task
+from rlrr_kernels.train.methods.files import save_trained
+from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name, create_model
+from rlrr_kernels.train.models.drop import check_drop, set_drop
+from rlrr_kernels.train.models.task import Task
+from rlrr_kernels.train.output.board import require_tensorboard
+from rlrr_kernels.train.output.environment import add_session, environment
+from rlrr_kernels.train.output.plot import learning_curve
+from rlrr_kernels.train.output.progress import console, track
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,7 +84,7 @@ class FinetuneConfig:
         image_size: pixels; None: what the weights were made for.
         preprocessing: of the images, in place of what the weights were made for.
         method: ``rlrr``, or one to compare it with: ``probe``, ``full``, ``bias``, ``ssf``, ``lora``, ``dora`` or
-            ``hira`` (:mod:`rlrr_kernels.train.methods`). Every method starts with a head of zeros.
+            ``hira`` (:mod:`rlrr_kernels.train.methods.baselines`). Every method starts with a head of zeros.
         recipe: of RLRR: ``paper`` is all of the paper's recipe, ``layers`` the linear layers alone, ``auto`` the first
             where it is defined for the model.
         rank: of the adapter; None: 1 (the paper's) for rlrr, 8 for lora and dora (alpha = rank), 32 for hira.
@@ -101,7 +101,7 @@ class FinetuneConfig:
         drop: rate, in training, at which residual branches of the last block are dropped, rising from 0 over the
             depth; None: as timm makes the model (a Swin with stochastic depth of 0.1, most others with none).
         drop_kind: ``depth`` (stochastic depth) or ``branch`` (single elements, as the authors' ViT does); see
-            :func:`rlrr_kernels.train.drop.set_drop`.
+            :func:`rlrr_kernels.train.models.drop.set_drop`.
         lr: peak learning rate of AdamW.
         weight_decay: of AdamW, on s_r, s_c and the head's weight; for other methods on all but vectors.
         augment: of the training images: ``none``, ``flip``, ``crop`` (at random, and flip) or ``timm`` (random crops,

@@ -1,0 +1,5 @@
+"""``python -m benchmarks.evidence``."""
+
+from benchmarks.evidence.runs import main
+
+main()

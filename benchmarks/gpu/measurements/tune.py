@@ -1,0 +1,200 @@
+"""Times the tuner's candidates for each kernel and class of M.
+
+The fastest is printed as a row of the table of tiles and kept in the run's own file of tuned tiles, which all that is
+timed later uses, and which ``RLRR_CACHE_DIR`` makes any later process use.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+
+from benchmarks.common import Problem
+from benchmarks.gpu.correctness.check import Gate
+from benchmarks.gpu.measurements.timing import ContextLost, copies_for, interleave, release
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, problem_of
+from benchmarks.gpu.session.work import Row, Unit, announce
+from rlrr_kernels import backends
+from rlrr_kernels.ops.linear import tiles as linear_configs
+
+
+def _entry(plan: Plan, kernel: str, precision: Precision, rows: int) -> str:
+    """The name of a tuned entry; under ``precision.applied()``."""
+    from rlrr_kernels.ops.linear import triton_backend as linear_triton
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+
+    device = torch.device(plan.device)
+    limit = linear_configs.shape_class(kernel, linear_triton.architecture(device), precision.dtype, rows)
+    names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype)
+    return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
+
+
+def is_tuned(plan: Plan, problem: Problem, precision: Precision) -> bool:
+    """Whether any kernel takes tuned tiles for a problem."""
+    if backends.unavailable("triton", plan.device):
+        return False
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+
+    entries = tuned_tiles.read(tuned_tiles.cache_file()) if tuned_tiles.enabled() else {}
+    with precision.applied():
+        return any(_entry(plan, kernel, precision, problem.rows) in entries for kernel in linear_configs.KERNELS)
+
+
+def tune_rows(
+    plan: Plan, problems: list[tuple[Shape, int]], precision: Precision, kernel: str, schedule: str
+) -> list[Row]:
+    """Times each candidate of :mod:`rlrr_kernels.ops.tuning.tiles` of one schedule, and the tiles in use.
+
+    These, pairs (shape, M), are of one class of M. Interleaved, one graph each; ``us`` is the geometric mean and
+    ``winner`` the fastest. Candidates that do not compile, spill, need too much shared memory or break the error bound
+    have a reason instead.
+    """
+    rows = problems[0][1]
+    head = {
+        "section": "tune", "kernel": kernel, "schedule": schedule, "precision": precision.name,
+        "problems": [[count, shape.out_features, shape.in_features] for shape, count in problems],
+    }  # fmt: skip
+    reason = backends.unavailable("triton", plan.device)
+    if reason:
+        return [{**head, "skipped": reason}]
+    from rlrr_kernels.ops.linear import triton_backend as linear_triton
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.tuning import tiles as tuning
+
+    arch, dtype = linear_triton.architecture(torch.device(plan.device)), precision.dtype
+    limit = linear_configs.shape_class(kernel, arch, dtype, rows)
+    head |= {"arch": arch, "class": limit}
+    with precision.applied():
+        name = _entry(plan, kernel, precision, rows)
+        experimental = schedule in linear_configs.EXPERIMENTAL
+        shipped, *others = tuning.candidates(kernel, arch, dtype, rows, experimental)
+        entry = tuned_tiles.read(tuned_tiles.cache_file()).get(name)
+        used = linear_configs.Tiles(**{field: entry[field] for field in shipped._fields}) if entry else shipped
+        candidates = list(dict.fromkeys([used, *(tiles for tiles in (shipped, *others) if tiles.schedule == schedule)]))
+        if len(candidates) == 1:
+            return [{**head, "skipped": "there are no other tiles to try"}]
+        skipped: dict[linear_configs.Tiles, str] = {}
+        times: dict[linear_configs.Tiles, list[float]] = {tiles: [] for tiles in candidates}
+        for shape, count in problems:
+            problem = problem_of(plan, shape, count, precision)
+            timed = [tiles for tiles in candidates if tiles not in skipped]
+            found, failed = _time_candidates(plan, problem, precision, kernel, arch, timed)
+            skipped |= failed
+            for tiles, microseconds in found.items():
+                times[tiles].append(microseconds)
+        means = {
+            tiles: math.exp(sum(map(math.log, here)) / len(here))
+            for tiles, here in times.items()
+            if tiles not in skipped
+        }
+        winner = min(means, key=means.get) if means else None
+        if winner is not None and winner != used and means[winner] < tuning.GAIN * means.get(used, math.inf):
+            figures = {"us": round(means[winner], 3), "instead_of_us": round(means.get(used, math.inf), 3)}
+            tuned_tiles.write(tuned_tiles.cache_file(), {name: winner._asdict() | figures})
+    result = []
+    for tiles in candidates:
+        row = {**head, "tiles": list(tiles), "shipped": tiles == shipped, "used": tiles == used}
+        if tiles in means:
+            row |= {"us": means[tiles], "each_us": times[tiles], "winner": tiles == winner}
+            if tiles == winner:
+                row["table_row"] = f"({kernel!r}, {dtype.itemsize}): ({limit}, {tiles})"
+        else:
+            row["skipped"] = skipped[tiles]
+        result.append(row)
+    return result
+
+
+def _time_candidates(
+    plan: Plan, problem: Problem, precision: Precision, kernel: str, arch: str, candidates: list[linear_configs.Tiles]
+) -> tuple[dict[linear_configs.Tiles, float], dict[linear_configs.Tiles, str]]:
+    """Microseconds of each candidate on one problem, and why others have none."""
+    from rlrr_kernels.ops.tuning import tiles as tuning
+
+    tensors = [problem.tensors(seed) for seed in range(copies_for(problem))]
+    drawn = [{name: tensor.detach() for name, tensor in t.items()} for t in tensors]
+    steps, skipped = {}, {}
+    for tiles in candidates:
+        announce(
+            f"{kernel} {tuple(tiles)}", precision.name, M=problem.rows, N=problem.out_features, K=problem.in_features
+        )
+        if reason := tuning.rejection(kernel, drawn[0], arch, tiles):
+            skipped[tiles] = reason
+            _check_context(plan, reason)
+        else:
+            launches = [tuning.launches_of(kernel, t, arch, tiles) for t in drawn]
+            steps[tiles] = [lambda group=group: [launch.run() for launch in group] for group in launches]
+    timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs)
+    tensors = drawn = launches = steps = None
+    release(plan.device)
+    return {tiles: timing.graph_us or timing.wall_us for tiles, timing in timings.items()}, skipped | failures
+
+
+def _check_context(plan: Plan, reason: str) -> None:
+    """The tuner takes every error for a candidate's own; one that the device does not survive ends the process."""
+    if plan.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise ContextLost(reason) from error
+
+
+EXPERIMENTAL_TIERS = 2
+"""How much later schedules that may hang are tried, so that what they could cost is already measured."""
+
+EXPERIMENTAL_LIMIT = 40.0
+"""Seconds after which one of them is given up."""
+
+
+def tune_units(plan: Plan) -> list[Unit]:
+    """One unit for each kernel, schedule and class of M."""
+    units = []
+    for tier, problems, name in plan.tuned:
+        for kernel, (schedule, kernels) in product(linear_configs.KERNELS, linear_configs.SCHEDULES.items()):
+            if kernel not in kernels or (schedule != "tiled" and problems[0][1] < linear_configs.TMA_MIN_ROWS):
+                continue
+            experimental = schedule in linear_configs.EXPERIMENTAL
+            label = f"{kernel}, {schedule}, M = {', '.join(str(rows) for _, rows in problems)}, {name}"
+            units.append(
+                Unit(
+                    tier + EXPERIMENTAL_TIERS * experimental, "tune", label, 5.0 * len(problems),
+                    lambda bench, s=problems, p=PRECISIONS[name], k=kernel, c=schedule: tune_rows(plan, s, p, k, c),
+                    EXPERIMENTAL_LIMIT if experimental else None,
+                )
+            )  # fmt: skip
+    return units
+
+
+def fallback_rows(plan: Plan, gate: Gate, precision: Precision) -> list[Row]:
+    """Makes sure that what ships for TMA works here, or that all later units do without it.
+
+    The tiles without TMA are first put in force, in the file of tuned tiles, and left so unless the shipped ones pass:
+    where those hang or crash, the next process finds the file. One problem, large enough for TMA.
+    """
+    from rlrr_kernels.ops.linear import triton_backend as linear_triton
+    from rlrr_kernels.ops.tuning import store as tuned_tiles
+
+    if backends.unavailable("triton", plan.device):
+        return []
+    arch, result = linear_triton.architecture(torch.device(plan.device)), []
+    path, rows = tuned_tiles.cache_file(), 8 * TOKENS
+    for (kernel, size), shipped in linear_configs.PERSISTENT.get(arch, {}).items():
+        if size != precision.dtype.itemsize:
+            continue
+        with precision.applied():
+            name = _entry(plan, kernel, precision, rows)
+            tiled = linear_configs.tiles_for(kernel, arch, precision.dtype, rows)
+            tuned_tiles.write(path, {name: tiled._asdict()})
+            with tuned_tiles.only_tiles(kernel, shipped):
+                shape = Shape("fallback", 768, 768)
+                reason = gate.reason_against_tiles(kernel, precision, problem_of(plan, shape, rows, precision))
+            if reason is None:
+                tuned_tiles.write(path, {name: None})
+        result.append(
+            {
+                "section": "gate", "check": "shipped tiles", "backend": f"{kernel}, {shipped.schedule}",
+                "precision": precision.name, "passed": reason is None, "reason": reason,
+            }
+        )  # fmt: skip
+    return result

@@ -1,0 +1,40 @@
+"""The unit of work: what can be started only whole, and yields rows; and what runs at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.session.worker import Bench
+
+Row = dict[str, Any]
+
+
+class Unit(NamedTuple):
+    """Some rows of one section. ``tier``: lower is more valuable; ``seconds``: an estimate, to stop in time.
+
+    ``limit``: seconds after which its process is killed; None for a few times the estimate.
+    """
+
+    tier: int
+    section: str
+    label: str
+    seconds: float
+    run: Callable[[Bench], list[Row]]
+    limit: float | None = None
+
+
+_listener: Callable[[Row], object] | None = None
+
+
+def listen(listener: Callable[[Row], object] | None) -> None:
+    """Who is told by :func:`announce`."""
+    global _listener
+    _listener = listener
+
+
+def announce(implementation: str, precision: str, **problem: Any) -> None:
+    """Says what is about to run for the first time, so that it can be named if this process does not survive it."""
+    if _listener is not None:
+        _listener({"backend": implementation, "precision": precision, **problem})

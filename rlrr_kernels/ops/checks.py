@@ -1,0 +1,131 @@
+"""What the linear operators take: checks that name the argument, and the one form the implementations see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.ops.dtypes import accumulate_dtype
+
+MAX_RANK = 64
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, *_HALF, torch.float64)
+
+
+def check_tensors(
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
+) -> None:
+    """Types and devices; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{prefix}weight must be a Tensor; got {type(weight).__name__}")
+    if weight.requires_grad:
+        raise ValueError(
+            f"{prefix}weight must be frozen: it has requires_grad=True, and no gradient is computed for it. "
+            f"Call {prefix}weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
+        )
+    device = x.device
+    if weight.device != device:
+        raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
+    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name} must be a Tensor or None; got {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(f"{prefix}{name} must be on the device of x, {device}; got {tensor.device}")
+
+
+def autocast_input(x: Tensor) -> tuple[Tensor, bool]:
+    """x in the dtype of autocast, as ``F.linear`` would cast it, and whether autocast is on."""
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    return x, autocast
+
+
+def check_dtypes(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    bias: Tensor | None,
+    autocast: bool,
+    prefix: str = "",
+) -> None:
+    """``dtype`` is that of x, after autocast."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
+    if weight_dtype != dtype and not (
+        dtype in _HALF and (weight_dtype == torch.float32 or (autocast and weight_dtype in _HALF))
+    ):
+        expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
+        raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight_dtype}")
+    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight_dtype):
+            raise TypeError(f"{prefix}{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
+
+
+def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:
+    """x [..., K] fits weight [N, K]."""
+    if weight.dim() != 2:
+        raise ValueError(f"{prefix}weight must be [N, K]; got shape {tuple(weight.shape)}")
+    rows, cols = weight.shape
+    if x.dim() == 0 or x.shape[-1] != cols:
+        raise ValueError(
+            f"x must be [..., K] with K = {cols} as in {prefix}weight {[rows, cols]}; got shape {tuple(x.shape)}"
+        )
+
+
+def check_parameters(
+    weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
+) -> None:
+    """Scales and bias fit weight [N, K]."""
+    rows, cols = weight.shape
+    rank = 1
+    if scale_row is not None:
+        shape = scale_row.shape
+        if len(shape) not in (1, 2) or shape[0] != rows:
+            raise ValueError(f"{prefix}scale_row must be [N] or [N, r] with N = {rows}; got shape {tuple(shape)}")
+        if len(shape) == 2:
+            rank = shape[1]
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"{prefix}scale_row must have a rank r from 1 to {MAX_RANK}; got shape {tuple(shape)}")
+    if scale_col is not None:
+        shape = scale_col.shape
+        if scale_row is None or scale_row.dim() == 1:
+            expected, fits = "[K] or [G, K]", len(shape) in (1, 2)
+            groups = shape[0] if len(shape) == 2 else 1
+        else:
+            expected, fits = f"[r, K] or [G, r, K] with r = {rank}", len(shape) in (2, 3) and shape[-2] == rank
+            groups = shape[0] if len(shape) == 3 else 1
+        if not fits or shape[-1] != cols:
+            raise ValueError(f"{prefix}scale_col must be {expected} with K = {cols}; got shape {tuple(shape)}")
+        if groups < 1 or rows % groups:
+            raise ValueError(
+                f"{prefix}scale_col has G = {groups} groups, which must divide N = {rows}; got shape {tuple(shape)}"
+            )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows):
+        raise ValueError(f"{prefix}bias must be [N] with N = {rows}; got shape {tuple(bias.shape)}")
+
+
+def canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """scale_row as [N, r] and scale_col as [G, r, K]; None becomes ones that share one element."""
+    if scale_row is None:
+        rank = 1 if scale_col is None or scale_col.dim() < 3 else scale_col.shape[1]
+        one = torch.ones((), dtype=accumulate_dtype(weight.dtype), device=weight.device)
+        row = one.expand(weight.shape[0], rank)
+    else:
+        row = scale_row if scale_row.dim() == 2 else scale_row.unsqueeze(1)
+    if scale_col is None:
+        col = torch.ones((), dtype=row.dtype, device=weight.device).expand(1, row.shape[1], weight.shape[1])
+    elif scale_col.dim() == 3:
+        col = scale_col
+    elif scale_row is not None and scale_row.dim() == 2:
+        col = scale_col.unsqueeze(0)
+    else:
+        col = scale_col.unsqueeze(-2) if scale_col.dim() == 2 else scale_col[None, None]
+    return row, col

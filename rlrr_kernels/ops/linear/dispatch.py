@@ -1,0 +1,125 @@
+"""What every road of ``rlrr_linear`` computes: backends, leading dimensions, short forms of the scales, activations."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels import backends
+from rlrr_kernels.ops.activation import functions as activation
+from rlrr_kernels.ops.checks import canonical
+from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from rlrr_kernels.ops.sampling.row_sample import RowSample
+
+if backends.CPP_FAILURE is None:  # its operators' fake and autograd kernels, which a compiler may ask for first
+    from rlrr_kernels.ops.linear import cpp_backend  # noqa: F401
+
+
+@functools.cache
+def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that serves a resolved backend, and the path it is told to take."""
+    if backend == "torch":
+        return linear_torch, {}
+    name, _, path = backend.partition(".")
+    module = importlib.import_module(f"rlrr_kernels.ops.linear.{name}_backend")
+    return module, {"path": path} if path else {}
+
+
+def compute_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    bias: Tensor | None,
+    residual: bool,
+    backend: str,
+    input_activation: str | None,
+) -> Tensor:
+    """y [..., N] of x [..., K]."""
+    module, options = _implementation(backend)
+    scale_row, scale_col = canonical(scale_row, scale_col, weight)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
+        if input_activation is not None:
+            flat = activation.forward(flat, input_activation)
+        y = module.forward(flat, weight, scale_row, scale_col, bias, residual, **options)
+    if x.dim() == 2:
+        return y
+    # A view would forbid callers to modify y in place, which ReLU(inplace=True) and `y += b` after a layer do.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+
+
+def rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str | None) -> Tensor:
+    """What the backward with scale gradients reads of x: all of it, or the sample's rows [S, K].
+
+    A copy of 2 S K elements in a launch of its own: the product could spare the read alone, at most 1.3 % of a layer's
+    time at S = M / 4 by bytes and operations, and only where it is not the vendor's.
+    """
+    if sample is None or input_activation is not None:
+        return x
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).index_select(0, sample.index)
+
+
+def compute_gradients(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale_row: Tensor | None,
+    scale_col: Tensor | None,
+    residual: bool,
+    backend: str,
+    needs: tuple[bool, bool, bool, bool],
+    input_activation: str | None,
+    sample: RowSample | None,
+) -> list[Tensor | None]:
+    """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype).
+
+    x is what :func:`rows_for_backward` returned.
+    """
+    row, col = canonical(scale_row, scale_col, weight)
+    rows, cols = weight.shape
+    flat = (
+        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
+        x if x is None or x.dim() == 2 else x.reshape(-1, cols),
+        weight, row, col, residual, backend, needs, sample,
+    )  # fmt: skip
+    with torch._C._DisableAutocast():
+        grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
+    grad_x, grad_row, grad_col, grad_bias = grads
+    return [
+        grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
+        grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),
+        grad_col if grad_col is None or scale_col.dim() == 3 else grad_col.view_as(scale_col),
+        grad_bias,
+    ]
+
+
+def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs, sample=None):
+    module, options = _implementation(backend)
+    if sample is not None and (needs[1] or needs[2]):
+        options = options | {"sample": sample}
+    return module.backward(grad_y, x, weight, row, col, residual, needs, **options)
+
+
+def _activated_backward(grad_y, h, weight, row, col, residual, backend, needs, sample, input_activation):
+    """The same for y = act(h) W'ᵀ + b: ∂a = g W' first, so that one pass makes ∂h of it and computes act(h) again."""
+    arguments = weight, row, col, residual, backend
+    need_h, need_row, need_col, need_bias = needs
+    need_scales = need_row or need_col
+    grad_h = a = None
+    if need_h:
+        grad_a, *_ = _flat_backward(grad_y, None, *arguments, (True, False, False, False))
+        if backend.startswith("triton"):
+            triton = importlib.import_module("rlrr_kernels.ops.activation.triton_backward")
+            grad_h, a = triton.backward(grad_a, h, input_activation, need_scales and sample is None)
+        else:
+            grad_h = activation.backward(grad_a, h, input_activation)
+    if need_scales and a is None:
+        a = activation.forward(h if sample is None else h.index_select(0, sample.index), input_activation)
+    _, *grads = _flat_backward(grad_y, a, *arguments, (False, need_row, need_col, need_bias), sample)
+    return grad_h, *grads

@@ -1,0 +1,74 @@
+"""``one_pass`` or ``merge``: when W' in scratch and the library's product beat one pass over W, as pure functions.
+
+Modelled, not measured: datasheet peaks, the shares of them that are reached, and what a kernel costs. ``rlrr tune``
+measures on a GPU above which gain a merge is faster there (:mod:`rlrr_kernels.ops.tuning.path`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlrr_kernels.ops.linear.tiles import DEFAULT_ARCHITECTURE, KERNEL_US, PEAKS, UNROLLED_RANK
+
+REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
+"""Shares of ``linear_configs.PEAKS`` that a large copy and a large product of the vendor's library are taken to reach:
+4.3 TB/s and 790 TFLOP/s on an H200."""
+
+TRAIL = {"half": 0.7, "half of float32": 1.4, "tf32": 4.0, "float32": 0.5, "float64": 0.5}
+"""What a one-pass kernel takes longer than the library's product, as a share of 2 M N K over its rate.
+
+By what is multiplied; "half of float32" is a 16-bit x and an fp32 W. The first three are medians over layers of ViT-B,
+L and H at 394 to 50,432 rows of times predicted from machine code, idle multiprocessors included (``python -m
+benchmarks.model.tiles --trails``). The last two run without matrix instructions and are a guess.
+"""
+
+TRAIL_PER_RANK, TRAIL_IN_A_LOOP = 0.12, 3.0
+"""What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels that
+loop over a rank above UNROLLED_RANK, which are not pipelined."""
+
+INTERPRETER_ROWS = 96
+"""Under Triton's interpreter M alone decides, so that small tests meet both paths."""
+
+
+def precision_kind(dtype: torch.dtype, tf32: bool) -> str:
+    """The field of ``linear_configs.Peaks`` that a product of ``dtype`` is bound by."""
+    return {2: "half", 4: "tf32" if tf32 else "float32", 8: "float64"}[dtype.itemsize]
+
+
+def merge_gain(
+    rows: int, out_features: int, in_features: int, rank: int, arch: str, dtype: torch.dtype,
+    weight_dtype: torch.dtype, tf32: bool = False,
+) -> float:  # fmt: skip
+    """How many times its cost a merge saves, by the model; in proportion to M = ``rows``.
+
+    It saves what a one-pass kernel takes longer than the library's product of 2 M N K operations. It costs a kernel
+    that reads W and writes W', N K elements each; the product then finds W' in the L2 cache, where that holds it.
+    Forward and ∂x each decide, and merge, for themselves: nothing W-sized is kept between them.
+
+    Args:
+        rows: M, rows of x.
+        out_features: N.
+        in_features: K.
+        rank: r of the scales.
+        arch: an architecture's name; any that has no peaks is taken for the default one.
+        dtype: of x.
+        weight_dtype: of W.
+        tf32: whether products of float32 are rounded to TF32.
+    """
+    if arch == "interpreter":
+        return rows / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
+    kind = precision_kind(dtype, tf32)
+    trail = TRAIL["half of float32" if kind == "half" and weight_dtype.itemsize == 4 else kind]
+    trail = trail + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else max(trail, TRAIL_IN_A_LOOP)
+    weights, peaks = out_features * in_features, PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE])
+    saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
+    moved = weights * (weight_dtype.itemsize + dtype.itemsize)
+    return saved / (1e-6 * KERNEL_US + moved / (REACHED_BANDWIDTH * peaks.bandwidth))
+
+
+def choose_path(gain: float, least_gain: float = 1.0) -> str:
+    """``one_pass`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library's product).
+
+    ``gain`` is :func:`merge_gain`; a merge pays above ``least_gain``, which is 1 unless it was measured.
+    """
+    return "merge" if gain > least_gain else "one_pass"

@@ -1,0 +1,266 @@
+"""The user's own tiles, measured by ``rlrr tune`` on their GPU, and the choice of tiles at a call.
+
+They lie in ``tiles.json`` in the folder ``RLRR_CACHE_DIR``, by default the platform's folder for caches; nothing is
+written unless the tuner is called. ``RLRR_TUNING=off`` ignores the file, and one that is damaged is named in a warning
+and ignored. Both are read at the first launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from rlrr_kernels.ops.linear import path as linear_paths
+from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.linear.tiles import Tiles
+
+DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
+SWITCH_VARIABLE = "RLRR_TUNING"
+FORMAT = 2
+"""Of the file; entries of format 1 have no schedule and are tiled."""
+
+
+def cache_file() -> Path:
+    """Where the tuned tiles of this user lie, whether or not the file exists."""
+    if directory := os.environ.get(DIRECTORY_VARIABLE):
+        return Path(directory) / "tiles.json"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "rlrr_kernels" / "tiles.json"
+
+
+def enabled() -> bool:
+    """Whether tuned tiles are used.
+
+    Raises:
+        ValueError: ``RLRR_TUNING`` is neither "on" nor "off".
+    """
+    value = os.environ.get(SWITCH_VARIABLE, "on").lower()
+    if value not in ("on", "off"):
+        raise ValueError(f"environment {SWITCH_VARIABLE} must be on or off; got {value!r}")
+    return value == "on"
+
+
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """The name a GPU's entries go by; "interpreter" on the CPU."""
+    return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
+
+
+def precision_name(dtype: torch.dtype, other: torch.dtype) -> str:
+    """The dtypes of a product's operands, in one word where they agree; "tf32" where fp32 may be rounded to it."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return _NAMES[dtype] if dtype == other else f"{_NAMES[dtype]}/{_NAMES[other]}"
+
+
+def entry_name(gpu: str, kernel: str, precision: str, limit: int) -> str:
+    """The key of an entry: what a measurement holds for. ``limit`` is the class's largest M, 0 for any."""
+    return " | ".join([gpu, f"triton {triton.__version__}", kernel, precision, f"M <= {limit}" if limit else "any M"])
+
+
+def path_entry_name(gpu: str, precision: str) -> str:
+    """The key of the entry that says from which gain a merge is made."""
+    return entry_name(gpu, "path", precision, 0)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a file, {} where there is none: fields of :class:`Tiles`, or least_gain, and what was measured.
+
+    Raises:
+        ValueError: the file is not what the tuner writes.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content["entries"] if content["format"] in (1, FORMAT) else None
+        for entry in (entries or {}).values():
+            _value(entry)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if entries is None:
+        raise ValueError(f"{path} has format {content['format']!r}; this version reads {FORMAT}")
+    return entries
+
+
+def _value(entry: dict[str, Any]) -> Tiles | float:
+    """Tiles, or the least gain of a merge."""
+    if "least_gain" not in entry:
+        return _tiles(entry)
+    if not 0 < float(entry["least_gain"]) < float("inf"):
+        raise ValueError(f"no least_gain: {entry}")
+    return float(entry["least_gain"])
+
+
+def _tiles(entry: dict[str, Any]) -> Tiles:
+    numbers = [entry[name] for name in Tiles._fields if name != "schedule"]
+    tiles = Tiles(*numbers, schedule=entry.get("schedule", Tiles._field_defaults["schedule"]))
+    powers = [tiles.block_m, tiles.block_n, tiles.block_k, tiles.warps]
+    if not all(type(value) is int and value > 0 for value in numbers) or any(value & (value - 1) for value in powers):
+        raise ValueError(f"no tiles: {entry}")
+    if min(powers[:3]) < 16 or tiles.warps > 16 or tiles.schedule not in linear_configs.SCHEDULES:
+        raise ValueError(f"no tiles: {entry}")
+    return tiles
+
+
+def write(path: Path, changes: dict[str, dict[str, Any] | None]) -> None:
+    """Replaces the entries named in ``changes``, or removes those that are None; the rest of the file stays.
+
+    A damaged file is replaced. Readers see the old file or the new one.
+    """
+    try:
+        entries = read(path)
+    except ValueError as error:
+        warnings.warn(f"{error}; it is replaced", stacklevel=2)
+        entries = {}
+    entries = {name: entry for name, entry in (entries | changes).items() if entry is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "entries": dict(sorted(entries.items()))}, indent=1) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    forget()
+
+
+@functools.cache
+def _entries() -> dict[str, Tiles | float]:
+    """The tiles and least gains of this user, read once."""
+    if not enabled():
+        return {}
+    path = cache_file()
+    try:
+        return {name: _value(entry) for name, entry in read(path).items()}
+    except (ValueError, OSError) as error:
+        warnings.warn(f"tuned tiles are ignored: {error}", stacklevel=2)
+        return {}
+
+
+# ---------------------------------------------------------------- the choice at a call
+
+_forced: dict[str, Tiles] = {}
+changes = 0
+"""How often what :func:`tiles_for` and :func:`path_for` answer may have changed."""
+
+
+def _changed() -> None:
+    global changes
+    changes += 1
+
+
+@contextmanager
+def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
+    """Makes a kernel take ``tiles`` for everything within a block, in all threads."""
+    before = dict(_forced)
+    _forced[kernel] = tiles
+    _changed()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        _changed()
+
+
+def tiles_for(
+    kernel: str,
+    arch: str,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    rank: int,
+    tiled: bool = False,
+    groups: int = 1,
+) -> Tiles:
+    """The tiles of ``kernel``: the user's own where there are any, else those of the table.
+
+    ``first`` [M, ...] and ``second`` are the operands of its product: x or g, and W or x. The user's own were measured
+    with rank 1 and operands that are :func:`linear_configs.regular`, and serve these alone. With ``tiled``, and where
+    TMA cannot load the operands, no other schedule is chosen.
+    """
+    forced = _forced.get(kernel) if _forced else None
+    rows = first.shape[0]
+    tma = (
+        not tiled
+        and arch in linear_configs.TMA_ARCHITECTURES
+        and (rows >= linear_configs.TMA_MIN_ROWS or forced is not None)
+        and loaded_by_tma(first, second)
+    )
+    return _choose(
+        kernel, arch, first.device, first.dtype, weight.dtype, torch.get_float32_matmul_precision(),
+        rows, weight.shape, rank, groups, first.stride(), second.stride(), tma, forced,
+    )  # fmt: skip
+
+
+def loaded_by_tma(*operands: Tensor) -> bool:
+    """Whether :func:`linear_configs.by_tma` holds for all of them."""
+    return all(linear_configs.by_tma(t.shape, t.stride(), t.itemsize, t.data_ptr()) for t in operands)
+
+
+@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+def _choose(
+    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank, groups, first_strides,
+    second_strides, tma, forced,
+) -> Tiles:  # fmt: skip
+    # matmul_precision is part of the key alone
+    regular = linear_configs.regular(rank, *first_strides, *second_strides)
+    own = forced
+    if own is None and regular and rank == 1 and (entries := _entries()):
+        limit = linear_configs.shape_class(kernel, arch, dtype, rows)
+        names = precision_name(dtype, weight_dtype)
+        own = entries.get(entry_name(gpu_name(device), kernel, names, limit))
+    if own is not None and (tma or own.schedule == "tiled"):
+        by_hand = linear_configs.by_hand(arch, dtype, weight_dtype, weight_shape, rank, groups)
+        if by_hand or own.schedule != "gluon":
+            return own
+    return linear_configs.tiles_for(kernel, arch, dtype, rows, regular, tma)
+
+
+def path_for(arch: str, x: Tensor, weight: Tensor, rank: int) -> str:
+    """``one_pass`` or ``merge`` for a product of x [M, K] or g [M, N] and a rescaled weight [N, K]."""
+    return _path(
+        arch, x.device, x.dtype, weight.dtype, torch.get_float32_matmul_precision(), x.shape[0], weight.shape, rank
+    )
+
+
+@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
+def _path(arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank) -> str:
+    tf32 = matmul_precision != "highest"
+    gain, least_gain = linear_paths.merge_gain(rows, *weight_shape, rank, arch, dtype, weight_dtype, tf32), 1.0
+    if entries := _entries():
+        name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
+        least_gain = entries.get(name, least_gain)
+    return linear_paths.choose_path(gain, least_gain)
+
+
+def forget() -> None:
+    """Makes the next launch read the environment and the file again."""
+    _entries.cache_clear()
+    _choose.cache_clear()
+    _path.cache_clear()
+    _changed()

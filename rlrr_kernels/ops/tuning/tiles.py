@@ -1,0 +1,270 @@
+"""``tune``: measures candidate tiles on the user's GPU and keeps those that are faster than the ones shipped.
+
+Nothing tunes itself: this runs when it is called, and what it finds is used by later calls and later processes
+(:mod:`rlrr_kernels.ops.tuning.store`). A candidate that needs too much shared memory, spills registers or is less exact
+than the bound of :mod:`rlrr_kernels.numerics` is never chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rlrr_kernels import backends, numerics
+from rlrr_kernels.ops.host.launch import Launch
+from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.linear import triton_backend as linear_triton
+from rlrr_kernels.ops.linear.public import rlrr_linear
+from rlrr_kernels.ops.linear.tiles import KERNELS, Tiles
+from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
+from rlrr_kernels.ops.tuning import store as tuned_tiles
+
+# By kernel, bytes of an element and the largest M of the class (0: any). What ships is always tried as well.
+CANDIDATES = {
+    ("forward", 2, 16): [(16, 32, 128, 4, 4), (16, 32, 256, 4, 3), (16, 64, 128, 4, 5), (16, 64, 256, 4, 3)],
+    ("forward", 2, 64): [(64, 64, 64, 4, 5), (64, 64, 128, 4, 3), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4)],
+    ("forward", 2, 256): [
+        (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 128, 32, 8, 4),
+    ],
+    ("forward", 2, 0): [
+        (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 32, 4, 5), (128, 128, 64, 4, 3), (128, 64, 64, 4, 3),
+    ],
+    ("grad_x", 2, 16): [(16, 64, 32, 4, 4), (16, 128, 32, 4, 4), (16, 128, 64, 4, 5), (16, 256, 64, 4, 3)],
+    ("grad_x", 2, 64): [(64, 64, 64, 4, 5), (64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (64, 64, 128, 4, 4)],
+    ("grad_x", 2, 256): [
+        (64, 64, 64, 4, 4), (64, 64, 128, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 3), (128, 32, 128, 8, 4),
+    ],
+    ("grad_x", 2, 0): [
+        (128, 64, 128, 8, 4), (256, 64, 128, 8, 3), (128, 32, 128, 4, 5), (128, 64, 128, 4, 3), (128, 64, 64, 4, 3),
+    ],
+    ("grad_scales", 2, 64): [(64, 64, 64, 4, 3), (16, 64, 128, 4, 3), (32, 128, 64, 4, 3), (16, 64, 64, 4, 4)],
+    ("grad_scales", 2, 0): [(64, 128, 128, 8, 3), (32, 128, 128, 8, 4), (128, 128, 128, 8, 2), (64, 128, 64, 4, 4)],
+    ("forward", 4, 0): [(64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3)],
+    ("grad_x", 4, 0): [(64, 32, 64, 4, 3), (64, 32, 64, 8, 3), (128, 32, 64, 8, 3), (128, 32, 128, 8, 3)],
+    ("grad_scales", 4, 0): [(32, 64, 64, 4, 3), (32, 64, 64, 8, 3), (32, 128, 64, 8, 3), (32, 128, 128, 8, 3)],
+}  # fmt: skip
+"""(block_m, block_n, block_k, warps, stages) for :class:`Tiles`; ``benchmarks.model.tiles`` predicts times."""
+
+PERSISTENT_CANDIDATES = {
+    ("forward", 2): [(256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3)],
+    ("grad_x", 2): [(256, 64, 128, 8, 3), (256, 64, 128, 8, 4), (128, 64, 128, 8, 4), (128, 64, 128, 4, 3)],
+    ("grad_scales", 2): [
+        (64, 128, 256, 8, 4), (64, 128, 256, 8, 3), (64, 256, 128, 8, 4), (64, 128, 128, 4, 3), (64, 128, 128, 8, 4),
+    ],
+}  # fmt: skip
+"""The same for persistent grids, by kernel and bytes of an element."""
+
+EXPERIMENTAL_CANDIDATES = {
+    ("forward", 2): [Tiles(256, 128, 64, 4, 3, schedule="gluon"), Tiles(128, 128, 64, 4, 5, schedule="gluon")],
+    ("grad_x", 2): [Tiles(256, 64, 128, 4, 3, schedule="gluon"), Tiles(128, 64, 128, 4, 5, schedule="gluon")],
+}
+"""By kernel and bytes of an element."""
+
+GLUON_TRITONS = ("3.6.", "3.9.")
+"""Versions whose compiler is checked to keep the hand-made schedule; its language changes between versions."""
+
+INTERPRETED_CANDIDATES = [
+    Tiles(16, 16, 32, 4, 1, schedule=name)
+    for name in linear_configs.SCHEDULES
+    if name not in linear_configs.EXPERIMENTAL
+]
+
+GAIN = 0.98
+"""Share of the shipped tiles' time below which others are kept: less is noise."""
+
+Timer = Callable[[Callable[[], object]], float]
+"""Takes a call, gives its time in microseconds."""
+
+
+class Tuned(NamedTuple):
+    """What was found for a kernel and class of M."""
+
+    kernel: str
+    precision: str
+    limit: int  # largest M of the class, 0 for any
+    tiles: Tiles  # the fastest
+    shipped: Tiles
+    us: float  # geometric mean over the shapes
+    shipped_us: float
+    rejected: dict[Tiles, str]  # candidates that were not timed, and why
+
+    @property
+    def kept(self) -> bool:
+        """Whether the fastest tiles are written to the user's file."""
+        return self.us < GAIN * self.shipped_us
+
+
+def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
+    """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts.
+
+    Last and only if ``experimental``: those whose kernel may hang, for a process that can be killed.
+    """
+    tma = arch in linear_configs.TMA_ARCHITECTURES and rows >= linear_configs.TMA_MIN_ROWS
+    found = [linear_configs.tiles_for(kernel, arch, dtype, rows, tma=tma)]
+    if arch == "interpreter":
+        return found + [tiles for tiles in INTERPRETED_CANDIDATES if kernel in linear_configs.SCHEDULES[tiles.schedule]]
+    limit = linear_configs.shape_class(kernel, arch, dtype, rows)
+    found.append(linear_configs.tiles_for(kernel, arch, dtype, rows))
+    found += [Tiles(*values) for values in CANDIDATES.get((kernel, dtype.itemsize, limit), [])]
+    if tma and not limit:
+        values = PERSISTENT_CANDIDATES.get((kernel, dtype.itemsize), [])
+        found += [Tiles(*numbers, schedule="persistent") for numbers in values]
+    if limit and kernel != "grad_scales":
+        found += [tiles._replace(max_splits=1) for tiles in found]
+    if experimental and arch == "sm_90" and tma and not limit and triton.__version__.startswith(GLUON_TRITONS):
+        found += EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), [])
+    return list(dict.fromkeys(found))
+
+
+def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> tuple[Launch, ...]:
+    """The launches of a one-pass kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
+    given = t["weight"], t["scale_row"], t["scale_col"]
+    if kernel == "forward":
+        y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
+        return linear_schedules.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
+    if kernel == "grad_x":
+        return linear_schedules.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
+    grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
+    return linear_schedules.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
+
+
+def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str | None:
+    """Why a candidate must not be chosen; None where it may."""
+    x, weight = t["x"], t["weight"]
+    operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
+    if tiles.schedule != "tiled" and not tuned_tiles.loaded_by_tma(*operands):
+        return "TMA cannot load the operands"
+    groups, rank, _ = t["scale_col"].shape
+    if tiles.schedule == "gluon" and not linear_configs.by_hand(
+        arch, x.dtype, weight.dtype, weight.shape, rank, groups
+    ):
+        return f"the schedule {tiles.schedule} does not serve this problem"
+    if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, linear_triton.device_name(x.device)):
+        return f"needs {linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype) >> 10} KiB of shared memory"
+    try:
+        for launch in launches_of(kernel, t, arch, tiles):
+            compiled = launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
+            if getattr(compiled, "n_spills", 0):
+                return f"spills {compiled.n_spills} registers"
+        with tuned_tiles.only_tiles(kernel, tiles):
+            errors = numerics.bound_errors(_one_pass, t)
+    except Exception as error:  # compilers fail in many ways, and one candidate must not end the tuning
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    # The operands of a TF32 product keep 10 bits of fp32's 23.
+    bound = numerics.BOUND * (2**13 if tuned_tiles.precision_name(x.dtype, weight.dtype) == "tf32" else 1)
+    broken = {name: round(error, 2) for name, error in errors.items() if not error <= bound}
+    return f"over {bound} unit roundoffs of the bound: {broken}" if broken else None
+
+
+def _one_pass(*args, **kwargs) -> Tensor:
+    return rlrr_linear(*args, backend="triton.one_pass", **kwargs)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median time on the GPU, its cache emptied before each call."""
+    return 1e3 * triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median")
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]] = ((768, 768), (2304, 768), (3072, 768), (768, 3072)),
+    rows: Sequence[int] = (8, 64, 1576),
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    kernels: Sequence[str] = KERNELS,
+    experimental: bool = False,
+    device: torch.device | str = "cuda",
+    timer: Timer | None = None,
+    path: Path | None = None,
+    report: Callable[[Tuned], object] | None = None,
+) -> list[Tuned]:
+    """Measures tiles for layers of these shapes on this GPU and keeps what is faster in the user's file of tiles.
+
+    Minutes, most of them compilation. What is kept serves every shape of the same kernel, dtype and class of M.
+
+    Args:
+        shapes: (N, K) of the frozen weights; default: the linear layers of a ViT-B block.
+        rows: M, rows of x (batch times tokens); one or more of each class of M that matters.
+        dtype: of x and W: bfloat16, float16 or float32.
+        kernels: of "forward", "grad_x", "grad_scales".
+        experimental: also try what no GPU has run yet. A kernel that hangs does not return: the process must be
+            killed, and what was found for other kernels and classes of M is in the file.
+        device: a CUDA device.
+        timer: takes a call and gives microseconds; default: Triton's benchmark with an empty L2 cache.
+        path: the file; default: where later calls look, :func:`rlrr_kernels.ops.tuning.store.cache_file`.
+        report: called with each result as soon as it is known and written.
+
+    Raises:
+        ValueError: an argument is not one of those above, or Triton cannot run on ``device``.
+    """
+    device, shapes, rows = torch.device(device), list(shapes), list(rows)
+    if not kernels or set(kernels) - set(KERNELS):
+        raise ValueError(f"kernels must be of {', '.join(KERNELS)}; got {list(kernels)}")
+    check_problems(shapes, rows, dtype, device)
+    path, timer = path or tuned_tiles.cache_file(), timer or microseconds
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    arch = linear_triton.architecture(device)
+    results = []
+    for kernel in kernels:
+        classes: dict[int, list[int]] = {}
+        for count in rows:
+            classes.setdefault(linear_configs.shape_class(kernel, arch, dtype, count), []).append(count)
+        for limit, counts in classes.items():
+            problems = [(count, *shape) for shape in shapes for count in counts]
+            result = _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer)
+            name = tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, result.precision, limit)
+            times = {"us": round(result.us, 3), "shipped_us": round(result.shipped_us, 3)}
+            tuned_tiles.write(path, {name: result.tiles._asdict() | times if result.kept else None})
+            results.append(result)
+            if report is not None:
+                report(result)
+    return results
+
+
+def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        ValueError: an argument is not one of :func:`tune`'s, or Triton cannot run on ``device``.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32; got {dtype}")
+    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        raise ValueError(f"shapes must be pairs (N, K) of positive numbers; got {shapes}")
+    if not rows or min(rows) < 1:
+        raise ValueError(f"rows must be positive numbers; got {rows}")
+    reason = backends.unavailable("triton", device.type)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = "there is no CUDA GPU here"
+    if reason:
+        raise ValueError(f"device={str(device)!r} cannot be tuned: {reason}")
+
+
+def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer) -> Tuned:
+    shipped, *others = candidates(kernel, arch, dtype, problems[0][0], experimental)
+    rejected: dict[Tiles, str] = {}
+    logs: dict[Tiles, float] = dict.fromkeys([shipped, *others], 0.0)
+    for count, out_features, in_features in problems:
+        tensors = draw(numerics.Case(count, out_features, in_features, dtype=dtype, device=str(device)))
+        for tiles in list(logs):
+            if tiles != shipped and (reason := rejection(kernel, tensors, arch, tiles)):
+                rejected[tiles] = reason
+                del logs[tiles]
+                continue
+            launches = launches_of(kernel, tensors, arch, tiles)
+            logs[tiles] += math.log(timer(lambda launches=launches: [launch.run() for launch in launches]))
+    times = {tiles: math.exp(total / len(problems)) for tiles, total in logs.items()}
+    best = min(times, key=times.get)
+    precision = tuned_tiles.precision_name(dtype, dtype)
+    return Tuned(kernel, precision, limit, best, shipped, times[best], times[shipped], rejected)
+
+
+def draw(case: numerics.Case) -> dict[str, Tensor]:
+    """A problem with its scales as the launches want them."""
+    return {name: tensor.detach().contiguous() for name, tensor in case.draw(0).items()}

@@ -1,0 +1,188 @@
+"""timm backbones by name: made, and filled with weights from a hub or a file."""
+
+from __future__ import annotations
+
+import difflib
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlrr_kernels.train.data.preprocessing import Preprocessing
+from rlrr_kernels.train.models.npz import check_npz
+
+HUB = "hub"
+NO_WEIGHTS = "none"
+
+
+def check_model_name(name: str) -> None:
+    """Raises ``ValueError`` with the nearest names unless timm has a model ``name``, or weights for its tag."""
+    import timm
+
+    base, _, tag = name.partition(".")
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists the names"
+        raise ValueError(f"timm has no model {base!r}{hint}")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in known:
+        near = difflib.get_close_matches(tag, known, n=3, cutoff=0.3) or known
+        raise ValueError(f"timm has no weights {tag!r} of {base}; there are {', '.join(near) or 'none'}")
+
+
+def create_model(
+    name: str,
+    classes: int,
+    *,
+    image_size: int | None = None,
+    weights: str | Path = HUB,
+) -> tuple[nn.Module, Preprocessing]:
+    """A timm model with a new head, and the preprocessing its weights expect.
+
+    Args:
+        name: timm's name, with or without a tag: ``vit_base_patch16_224.augreg_in21k``.
+        classes: outputs of the head.
+        image_size: pixels; None: what the weights were made for. A position embedding is resized by timm.
+        weights: ``hub`` fetches them as timm does, ``none`` is a random start, the same every time, anything else is a
+            file (safetensors, PyTorch, or ``.npz`` as Google published them).
+
+    Raises:
+        ValueError: unknown name (the nearest are suggested), an image size the patches do not tile, or a weights file
+            that does not fit the model.
+        FileNotFoundError: the weights file does not exist.
+        ConnectionError: the hub could not be reached.
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+
+    check_model_name(name)
+    options: dict[str, Any] = {"num_classes": classes}
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if image_size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = image_size
+    if str(weights) == HUB:
+        model = _from_hub(name, options)
+    elif str(weights) == NO_WEIGHTS:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
+    else:
+        model = _from_file(name, classes, options, Path(weights))
+    data = resolve_model_data_config(model)
+    size = image_size or data["input_size"][-1]
+    _check_image_size(model, name, size)
+    _choose_attention(model)
+    return model, Preprocessing(size, data["crop_pct"], data["interpolation"], data["mean"], data["std"])
+
+
+def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or _hub_is_out_of_reach(constants.ENDPOINT)  # else it retries for a minute
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # whatever a hub's HTTP library raises; timm's own complaint is a RuntimeError
+        reasons = ("Connection", "Connect", "Timeout", "HTTP", "Hub", "LocalEntry", "Offline", "URLError")
+        missing = "No pretrained weights exist" in str(error)
+        if missing or isinstance(error, OSError) or any(part in type(error).__name__ for part in reasons):
+            reason = "timm knows of none" if missing else f"{type(error).__name__}, is there a network?"
+            raise ConnectionError(
+                f"the weights of {name} could not be fetched ({reason}); give a local file with --weights FILE, or a "
+                "random start with --weights none"
+            ) from error
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_is_out_of_reach(endpoint: str) -> bool:
+    host = urllib.parse.urlsplit(endpoint).hostname
+    if urllib.request.getproxies() or host is None:
+        return False
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _from_file(name: str, classes: int, options: dict[str, Any], file: Path) -> nn.Module:
+    """timm's loading, with its conversions of names and sizes, but strict about everything except the head."""
+    import timm
+    from timm.models import VisionTransformer, load_state_dict
+
+    if not file.is_file():
+        raise FileNotFoundError(f"the weights file {file} does not exist")
+    # Without a head, and timm told that the file has none either: only then does it load strictly.
+    options = options | {"pretrained": True, "num_classes": 0}
+    try:
+        with torch.device("meta"):
+            meta = timm.create_model(name, **options | {"pretrained": False})
+        if file.suffix == ".npz":
+            if isinstance(meta, VisionTransformer):
+                check_npz(file, meta)
+            overlay = {"file": str(file), "custom_load": True, "num_classes": 0}
+        else:
+            heads = meta.pretrained_cfg.get("classifier") or ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            state = {key: t for key, t in load_state_dict(str(file)).items() if not _is_of_head(key, heads)}
+            overlay = {"state_dict": state, "num_classes": 0}
+        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:  # timm, torch, safetensors and pickle each have their own
+        raise ValueError(
+            f"the weights file {file} does not fit {name}: {str(error).strip() or type(error).__name__}"
+        ) from error
+    model.pretrained_cfg.pop("state_dict", None)
+    model.reset_classifier(classes)
+    return model
+
+
+def _is_of_head(key: str, heads: tuple[str, ...]) -> bool:
+    """Whether ``key`` of a state dict is the classifier's: under timm's name (``head.fc``) or, as others have it, its
+    parent's (``head.weight``)."""
+    parents = [head.rpartition(".")[0] for head in heads]
+    return key.startswith(tuple(f"{head}." for head in heads)) or key in [
+        f"{parent}.{part}" for parent in parents if parent for part in ("weight", "bias")
+    ]
+
+
+def _check_image_size(model: nn.Module, name: str, size: int) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    patch = patch[0] if isinstance(patch, tuple) else patch
+    if size < patch or size % patch:
+        below = max(size // patch, 1) * patch
+        raise ValueError(
+            f"the image size must be a multiple of {patch}, the patch size of {name}; got {size}, "
+            f"the nearest are {below} and {below + patch}"
+        )
+
+
+def set_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Has a timm model recompute its blocks in backward, or not.
+
+    Raises:
+        ValueError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(enabled)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"activation_checkpointing: a {type(model).__name__} has no checkpointing") from error
+
+
+def _choose_attention(model: nn.Module) -> None:
+    """Plain attention where there is no GPU: on a CPU its backward is faster than the fused one's."""
+    if torch.cuda.is_available():
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False

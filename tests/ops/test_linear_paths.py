@@ -1,0 +1,60 @@
+"""The choice between one pass over W and a merge: a pure function, tried over a grid without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rlrr_kernels.ops.linear import path as paths
+from rlrr_kernels.ops.linear import tiles as configs
+from rlrr_kernels.ops.linear.tiles import ARCHITECTURES
+
+ROWS = (0, 1, 16, 64, 197, 1576, 4096, 12608, 50432, 10**7, 10**9)
+SHAPES = ((1, 1), (768, 768), (2304, 768), (768, 3072), (5120, 1280), (8192, 8192))
+DTYPES = ((torch.bfloat16,) * 2, (torch.float16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2)
+
+
+def path(rows: int, shape: tuple[int, int] = (768, 768), rank: int = 1, arch: str = "sm_90", dtypes=DTYPES[0], **more):
+    return paths.choose_path(paths.merge_gain(rows, *shape, rank, arch, *dtypes, **more))
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_89", "unknown"])
+def test_one_pass_for_few_rows_then_merge_and_never_back(arch: str):
+    for shape, rank, dtypes in itertools.product(SHAPES[1:], (1, 2, 4, 64), DTYPES):
+        chosen = [path(rows, shape, rank, arch, dtypes) for rows in ROWS]
+        assert chosen == sorted(chosen, reverse=True)
+        assert (chosen[0], chosen[-1]) == ("one_pass", "merge")
+
+
+def test_a_product_of_microseconds_is_not_worth_another_kernel():
+    assert path(1576) == "one_pass"  # 2 µs on an H200
+    assert path(4096, (8192, 8192)) == "merge"
+    assert path(12608, (3072, 768)) == "merge"
+    assert {path(rows, shape) for rows in (1, 16, 64, 197) for shape in SHAPES} == {"one_pass"}
+
+
+def test_the_arithmetic_of_one_case():
+    for dtypes, size, trail in ((DTYPES[0], 4, "half"), (DTYPES[1], 6, "half of float32")):
+        saved = paths.TRAIL[trail] * 2 * 12608 * 3072 * 768 / (0.8 * 989e12)
+        cost = 1e-6 * configs.KERNEL_US + size * 3072 * 768 / (0.9 * 4.8e12)
+        assert math.isclose(paths.merge_gain(12608, 3072, 768, 1, "sm_90", *dtypes), saved / cost)
+
+
+def test_what_makes_the_one_pass_kernel_work_more_brings_the_merge_forward():
+    gains = [paths.merge_gain(1576, 768, 768, rank, "sm_90", *DTYPES[0]) for rank in (1, 2, 3, 4, 5)]
+    assert gains == sorted(gains)
+    assert gains[4] == paths.merge_gain(1576, 768, 768, 64, "sm_90", *DTYPES[0])
+    wide = paths.merge_gain(1576, 768, 768, 1, "sm_90", *DTYPES[1])
+    assert wide > gains[0]
+    assert len({paths.merge_gain(1576, 768, 768, 1, "sm_90", *DTYPES[2], tf32=tf32) for tf32 in (False, True)}) == 2
+    half = (paths.merge_gain(1576, 768, 768, 1, "sm_90", *DTYPES[0], tf32=tf32) for tf32 in (False, True))
+    assert len(set(half)) == 1
+
+
+def test_under_the_interpreter_small_tests_meet_both_paths():
+    for shape, dtypes in itertools.product(SHAPES, DTYPES):
+        assert path(paths.INTERPRETER_ROWS, shape, 1, "interpreter", dtypes) == "one_pass"
+        assert path(paths.INTERPRETER_ROWS + 1, shape, 1, "interpreter", dtypes) == "merge"

@@ -1,0 +1,367 @@
+"""The paper's datasets: settings, the published layouts on disk, what `rlrr data check` finds, torchvision's images."""
+
+import inspect
+import json
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.paper_trees import make_fgvc, make_vtab
+
+pytest.importorskip("timm", reason="the training library needs timm")
+pytest.importorskip("typer", reason="the program needs typer")
+torchvision = pytest.importorskip("torchvision", reason="the training library needs torchvision")
+
+from rlrr_kernels.cli import main
+from rlrr_kernels.paper.check import check_dataset, datasets_to_check
+from rlrr_kernels.paper.data import augmentation, load_splits, preprocessing, split_note
+from rlrr_kernels.paper.hyperparameters import DATASETS, GROUPS, dataset_names, dataset_settings, selected_datasets
+from rlrr_kernels.paper.prepare import TORCHVISION, prepare_dataset
+from rlrr_kernels.train.data.folders import ImageDataset, Samples
+
+
+@pytest.fixture
+def rlrr(monkeypatch, capsys):
+    """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed, on one line."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
+
+    return run
+
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_every_dataset_of_the_paper_is_there_in_its_order():
+    vtab, fgvc = dataset_names("vtab"), dataset_names("fgvc")
+    assert (len(vtab), len(fgvc)) == (19, 5)
+    assert [sum(DATASETS[name].group == group for name in vtab) for group in GROUPS] == [7, 4, 8]
+    assert [DATASETS[name].title for name in (vtab[0], vtab[-1])] == ["CIFAR-100", "sNORB-Elev"]
+    assert sum(DATASETS[name].classes for name in vtab) == 940  # a mean head of 49.5 x 769 = 38,046: the paper's .33 M
+    assert sum(DATASETS[name].classes for name in fgvc) == 1173
+    for settings in DATASETS.values():
+        assert all(count > 0 for count in settings.sizes.values())
+        assert set(settings.varying) <= set(settings.sizes)
+    assert [name for name in DATASETS if DATASETS[name].drop_last] == ["NABirds"]
+    assert [name for name in DATASETS if DATASETS[name].restarts] == ["CUB_200_2011", "StanfordDogs"]
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [("cifar100", "cifar"), ("CUB", "CUB_200_2011"), ("smallnorb_elev", "smallnorb_ele"), ("Pets", "oxford_iiit_pet")],
+)
+def test_an_unknown_name_gets_the_nearest_ones(given, suggested):
+    with pytest.raises(ValueError, match=f"no dataset called '{given}'; did you mean .*{suggested}"):
+        dataset_settings(given)
+
+
+def test_names_are_checked_against_their_benchmark():
+    with pytest.raises(ValueError, match="no dataset of fgvc called 'imagenet'; there are CUB_200_2011, NABirds"):
+        dataset_settings("imagenet", "fgvc")
+    with pytest.raises(ValueError, match="benchmark must be one of vtab, fgvc; got 'glue'"):
+        dataset_names("glue")
+    assert [settings.name for settings in selected_datasets("vtab", ["kitti", "cifar"])] == ["cifar", "kitti"]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_vtab_splits(tmp_path):
+    folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
+    settings = dataset_settings("kitti")
+    honest = load_splits(tmp_path, settings)
+    assert {name: len(samples) for name, samples in honest.items()} == {"train": 8, "val": 4, "test": 6}
+    assert honest["train"].classes == ("0", "1", "2", "3")
+    assert honest["test"].labels == (0, 1, 2, 3, 0, 1)
+    assert honest["val"].paths[1] == folder / "images/val/000001.png"
+    paper = load_splits(tmp_path, settings, "paper")
+    assert {name: len(samples) for name, samples in paper.items()} == {"train": 12, "test": 6}
+    assert set(paper["train"].paths) == set(honest["train"].paths) | set(honest["val"].paths)
+    with pytest.raises(ValueError, match="split must be one of honest, paper; got 'best'"):
+        load_splits(tmp_path, settings, "best")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_fgvc_splits(tmp_path, first):
+    make_fgvc(tmp_path, "StanfordDogs", (2, 1, 1), first)
+    settings = dataset_settings("StanfordDogs")
+    honest = load_splits(tmp_path, settings)
+    assert {name: len(samples) for name, samples in honest.items()} == {"train": 240, "val": 120, "test": 120}
+    assert honest["test"].labels == tuple(range(120))
+    assert honest["test"].paths[9] == tmp_path / "StanfordDogs/Images/010.kind/test_0.jpg"
+    paper = load_splits(tmp_path, settings, "paper")
+    assert {name: len(samples) for name, samples in paper.items()} == {"train": 360, "test": 120}
+
+
+def test_fgvc_classes_may_be_words_and_paths_start_at_the_dataset(tmp_path):
+    folder = make_fgvc(tmp_path, "StanfordDogs")
+    for split in ("train", "val", "test"):
+        file = folder / f"{split}.json"
+        entries = json.loads(file.read_text())
+        file.write_text(json.dumps({f"Images/{path}": f"n{label:04}" for path, label in entries.items()}))
+    samples = load_splits(tmp_path, dataset_settings("StanfordDogs"))["test"]
+    assert samples.labels == tuple(range(120))
+    assert samples.classes[:2] == ("n0001", "n0002")
+    assert samples.paths[0].is_file()
+
+
+def test_transforms_are_the_papers():
+    image = Image.new("RGB", (300, 100), (255, 0, 127))
+    kitti, cifar, cub = map(dataset_settings, ("kitti", "cifar", "CUB_200_2011"))
+    assert [augmentation(settings) for settings in (kitti, cifar, cub)] == ["flip", "none", "crop"]
+    for settings in (kitti, cub):
+        ours = preprocessing(settings)
+        for transform in (ours.transform(), ours.transform(augmentation(settings))):
+            pixels = transform(image)
+            assert pixels.shape == (3, 224, 224)
+            torch.testing.assert_close(pixels[:2, 0, 0], torch.tensor([1.0, -1.0]))  # mean and std 0.5
+    resize = preprocessing(cub).transform().transforms[0]
+    assert resize.size == 256
+    assert preprocessing(kitti).transform().transforms[0].size in (224, (224, 224))
+    left, right = Image.new("L", (60, 30)), Image.new("L", (60, 30), 255)
+    left.paste(right, (30, 0))
+    squashed = preprocessing(kitti, 32).transform()(left.convert("RGB"))
+    assert squashed[0, :, 0].max() < -0.9  # both ends of the wide image are still there
+    assert squashed[0, :, -1].min() > 0.9
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_damaged_vtab_lists_are_told_with_file_and_line(tmp_path):
+    folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
+    settings = dataset_settings("kitti")
+    edit(folder / "train800.txt", "images/train/000001.png 1", "images/train/000001.png 4")
+    edit(folder / "train800.txt", "images/train/000003.png 3", "images/train/000003.png")
+    edit(folder / "train800.txt", "images/train/000005.png 1", "images/train/nowhere.png 1")
+    edit(folder / "train800.txt", "images/train/000007.png 3", "images/train/000006.png 3")
+    with pytest.raises(ValueError, match=r"kitti in .* is damaged") as caught:
+        load_splits(tmp_path, settings)
+    message = str(caught.value)
+    for text in (
+        "train800.txt, line 2: the label must be from 0 to 3, kitti has 4 classes; got 4",
+        "train800.txt, line 4: expected 'relative/path label'; got 'images/train/000003.png'",
+        f"train800.txt, line 6: the image {folder}/images/train/nowhere.png is missing",
+        "train800.txt, line 8: the image images/train/000006.png is named twice",
+    ):
+        assert text in message
+    (folder / "train800.txt").write_bytes(b"a.png 1\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"train800\.txt, line 2: not a text file"):
+        load_splits(tmp_path, settings)
+    (folder / "train800.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"train800\.txt names no image"):
+        load_splits(tmp_path, settings)
+    (folder / "val200.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"split file .*val200\.txt is missing"):
+        load_splits(tmp_path, settings)
+    with pytest.raises(FileNotFoundError, match=r"dataset folder .*cifar does not exist"):
+        load_splits(tmp_path, dataset_settings("cifar"))
+
+
+def test_damaged_fgvc_files_are_told_with_file_and_entry(tmp_path):
+    folder = make_fgvc(tmp_path, "OxfordFlowers")
+    settings = dataset_settings("OxfordFlowers")
+    good = (folder / "train.json").read_text()
+
+    def fails(text, message):
+        (folder / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_splits(tmp_path, settings)
+
+    fails(good[:-20], r"train\.json, line 1: ")
+    fails("[1, 2]", r"train\.json must hold one JSON object")
+    fails(good.replace(": 7,", ": null,"), r"train\.json, entry '007.kind/train_0.jpg': the class must be a number")
+    fails(good.replace(": 7,", ": 700,"), "name 103 classes together; OxfordFlowers has 102")
+    fails(good.replace("008.kind", "007.kind"), r"entry '007.kind/train_0.jpg': the image is named twice")
+    fails(good.replace("009.kind/train", "009.kind/lost"), r"entry '009.kind/lost_0.jpg': the image .* is missing")
+
+
+# ---------------------------------------------------------------- check
+
+
+def test_a_whole_download_passes_the_check(rlrr, tmp_path):
+    make_vtab(tmp_path, "kitti")
+    found = check_dataset(tmp_path, dataset_settings("kitti"))
+    assert (found.problems, found.warnings) == ((), ())
+    assert found.counts == {"train800": 800, "val200": 200, "train800val200": 1000, "test": 711}
+    assert (found.classes, found.images) == (4, 1711)
+    status, printed = rlrr("data", "check", tmp_path, "--dataset", "kitti", "--no-images")
+    assert status == 0
+    assert "kitti" in printed
+    assert "4 of 4" in printed
+    assert "good" in printed
+
+
+def test_check_finds_what_would_spoil_a_result(rlrr, tmp_path):
+    folder = make_vtab(tmp_path, "kitti", 800, 200, 700)
+    (folder / "images/test/000003.png").write_bytes(b"no image")
+    first = (folder / "images/train/000000.png").read_bytes()
+    (folder / "images/train/000000.png").write_bytes(first[: len(first) // 2])
+    edit(folder / "val200.txt", "images/val/000000.png 0", "images/train/000004.png 0")
+    found = check_dataset(tmp_path, dataset_settings("kitti"))
+    problems = "\n".join(found.problems)
+    for text in (
+        "test.txt: 700 images, 711 expected",
+        "1 images are in both train800 and val200, such as",
+        "train800val200 is not train800 and val200 together",
+        "cannot read the image",
+        "000003.png",
+        "train/000000.png",
+    ):
+        assert text in problems
+    status, printed = rlrr("data", "check", tmp_path, "--benchmark", "vtab")
+    assert status == 1
+    assert "wrong: " in printed
+    assert f"the dataset folder {tmp_path}/cifar does not exist" in printed
+    status, printed = rlrr("data", "check", tmp_path, "--dataset", "kiti")
+    assert status == 1
+    assert "did you mean kitti" in printed
+
+
+def test_numbers_that_vary_are_notes_and_no_failure(tmp_path):
+    make_fgvc(tmp_path, "OxfordFlowers", (10, 10, 1))
+    folder = make_fgvc(tmp_path, "StanfordCars", (1, 1, 1))
+    cars = check_dataset(tmp_path, dataset_settings("StanfordCars"), decode=False)
+    assert len(cars.warnings) == 2
+    assert "train.json: 196 images, 7,329 expected (other versions exist)" in cars.warnings[0]
+    assert [problem.rpartition("/")[2] for problem in cars.problems] == ["test.json: 196 images, 8,041 expected"]
+    flowers = check_dataset(tmp_path, dataset_settings("OxfordFlowers"), decode=False)
+    assert flowers.warnings == ()
+    assert flowers.classes == 102
+    (folder / "val.json").unlink()
+    assert "val.json is missing" in check_dataset(tmp_path, dataset_settings("StanfordCars")).problems[0]
+    names = [settings.name for settings in datasets_to_check(tmp_path, None, None)]
+    assert names == dataset_names("fgvc")  # none of VTAB-1k is there
+
+
+def test_classes_without_training_images_are_noted(tmp_path):
+    folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
+    for split in ("train800", "val200", "train800val200"):
+        file = folder / f"{split}.txt"
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.endswith(" 2\n")))
+    found = check_dataset(tmp_path, dataset_settings("kitti"))
+    assert found.classes == 3
+    assert "kitti: 1 of 4 classes have no training image, 1 of them are tested" in found.warnings
+
+
+def test_check_needs_something_to_check(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        datasets_to_check(tmp_path / "nowhere", None, None)
+    with pytest.raises(ValueError, match=r"holds none of the datasets' folders, such as cifar .* it holds nothing"):
+        datasets_to_check(tmp_path, None, None)
+
+
+# ---------------------------------------------------------------- torchvision
+
+
+class Fake(torchvision.datasets.FakeData):
+    """Small images of 102 classes; takes the arguments of every torchvision dataset."""
+
+    size_of: ClassVar = {"train": 600, "val": 500, None: 1300}
+
+    def __init__(self, root, download, **arguments):
+        part = arguments.get("split", arguments.get("train"))
+        super().__init__(self.size_of.get(part, 20), (3, 4, 5), 102, random_offset=len(str(part)))
+
+
+class FakeCounts(Fake):
+    """Labels are numbers of objects, 3 to 10."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, 3 + label % 8
+
+
+def test_torchvisions_dataset_becomes_the_published_layout(monkeypatch, tmp_path, rlrr):
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", Fake)
+    status, printed = rlrr("data", "prepare", "oxford_flowers102", "--root", tmp_path)
+    assert status == 0, printed
+    assert "oxford_flowers102: torchvision's Flowers102, not the published split" in printed
+    settings = dataset_settings("oxford_flowers102")
+    splits = load_splits(tmp_path, settings)
+    assert {name: len(samples) for name, samples in splits.items()} == {"train": 800, "val": 200, "test": 20}
+    original = Fake("", False, split="test")
+    image, label = ImageDataset(splits["test"], torchvision.transforms.functional.pil_to_tensor)[7]
+    assert label == original[7][1]
+    assert torch.equal(image, torchvision.transforms.functional.pil_to_tensor(original[7][0]))  # without loss
+    found = check_dataset(tmp_path, settings)
+    assert found.problems == ()
+    assert any("not the published split" in warning for warning in found.warnings)
+    status, printed = rlrr("data", "prepare", "oxford_flowers102", "--root", tmp_path)
+    assert status == 1
+    assert "exists already; remove it to prepare it anew" in printed
+
+
+def test_the_draw_depends_on_the_seed_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", Fake)
+    monkeypatch.setitem(Fake.size_of, None, 1050)
+    monkeypatch.setattr("rlrr_kernels.paper.prepare._rgb", lambda image: image.resize((1, 1)))
+    settings = dataset_settings("eurosat")
+    lists = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = prepare_dataset(tmp_path / name, settings, seed=seed)
+        lists.append([(folder / f"{split}.txt").read_text() for split in ("train800", "val200", "test")])
+    assert lists[0] == lists[1] != lists[2]
+    assert [len(text.splitlines()) for text in lists[0]] == [800, 200, 50]
+
+
+def test_clevr_counts_start_at_three_objects(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets, "CLEVRClassification", FakeCounts)
+    monkeypatch.setitem(Fake.size_of, "train", 1000)
+    settings = dataset_settings("clevr_count")
+    prepare_dataset(tmp_path, settings)
+    assert set(load_splits(tmp_path, settings)["train"].labels) == set(range(8))
+
+
+def test_fgvc_from_torchvision_keeps_published_splits(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", Fake)
+    monkeypatch.setitem(Fake.size_of, "train", 1020)
+    monkeypatch.setitem(Fake.size_of, "val", 1020)
+    settings = dataset_settings("OxfordFlowers")
+    prepare_dataset(tmp_path, settings)
+    assert split_note(tmp_path, settings) is None
+    splits = load_splits(tmp_path, settings)
+    assert {name: len(samples) for name, samples in splits.items()} == {"train": 1020, "val": 1020, "test": 20}
+    assert isinstance(splits["train"], Samples)
+
+
+def test_what_torchvision_cannot_give_is_told(monkeypatch, tmp_path):
+    assert set(TORCHVISION) <= set(DATASETS)
+    with pytest.raises(
+        ValueError, match="torchvision does not have the dataset dmlab, the published archive is needed"
+    ):
+        prepare_dataset(tmp_path, dataset_settings("dmlab"))
+
+    class Missing:
+        def __init__(self, *_, **__):
+            raise RuntimeError("Dataset not found")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Missing)
+    with pytest.raises(OSError, match=r"torchvision could not fetch or read CIFAR100 in .*: Dataset not found"):
+        prepare_dataset(tmp_path, dataset_settings("cifar"), download=False)
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Fake)
+    with pytest.raises(ValueError, match="torchvision's SVHN has too few images for train800, val200 of svhn: 600"):
+        prepare_dataset(tmp_path, dataset_settings("svhn"))
+    assert not list(tmp_path.glob("*vhn*"))
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_classes_take_these_arguments(name):
+    source = TORCHVISION[name]
+    signature = inspect.signature(getattr(torchvision.datasets, source.dataset))
+    for arguments in (*source.train, source.test or {}, source.val or {}):
+        signature.bind("root", download=False, **arguments)

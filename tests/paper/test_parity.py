@@ -1,0 +1,158 @@
+"""Our adapted timm models against the paper's, written from its formulas: equal logits and gradients.
+
+In float64 they agree to 1e-12. In fp32 both round: against float64, ours may be no less exact than the formulas are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.authors_models import AuthorsSwin, AuthorsViT, Oracle
+
+timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
+
+from rlrr_kernels import RLRRConfig, adapt_model, check_gradients, numerics
+from rlrr_kernels.adapt.model import adapter_parameters
+from rlrr_kernels.paper.authors import authors_shapes, load_authors_tensors
+from rlrr_kernels.train.models.drop import set_drop
+
+FLOAT64_LIMIT = 1e-12
+SEEDS = 4
+WORST = 3.0
+"""How many times as far from float64 as the formula in fp32, this tensor's or on average, a single tensor may be; all
+of them together are held to RATIO."""
+
+
+class ViT:
+    """The oracle and our model of it."""
+
+    image_size = 32
+
+    def __init__(self, seed: int, drop: float = 0.0) -> None:
+        self.oracle = AuthorsViT(seed=seed, drop=drop)
+        options = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 5}
+        self.model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+        missing, unexpected = self.model.load_state_dict(self.oracle.timm_state(), strict=False)
+        assert (sorted(missing), unexpected) == (["head.bias", "head.weight"], [])
+        load_authors_tensors(self.model, {name: tensor.detach() for name, tensor in self.oracle.trained.items()})
+        if drop:
+            set_drop(self.model.train(), drop, "branch")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of our parameters under the names of the oracle's."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                theirs = authors_shapes(name, tuple(parameter.shape))
+                found |= dict(zip(theirs, parameter.grad.chunk(len(theirs)), strict=True))
+        return found
+
+
+class Swin:
+    image_size = 112
+
+    def __init__(self, seed: int) -> None:
+        self.oracle = AuthorsSwin(seed=seed)
+        options = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "img_size": 112, "num_classes": 5}
+        self.model = timm.create_model("swin_tiny_patch4_window7_224", **options, drop_path_rate=0.0).eval()
+        # Microsoft's files have a stage's patch merging at its end, timm at the start of the next.
+        frozen = {name.replace("0.downsample", "1.downsample"): t for name, t in self.oracle.frozen.items()}
+        missing, unexpected = self.model.load_state_dict(frozen, strict=False)
+        assert (sorted(missing), unexpected) == (["head.fc.bias", "head.fc.weight"], [])
+        report = adapt_model(self.model, RLRRConfig(recipe="paper"))
+        assert {layer.groups for layer in report.layers} == {1}
+        assert "layers.1.downsample.reduction" in {layer.name for layer in report.layers}
+        ours = dict(self.model.named_parameters())
+        assert sorted(self.names().values()) == sorted(self.oracle.trained)
+        with torch.no_grad():
+            for name, theirs in self.names().items():
+                ours[name].copy_(self.oracle.trained[theirs].view(ours[name].shape))
+
+    def names(self) -> dict[str, str]:
+        """Name of ours → of the oracle's."""
+        parts = {"scale_row": "scale_line", "scale_col": "scale_col", "shift": "shift_bias"}
+        names = {"head.fc.weight": "head.weight", "head.fc.bias": "head.bias"}
+        for name in adapter_parameters(self.model):
+            module, _, part = name.rpartition(".")
+            block, _, child = module.rpartition(".")
+            if child.startswith("norm"):
+                names[name] = f"{block}.ssf_{part}_{child}".lstrip(".")
+            else:
+                names[name] = f"{module.replace('1.downsample', '0.downsample')}.{parts[part]}"
+        return names
+
+    def gradients(self) -> dict[str, Tensor]:
+        ours = dict(self.model.named_parameters())
+        return {theirs: ours[name].grad for name, theirs in self.names().items()}
+
+
+def loss(logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+
+
+def of_oracle(oracle: Oracle, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Logits and the gradient of every trained tensor, by name."""
+    oracle = oracle.to(dtype)
+    torch.manual_seed(11)
+    logits = oracle(images.to(dtype))
+    found = torch.autograd.grad(loss(logits), list(oracle.trained.values()))
+    return {"logits": logits, **dict(zip(oracle.trained, found, strict=True))}
+
+
+def of_ours(pair: ViT | Swin, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = pair.model.to(dtype)
+    torch.manual_seed(11)
+    logits = model(images.to(dtype))
+    loss(logits).backward()
+    check_gradients(model)
+    return {"logits": logits, **pair.gradients()}
+
+
+def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative to the exact tensor; that of the key's shift, which no softmax sees and so is zero, to the query's."""
+    assert found.keys() == exact.keys()
+    return {
+        name: (
+            (found[name].double().reshape(tensor.shape) - tensor).norm()
+            / exact[name.replace("key.shift_bias", "query.shift_bias")].norm()
+        ).item()
+        for name, tensor in exact.items()
+    }
+
+
+def images_of(pair: ViT | Swin, seed: int) -> Tensor:
+    shape = (3, 3, pair.image_size, pair.image_size)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+on_all = pytest.mark.parametrize("make", [ViT, lambda seed: ViT(seed, drop=0.4), Swin], ids=("vit", "drop", "swin"))
+
+
+@on_all
+def test_float64(make):
+    pair = make(0)
+    images = images_of(pair, 0)
+    exact = of_oracle(pair.oracle, images, torch.float64)
+    ours = distances(of_ours(pair, images, torch.float64), exact)
+    assert max(ours.values()) <= FLOAT64_LIMIT, {name: error for name, error in ours.items() if error > FLOAT64_LIMIT}
+
+
+@on_all
+def test_float32(make):
+    squares: dict[str, float] = {"ours": 0.0, "formula": 0.0}
+    for seed in range(SEEDS):
+        pair = make(seed)
+        images = images_of(pair, seed)
+        exact = of_oracle(pair.oracle, images, torch.float64)
+        formula = distances(of_oracle(pair.oracle, images, torch.float32), exact)
+        ours = distances(of_ours(pair, images, torch.float32), exact)
+        average = math.sqrt(sum(error**2 for error in formula.values()) / len(formula))
+        for name, error in ours.items():
+            assert error <= WORST * max(formula[name], average), name
+        squares["ours"] += sum(error**2 for error in ours.values())
+        squares["formula"] += sum(error**2 for error in formula.values())
+    assert math.sqrt(squares["ours"]) <= numerics.RATIO * math.sqrt(squares["formula"])

@@ -1,0 +1,240 @@
+"""The program ``rlrr``: what it writes, what it prints, and the errors it gives in place of tracebacks."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from tests.support.image_folders import make_images, make_splits
+
+timm = pytest.importorskip("timm", reason="the program needs timm")
+pytest.importorskip("accelerate", reason="the program needs accelerate")
+pytest.importorskip("typer", reason="the program needs typer")
+
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import rlrr_kernels
+from rlrr_kernels import RLRRLinear, adapter_info
+from rlrr_kernels.cli import app, main
+from rlrr_kernels.train.data.folders import ImageDataset, find_samples
+from rlrr_kernels.train.models.task import load_task
+
+
+@pytest.fixture
+def rlrr(monkeypatch, capsys):
+    """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed, on one line."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_splits(tmp_path / "images")
+
+
+def arguments(images, out):
+    return (
+        *("finetune", "--model", "test_vit", "--weights", "none", "--image-size", 32, "--data", images, "--out", out),
+        *("--epochs", 6, "--batch-size", 6, "--lr", 0.01, "--mixed-precision", "no"),
+    )
+
+
+def test_finetune_evaluate_merge(rlrr, images, tmp_path):
+    run, adapter = tmp_path / "run", tmp_path / "run" / "adapter"
+    status, printed = rlrr(*arguments(images, run))
+    assert status == 0
+    for text in (
+        "2 classes, 24 train, 12 val, 12 test images",
+        "epoch 6/6",
+        "best so far",
+        f"next: rlrr merge {adapter}",
+    ):
+        assert text in printed
+    result = json.loads((run / "result.json").read_text())
+    assert len(result["history"]) == 6
+    assert result["epoch_chosen_on"] == "validation"
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        sum(tensor.numel() for tensor in load_file(adapter / "adapter.safetensors").values())
+        == (result["trained_parameters"])
+    )
+    assert adapter_info(adapter).metadata["task"]["classes"] == ["blue", "red"]
+
+    card = (adapter / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    made = {}
+    exec(code.replace("path/to/this/folder", str(adapter)), made)
+    assert made["task"].preprocessing.image_size == 32
+    assert not any(isinstance(module, RLRRLinear) for module in made["model"].modules())
+
+    status, printed = rlrr("evaluate", adapter, "--data", images, "--json", tmp_path / "scores.json")
+    assert status == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["loss"] == pytest.approx(result["test"]["loss"], rel=1e-2)  # in the precision of the device
+    assert f"accuracy {scores['accuracy']:.4f}" in printed
+
+    status, printed = rlrr("merge", adapter, "--output", tmp_path / "merged.safetensors")
+    assert status == 0
+    plain = timm.create_model(
+        "test_vit", num_classes=2, img_size=32, checkpoint_path=str(tmp_path / "merged.safetensors")
+    ).eval()
+    model, task = load_task(adapter)
+    data = ImageDataset(find_samples(images / "test"), task.preprocessing.transform())
+    batch = torch.stack([data[i][0] for i in range(len(data))])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch), model.eval()(batch), rtol=1e-4, atol=1e-5)
+
+    status, printed = rlrr("merge", adapter, "--output", tmp_path / "merged.safetensors")
+    assert status == 1
+    assert "merged.safetensors exists; replace it with --overwrite" in printed
+
+
+def test_finished_run_is_kept_and_can_be_shown_again(rlrr, images, tmp_path):
+    assert rlrr(*arguments(images, tmp_path / "run"))[0] == 0
+    status, printed = rlrr(*arguments(images, tmp_path / "run"))
+    assert status == 1
+    assert "holds a run already; go on with it with --resume" in printed
+    status, printed = rlrr(*arguments(images, tmp_path / "run"), "--resume")
+    assert status == 0
+    assert "epoch 6/6" not in printed
+
+
+def test_mixed_precision_and_accumulation(rlrr, images, tmp_path):
+    status, printed = rlrr(
+        *arguments(images, tmp_path / "run"), "--mixed-precision", "bf16", "--accumulate", 2, "--recipe", "layers"
+    )
+    assert status == 0, printed
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert not any("norm1" in name for name in tensors)
+
+
+def test_weights_file_is_asked_for_again(rlrr, images, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    status, printed = rlrr(*arguments(images, tmp_path / "run"), "--weights", weights)
+    assert status == 0
+    assert f"--weights {weights}" in printed
+    adapter = tmp_path / "run" / "adapter"
+    assert str(tmp_path) not in (adapter / "config.json").read_text()  # no path of this machine leaves it
+    status, printed = rlrr("evaluate", adapter, "--data", images)
+    assert status == 1
+    assert "weights from a file called weights.safetensors; say where it is with --weights FILE" in printed
+    status, printed = rlrr("evaluate", adapter, "--data", images, "--weights", weights)
+    assert status == 0
+    assert "warning" not in printed
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), other)
+    status, printed = rlrr("evaluate", adapter, "--data", images, "--weights", other)
+    assert "warning: the frozen weights of 24 of 24 layers differ" in printed
+
+
+def test_bad_input_is_told_in_a_line_before_any_work(rlrr, images, tmp_path):
+    def fails(*options, text):
+        status, printed = rlrr(*arguments(images, tmp_path / "run"), *options)
+        assert status == 1
+        assert printed.startswith("error:")
+        assert text in printed, printed
+        assert not (tmp_path / "run").exists()
+
+    fails("--model", "test_vitt", text="timm has no model 'test_vitt'; did you mean test_vit")
+    fails("--data", tmp_path / "nowhere", text="nowhere does not exist")
+    fails("--weights", tmp_path / "absent.pth", text="absent.pth does not exist")
+    fails("--lr", "-1", text="lr must be a finite number of at least 0; got -1.0")
+    fails("--augment", "mirror", text="augment must be one of none, flip, crop, timm; got 'mirror'")
+    fails("--recipe", "book", text="recipe must be one of auto, paper, layers; got 'book'")
+    fails("--drop", "1", text="drop must be at least 0 and less than 1; got 1.0")
+    fails("--drop-kind", "path", text="drop_kind must be one of branch, depth; got 'path'")
+    fails("--epochs", "0", text="epochs must be at least 1; got 0")
+    fails("--data", make_images(tmp_path / "one", {"only": 3}), text="one class folder only, 'only'")
+    (images / "train" / "green").mkdir()
+    fails(text="green holds no image")
+    (images / "train" / "green").rmdir()
+    broken = images / "test" / "red" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    fails(text=f"1 of 48 images cannot be read; repair or remove them: cannot read the image {broken}")
+
+
+def test_evaluate_names_what_does_not_fit(rlrr, images, tmp_path):
+    assert rlrr(*arguments(images, tmp_path / "run"))[0] == 0
+    adapter = tmp_path / "run" / "adapter"
+    status, printed = rlrr("evaluate", adapter, "--data", make_images(tmp_path / "fish", {"fish": 2}))
+    assert status == 1
+    assert "classes that the model does not have: 'fish'; it has blue, red" in printed
+    tensors = adapter / "adapter.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    for command in (("evaluate", adapter, "--data", images), ("merge", adapter)):
+        status, printed = rlrr(*command)
+        assert status == 1
+        assert "adapter.safetensors is truncated" in printed
+    status, printed = rlrr("merge", images)
+    assert status == 1
+    assert "is no adapter written by save_adapter" in printed
+
+
+def test_doctor_names_versions_devices_and_reasons(rlrr):
+    status, printed = rlrr("doctor")
+    assert status == 0
+    for text in ("torch", torch.__version__, "timm", "cpu", "rlrr_linear", "norm_rescale", "why"):
+        assert text in printed
+
+
+def test_doctor_explains_a_default_that_cannot_run(rlrr, monkeypatch):
+    from rlrr_kernels import backends
+
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    with rlrr_kernels.use_backend("triton"):
+        status, printed = rlrr("doctor")
+    assert status == 0
+    assert "default: triton" in printed
+    if not torch.cuda.is_available():
+        assert "cannot run here" in printed
+
+
+def test_help_and_version():
+    runner = CliRunner()
+    assert runner.invoke(app, ["--version"]).output.startswith("rlrr-kernels ")
+    shown = runner.invoke(app, ["--help"]).output
+    commands = ("finetune", "evaluate", "merge", "doctor", "demo", "reproduce", "report")
+    assert sorted(commands, key=shown.index) == list(commands)
+
+
+def test_errors_go_to_the_error_stream(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["rlrr", "merge", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: adapter folder")
+
+
+def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path):
+    pytest.importorskip("accelerate", reason="training needs accelerate")
+    run, options = tmp_path / "run", ("--model", "test_resnet", "--epochs", 1, "--warmup-epochs", 0)
+    status, printed = rlrr(*arguments(images, run), *options)
+    assert status == 1
+    assert "the model has none beside its head; convs=['*'] adapts its convolutions" in printed
+    layout = ("--conv-layout", "out*kh,in*kw")
+    status, printed = rlrr(*arguments(images, run), *options, "--convs", "*", *layout, "--rank", 10)
+    assert status == 0, printed
+    assert adapter_info(run / "adapter").config.conv_layout == "out*kh,in*kw"
+    status, printed = rlrr("merge", run / "adapter")
+    assert status == 0
+    assert "its state dict has the keys of the plain model" in printed
+    plain = timm.create_model("test_resnet", num_classes=2, checkpoint_path=str(run / "merged.safetensors")).eval()
+    model, _ = load_task(run / "adapter")
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch), model.eval()(batch), rtol=1e-4, atol=1e-5)
