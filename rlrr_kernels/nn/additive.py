@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.rescaled import Rescaled
-from rlrr_kernels.ops.checks import autocast_input
+from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 
 
@@ -66,7 +66,7 @@ class AdditiveLinear(Rescaled):
             scale.mul_(size.to(scale.dtype))
 
     def _rescaled(self, x: Tensor) -> Tensor:
-        x, _ = autocast_input(x)
+        x = x.to(compute_dtype(x)[0])
         scale_row, scale_col = (scale.to(x.dtype) for scale in self.scales())
         bias = self._total_bias()
         y = F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -21,30 +21,48 @@ def check_tensors(
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"{prefix}weight must be a Tensor; got {type(weight).__name__}")
-    if weight.requires_grad:
-        raise ValueError(
-            f"{prefix}weight must be frozen: it has requires_grad=True, and no gradient is computed for it. "
-            f"Call {prefix}weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
-        )
+    check_frozen(weight, f"{prefix}weight", "linear")
     device = x.device
     if weight.device != device:
         raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
-    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
+    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)
+    for name, tensor in others:
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{prefix}{name} must be a Tensor or None; got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{prefix}{name} must be on the device of x, {device}; got {tensor.device}")
+    for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
+        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
 
 
-def autocast_input(x: Tensor) -> tuple[Tensor, bool]:
-    """x in the dtype of autocast, as ``F.linear`` would cast it, and whether autocast is on."""
+def check_frozen(tensor: Tensor, name: str, function: str) -> None:
+    """Refuses to leave out, in silence, the gradient of a tensor that is trained as ``F.function`` would train it.
+
+    Raises:
+        ValueError: it requires a gradient, and gradients are on.
+    """
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"{name} must be frozen, but torch.func differentiates with respect to it: give grad, vjp or jacrev the "
+            f"trained parameters alone, and {name} detached or from outside the function"
+        )
+    raise ValueError(
+        f"{name} must be frozen: it has requires_grad=True, and no gradient is computed for it. "
+        f"Call {name}.requires_grad_(False), or use torch.nn.functional.{function} to train it"
+    )
+
+
+def compute_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype to which autocast makes ``F.linear`` cast x, and whether autocast is on."""
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    return x, autocast
+    return torch.get_autocast_dtype(device_type) if autocast and x.dtype != torch.float64 else x.dtype, autocast
 
 
 def check_dtypes(

@@ -7,11 +7,11 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlrr_kernels.ops.checks import MAX_RANK, autocast_input, check_dtypes
+from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen, compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from rlrr_kernels.ops.second_order import differentiable_gradients
 
 CONV_LAYOUTS = ("out,in*kh*kw", "out*kh,in*kw")
 """How a kernel [out, in, kh, kw] is seen as a matrix W: which of its axes index the rows, and which the columns."""
@@ -58,8 +58,9 @@ def rlrr_conv2d(
         TypeError: an argument has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
-    x, autocast = autocast_input(x)
-    check_dtypes(x.dtype, weight.dtype, scale_row, scale_col, bias, autocast)
+    dtype, autocast = compute_dtype(x)
+    check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast)
+    x = x.to(dtype)
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
@@ -110,11 +111,7 @@ def _kernel(matrix: Tensor, shape: tuple[int, ...], layout: str) -> Tensor:
 
 
 def _check(x, weight, scale_row, scale_col, bias, groups: int, layout: str) -> None:
-    if weight.requires_grad:
-        raise ValueError(
-            "weight must be frozen: it has requires_grad=True, and rlrr_conv2d computes no gradient for it. "
-            "Call weight.requires_grad_(False), or use torch.nn.functional.conv2d to train it"
-        )
+    check_frozen(weight, "weight", "conv2d")
     for name, tensor in (("weight", weight), ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
@@ -168,13 +165,22 @@ class _Conv2d(torch.autograd.Function):
             return F.conv2d(x, kernel, None if bias is None else bias.to(x.dtype), *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, scale_row, scale_col = ctx.saved_tensors
-        (stride, padding, dilation, groups), layout, residual, x_shape, bias_dtype = ctx.settings
+        options, layout, residual, x_shape, bias_dtype = ctx.settings
+        stride, padding, dilation, groups = options
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         wide = accumulate_dtype(grad_y.dtype)
         grad_x = grad_row = grad_col = grad_bias = None
+        if torch.is_grad_enabled():  # create_graph=True
+            if x is None:  # ∂x alone is asked for, and y is linear in x: any x gives it
+                x = grad_y.new_zeros(x_shape).requires_grad_()
+            grads = differentiable_gradients(
+                lambda x, row, col: _formula(x, weight, row, col, None, options, layout, residual),
+                (x, scale_row, scale_col), (need_x, need_row, need_col), grad_y,
+            )  # fmt: skip
+            grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype) if need_bias else None
+            return grads[0], None, grads[1], grads[2], grad_bias, None, None, None
         with torch._C._DisableAutocast():
             if need_x or need_row or need_col:
                 # Where a tensor's values are not read, one element in its shape stands for it.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlrr_kernels import backends
 from rlrr_kernels.ops.activation.functions import check_name
-from rlrr_kernels.ops.checks import autocast_input, check_dtypes, check_input, check_parameters, check_tensors
-from rlrr_kernels.ops.linear.public import checked_linear
-from rlrr_kernels.ops.recompute import recipe_of
+from rlrr_kernels.ops.checks import check_dtypes, check_input, check_parameters, check_tensors, compute_dtype
+from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
 
@@ -56,10 +54,9 @@ def rlrr_mlp(
     check_name("activation", activation)
     check_tensors(x, *fc1, prefix="fc1_")
     check_tensors(x, *fc2, prefix="fc2_")
-    recipe = recipe_of(x)
-    x, autocast = autocast_input(x)
-    check_dtypes(x.dtype, fc1_weight.dtype, *fc1[1:], autocast, prefix="fc1_")
-    check_dtypes(x.dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
+    dtype, autocast = compute_dtype(x)
+    check_dtypes(dtype, fc1_weight.dtype, *fc1[1:], autocast, prefix="fc1_")
+    check_dtypes(dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
     check_input(x, fc1_weight, prefix="fc1_")
     hidden = fc1_weight.shape[0]
     if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
@@ -71,6 +68,7 @@ def rlrr_mlp(
     for name, sample in (("fc1_scale_grad_rows", fc1_scale_grad_rows), ("fc2_scale_grad_rows", fc2_scale_grad_rows)):
         if sample is not None:
             check_sample(name, sample, x)
-    backend = backends.resolve(backend, x.device.type, x.dtype)
-    h = checked_linear(x, *fc1, residual, backend, None, fc1_scale_grad_rows, recipe)
-    return checked_linear(h, *fc2, residual, backend, activation, fc2_scale_grad_rows)
+    h = rlrr_linear(x, *fc1, residual=residual, backend=backend, scale_grad_rows=fc1_scale_grad_rows)
+    return rlrr_linear(
+        h, *fc2, residual=residual, input_activation=activation, backend=backend, scale_grad_rows=fc2_scale_grad_rows
+    )

@@ -1,8 +1,8 @@
-"""Recipes: how a layer's backward computes its input again from tensors that are kept anyway, instead of keeping it.
+"""How a layer's backward computes its input again from tensors that are kept anyway, instead of keeping it.
 
-A function whose result is cheap to compute attaches a recipe to it. ``rlrr_linear`` then saves the recipe's tensors,
-which that function saved too, and not its input. Whoever does not know recipes, and every tensor that a view or another
-operation derives from the result, is unaffected: nothing but memory depends on a recipe being seen.
+A function whose result is cheap to compute attaches a :class:`Recompute` to it. ``rlrr_linear`` then saves that one's
+tensors, which the function saved too, and not its input. A caller that knows nothing of it, and every tensor that a
+view or another operation derives from the result, is unaffected: only memory depends on its being seen.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ATTRIBUTE = "_rlrr_recipe"
+_ATTRIBUTE = "_rlrr_recompute"
 
 
-class Recipe(NamedTuple):
-    """``compute(dtype, *tensors)`` gives the tensor again, bit by bit, cast to ``dtype``.
+class Recompute(NamedTuple):
+    """A way to compute a tensor again: ``compute(dtype, *tensors)`` gives it bit by bit, cast to ``dtype``.
 
     ``versions`` are those of the tensor and of what it is computed from.
     """
@@ -27,17 +27,17 @@ class Recipe(NamedTuple):
     versions: tuple[int, ...]
 
 
-def attach_recipe(result: Tensor, compute: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> None:
-    """Attaches a recipe to ``result`` where a backward can follow."""
+def attach_recompute(result: Tensor, compute: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> None:
+    """Says how ``result`` can be computed again, where a backward can follow."""
     present = [tensor for tensor in (result, *tensors) if tensor is not None]
     if torch.is_grad_enabled() and not any(tensor.is_inference() for tensor in present):
-        setattr(result, _ATTRIBUTE, Recipe(compute, tensors, tuple(tensor._version for tensor in present)))
+        setattr(result, _ATTRIBUTE, Recompute(compute, tensors, tuple(tensor._version for tensor in present)))
 
 
-def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe of ``x``; None where it has none, something was changed in place since, or a transform is at work."""
-    recipe = None if torch.compiler.is_compiling() else getattr(x, _ATTRIBUTE, None)
-    if recipe is None or torch._C._are_functorch_transforms_active():
+def recompute_of(x: Tensor) -> Recompute | None:
+    """How ``x`` is computed again; None where it cannot be: changed in place since, or a transform is at work."""
+    recompute = None if torch.compiler.is_compiling() else getattr(x, _ATTRIBUTE, None)
+    if recompute is None or torch._C._are_functorch_transforms_active():
         return None
-    present = [tensor for tensor in (x, *recipe.tensors) if tensor is not None]
-    return recipe if recipe.versions == tuple(tensor._version for tensor in present) else None
+    present = [tensor for tensor in (x, *recompute.tensors) if tensor is not None]
+    return recompute if recompute.versions == tuple(tensor._version for tensor in present) else None

@@ -89,8 +89,8 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
     """
     pytest.importorskip("triton", reason="needs Triton")
     from benchmarks.host_overhead.fake_cuda import fake_cuda
-    from rlrr_kernels.ops.host import call as linear_call
-    from rlrr_kernels.ops.host import launch
+    from rlrr_kernels.ops.host import launch, replay
+    from rlrr_kernels.ops.linear import autograd, public
 
     model = adapted()
     images, labels = tiny_images("vit"), torch.tensor([0, 1, 2])
@@ -101,11 +101,11 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
         launch.Plan, "run", lambda plan, *args: started.append(plan.kernel.fn.__name__) or run(plan, *args)
     )
     monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors take the Triton road
-    monkeypatch.setattr(linear_call, "_calls", {})
+    monkeypatch.setattr(public, "_calls", autograd.CallCache())
     counts = []
     with fake_cuda() as cuda, backends.use_backend("triton.one_pass"):
         for step in range(4):
-            monkeypatch.setattr(linear_call, "_MOST_ATTEMPTS", 0 if step < 2 else 3)
+            monkeypatch.setattr(replay, "_MOST_ATTEMPTS", 0 if step < 2 else 3)
             started.clear()
             before = cuda.count
             F.cross_entropy(model(images), labels).backward()

@@ -163,7 +163,7 @@ def test_func_grad_and_vmap(backend: str):
 
 
 @on_every_backend
-def test_second_derivatives_and_forward_mode_say_that_they_are_missing(backend: str):
+def test_what_cannot_be_differentiated_says_so(backend: str):
     tensors = problem()
     x, row, col, bias = leaves_of(tensors)
 
@@ -173,18 +173,17 @@ def test_second_derivatives_and_forward_mode_say_that_they_are_missing(backend: 
     def operator(x):
         return torch.ops.rlrr_kernels.linear(x, tensors["weight"], row, col, bias, True, backend).square().sum()
 
+    with pytest.raises(NotImplementedError, match="differentiated only once"):
+        torch.autograd.grad(operator(x), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated only once"):
+        torch.func.grad(lambda x: torch.func.grad(public)(x).sum())(x.detach())
     for function in (public, operator):
-        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.sum().backward()
         with pytest.raises(NotImplementedError, match="forward"):
             torch.func.jvp(function, (x.detach(),), (x.detach(),))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
             with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
                 function(dual)
-    with pytest.raises(NotImplementedError, match="differentiated only once"):
-        torch.func.grad(lambda x: torch.func.grad(public)(x).sum())(x.detach())
 
 
 @on_every_backend

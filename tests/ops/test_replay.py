@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlrr_kernels import backends, rlrr_linear
-from rlrr_kernels.ops.host import call as linear_call
+from rlrr_kernels.ops.linear import autograd, library, public
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.ops.tuning import store as tuned_tiles
@@ -70,7 +70,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(launching, "watched", lambda *kernels: False)
-    monkeypatch.setattr(linear_call, "_calls", {})
+    for module in (public, library):
+        monkeypatch.setattr(module, "_calls", autograd.CallCache())
     return recorder
 
 
@@ -103,7 +104,7 @@ def run(tensors: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
     for tensor in inputs.values():
         if tensor is not None:
             tensor.grad = None
-    y = rlrr_linear(**inputs, backend="triton.one_pass", **options)
+    y = rlrr_linear(**inputs, **({"backend": "triton.one_pass"} | options))
     y.backward(tensors["grad_y"])
     grads = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
     return {"y": y.detach(), **grads}
@@ -290,14 +291,108 @@ def test_autocast_and_its_absence_do_not_share_a_call(recorder: Recorder):
 def test_scratch_buffers_do_not_overlap(sizes: dict[str, int], buffers: list[int], recorder: Recorder):
     """Parts of a product and of the scale gradients lie in one piece of memory."""
     run(problem(lead=(3,), **sizes))
-    (call,) = linear_call._calls.values()
-    replays = list(call._replays.values())
+    (call,) = public._calls._calls.values()
+    replays = [*call._forward._replays.values(), *call._backward._replays.values()]
     assert [len(replay._offsets) for replay in replays] == buffers
     for replay in replays:
         edges = [*replay._offsets, replay._scratch]
         assert edges[0] == 0
         assert all(edge % 256 == 0 for edge in edges)
         assert edges == sorted(set(edges))
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else torch.stack([tensor, tensor], 1)[:, 0]
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """At an address that is no multiple of 16."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def negated(tensor: Tensor) -> Tensor:
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+MOVES = {"nothing": torch.clone, "transposed": transposed, "shifted": shifted, "negated": negated}
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "scale_row", "scale_col"])
+@pytest.mark.parametrize("start", ["nothing", "transposed"])
+def test_saved_tensors_may_move_before_the_backward(name: str, start: str, recorder: Recorder):
+    """As hooks on saved tensors, ``.data``, offloading and sharding move them: addresses and strides change.
+
+    A replay of another layout would read them wrongly in silence.
+    """
+    tensors = problem(lead=(5,))
+    tensors[name] = MOVES[start](tensors[name].detach()).requires_grad_(tensors[name].requires_grad)
+    expected = run(tensors | {"x": tensors["x"]})
+    size = tensors[name].shape
+
+    def unpack(move: str) -> Callable[[Tensor], Tensor]:
+        return lambda saved: MOVES[move](saved) if saved.shape == size else saved
+
+    for move in (*MOVES, *MOVES, "nothing", "transposed"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), unpack(move)):
+            found = run(tensors)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, msg=lambda text, m=move, k=key: f"{m}, {k}: {text}")
+    assert len(recorder.started) > 8
+
+
+@pytest.mark.parametrize("name", ["weight", "scale_row", "scale_col"])
+def test_data_may_be_replaced_between_calls(name: str, recorder: Recorder):
+    tensors = problem(lead=(5,))
+    for turn, move in enumerate((*MOVES, *MOVES)):
+        values = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(turn))
+        tensors[name].data = MOVES[move](values)
+        torch.testing.assert_close(run(tensors), run_torch(tensors))
+        y = rlrr_linear(**{k: t for k, t in tensors.items() if k != "grad_y"}, backend="triton.one_pass")
+        tensors[name].data = MOVES["transposed"](values)  # between forward and backward
+        grads = torch.autograd.grad(y, [tensors["scale_row"], tensors["scale_col"]], tensors["grad_y"])
+        expected = run_torch(tensors)
+        torch.testing.assert_close(grads, (expected["scale_row"], expected["scale_col"]))
+
+
+def run_torch(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    with backends.use_backend("torch"):
+        return run(tensors, backend="auto")
+
+
+def test_recording_twice_within_itself(recorder: Recorder):
+    """The outer list has what the inner one has, and no call is replayed past it."""
+    tensors = problem()
+    for _ in range(3):
+        run(tensors)
+    with launching.recorded() as outer:
+        run(tensors)
+        with launching.recorded() as inner:
+            run(tensors)
+        run(tensors)
+    assert len(inner) > 2
+    assert len(outer) == 3 * len(inner)
+
+
+def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recorder):
+    """Merged calls are not replayed; after a switch to the fused path they are."""
+    tensors = problem(lead=(3,))
+    inputs = {name: t for name, t in tensors.items() if name != "grad_y"}
+    path = "merge"
+    call = autograd.Call("triton", True, eager=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned_tiles, "path_for", lambda *arguments: path)
+        for _ in range(5):
+            call.forward(**inputs)
+        assert not recorder.started
+        path = "one_pass"
+        for _ in range(2):
+            call.forward(**inputs)
+        assert not recorder.started  # nobody has said that anything changed
+        tuned_tiles.forget()
+        for _ in range(2):
+            call.forward(**inputs)
+    assert recorder.started
 
 
 @pytest.mark.parametrize("frozen", [(), ("x", "scale_col")])

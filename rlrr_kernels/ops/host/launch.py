@@ -161,12 +161,23 @@ _thread = threading.local()
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Lists the launches that this thread runs within the block, and so keeps their tensors."""
+    """Lists the launches that this thread runs within the block, and so keeps their tensors; blocks may be nested.
+
+    Within it no call is replayed, so that none is missing.
+    """
+    outer = getattr(_thread, "record", None)
     _thread.record = launches = []
     try:
         yield launches
     finally:
-        _thread.record = None
+        _thread.record = outer
+        if outer is not None:
+            outer += launches
+
+
+def is_recording() -> bool:
+    """Whether this thread is within :func:`recorded`."""
+    return getattr(_thread, "record", None) is not None
 
 
 def _arguments_after_tensors(plan: Plan) -> tuple:

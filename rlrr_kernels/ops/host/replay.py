@@ -1,7 +1,10 @@
-"""``Replay``: the kernel launches of one call, started again for other tensors of the same layout.
+"""``Replays``: from the second call of a layout on, a call's kernels are started past all that chose them.
 
-What a call does before its kernels start, the choice of path and tiles, plans and views, depends on shapes, strides and
-dtypes alone. A replay keeps the outcome: compiled kernels and, of each tensor that one takes, its place in the call.
+What a call does before its kernels start, the choice of path and tiles, plans and views, depends on the layout of its
+tensors alone (:func:`layout`) and takes the host several times as long as starting the kernels does. A replay keeps the
+outcome: compiled kernels and, of each tensor that one takes, its place in the call.
+
+Whatever a replay takes for granted is in its key or is checked when it runs. This file needs no Triton to be imported.
 """
 
 from __future__ import annotations
@@ -9,28 +12,123 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rlrr_kernels.ops.host import launch as launching
-from rlrr_kernels.ops.host.launch import Launch, StartKernel
-from rlrr_kernels.ops.tuning import store as tuned_tiles
+if TYPE_CHECKING:
+    from rlrr_kernels.ops.host.launch import Launch, StartKernel
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory kernels may be handed; those of another type go through the operator."""
+
+_MOST_ATTEMPTS = 3
+"""Calls of a layout that are recorded for a replay: where none can be made, the reason seldom goes away."""
 
 _ALIGNMENT = 256
 """Bytes, between the buffers of a call's scratch memory."""
 
 _address = Tensor.data_ptr
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def layout(*tensors: Tensor | None) -> tuple | None:
+    """All that a computation depends on but the values in its tensors; None for a tensor without strides.
+
+    A lazily negated tensor has another layout than a plain one: kernels are handed addresses, and what lies there has
+    the other sign.
+    """
+    try:
+        return tuple(
+            [
+                None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device, t.is_neg())  # its parts hash
+                for t in tensors
+            ]
+        )
+    except (AttributeError, RuntimeError):  # no tensor at all, or a sparse or nested one
+        return None
+
+
+def plain_layout(*tensors: Tensor | None) -> tuple | None:
+    """:func:`layout`; None where a tensor is of another type than :data:`PLAIN_TYPES` or a transform has wrapped it."""
+    found = layout(*tensors)
+    if found is None or not all(one is None or one[0] in PLAIN_TYPES for one in found):
+        return None
+    return None if _is_wrapped(tensors[0]) else found  # left over from a transform that has ended
+
+
+class Replays:
+    """The replays of one function's calls, by the layouts of its tensors."""
+
+    __slots__ = ("_attempts", "_replays")
+
+    def __init__(self) -> None:
+        self._replays: dict[Any, Replay] = {}
+        self._attempts: dict[Any, tuple[int, int]] = {}
+
+    def run(
+        self,
+        key: tuple | None,
+        tensors: Sequence[Tensor | None],
+        allocate: Callable[[], tuple[Tensor | None, ...]],
+        compute: Callable[[], tuple[Tensor | None, ...]],
+    ) -> tuple[Tensor | None, ...]:
+        """The results of a call: by its replay where there is one, else computed, and recorded for a replay.
+
+        Args:
+            key: the layout of ``tensors`` and what else the call depends on; None: it is computed.
+            tensors: what the call reads.
+            allocate: makes the results' tensors, in the layout that ``compute`` gives them.
+            compute: computes the results.
+        """
+        if key is None:
+            return compute()
+        replay = self._replays.get(key)
+        if replay is not None and replay.ready():
+            results = allocate()
+            if replay.run([tensor for tensor in (*tensors, *results) if tensor is not None]):
+                return results
+        elif replay is None or replay.outdated():
+            return self._recorded(key, tensors, compute)
+        return compute()
+
+    def _recorded(self, key: tuple, tensors: Sequence[Tensor | None], compute: Callable) -> tuple[Tensor | None, ...]:
+        from rlrr_kernels.ops.host import launch
+        from rlrr_kernels.ops.tuning import store
+
+        # Other tiles or another path may be in force than at earlier attempts, with which a replay can be made.
+        changes, attempts = self._attempts.get(key, (store.changes, 0))
+        if changes != store.changes:
+            attempts = 0
+        if attempts == _MOST_ATTEMPTS or launch.is_recording():
+            return compute()
+        with launch.recorded() as launches:
+            results = compute()
+        present = [tensor for tensor in (*tensors, *results) if tensor is not None]
+        replay = Replay.of(launches, present) if launches else None
+        if replay is None:
+            self._attempts[key] = store.changes, attempts + 1
+        else:
+            self._replays[key] = replay
+        return results
 
 
 class Replay:
     """Starts kernels that ran before, past all that chose them and built their launches."""
 
-    __slots__ = ("_changes", "_device", "_driver", "_kernels", "_offsets", "_precision", "_scratch", "_steps")
+    __slots__ = (
+        *("_changes", "_device", "_driver", "_drivers", "_host", "_kernels", "_offsets"),
+        *("_precision", "_scratch", "_steps", "_store"),
+    )
 
     def __init__(self, launches: Sequence[Launch], positions: dict[int, int], starts: Sequence[StartKernel]) -> None:
         """``positions`` of the call's tensors, by address; all others are scratch, which the call made for itself."""
+        import triton
+
+        from rlrr_kernels.ops.host import launch as host
+        from rlrr_kernels.ops.tuning import store
+
         positions, self._offsets, self._scratch = dict(positions), [], 0
         self._steps: list[tuple[StartKernel, Callable]] = []
         for launch, start in zip(launches, starts, strict=True):
@@ -42,11 +140,8 @@ class Replay:
             taken = operator.itemgetter(*(positions[tensor.data_ptr()] for tensor in launch.tensors))
             self._steps.append((start, taken))
         first = launches[0].tensors[0]
-        self._device, self._driver, self._changes = (
-            first.get_device(),
-            triton.runtime.driver.active,
-            tuned_tiles.changes,
-        )
+        self._host, self._store, self._drivers = host, store, triton.runtime.driver
+        self._device, self._driver, self._changes = first.get_device(), self._drivers.active, store.changes
         self._precision = torch.get_float32_matmul_precision() if first.dtype == torch.float32 else None
         self._kernels = tuple({launch.plan.kernel for launch in launches})
 
@@ -67,8 +162,8 @@ class Replay:
     def outdated(self) -> bool:
         """Whether a call would choose anew: other tiles are in force, another precision of fp32 products, or driver."""
         return (
-            self._changes != tuned_tiles.changes
-            or self._driver is not triton.runtime.driver.active
+            self._changes != self._store.changes
+            or self._driver is not self._drivers.active
             or (self._precision is not None and self._precision != torch.get_float32_matmul_precision())
         )
 
@@ -77,8 +172,9 @@ class Replay:
         device = self._device
         return not (
             self.outdated()
-            or launching.watched(*self._kernels)
-            or (device >= 0 and device != launching.current_device())
+            or self._host.is_recording()
+            or self._host.watched(*self._kernels)
+            or (device >= 0 and device != self._host.current_device())
         )
 
     def run(self, tensors: Sequence[Tensor]) -> bool:

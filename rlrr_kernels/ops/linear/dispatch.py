@@ -1,4 +1,5 @@
-"""What every road of ``rlrr_linear`` computes: backends, leading dimensions, short forms of the scales, activations."""
+"""What ``rlrr_linear`` computes: picks the backend's module, and brings leading dimensions, short forms of the scales,
+activations and lazily negated tensors into the one form that the backends see."""
 
 from __future__ import annotations
 
@@ -13,24 +14,14 @@ from torch import Tensor
 from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import canonical
-from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 if backends.CPP_FAILURE is None:  # its operators' fake and autograd kernels, which a compiler may ask for first
     from rlrr_kernels.ops.linear import cpp_backend  # noqa: F401
 
 
-@functools.cache
-def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
-    """The module that serves a resolved backend, and the path it is told to take."""
-    if backend == "torch":
-        return linear_torch, {}
-    name, _, path = backend.partition(".")
-    module = importlib.import_module(f"rlrr_kernels.ops.linear.{name}_backend")
-    return module, {"path": path} if path else {}
-
-
-def compute_linear(
+def forward(
     x: Tensor,
     weight: Tensor,
     scale_row: Tensor | None,
@@ -41,9 +32,10 @@ def compute_linear(
     input_activation: str | None,
 ) -> Tensor:
     """y [..., N] of x [..., K]."""
-    module, options = _implementation(backend)
-    scale_row, scale_col = canonical(scale_row, scale_col, weight)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    module, options = _implementation(_able(backend, x, weight, scale_row, scale_col, bias))
+    x, weight, bias = resolved(x), resolved(weight), resolved(bias)
+    scale_row, scale_col = canonical(resolved(scale_row), resolved(scale_col), weight)
+    flat = flattened(x)
     with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
         if input_activation is not None:
             flat = activation.forward(flat, input_activation)
@@ -62,10 +54,10 @@ def rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str
     """
     if sample is None or input_activation is not None:
         return x
-    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).index_select(0, sample.index)
+    return flattened(x).index_select(0, sample.index)
 
 
-def compute_gradients(
+def backward(
     grad_y: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -74,29 +66,50 @@ def compute_gradients(
     residual: bool,
     backend: str,
     needs: tuple[bool, bool, bool, bool],
-    input_activation: str | None,
-    sample: RowSample | None,
-) -> list[Tensor | None]:
+    input_activation: str | None = None,
+    sample: RowSample | None = None,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, scale_row, scale_col (in their shapes and dtypes) and bias (in the accumulation dtype).
 
     x is what :func:`rows_for_backward` returned.
     """
-    row, col = canonical(scale_row, scale_col, weight)
-    rows, cols = weight.shape
-    flat = (
-        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, rows),
-        x if x is None or x.dim() == 2 else x.reshape(-1, cols),
-        weight, row, col, residual, backend, needs, sample,
-    )  # fmt: skip
+    backend = _able(backend, grad_y, x, weight, scale_row, scale_col)
+    grad_y, x, weight = resolved(grad_y), resolved(x), resolved(weight)
+    row, col = canonical(resolved(scale_row), resolved(scale_col), weight)
+    flat = flattened(grad_y), flattened(x), weight, row, col, residual, backend, needs, sample
     with torch._C._DisableAutocast():
         grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
     grad_x, grad_row, grad_col, grad_bias = grads
-    return [
-        grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], cols),
+    return (
+        grad_x if grad_x is None or grad_y.dim() == 2 else grad_x.view(*grad_y.shape[:-1], weight.shape[1]),
         grad_row if grad_row is None or scale_row.dim() == 2 else grad_row.view_as(scale_row),
         grad_col if grad_col is None or scale_col.dim() == 3 else grad_col.view_as(scale_col),
         grad_bias,
-    ]
+    )
+
+
+def flattened(x: Tensor | None) -> Tensor | None:
+    """x [..., K] as [M, K], also where K or a leading dimension is 0."""
+    if x is None or x.dim() == 2:
+        return x
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
+
+
+def resolved(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with the values that its memory holds: a kernel that is handed the address knows no lazy negation."""
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
+
+
+@functools.cache
+def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that serves a resolved backend, and the path it is told to take."""
+    name, _, path = backend.partition(".")
+    return importlib.import_module(f"rlrr_kernels.ops.linear.{name}_backend"), {"path": path} if path else {}
+
+
+def _able(backend: str, *tensors: Tensor | None) -> str:
+    """``backend``, or plain torch where a tensor is of a type that may have no memory to hand to a kernel."""
+    return backend if all(t is None or type(t) in PLAIN_TYPES for t in tensors) else "torch"
 
 
 def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs, sample=None):

@@ -9,13 +9,13 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
-from rlrr_kernels.ops.recompute import attach_recipe
+from rlrr_kernels.ops.recompute import attach_recompute
+from rlrr_kernels.ops.second_order import differentiable_gradients
 
 
 def norm_rescale(
@@ -66,7 +66,7 @@ def norm_rescale(
     y = _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
     if not keep_output:
         again = functools.partial(_compute_again, _implementation(x), eps, dtype)
-        attach_recipe(y, again, (x, weight, bias, scale, shift))
+        attach_recompute(y, again, (x, weight, bias, scale, shift))
     return y
 
 
@@ -127,15 +127,22 @@ class _NormRescale(torch.autograd.Function):
         ctx.module = _implementation(x)
         y, mean, rstd = ctx.module.forward(x, weight, bias, scale, shift, eps, dtype)
         ctx.save_for_backward(x, weight, bias, scale, mean, rstd)
-        ctx.shift_dtype = shift.dtype
+        ctx.options = shift.dtype, eps, dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, bias, scale, mean, rstd = ctx.saved_tensors
+        shift_dtype, eps, dtype = ctx.options
         need_x, _, _, need_scale, need_shift, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            shift = torch.zeros_like(scale, dtype=shift_dtype, requires_grad=need_shift)
+            grads = differentiable_gradients(
+                lambda x, scale, shift: _traced(x, weight, bias, scale, shift, eps, dtype),
+                (x, scale, shift), (need_x, need_scale, need_shift), grad_y,
+            )  # fmt: skip
+            return grads[0], None, None, *grads[1:], None, None
         grad_x, grad_scale, grad_shift = ctx.module.backward(
-            grad_y, x, weight, bias, scale, ctx.shift_dtype, mean, rstd, (need_x, need_scale, need_shift)
+            grad_y, x, weight, bias, scale, shift_dtype, mean, rstd, (need_x, need_scale, need_shift)
         )
         return grad_x, None, None, grad_scale, grad_shift, None, None

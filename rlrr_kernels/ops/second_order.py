@@ -1,0 +1,30 @@
+"""Gradients that can be differentiated again, for the backward of an ``autograd.Function`` under ``create_graph=True``.
+
+The kernels' backwards are no functions that autograd knows, so a second derivative of them would be lost in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def differentiable_gradients(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad_y: Tensor
+) -> list[Tensor | None]:
+    """Those gradients of ``formula(*inputs)`` that ``needs`` asks for, as functions of ``inputs`` and ``grad_y``.
+
+    Args:
+        formula: the function in operations that autograd knows.
+        inputs: its arguments, as they were saved for the backward.
+        needs: whether each one's gradient is asked for.
+        grad_y: gradient of the result.
+    """
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(inputs)
+    with torch._C._DisableAutocast():
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=True))
+    return [next(found) if need else None for need in needs]
