@@ -4,9 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-TRITON_3_6 := $(VENV)/triton-3.6
 
-.PHONY: setup test test-all test-gpu gpu lint extension bench sanitize demo demo-seeds evidence
+.PHONY: setup test test-all matrix test-gpu gpu lint extension bench sanitize demo demo-seeds evidence
 
 setup: $(STAMP)
 
@@ -25,22 +24,23 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
-# with it nothing can be compiled.
-INTERPRETED := $(addprefix tests/benchmarks/test_,$(addsuffix .py,gpu_gate gpu_pretended)) $(addprefix \
-	tests/ops/test_,$(addsuffix .py,linear_numerics linear_op mlp_op norm_rescale persistent recompute replay scale_grad_rows \
-	tuning))
-
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
 
+# Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
+# with it nothing can be compiled.
 test: lint
 	$(PY) -m pytest tests -q -n 2 -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2 -m "not slow"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n 2 -m "interpreted and not slow"
 
-test-all: lint $(TRITON_3_6)
-	RLRR_TRITON_3_6=$(TRITON_3_6) $(PY) -m pytest tests -q -n 2
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -q -n 2
+test-all: lint
+	$(PY) -m pytest tests -q -n 2
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n 2 -m interpreted
+
+# The suite with every supported torch and its Triton, an environment of 6 GB each, kept in .matrix: hours. Rows by
+# their torch: make matrix ROWS="2.9 2.15"; .ci/matrix.py --help says what else MATRIX can be.
+matrix:
+	$(PYTHON) .ci/matrix.py $(ROWS) $(MATRIX)
 
 # What no machine without a CUDA GPU can check; CI has none.
 test-gpu: setup
@@ -55,11 +55,6 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) || status=1; \
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/test_gpu.py -q || status=1; \
 	exit $$status
-
-# The Triton of torch 2.11, beside the installed one: GPU machines often have an older one.
-$(TRITON_3_6): $(STAMP)
-	$(PY) -m pip install --quiet --no-deps --target $@ triton==3.6.0
-	touch $@
 
 # The CPU benchmarks: about 8 minutes on two otherwise idle cores, one JSON file a dtype.
 bench: $(STAMP)

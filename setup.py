@@ -13,7 +13,8 @@ WANTED = os.environ.get("RLRR_BUILD_CPP", "")
 if WANTED not in ("", "0", "1"):
     raise SystemExit(f"RLRR_BUILD_CPP must be 0, 1 or unset; got {WANTED!r}")
 
-TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
+OLDEST_TORCH = (2, 10)
+TORCH_TARGET = "0x020a000000000000"  # its stable ABI: one binary for every later torch
 
 
 def give_up(error):
@@ -30,9 +31,14 @@ def give_up(error):
 def extension_options():
     """The keyword arguments of ``setup`` that build csrc/ (an empty dict when that cannot work)."""
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         give_up(error)
+        return {}
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        give_up(RuntimeError(f"it needs torch >= {needed}, and {torch.__version__} is installed"))
         return {}
 
     class BuildOrGiveUp(BuildExtension):

@@ -74,7 +74,7 @@ def _cpp_failure() -> str | None:
     except ImportError as error:
         if importlib.util.find_spec("rlrr_kernels._cpp") is None:
             return "the C++ extension is not built; installing with RLRR_BUILD_CPP=1 shows what stops it"
-        return f"the C++ extension does not load: {error}"
+        return f"the C++ extension, which needs torch >= 2.10, does not load with torch {torch.__version__}: {error}"
     return None
 
 

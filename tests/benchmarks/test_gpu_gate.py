@@ -14,6 +14,8 @@ from benchmarks.gpu.plan import PRECISIONS, cpu_plan
 from benchmarks.model import layers as model
 from rlrr_kernels import backends, numerics, rlrr_linear
 
+pytestmark = pytest.mark.interpreted
+
 CEILINGS = model.Ceilings(4e12, {"fp32": 5e13})
 PLAN = cpu_plan()
 SHAPE = PLAN.layers[0][1]

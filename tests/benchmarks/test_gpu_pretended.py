@@ -23,7 +23,10 @@ from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from tests.support.pretended_gpu import pretended_gpu
 
-pytestmark = pytest.mark.skipif(not backends.INTERPRETING, reason="the kernels need TRITON_INTERPRET=1 here")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(not backends.INTERPRETING, reason="the kernels need TRITON_INTERPRET=1 here"),
+]
 
 
 @pytest.fixture

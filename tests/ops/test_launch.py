@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from rlrr_kernels import RLRRLinear, backends
-from tests.support.paths import ROOT
 
 if backends.INTERPRETING or shutil.which("cc") is None:
     pytest.skip("needs Triton's compiler and a C compiler", allow_module_level=True)
@@ -292,27 +288,3 @@ def test_the_host_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     host_overhead.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("rlrr_linear, triton: forward + backward")]
-
-
-@pytest.mark.slow
-def test_with_triton_3_6():
-    old = os.environ.get("RLRR_TRITON_3_6")
-    if not old:
-        pytest.skip("RLRR_TRITON_3_6 does not name a folder with Triton 3.6; `make test-all` makes one")
-    root = ROOT
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([old, str(root)])}
-    environment.pop("RLRR_TRITON_3_6")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        str(Path(__file__)),
-        "-k",
-        "not with_triton_3_6",
-        "-p",
-        "no:cacheprovider",
-    ]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert "skipped" not in result.stdout

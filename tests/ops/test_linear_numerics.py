@@ -16,7 +16,7 @@ from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.reference import rlrr_linear_reference
 from tests.support.implementations import BACKENDS, DTYPES, SHAPES
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned_memory")]
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

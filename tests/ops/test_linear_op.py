@@ -19,6 +19,8 @@ from rlrr_kernels.numerics import Case, outputs
 from rlrr_kernels.reference import rlrr_linear_reference
 from tests.support.implementations import BACKENDS
 
+pytestmark = pytest.mark.interpreted
+
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 LEAVES = ("x", "scale_row", "scale_col", "bias")
 

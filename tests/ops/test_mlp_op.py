@@ -15,7 +15,7 @@ from rlrr_kernels.ops.activation import functions as act_module
 from rlrr_kernels.reference import rlrr_mlp_reference
 from tests.support.implementations import BACKENDS, DTYPES
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned_memory")]
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 ACTIVATIONS = ("gelu", "gelu_tanh")

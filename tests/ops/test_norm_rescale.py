@@ -12,6 +12,8 @@ from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.numerics import RATIO, SEEDS, relative_error
 from rlrr_kernels.reference import norm_rescale_reference
 
+pytestmark = pytest.mark.interpreted
+
 D = 48
 
 

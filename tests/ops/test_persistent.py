@@ -22,6 +22,8 @@ from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
+pytestmark = pytest.mark.interpreted
+
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs the kernels")
 
 one_pass = partial(rlrr_linear, backend="triton.one_pass")

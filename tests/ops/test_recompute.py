@@ -27,6 +27,8 @@ from rlrr_kernels import (
 from tests.support.implementations import BACKENDS
 from tests.support.tiny_models import backward, disturb, tiny_images, tiny_model
 
+pytestmark = pytest.mark.interpreted
+
 without_interpreter = pytest.mark.skipif(backends.INTERPRETING, reason="whole models; the kernels are tried alone")
 
 

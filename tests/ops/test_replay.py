@@ -27,6 +27,8 @@ import triton
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.replay import Replay
 
+pytestmark = pytest.mark.interpreted
+
 
 class Driver:
     """As much of Triton's driver as a replay asks for."""

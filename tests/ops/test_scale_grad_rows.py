@@ -15,6 +15,8 @@ from rlrr_kernels.ops.sampling.row_sample import sample_rows
 from rlrr_kernels.reference import rlrr_linear_reference
 from tests.support.implementations import BACKENDS, DTYPES
 
+pytestmark = pytest.mark.interpreted
+
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 # Both paths of the Triton backend launch the same kernel here; the interpreter is spared the slower one.
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS[-1:] if backends.INTERPRETING else BACKENDS)

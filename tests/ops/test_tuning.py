@@ -26,6 +26,8 @@ from rlrr_kernels.ops.tuning import path as path_tuning
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
+pytestmark = pytest.mark.interpreted
+
 CPU = torch.device("cpu")
 FASTER = Tiles(16, 16, 32, 4, 1)
 

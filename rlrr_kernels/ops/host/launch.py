@@ -132,7 +132,7 @@ def watched(*kernels: triton.JITFunction) -> bool:
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or runtime.debug
-        or runtime.add_stages_inspection_hook
+        or getattr(runtime, "add_stages_inspection_hook", None)  # Triton 3.5 has none
         or knobs.compilation.__dict__
         or any([kernel.pre_run_hooks for kernel in kernels])  # noqa: C419 (a generator costs twice as much)
     )
@@ -190,8 +190,8 @@ def _grid(plan: Plan) -> tuple[int, int, int]:
     return (*plan.grid, 1, 1)[:3]
 
 
-def _make_start_3_6(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
-    """For Triton 3.6, where every signature has a C function of its own."""
+def _make_start_3_5(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
+    """For Triton 3.5 and 3.6, where every signature has a C function of its own."""
     launcher, launch = compiled.run, compiled.run.launch
     x, y, z = _grid(plan)
     function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
@@ -255,9 +255,13 @@ def _by_tma(start: StartKernel, tensors: Sequence[Tensor]) -> StartKernel:
     return start_by_tma
 
 
-_make_start = {"3.6": _make_start_3_6, "3.7": _make_start_3_7, "3.8": _make_start_3_7, "3.9": _make_start_3_7}.get(
-    ".".join(triton.__version__.split(".")[:2])
-)
+_make_start = {
+    "3.5": _make_start_3_5,
+    "3.6": _make_start_3_5,
+    "3.7": _make_start_3_7,
+    "3.8": _make_start_3_7,
+    "3.9": _make_start_3_7,
+}.get(".".join(triton.__version__.split(".")[:2]))
 
 
 def check_interpreter(*dtypes: torch.dtype) -> None:
