@@ -1,6 +1,6 @@
 """The public API as text: names, parameters and defaults, operator schemas, commands and their options.
 
-``python -m tests.project.public_api`` writes it to ``public_api.txt``, which ``test_public_api.py`` compares with the code.
+``python -m tests.project.public_api`` writes it to ``public_api.txt``, which ``test_public_api.py`` compares with it.
 Types are left out: mypy checks them, and a wider one breaks no caller.
 """
 
