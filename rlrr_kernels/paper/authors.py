@@ -1,6 +1,6 @@
-"""The authors' fine-tuned ``.pth`` adapters: imported into an adapted timm ViT, and exported back.
+"""The authors' fine-tuned ``.pth`` adapters: imported into an adapted timm ViT or Swin, and exported back.
 
-Their file is a ``torch.save``d dict of the trained tensors of a ViT whose q, k and v are three layers:
+Their file is a ``torch.save``d dict of the trained tensors. Of their ViT, whose q, k and v are three layers:
 
 ====================================================================  =========  ==========================
 their name, L = ``transformer.encoder.layer.<i>``                      shape      ours, B = ``blocks.<i>``
@@ -12,14 +12,25 @@ their name, L = ``transformer.encoder.layer.<i>``                      shape    
 ``L.ffn.fc1.*``, ``L.ffn.fc2.*``                                       the same   ``B.mlp.fc1.*``, ``B.mlp.fc2.*``
 ``L.ssf_scale_attn_norm``, ``L.ssf_shift_attn_norm``                   [D]        ``B.norm1.scale``, ``.shift``
 ``L.ssf_scale_ffn_norm``, ``L.ssf_shift_ffn_norm``                     [D]        ``B.norm2.scale``, ``.shift``
-``transformer.encoder.ssf_scale_encoder_norm``, ``ssf_shift_...``      [D]        ``norm.scale``, ``.shift``
-``transformer.embeddings.ssf_scale_patch_embeddings``, ...             [D]        ``patch_embed.norm.scale``, ``.shift``
+``transformer.encoder.ssf_scale_enc_norm``, ``ssf_shift_...``          [D]        ``norm.scale``, ``.shift``
+``transformer.embeddings.ssf_scale_patch``, ``ssf_shift_...``          [D]        ``patch_embed.norm.scale``, ...
 ``head.weight``, ``head.bias``                                         [C, D]     the same
 ====================================================================  =========  ==========================
 
-Known from their files are the three kinds of ``attn.query``, ``ssf_scale_attn_norm``, ``ssf_shift_ffn_norm`` and
-``head.weight``; the other names are inferred from these. A file with other names comes with a mapping
-``{name in the file: name above}``, in which a ``*`` stands for a number: no tensor is guessed at or left out.
+Of their Swin, whose qkv is one layer and whose patch merging ends a stage, where timm's begins the next:
+
+====================================================================  =========  ==========================
+their name, L = ``layers.<i>.blocks.<j>``                              shape      ours
+====================================================================  =========  ==========================
+``L.attn.qkv.*``, ``L.attn.proj.*``, ``L.mlp.fc1.*``, ``L.mlp.fc2.*``  as above   the same names
+``layers.<i>.downsample.reduction.*``                                  as above   ``layers.<i+1>.downsample...``
+``L.ssf_scale_norm1``, ``L.ssf_shift_norm1``, ``...norm2``             [D]        ``L.norm1.scale``, ``.shift``
+``ssf_scale_encode_norm``, ``ssf_shift_encode_norm``                   [D]        ``norm.scale``, ``.shift``
+``head.weight``, ``head.bias``                                         [C, D]     ``head.fc.weight``, ``.bias``
+====================================================================  =========  ==========================
+
+A file with other names comes with a mapping ``{name in the file: name above}``, in which a ``*`` stands for a number:
+no tensor is guessed at or left out.
 """
 
 from __future__ import annotations
@@ -28,7 +39,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,86 +57,151 @@ from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
 from rlrr_kernels.train.models.task import Task
 
 CONFIG = RLRRConfig(recipe="paper")
-"""How a ViT is adapted that such a file fits."""
+"""How a ViT or Swin is adapted that such a file fits."""
 
 METADATA = "authors_file"
-"""Entry of an imported adapter's metadata that says where its file differs in names or shapes from the table above."""
+"""Entry of an imported adapter's metadata that says where its file differs in names or shapes from the tables above."""
 
 _FREE = ("init", "scale_dtype", "heads")
 """What an adapter's configuration may differ in."""
 
-_LAYERS = {
+MODELS = ("VisionTransformer", "SwinTransformer")
+"""timm's classes that compute what the authors' two models do; others have tensors of the same names and shapes."""
+
+_SSF = ("scale", "shift")
+_PARTS = {"scale_row": "scale_line", "scale_col": "scale_col", "shift": "shift_bias"}
+_VIT_LAYERS = {
     "attn.qkv": ("attn.query", "attn.key", "attn.value"),
     "attn.proj": ("attn.out",),
     "mlp.fc1": ("ffn.fc1",),
     "mlp.fc2": ("ffn.fc2",),
 }
-_PARTS = {"scale_row": "scale_line", "scale_col": "scale_col", "shift": "shift_bias"}
-_BLOCK_NORMS = {"norm1": "attn_norm", "norm2": "ffn_norm"}
-_NORMS = {"norm": "encoder.ssf_{}_encoder_norm", "patch_embed.norm": "embeddings.ssf_{}_patch_embeddings"}
+_VIT_BLOCK_NORMS = {"norm1": "attn_norm", "norm2": "ffn_norm"}
+_VIT_NORMS = {"norm": "encoder.ssf_{}_enc_norm", "patch_embed.norm": "embeddings.ssf_{}_patch"}
+_SWIN_BLOCK = re.compile(r"layers\.\d+\.blocks\.\d+")
+_SWIN_LAYER = re.compile(_SWIN_BLOCK.pattern + r"\.(attn\.(qkv|proj)|mlp\.fc[12])|layers\.\d+\.downsample\.reduction")
 
 
-def authors_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the authors' file of the tensors that make up ours, ``name`` of ``shape``, in row order.
+def authors_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes in the authors' file of the tensors that make up each of ours, in row order.
+
+    Args:
+        shapes: of all tensors of an adapter by our name: of a Swin where one lies in ``layers``, else of a ViT.
 
     Raises:
-        ValueError: their files have no such tensor.
+        ValueError: their files have no such tensors; all of these are named.
     """
-    module, _, part = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-    if block and block[2] in _LAYERS and part in _PARTS:
-        layers = _LAYERS[block[2]]
-        rows = shape[0] // len(layers)
-        theirs = {"scale_row": (rows, 1), "scale_col": (1, shape[-1]), "shift": (1, rows)}[part]
-        if len(layers) * math.prod(theirs) == math.prod(shape):  # else another rank, or q, k and v share their s_c
-            return {f"transformer.encoder.layer.{block[1]}.{layer}.{_PARTS[part]}": theirs for layer in layers}
-    elif block and block[2] in _BLOCK_NORMS and part in ("scale", "shift"):
-        return {f"transformer.encoder.layer.{block[1]}.ssf_{part}_{_BLOCK_NORMS[block[2]]}": shape}
-    elif module in _NORMS and part in ("scale", "shift"):
-        return {f"transformer.{_NORMS[module].format(part)}": shape}
-    elif module == "head":
-        return {name: shape}
-    raise ValueError(f"the authors' files have no tensor for {name} {list(shape)}")
+    find = _swin_shapes if any(name.startswith("layers.") for name in shapes) else _vit_shapes
+    found = {name: find(*name.rpartition(".")[::2], shape) for name, shape in shapes.items()}
+    strange = [
+        f"the authors' files have no tensor for {n} {list(shapes[n])}" for n, theirs in found.items() if not theirs
+    ]
+    if strange:
+        raise ValueError("\n  ".join(strange))
+    return found
+
+
+def _vit_shapes(module: str, part: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """What makes up the tensor ``part`` of ``module``; empty where the authors' ViT has no such tensor."""
+    index, name = match.groups() if (match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module)) else ("", module)
+    layer = f"transformer.encoder.layer.{index}"
+    if index and name in _VIT_LAYERS:
+        return _layer_shapes([f"{layer}.{child}" for child in _VIT_LAYERS[name]], part, shape)
+    if index and name in _VIT_BLOCK_NORMS and part in _SSF:
+        return {f"{layer}.ssf_{part}_{_VIT_BLOCK_NORMS[name]}": shape}
+    if module in _VIT_NORMS and part in _SSF:
+        return {f"transformer.{_VIT_NORMS[module].format(part)}": shape}
+    return {f"head.{part}": shape} if module == "head" else {}
+
+
+def _swin_shapes(module: str, part: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """As :func:`_vit_shapes`, of their Swin."""
+    if _SWIN_LAYER.fullmatch(module):
+        earlier = re.sub(r"(\d+)(?=\.downsample)", lambda stage: str(int(stage[1]) - 1), module)
+        return _layer_shapes([earlier], part, shape)
+    block, _, norm = module.rpartition(".")
+    if _SWIN_BLOCK.fullmatch(block) and norm in ("norm1", "norm2") and part in _SSF:
+        return {f"{block}.ssf_{part}_{norm}": shape}
+    if module == "norm" and part in _SSF:
+        return {f"ssf_{part}_encode_norm": shape}
+    return {f"head.{part}": shape} if module == "head.fc" else {}
+
+
+def _layer_shapes(layers: Sequence[str], part: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of the tensor ``part`` of a layer of ours that is several of theirs, one below the other."""
+    rows = shape[0] // len(layers) if shape else 0
+    theirs = {"scale_row": (rows, 1), "scale_col": (1, shape[-1]), "shift": (1, rows)}.get(part) if rows else None
+    # Another size: of another rank, or q, k and v share their s_c.
+    if theirs is None or len(layers) * math.prod(theirs) != math.prod(shape):
+        return {}
+    return {f"{layer}.{_PARTS[part]}": theirs for layer in layers}
 
 
 def load_authors_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Adapts ``model``, a plain timm ViT with a head of the right size, by the paper's recipe and fills in ``tensors``.
+    """Adapts ``model``, a plain timm ViT or Swin with a head of the right size, by the paper's recipe and fills it in.
 
     Args:
         model: changed only when everything fits.
-        tensors: of the authors' file, float32, by name.
+        tensors: of the authors' file, dense, finite and float32, by name.
         names: ``{name in the file: name in their scheme}`` for those that differ; ``*`` stands for a number.
 
     Returns:
         Where the file differs from the scheme, for :func:`authors_tensors`.
 
     Raises:
-        ValueError: a tensor of the file was not accounted for, or is missing, or has another shape or dtype (all of
-            them are named); a name in ``names`` matches nothing; or the model is no ViT of timm's.
+        ValueError: a tensor of the file was not accounted for, or is missing, or has another shape or dtype, or holds
+            no plain finite values (all of them are named); a name in ``names`` matches nothing; or the model is on the
+            meta device, or no ViT or Swin of timm's.
     """
+    _check_class(type(model).__name__)
     plan = plan_adaptation(model, CONFIG)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model is on the meta device; give it values before loading an adapter")
     found, renamed = _rename(tensors, names or {})
     shapes = planned_shapes(model, plan)
-    sources = {name: authors_shapes(name, shape) for name, shape in shapes.items()}
+    sources = authors_shapes(shapes)
     expected = {name: shape for source in sources.values() for name, shape in source.items()}
-    actual = {name: _as_expected(tuple(tensor.shape), expected.get(name)) for name, tensor in found.items()}
-    problems = differences(actual, expected)
-    problems += [f"dtype of {n}: {t.dtype}, not torch.float32" for n, t in found.items() if t.dtype != torch.float32]
+    unusable = {name: reason for name, tensor in found.items() if (reason := _unusable(tensor))}
+    actual = {
+        name: expected.get(name, ()) if name in unusable else _as_expected(tuple(tensor.shape), expected.get(name))
+        for name, tensor in found.items()
+    }
+    problems = differences(actual, expected) + [f"{name}: {reason}" for name, reason in unusable.items()]
     if problems:
         raise ValueError(
             "\n  ".join([f"the authors' adapter does not fit this {type(model).__name__}:", *problems])
             + "\nWhere only names differ, say which is which with a mapping {name in the file: name in the scheme}"
         )
-    apply_adaptation(model, plan)
     state = {
-        name: torch.cat([found[part].reshape(-1) for part in source]).reshape(shapes[name])
+        name: torch.cat([found[part].detach().reshape(-1).cpu() for part in source]).reshape(shapes[name])
         for name, source in sources.items()
     }
+    apply_adaptation(model, plan)
     model.load_state_dict(state, strict=False)
     reshaped = {name: list(found[name].shape) for name in expected if tuple(found[name].shape) != expected[name]}
     return {"names": renamed, "shapes": reshaped}
+
+
+def _check_class(name: Any) -> None:
+    if name not in MODELS:
+        raise ValueError(f"the authors' files are of a ViT or a Swin, timm's {' or '.join(MODELS)}; got {name}")
+
+
+def _unusable(tensor: Any) -> str | None:
+    """Why the values of an entry of the file cannot be used; None where they can."""
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}, not a tensor"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return (
+            f"a {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')} tensor, not a dense one"
+        )
+    if tensor.dtype != torch.float32:
+        return f"dtype {tensor.dtype}, not torch.float32"
+    if tensor.is_meta:
+        return "on the meta device, which holds no values"
+    return None if tensor.isfinite().all() else "not all of its values are finite"
 
 
 def _as_expected(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -155,25 +230,44 @@ def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[di
 
 
 def authors_tensors(tensors: Mapping[str, Tensor], file: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Our adapter's tensors as the authors' file has them; ``file`` is what :func:`load_authors_tensors` returned.
+    """Our adapter's tensors as the authors' file has them, float32.
+
+    Args:
+        tensors: all of an adapter's, by our name.
+        file: what :func:`load_authors_tensors` returned, if they came from such a file.
 
     Raises:
-        ValueError: their files have no such tensor; all of these are named.
+        ValueError: their files have no such tensors, all of which are named; or ``file`` does not fit them.
     """
-    file = file or {"names": {}, "shapes": {}}
-    exported, strange = {}, []
-    for name, tensor in tensors.items():
-        try:
-            parts = authors_shapes(name, tuple(tensor.shape))
-        except ValueError as error:
-            strange.append(str(error))
-            continue
-        for (part, shape), values in zip(parts.items(), tensor.detach().cpu().chunk(len(parts)), strict=True):
-            values = values.reshape(file["shapes"].get(part, shape))
-            exported[file["names"].get(part, part)] = values.clone()
-    if strange:
-        raise ValueError("\n  ".join(["the adapter cannot be exported:", *strange]))
+    names, shapes = _differing(file)
+    try:
+        sources = authors_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"the adapter cannot be exported:\n  {error}") from error
+    exported: dict[str, Tensor] = {}
+    for name, parts in sources.items():
+        values = tensors[name].detach().to("cpu", torch.float32).chunk(len(parts))
+        for (part, shape), value in zip(parts.items(), values, strict=True):
+            theirs, wanted = names.get(part, part), shapes.get(part, shape)
+            if theirs in exported or math.prod(wanted) != value.numel():
+                why = "that is there already" if theirs in exported else f"{list(wanted)} is another size"
+                raise ValueError(f"{METADATA}: {part} {list(shape)} cannot be written as {theirs!r}: {why}")
+            exported[theirs] = value.reshape(wanted).clone()
     return exported
+
+
+def _differing(file: Any) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """The two entries of what :func:`load_authors_tensors` returned, as an adapter's metadata hold it."""
+    if file is None:
+        return {}, {}
+    try:
+        names, shapes = dict(file["names"]), {name: [*shape] for name, shape in dict(file["shapes"]).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{METADATA} must hold names and shapes; got {str(file)[:80]}") from error
+    good = all(isinstance(name, str) for name in names.values())
+    if not good or not all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape):
+        raise ValueError(f"{METADATA} must hold names that are words and shapes that are sizes; got {str(file)[:80]}")
+    return names, shapes
 
 
 # ---------------------------------------------------------------- files
@@ -190,14 +284,19 @@ def read_authors_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"the adapter file {file} does not exist")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} is truncated or was not written by torch.save: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # a damaged pickle raises almost anything: EOFError, KeyError, TypeError, struct.error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "eights only" in reason:  # torch's advice there is to run the code that the file holds
+            raise ValueError(f"{file} is damaged, or holds more than tensors by name: it is not loaded") from error
+        raise ValueError(f"{file} is truncated or was not written by torch.save: {reason}") from error
     kind = type(tensors).__name__
     if not isinstance(tensors, Mapping) or not tensors:
         raise ValueError(f"{file} must hold a dict of tensors; got {kind}")
-    other = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    other = [
+        f"{name!r} ({type(value).__name__})"
+        for name, value in tensors.items()
+        if not isinstance(value, Tensor) or not isinstance(name, str)
+    ]
     if other:
         raise ValueError(f"{file} must hold tensors by name; it has {', '.join(other[:6])}")
     return dict(tensors)
@@ -212,8 +311,8 @@ def read_names(file: str | os.PathLike[str]) -> dict[str, str]:
     """
     try:
         names = json.loads(Path(file).read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON that can be read: {error}") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{file} must hold an object {{name in the file: name in the scheme}}")
     return names
@@ -238,22 +337,30 @@ def import_adapter(
         model, weights, image_size: the backbone, see :func:`create_model`; its weights are
             not kept, but a sample of them, by which others are told apart.
         dataset: one of the paper's, whose transform is written down; None: timm's for these weights.
-        classes: names in label order; None: their numbers.
+        classes: names in label order; None: their numbers. Of FGVC the authors sort the class ids of the JSON files, as
+            strings where they are strings ("10" before "2").
         names: see :func:`load_authors_tensors`.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError, OSError: the file or the backbone cannot be read, they do not
-            fit, ``classes`` are not as many as the head's outputs, or the folder cannot be written.
+            fit, ``dataset`` or ``classes`` have not as many classes as the head has outputs, or the folder cannot be
+            written.
     """
+    settings = None if dataset is None else dataset_settings(dataset)
     tensors = read_authors_file(file)
-    head, _ = _rename(tensors, names or {})
-    if "head.weight" not in head:
-        raise ValueError(f"{file} has no head.weight, so the number of classes is unknown; it has {some(tensors)}")
-    count = len(head["head.weight"])
+    head = _rename(tensors, names or {})[0].get("head.weight")
+    if head is None or head.ndim != 2:
+        raise ValueError(
+            f"{file} has no head.weight [C, D], so the number of classes is unknown; it has {some(tensors)}"
+        )
+    count = len(head)
+    if settings is not None and count != settings.classes:
+        raise ValueError(
+            f"dataset must be the one of {file}, whose head has {count} outputs; {dataset} has {settings.classes}"
+        )
     classes = tuple(map(str, range(count))) if classes is None else tuple(classes)
     if len(classes) != count:
         raise ValueError(f"classes must be {count} names, as many as the head's outputs; got {len(classes)}")
-    settings = None if dataset is None else dataset_settings(dataset)
     backbone, transform = create_model(model, count, image_size=image_size, weights=weights)
     if settings is not None:
         transform = preprocessing(settings, transform.image_size)
@@ -265,7 +372,9 @@ def import_adapter(
 
 
 def export_adapter(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> list[str]:
-    """Writes the adapter in ``folder`` as the authors' ``.pth``; one that came from such a file gets its names again.
+    """Writes the adapter in ``folder`` as the ``.pth`` that the authors' model loads.
+
+    One that came from such a file gets that file's names and shapes again, and is equal to it tensor by tensor.
 
     Returns:
         The names of the tensors written.
@@ -280,7 +389,11 @@ def export_adapter(folder: str | os.PathLike[str], file: str | os.PathLike[str])
     other = [f"{name} is {ours[name]!r}" for name in ours if name not in _FREE and ours[name] != paper[name]]
     if other:
         raise ValueError(f"the authors' files hold adapters of RLRRConfig(recipe='paper') alone; {', '.join(other)}")
-    exported = authors_tensors(tensors, info.metadata.get(METADATA))
+    try:
+        _check_class(info.base_model.get("class"))
+        exported = authors_tensors(tensors, info.metadata.get(METADATA))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     stream = io.BytesIO()
     torch.save(exported, stream)
     write_together(Path(file).parent, {Path(file).name: stream.getvalue()})

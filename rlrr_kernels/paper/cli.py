@@ -247,7 +247,7 @@ def ablate(
 
 
 def import_adapter(
-    file: Annotated[Path, typer.Argument(help="The authors' .pth with the trained tensors of a ViT")],
+    file: Annotated[Path, typer.Argument(help="The authors' .pth with the trained tensors of a ViT or Swin")],
     model: Annotated[str, typer.Option(help="timm's name of the backbone it was trained on")],
     out: Annotated[Path, typer.Option(help="Adapter folder to write")],
     weights: Weights = HUB,
@@ -255,7 +255,12 @@ def import_adapter(
     dataset: Annotated[
         str | None, typer.Option(help="Of the paper's, for its transform; default: timm's for the weights")
     ] = None,
-    classes: Annotated[Path | None, typer.Option(help="Class names, a line each, by label; default: 0, 1, ...")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class names, a line each, by label (FGVC: ids as the authors sort them); default: 0, 1, ..."
+        ),
+    ] = None,
     names: Annotated[
         Path | None,
         typer.Option(help="JSON {name in FILE: name the authors' code has} where they differ; * stands for a number"),
@@ -280,11 +285,11 @@ def import_adapter(
 
 
 def export_adapter(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder of a ViT under the paper's recipe")],
-    file: Annotated[Path, typer.Argument(help="The .pth to write, as the authors' code has it")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder of a ViT or Swin under the paper's recipe")],
+    file: Annotated[Path, typer.Argument(help="The .pth to write, as the authors' model loads it")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists")] = False,
 ) -> None:
-    """Write an adapter as the authors' code saves it; one that was imported comes back bit by bit."""
+    """Write an adapter as the authors' code saves it; one that was imported comes back tensor by tensor."""
     from rlrr_kernels.paper import authors
 
     if file.exists() and not overwrite:

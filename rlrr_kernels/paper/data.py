@@ -120,10 +120,12 @@ def split_note(root: str | Path, settings: DatasetSettings) -> str | None:
 
 
 def preprocessing(settings: DatasetSettings, image_size: int = 224) -> Preprocessing:
-    """The paper's transform: VTAB-1k resized straight to the square; FGVC's shorter side to 8/7 of it, then cropped."""
-    if settings.benchmark == "vtab":
-        return Preprocessing(image_size, 1.0, "bicubic", _MEAN, _STD, "squash")
-    return Preprocessing(image_size, _FGVC_CROP, "bicubic", _MEAN, _STD, "center")
+    """The paper's transform, whatever the shape of an image.
+
+    VTAB-1k's are resized straight to the square, bicubic; FGVC's, bilinear, to a square of 8/7 of it, then cropped.
+    """
+    crop, interpolation = (1.0, "bicubic") if settings.benchmark == "vtab" else (_FGVC_CROP, "bilinear")
+    return Preprocessing(image_size, crop, interpolation, _MEAN, _STD, "squash")
 
 
 def augmentation(settings: DatasetSettings) -> str:

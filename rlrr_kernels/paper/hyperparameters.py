@@ -28,8 +28,8 @@ class DatasetSettings:
         lr, weight_decay: of AdamW.
         drop: rate of the dropout on the branches of the last block; it rises linearly over the depth.
         flip: whether training images are flipped (always, after a random crop, in FGVC).
-        restarts: whether the learning rate restarts, T0 = 5 epochs.
-        drop_last: whether a short last batch is left out.
+        restarts: whether the learning rate restarts every 5 epochs (with augmentation it does so everywhere).
+        drop_last: whether a short last batch is left out in runs with augmentation.
         sizes: split → expected number of images.
         varying: the splits whose published number is not the same everywhere: another one is worth a warning only.
         image_folder: where, inside its folder, the paths of an FGVC split file start.

@@ -40,7 +40,7 @@ class Protocol:
         image_size: pixels.
         epochs: of each run. paper_epochs: the paper's; a run with another number is a trial.
         augmented: whether mixup, cutmix, smoothing and averaged weights were used (FGVC).
-        schedule: ``ran`` or ``meant``, see :func:`rlrr_kernels.train.presets.paper_train_config`.
+        schedule: ``ran`` or ``meant``, see :func:`rlrr_kernels.train.config.presets.paper_train_config`.
         method: ``rlrr``, or one to compare it with.
     """
 

@@ -1,14 +1,17 @@
-"""The authors' files: imported, exported bit by bit, and refused when a tensor is not accounted for."""
+"""The authors' files: imported, exported tensor by tensor, and refused when one is not accounted for."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.authors_models import AuthorsViT
+from tests.support.authors_models import AuthorsSwin, AuthorsViT
 
 timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 pytest.importorskip("typer", reason="needs typer, of the extra [train]")
@@ -23,6 +26,7 @@ from rlrr_kernels.paper.authors import (
     import_adapter,
     load_authors_tensors,
     read_authors_file,
+    read_names,
 )
 from rlrr_kernels.train.models.task import load_task
 
@@ -56,10 +60,51 @@ def run(*arguments) -> str:
     return " ".join(done.output.split())
 
 
-def test_command_line_imports_and_exports_bit_by_bit(theirs, tmp_path):
+def test_their_names_are_those_of_their_models():
+    vit = AuthorsViT(depth=3).trained
+    assert len(vit) == 72
+    for name in (
+        "transformer.embeddings.ssf_scale_patch",
+        "transformer.embeddings.ssf_shift_patch",
+        "transformer.encoder.ssf_scale_enc_norm",
+        "transformer.encoder.ssf_shift_enc_norm",
+        "transformer.encoder.layer.2.ssf_scale_attn_norm",
+        "transformer.encoder.layer.2.ssf_shift_ffn_norm",
+        "transformer.encoder.layer.2.attn.value.scale_line",
+        "head.bias",
+    ):
+        assert name in vit
+    swin = AuthorsSwin(depths=(1, 1)).trained
+    for name in (
+        "layers.0.blocks.0.ssf_scale_norm1",
+        "layers.1.blocks.0.ssf_shift_norm2",
+        "layers.0.downsample.reduction.scale_col",
+        "layers.1.blocks.0.attn.qkv.shift_bias",
+        "ssf_scale_encode_norm",
+        "ssf_shift_encode_norm",
+        "head.weight",
+    ):
+        assert name in swin
+    for oracle, name, sizes in (
+        (AuthorsViT(depth=3), "vit_tiny_patch16_224", {"depth": 3, "embed_dim": 48, "img_size": 32}),
+        (
+            AuthorsSwin(),
+            "swin_tiny_patch4_window7_224",
+            {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "img_size": 112},
+        ),
+    ):
+        model = timm.create_model(name, num_classes=5, **sizes)
+        adapt_model(model, RLRRConfig(recipe="paper"))
+        exported = authors_tensors({name: p for name, p in model.named_parameters() if p.requires_grad})
+        assert {name: tensor.shape for name, tensor in exported.items()} == {
+            name: tensor.shape for name, tensor in oracle.trained.items()
+        }
+
+
+def test_command_line_imports_and_exports_tensor_by_tensor(theirs, tmp_path):
     classes = tmp_path / "classes.txt"
     classes.write_text("ant\nbee\ncat\ndog\n")
-    run("import-adapter", theirs["file"], "--model", MODEL, "--weights", theirs["weights"], "--dataset", "cifar",
+    run("import-adapter", theirs["file"], "--model", MODEL, "--weights", theirs["weights"], "--dataset", "kitti",
         "--classes", classes, "--out", tmp_path / "adapter")  # fmt: skip
     task = adapter_info(tmp_path / "adapter").metadata["task"]
     assert task["classes"] == ["ant", "bee", "cat", "dog"]
@@ -76,10 +121,28 @@ def test_command_line_imports_and_exports_bit_by_bit(theirs, tmp_path):
         torch.testing.assert_close(model.eval()(images).double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_a_swin_comes_and_goes(tmp_path):
+    oracle = AuthorsSwin(depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), size=96, image=224, classes=200, seed=3)
+    torch.save({name: tensor.detach() for name, tensor in oracle.trained.items()}, tmp_path / "cub.pth")
+    torch.save({"model": oracle.microsoft_state()}, tmp_path / "swin.pth")
+    name, weights = "swin_tiny_patch4_window7_224", tmp_path / "swin.pth"
+    run("import-adapter", tmp_path / "cub.pth", "--model", name, "--weights", weights, "--dataset", "CUB_200_2011",
+        "--out", tmp_path / "adapter")  # fmt: skip
+    model, task = load_task(tmp_path / "adapter", weights)
+    transform = task.preprocessing
+    assert (transform.resize, transform.interpolation, transform.crop) == ("squash", "bilinear", 224 / 256)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        exact = oracle.to(torch.float64)(images.double())
+        torch.testing.assert_close(model.to(torch.float64).eval()(images.double()), exact, rtol=1e-10, atol=1e-10)
+    export_adapter(tmp_path / "adapter", tmp_path / "back.pth")
+    assert same_files(tmp_path / "cub.pth", tmp_path / "back.pth")
+
+
 def test_other_names_and_shapes_come_with_a_mapping_and_go_back(theirs, tmp_path):
     tensors = {}
     for name, tensor in theirs["tensors"].items():
-        name = name.replace("encoder.ssf_scale_encoder_norm", "encoder.encoder_norm.ssf_scale")
+        name = name.replace("encoder.ssf_scale_enc_norm", "encoder.encoder_norm.ssf_scale")
         if name.endswith("ssf_scale_ffn_norm"):
             name, tensor = name.replace("ssf_scale_ffn_norm", "ffn_norm_ssf.scale"), tensor[None, None]
         tensors[name] = tensor
@@ -87,11 +150,11 @@ def test_other_names_and_shapes_come_with_a_mapping_and_go_back(theirs, tmp_path
     options = {"model": MODEL, "weights": "none"}
     with pytest.raises(ValueError, match="the authors' adapter does not fit") as error:
         import_adapter(tmp_path / "other.pth", tmp_path / "adapter", **options)
-    for name in ("encoder_norm.ssf_scale [192]", "ssf_scale_encoder_norm [192]", "layer.7.ssf_scale_ffn_norm [192]"):
+    for name in ("encoder_norm.ssf_scale [192]", "ssf_scale_enc_norm [192]", "layer.7.ssf_scale_ffn_norm [192]"):
         assert name in str(error.value)
     assert not (tmp_path / "adapter").exists()
     names = {
-        "transformer.encoder.encoder_norm.ssf_scale": "transformer.encoder.ssf_scale_encoder_norm",
+        "transformer.encoder.encoder_norm.ssf_scale": "transformer.encoder.ssf_scale_enc_norm",
         "transformer.encoder.layer.*.ffn_norm_ssf.scale": "transformer.encoder.layer.*.ssf_scale_ffn_norm",
     }
     (tmp_path / "names.json").write_text(json.dumps(names))
@@ -136,6 +199,17 @@ def test_every_tensor_is_accounted_for_or_named(theirs):
         "strange": good | {"ema.decay": torch.ones(()), f"{layer}.attn.query.weight": torch.ones(192, 192)},
         "shapes": good | {f"{layer}.ffn.fc1.scale_line": torch.ones(192, 1), "head.weight": good["head.weight"].t()},
         "dtype": good | {"head.bias": good["head.bias"].double()},
+        "values": good
+        | {
+            "head.bias": good["head.bias"] * torch.nan,
+            "head.weight": good["head.weight"].to_sparse(),
+            f"{layer}.ssf_scale_attn_norm": torch.empty(192, device="meta"),
+            f"{layer}.ssf_shift_attn_norm": torch.nested.nested_tensor(
+                [torch.ones(3), torch.ones(4)], layout=torch.jagged
+            ),
+            f"{layer}.ssf_scale_ffn_norm": [1.0] * 192,
+            f"{layer}.ssf_shift_ffn_norm": torch.ones(192).to_mkldnn(),
+        },
     }
     expected = {
         "missing": [f"missing in the adapter: {gone[0]} [1, 192]", f"missing in the adapter: {gone[1]} [192]"],
@@ -144,16 +218,80 @@ def test_every_tensor_is_accounted_for_or_named(theirs):
             f"shape of {layer}.ffn.fc1.scale_line: the adapter has [192, 1], the model needs [768, 1]",
             "shape of head.weight: the adapter has [192, 4], the model needs [4, 192]",
         ],
-        "dtype": ["dtype of head.bias: torch.float64, not torch.float32"],
+        "dtype": ["head.bias: dtype torch.float64, not torch.float32"],
+        "values": [
+            "head.bias: not all of its values are finite",
+            "head.weight: a sparse_coo tensor, not a dense one",
+            "ssf_scale_attn_norm: on the meta device, which holds no values",
+            "ssf_shift_attn_norm: a nested tensor, not a dense one",
+            "ssf_scale_ffn_norm: a list, not a tensor",
+            "ssf_shift_ffn_norm: a _mkldnn tensor, not a dense one",
+        ],
     }
     for case, tensors in cases.items():
         model = timm.create_model(MODEL, num_classes=4)
         before = [type(module) for module in model.modules()]
+        values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(ValueError) as error:
             load_authors_tensors(model, tensors)
         for text in expected[case]:
             assert text in str(error.value), case
         assert [type(module) for module in model.modules()] == before
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.device("meta"):
+        model = timm.create_model(MODEL, num_classes=4)
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        load_authors_tensors(model, good)
+    for name in ("swinv2_tiny_window8_256", "beit_base_patch16_224"):  # their tensors have the same names
+        with torch.device("meta"), pytest.raises(ValueError, match=r"of a ViT or a Swin, .*; got (SwinT.*V2|Beit)"):
+            load_authors_tensors(timm.create_model(name, num_classes=4), good)
+
+
+def test_damaged_files_and_folders_are_told(theirs, tmp_path):
+    def mutant(data: bytes):
+        (tmp_path / "mutant.pth").write_bytes(data)
+        return tmp_path / "mutant.pth"
+
+    data = theirs["file"].read_bytes()
+    numbers = random.Random(0)
+    for cut in (0, 100, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match=r"mutant\.pth is truncated or was not written by torch\.save: ."):
+            read_authors_file(mutant(data[:cut]))
+    start = data.index(b"\x80\x02}")  # of the pickle that names the tensors
+    for _ in range(40):
+        flipped = bytearray(data)
+        flipped[start + numbers.randrange(2000)] ^= 1 << numbers.randrange(8)
+        with contextlib.suppress(ValueError):  # no other error
+            read_authors_file(mutant(flipped))
+    torch.save({"head.weight": Path("code")}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"code\.pth is damaged, or holds more than tensors by name: it is not loaded"):
+        read_authors_file(tmp_path / "code.pth")
+
+    (tmp_path / "names.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"names\.json is no JSON that can be read"):
+        read_names(tmp_path / "names.json")
+
+    model = timm.create_model(MODEL, num_classes=4, depth=1)
+    adapt_model(model, RLRRConfig(recipe="paper"))
+    for bad, message in (
+        (["names"], "authors_file must hold names and shapes"),
+        ({"names": {}, "shapes": {"head.bias": ["2", 2]}}, "shapes that are sizes"),
+        ({"names": {"head.bias": 3}, "shapes": {}}, "names that are words"),
+        (
+            {"names": {}, "shapes": {"head.bias": [5]}},
+            r"head\.bias \[4\] cannot be written as 'head\.bias': \[5\] is another size",
+        ),
+        (
+            {"names": {"head.bias": "head.weight"}, "shapes": {}},
+            r"head\.weight \[4, 192\] cannot be written as 'head\.weight': that is there already",
+        ),
+    ):
+        folder = save_adapter(model, tmp_path / "adapter", metadata={"authors_file": bad})
+        with pytest.raises(ValueError, match=message) as error:
+            export_adapter(folder, tmp_path / "out.pth")
+        assert str(folder) in str(error.value)
+        assert not (tmp_path / "out.pth").exists()
 
 
 def test_what_is_no_such_file_or_adapter_is_said(theirs, tmp_path):
@@ -167,10 +305,19 @@ def test_what_is_no_such_file_or_adapter_is_said(theirs, tmp_path):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=message):
             read_authors_file(tmp_path / "odd.pth")
+    torch.save(theirs["tensors"] | {"head.weight": torch.ones(())}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"odd\.pth has no head\.weight \[C, D\]"):
+        import_adapter(tmp_path / "odd.pth", tmp_path / "adapter", model=MODEL, weights="none")
+    with pytest.raises(
+        ValueError, match=r"dataset must be the one of .*cifar\.pth, whose head has 4 outputs; CUB.* 200"
+    ):
+        import_adapter(theirs["file"], tmp_path / "adapter", model=MODEL, weights="none", dataset="CUB_200_2011")
     with pytest.raises(ValueError, match="classes must be 4 names"):
         import_adapter(theirs["file"], tmp_path / "adapter", model=MODEL, weights="none", classes=["one"])
     with pytest.raises(ValueError, match="the authors' files have no tensor for stages"):
         authors_tensors({"stages.0.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"no tensor for norm\.weight"):  # trained beside an adapter
+        authors_tensors({"norm.weight": torch.ones(2)})
     model = timm.create_model(MODEL, num_classes=4, depth=1)
     adapt_model(model, RLRRConfig(recipe="paper", rank=2, groups=1))
     folder = save_adapter(model, tmp_path / "rank2")

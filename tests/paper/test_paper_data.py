@@ -129,14 +129,40 @@ def test_transforms_are_the_papers():
             pixels = transform(image)
             assert pixels.shape == (3, 224, 224)
             torch.testing.assert_close(pixels[:2, 0, 0], torch.tensor([1.0, -1.0]))  # mean and std 0.5
-    resize = preprocessing(cub).transform().transforms[0]
-    assert resize.size == 256
-    assert preprocessing(kitti).transform().transforms[0].size in (224, (224, 224))
     left, right = Image.new("L", (60, 30)), Image.new("L", (60, 30), 255)
     left.paste(right, (30, 0))
     squashed = preprocessing(kitti, 32).transform()(left.convert("RGB"))
     assert squashed[0, :, 0].max() < -0.9  # both ends of the wide image are still there
     assert squashed[0, :, -1].min() > 0.9
+
+
+def test_pixels_are_those_of_the_authors_transforms():
+    noise = torch.randint(0, 256, (333, 500, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    steps, modes = torchvision.transforms, torchvision.transforms.InterpolationMode
+    end = [steps.ToTensor(), steps.Normalize([0.5] * 3, [0.5] * 3)]
+    fgvc = steps.Compose([steps.Resize((256, 256)), steps.CenterCrop((224, 224)), *end])
+    vtab = steps.Compose([steps.Resize((224, 224), modes.BICUBIC), *end])
+    for name, theirs in (("CUB_200_2011", fgvc), ("kitti", vtab)):
+        ours = preprocessing(dataset_settings(name))
+        assert torch.equal(ours.transform()(image), theirs(image)), name
+    # In training a random window of the squashed image, or of its mirror.
+    squashed = steps.Compose([steps.Resize((256, 256)), *end])(image)
+    windows = [side.unfold(1, 224, 1).unfold(2, 224, 1)[:, :, :, 0, 0] for side in (squashed, squashed.flip(2))]
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        crop = preprocessing(dataset_settings("CUB_200_2011")).transform("crop")(image)
+        places = [
+            (mirrored, *place)
+            for mirrored, side in enumerate((squashed, squashed.flip(2)))
+            for place in ((windows[mirrored] - crop[:, :1, :1]).abs().amax(0) < 0.02).nonzero().tolist()
+            if (side[:, place[0] : place[0] + 224, place[1] : place[1] + 224] - crop).abs().max() < 0.02
+        ]
+        assert len(places) == 1, seed
+        seen.update(places)
+    assert len(seen) == 8
+    assert {mirrored for mirrored, *_ in seen} == {0, 1}
 
 
 # ---------------------------------------------------------------- bad input

@@ -6,6 +6,7 @@ In float64 they agree to 1e-12. In fp32 both round: against float64, ours may be
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from tests.support.authors_models import AuthorsSwin, AuthorsViT, Oracle
 
 timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 
-from rlrr_kernels import RLRRConfig, adapt_model, check_gradients, numerics
-from rlrr_kernels.adapt.model import adapter_parameters
+from rlrr_kernels import check_gradients, numerics
+from rlrr_kernels.adapt.model import adapt_report
 from rlrr_kernels.paper.authors import authors_shapes, load_authors_tensors
 from rlrr_kernels.train.models.drop import set_drop
 
@@ -42,52 +43,33 @@ class ViT:
         if drop:
             set_drop(self.model.train(), drop, "branch")
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients of our parameters under the names of the oracle's."""
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                theirs = authors_shapes(name, tuple(parameter.shape))
-                found |= dict(zip(theirs, parameter.grad.chunk(len(theirs)), strict=True))
-        return found
-
 
 class Swin:
     image_size = 112
 
     def __init__(self, seed: int) -> None:
-        self.oracle = AuthorsSwin(seed=seed)
-        options = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "img_size": 112, "num_classes": 5}
+        self.oracle = AuthorsSwin(depths=(2, 2, 2), heads=(2, 4, 8), seed=seed)
+        options = {"depths": (2, 2, 2), "num_heads": (2, 4, 8), "embed_dim": 16, "img_size": 112, "num_classes": 5}
         self.model = timm.create_model("swin_tiny_patch4_window7_224", **options, drop_path_rate=0.0).eval()
         # Microsoft's files have a stage's patch merging at its end, timm at the start of the next.
-        frozen = {name.replace("0.downsample", "1.downsample"): t for name, t in self.oracle.frozen.items()}
+        frozen = {re.sub(r"(\d+)\.downsample", lambda n: f"{int(n[1]) + 1}.downsample", name): tensor
+                  for name, tensor in self.oracle.frozen.items()}  # fmt: skip
         missing, unexpected = self.model.load_state_dict(frozen, strict=False)
         assert (sorted(missing), unexpected) == (["head.fc.bias", "head.fc.weight"], [])
-        report = adapt_model(self.model, RLRRConfig(recipe="paper"))
+        load_authors_tensors(self.model, {name: tensor.detach() for name, tensor in self.oracle.trained.items()})
+        report = adapt_report(self.model)
         assert {layer.groups for layer in report.layers} == {1}
-        assert "layers.1.downsample.reduction" in {layer.name for layer in report.layers}
-        ours = dict(self.model.named_parameters())
-        assert sorted(self.names().values()) == sorted(self.oracle.trained)
-        with torch.no_grad():
-            for name, theirs in self.names().items():
-                ours[name].copy_(self.oracle.trained[theirs].view(ours[name].shape))
+        assert "layers.2.downsample.reduction" in {layer.name for layer in report.layers}
 
-    def names(self) -> dict[str, str]:
-        """Name of ours → of the oracle's."""
-        parts = {"scale_row": "scale_line", "scale_col": "scale_col", "shift": "shift_bias"}
-        names = {"head.fc.weight": "head.weight", "head.fc.bias": "head.bias"}
-        for name in adapter_parameters(self.model):
-            module, _, part = name.rpartition(".")
-            block, _, child = module.rpartition(".")
-            if child.startswith("norm"):
-                names[name] = f"{block}.ssf_{part}_{child}".lstrip(".")
-            else:
-                names[name] = f"{module.replace('1.downsample', '0.downsample')}.{parts[part]}"
-        return names
 
-    def gradients(self) -> dict[str, Tensor]:
-        ours = dict(self.model.named_parameters())
-        return {theirs: ours[name].grad for name, theirs in self.names().items()}
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of our parameters under the names of the oracle's."""
+    ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sources = authors_shapes({name: tuple(gradient.shape) for name, gradient in ours.items()})
+    found = {}
+    for name, theirs in sources.items():
+        found |= dict(zip(theirs, ours[name].chunk(len(theirs)), strict=True))
+    return found
 
 
 def loss(logits: Tensor) -> Tensor:
@@ -109,7 +91,7 @@ def of_ours(pair: ViT | Swin, images: Tensor, dtype: torch.dtype) -> dict[str, T
     logits = model(images.to(dtype))
     loss(logits).backward()
     check_gradients(model)
-    return {"logits": logits, **pair.gradients()}
+    return {"logits": logits, **gradients(model)}
 
 
 def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:

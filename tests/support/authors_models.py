@@ -1,7 +1,7 @@
 """Small ViT and Swin with the structure of the RLRR paper, written from its formulas; the oracles of the parity tests.
 
-Every trained tensor lies in ``model.trained`` under its name in the authors' files (of the Swin, which has no such
-scheme here, under a name like theirs), every frozen one in ``model.frozen``.
+Every trained tensor lies in ``model.trained`` under its name in the authors' files, every frozen one in
+``model.frozen``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class AuthorsViT(Oracle):
         self.frozen[f"{embeddings}.patch_embeddings.bias"] = self.draw(size)
         self.frozen[f"{embeddings}.cls_token"] = self.draw(1, 1, size)
         self.frozen[f"{embeddings}.position_embeddings"] = self.draw(1, (image // patch) ** 2 + 1, size)
-        self.make_ssf("transformer.embeddings.ssf_{}_patch_embeddings", size)
+        self.make_ssf("transformer.embeddings.ssf_{}_patch", size)
         for i in range(depth):
             layer = f"transformer.encoder.layer.{i}"
             for name in ("query", "key", "value", "out"):
@@ -115,7 +115,7 @@ class AuthorsViT(Oracle):
             self.make_linear(f"{layer}.ffn.fc2", size, 4 * size)
             for name in ("attn_norm", "ffn_norm"):
                 self.make_norm(f"{layer}.{name}", size, f"{layer}.ssf_{{}}_{name}")
-        self.make_norm("transformer.encoder.encoder_norm", size, "transformer.encoder.ssf_{}_encoder_norm")
+        self.make_norm("transformer.encoder.encoder_norm", size, "transformer.encoder.ssf_{}_enc_norm")
         self.make_head(classes, size)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class AuthorsViT(Oracle):
             self.frozen[f"{embeddings}.patch_embeddings.bias"],
             stride=self.patch,
         )
-        tokens = self.ssf("transformer.embeddings.ssf_{}_patch_embeddings", patches.flatten(2).transpose(1, 2))
+        tokens = self.ssf("transformer.embeddings.ssf_{}_patch", patches.flatten(2).transpose(1, 2))
         cls = self.frozen[f"{embeddings}.cls_token"].expand(len(images), -1, -1)
         x = torch.cat([cls, tokens], 1) + self.frozen[f"{embeddings}.position_embeddings"]
         for i in range(self.depth):
@@ -139,7 +139,7 @@ class AuthorsViT(Oracle):
             h = self.ssf(f"{layer}.ssf_{{}}_ffn_norm", self.norm(f"{layer}.ffn_norm", x, 1e-6))
             x = x + F.dropout(self.linear(f"{layer}.ffn.fc2", F.gelu(self.linear(f"{layer}.ffn.fc1", h))), rate)
         x = self.norm("transformer.encoder.encoder_norm", x, 1e-6)
-        return self.head(self.ssf("transformer.encoder.ssf_{}_encoder_norm", x)[:, 0])
+        return self.head(self.ssf("transformer.encoder.ssf_{}_enc_norm", x)[:, 0])
 
     def timm_state(self) -> dict[str, Tensor]:
         """The frozen tensors under the names of timm's ViT, q, k and v in one."""
@@ -216,7 +216,7 @@ class AuthorsSwin(Oracle):
                 self.make_norm(f"layers.{stage}.downsample.norm", 4 * size)
                 self.make_linear(f"layers.{stage}.downsample.reduction", 2 * size, 4 * size, bias=False)
                 size *= 2
-        self.make_norm("norm", size, "ssf_{}_norm")
+        self.make_norm("norm", size, "ssf_{}_encode_norm")
         self.make_head(classes, size)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class AuthorsSwin(Oracle):
                 corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
                 x = self.norm(f"layers.{stage}.downsample.norm", torch.cat(corners, -1), 1e-5)
                 x, grid = self.linear(f"layers.{stage}.downsample.reduction", x), grid // 2
-        return self.head(self.ssf("ssf_{}_norm", self.norm("norm", x, 1e-5)).mean((1, 2)))
+        return self.head(self.ssf("ssf_{}_encode_norm", self.norm("norm", x, 1e-5)).mean((1, 2)))
 
     def block(self, name: str, x: Tensor, grid: int, heads: int, shifted: bool) -> Tensor:
         window = self.window

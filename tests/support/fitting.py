@@ -7,7 +7,7 @@ import torch
 from rlrr_kernels import RLRRConfig, adapt_model, parameter_groups
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
-from rlrr_kernels.train.loop import fit
+from rlrr_kernels.train.loop.fit import fit
 from rlrr_kernels.train.models.backbones import create_model
 
 CONFIG = TrainConfig(

@@ -9,6 +9,7 @@ METRICS = ("accuracy", "macro_f1")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 SCHEDULES = ("cosine", "restarts")
 SCHEDULE_STEPS = ("update", "epoch")
+TIES = ("loss", "first")
 
 CHANGES_NO_NUMBER = ("workers", "checkpoint_minutes", "activation_checkpointing", "tensorboard")
 """Settings in which a run may differ from the one it goes on with or repeats."""
@@ -26,8 +27,11 @@ class TrainConfig:
         warmup_epochs: of these, spent rising to the learning rate; fractions too. None: one, or half of a single one.
         cooldown_epochs: of these, spent at the minimum, last; fractions too.
         schedule: of the learning rate after the warm-up: ``cosine``, one fall to the minimum, or ``restarts``, several.
-        restart_epochs: length of a cycle of ``restarts``; fractions too.
+        restart_epochs: length of the first cycle of ``restarts``; fractions too.
+        restart_factor: how many times as long as the one before each further cycle is.
         schedule_per: how often the learning rate changes: ``update``, or ``epoch`` as timm's programs do.
+        schedule_lag: epochs by which the learning rate is late: 1 where a loop steps its scheduler with the number,
+            from 0, of the epoch that has just ended.
         warmup_within: whether the warm-up takes the place of the cosine's beginning (timm's default) instead of
             coming before it.
         min_lr: where the cosine ends.
@@ -44,7 +48,9 @@ class TrainConfig:
         fsdp: on several processes, spread the frozen weights over them (FSDP2) instead of copying them (DDP).
         seed: of the order of the images, their augmentation and dropout.
         workers: processes that load images; None: up to 8 beside a GPU, none beside a CPU that is busy training.
-        select_by: validation metric the epoch is chosen by, ``accuracy`` or ``macro_f1``; the loss breaks ties.
+        select_by: validation metric the epoch is chosen by, ``accuracy`` or ``macro_f1``.
+        ties: which of the epochs equal in that is chosen: the one of the least ``loss``, or the ``first``.
+        choose_from: first epoch, counted from 1, that may be chosen.
         checkpoint_minutes: a checkpoint is written after every epoch, and within one after so many minutes.
         tensorboard: also write TensorBoard logs to the run folder.
 
@@ -60,7 +66,9 @@ class TrainConfig:
     cooldown_epochs: float = 0
     schedule: str = "cosine"
     restart_epochs: float = 5
+    restart_factor: int = 1
     schedule_per: str = "update"
+    schedule_lag: int = 0
     warmup_within: bool = False
     min_lr: float = 1e-8
     warmup_lr: float = 1e-7
@@ -76,16 +84,18 @@ class TrainConfig:
     seed: int = 42
     workers: int | None = None
     select_by: str = "accuracy"
+    ties: str = "loss"
+    choose_from: int = 1
     checkpoint_minutes: float = 5
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "restart_factor", "choose_from"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(1, self.epochs / 2))
-        for name in ("warmup_epochs", "cooldown_epochs", "min_lr", "warmup_lr", "mixup", "cutmix"):
+        for name in ("warmup_epochs", "cooldown_epochs", "schedule_lag", "min_lr", "warmup_lr", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
         if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
@@ -93,6 +103,8 @@ class TrainConfig:
                 f"warmup_epochs + cooldown_epochs must be less than epochs = {self.epochs}; "
                 f"got {self.warmup_epochs} + {self.cooldown_epochs}"
             )
+        if self.choose_from > self.epochs:
+            raise ValueError(f"choose_from must be one of the {self.epochs} epochs; got {self.choose_from}")
         if not 0 < self.restart_epochs < math.inf:
             raise ValueError(f"restart_epochs must be above 0; got {self.restart_epochs}")
         if not 0 <= self.label_smoothing < 1:
@@ -106,6 +118,7 @@ class TrainConfig:
             ("schedule_per", SCHEDULE_STEPS),
             ("mixed_precision", PRECISIONS),
             ("select_by", METRICS),
+            ("ties", TIES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -274,7 +274,7 @@ class _Run:
             scores = evaluate(self.model, self.val_loader, self.classes, self.accelerator, progress.validation)
             tensors = self._trained_tensors()
         self._note_exchange(training)
-        entry, improved = self.record.finish_epoch(scores, self._last_lr(), self.config.select_by, tensors)
+        entry, improved = self.record.finish_epoch(scores, self._last_lr(), self.config, tensors)
         if self.board is not None:
             scalars = {f"{progress.images}/{key}": entry[f"val_{key}"] for key in ("loss", "accuracy", "macro_f1")}
             scalars |= {"train/epoch_loss": entry["train_loss"], "epoch/seconds": entry["seconds"]}
@@ -324,7 +324,8 @@ class _Run:
     def load(self) -> None:
         """Goes back to where the checkpoint was written."""
         state = from_main(self.accelerator, lambda: checkpoint.load_checkpoint(self.folder))
-        ours, theirs = self._settings(), state["settings"]
+        # A setting that did not exist when the checkpoint was written had what is now its default.
+        ours, theirs = self._settings(), dataclasses.asdict(TrainConfig()) | state["settings"]
         differing = [name for name in ours if ours[name] != theirs.get(name)]
         if differing:
             details = "; ".join(

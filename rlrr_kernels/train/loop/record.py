@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.evaluate import Scores
 from rlrr_kernels.train.output.memory import peak_memory, reset_peak_memory
 
@@ -70,9 +71,9 @@ class Record:
         self.loss_curve.append((self.epoch + self.batch / self.batches, total / count))
 
     def finish_epoch(
-        self, scores: Scores, lr: float, select_by: str, tensors: Mapping[str, Tensor]
+        self, scores: Scores, lr: float, config: TrainConfig, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, float], bool]:
-        """Ends the epoch with its validation ``scores``; keeps ``tensors`` if it is the best by ``select_by`` so far.
+        """Ends the epoch with its validation ``scores``; keeps ``tensors`` if it is the best by ``config`` so far.
 
         Returns:
             The epoch's entry of the history, and whether it is the best.
@@ -88,8 +89,8 @@ class Record:
             "seconds": self.seconds - sum(entry["seconds"] for entry in self.history),
         }
         self.history.append(entry)
-        key = (getattr(scores, select_by), -scores.loss)
-        improved = self.best is None or key > tuple(self.best["key"])
+        key = (getattr(scores, config.select_by), -scores.loss if config.ties == "loss" else 0.0)
+        improved = self.epoch + 1 >= config.choose_from and (self.best is None or key > tuple(self.best["key"]))
         if improved:
             self.best = {
                 "key": list(key),
