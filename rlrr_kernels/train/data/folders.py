@@ -78,8 +78,8 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
     unknown = [name for name in found if name not in classes]
     if unknown:
         raise ValueError(
-            f"{folder} holds classes that the model does not have: {_shorten([*map(repr, unknown)])}; it has "
-            f"{_shorten([*classes])}"
+            f"{folder} holds classes that the model does not have: {shorten([*map(repr, unknown)])}; it has "
+            f"{shorten([*classes])}"
         )
     paths: list[Path] = []
     labels: list[int] = []
@@ -281,5 +281,6 @@ def make_loader(
     )
 
 
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first ``shown`` of ``names``, with commas, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import re
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlrr_kernels.train.data.folders import shorten
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.models.npz import check_npz
+from rlrr_kernels.train.models.weights import SHOWN, read_weights
 
 HUB = "hub"
 NO_WEIGHTS = "none"
@@ -117,7 +122,7 @@ def _hub_is_out_of_reach(endpoint: str) -> bool:
 def _from_file(name: str, classes: int, options: dict[str, Any], file: Path) -> nn.Module:
     """timm's loading, with its conversions of names and sizes, but strict about everything except the head."""
     import timm
-    from timm.models import VisionTransformer, load_state_dict
+    from timm.models import VisionTransformer
 
     if not file.is_file():
         raise FileNotFoundError(f"the weights file {file} does not exist")
@@ -126,32 +131,60 @@ def _from_file(name: str, classes: int, options: dict[str, Any], file: Path) -> 
     try:
         with torch.device("meta"):
             meta = timm.create_model(name, **options | {"pretrained": False})
+        overlay = {"source": "", "num_classes": 0}  # else names such as hf-hub:... have timm fetch other weights
         if file.suffix == ".npz":
             if isinstance(meta, VisionTransformer):
                 check_npz(file, meta)
-            overlay = {"file": str(file), "custom_load": True, "num_classes": 0}
+            overlay |= {"file": str(file), "custom_load": True}
         else:
             heads = meta.pretrained_cfg.get("classifier") or ()
             heads = (heads,) if isinstance(heads, str) else heads
-            state = {key: t for key, t in load_state_dict(str(file)).items() if not _is_of_head(key, heads)}
-            overlay = {"state_dict": state, "num_classes": 0}
-        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+            overlay |= {"state_dict": read_weights(file, meta.state_dict(), heads)}
+        with _all_filled(type(meta)):
+            model = timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
+        broken = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"NaN or infinite numbers in {shorten(broken, SHOWN)}")
     except Exception as error:  # timm, torch, safetensors and pickle each have their own
-        raise ValueError(
-            f"the weights file {file} does not fit {name}: {str(error).strip() or type(error).__name__}"
-        ) from error
+        reason = _condensed(str(error).strip()) or type(error).__name__
+        raise ValueError(f"the weights file {file} does not fit {name}: {reason}") from error
     model.pretrained_cfg.pop("state_dict", None)
     model.reset_classifier(classes)
     return model
 
 
-def _is_of_head(key: str, heads: tuple[str, ...]) -> bool:
-    """Whether ``key`` of a state dict is the classifier's: under timm's name (``head.fc``) or, as others have it, its
-    parent's (``head.weight``)."""
-    parents = [head.rpartition(".")[0] for head in heads]
-    return key.startswith(tuple(f"{head}." for head in heads)) or key in [
-        f"{parent}.{part}" for parent in parents if parent for part in ("weight", "bias")
-    ]
+@contextlib.contextmanager
+def _all_filled(kind: type[nn.Module]) -> Iterator[None]:
+    """Within, a state dict that leaves tensors of a ``kind`` unfilled is refused: timm lets it pass for some models."""
+    original = kind.load_state_dict
+
+    def load_state_dict(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = original(self, *arguments, **options)
+        if result.missing_keys:
+            raise ValueError(f"missing in the file: {shorten(result.missing_keys, SHOWN)}")
+        return result
+
+    own = "load_state_dict" in vars(kind)
+    kind.load_state_dict = load_state_dict
+    try:
+        yield
+    finally:
+        if own:
+            kind.load_state_dict = original
+        else:
+            del kind.load_state_dict
+
+
+def _condensed(message: str) -> str:
+    """PyTorch's message about a state dict, five names of each kind and how many more there are."""
+    lines, mismatches = [], []
+    for line in message.splitlines():
+        names = re.findall(r'"([^"]+)"', line)
+        if "key(s) in state_dict" in line:
+            line = f"{line.partition(':')[0]}: {shorten(names, SHOWN)}"
+        (mismatches if line.strip().startswith("size mismatch for") else lines).append(line)
+    more = [f"\tand {len(mismatches) - SHOWN} more of another size"] if len(mismatches) > SHOWN else []
+    return "\n".join([*lines, *mismatches[:SHOWN], *more])
 
 
 def _check_image_size(model: nn.Module, name: str, size: int) -> None:

@@ -6,10 +6,12 @@ timm reads such files array by array and leaves what it does not look for unread
 from __future__ import annotations
 
 import re
-import zipfile
 from pathlib import Path
 
 from torch import nn
+
+from rlrr_kernels.train.data.folders import shorten
+from rlrr_kernels.train.models.weights import SHOWN
 
 _HEAD = r"head/(kernel|bias)|pre_logits/(kernel|bias)"
 _HYBRID = r"conv_root/kernel|gn_root/(scale|bias)|block\d+/unit\d+/.+"
@@ -23,14 +25,20 @@ def check_npz(file: str | Path, model: nn.Module) -> None:
     them) and of big_vision (``params/``). The head's arrays are not used: a new task has a new head.
 
     Raises:
-        ValueError: arrays are missing or left over (all of them are named), or the file is no ``.npz``.
+        ValueError: arrays are missing, left over or of integers (five of each kind are named), or the file is no
+            ``.npz``.
     """
     import numpy as np
 
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with archive:
             names = set(archive.files)
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:  # no file of arrays, or a single array
+            # Reads all of it, and so compares the checksums. bfloat16 has no kind of its own in a file.
+            other = [name for name in sorted(names) if archive[name].dtype.kind not in "fV"]
+    except Exception as error:  # as a damaged zip or header has it: BadZipFile, zlib.error, EOFError, SyntaxError, ...
         raise ValueError(f"it is truncated or no .npz file: {error}") from error
     prefix = next((p for p in ("opt/target/", "params/img/", "params/") if f"{p}embedding/kernel" in names), "")
     names = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}  # beside it: optimizer states
@@ -39,8 +47,14 @@ def check_npz(file: str | Path, model: nn.Module) -> None:
         expected |= {name for name in names if re.fullmatch(_HYBRID, name)}
     if getattr(model, "attn_pool", None) is not None:
         expected |= {name for name in names if name.startswith("MAPHead_0/")}
-    problems = [f"missing in the file: {name}" for name in sorted(expected - names)]
-    problems += [f"not in the model: {name}" for name in sorted(names - expected) if not re.fullmatch(_HEAD, name)]
+    unknown = [name for name in sorted(names - expected) if not re.fullmatch(_HEAD, name)]
+    integer = [name for name in other if name.removeprefix(prefix) in expected]
+    found = {
+        "missing in the file": sorted(expected - names),
+        "not in the model": unknown,
+        "not of floating-point numbers": integer,
+    }
+    problems = [f"{what}: {shorten(which, SHOWN)}" for what, which in found.items() if which]
     if problems:
         raise ValueError("\n  ".join(["the arrays do not match:", *problems]))
 
