@@ -56,15 +56,14 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/test_gpu.py -q || status=1; \
 	exit $$status
 
-# The CPU benchmarks: about 8 minutes on two otherwise idle cores, one JSON file a dtype.
+# The CPU benchmarks: about 8 minutes on two otherwise idle cores; rows, tables and picture go to benchmarks/results.
 bench: $(STAMP)
-	mkdir -p benchmarks/results
+	mkdir -p build
 	for dtype in float32 bfloat16; do \
 	  $(PY) -m pytest benchmarks/cpu/test_linear.py -q --benchmark-only -k $$dtype \
-	    --benchmark-json benchmarks/results/linear_cpu_$$dtype.json || exit 1; \
+	    --benchmark-json build/linear_cpu_$$dtype.json || exit 1; \
 	done
-	$(PY) -m benchmarks.cpu.report benchmarks/results/linear_cpu_*.json \
-	  --markdown benchmarks/results/linear_cpu.md --picture benchmarks/results/linear_cpu.png
+	$(PY) -m benchmarks.cpu.report build/linear_cpu_float32.json build/linear_cpu_bfloat16.json
 
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
 sanitize: $(STAMP)

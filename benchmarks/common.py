@@ -1,13 +1,11 @@
-"""What every benchmark shares: the rivals, the problems, interleaved timing and the counting of bytes."""
+"""What the benchmarks share: problems, implementations to compare, and the counting of bytes."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -18,21 +16,16 @@ from rlrr_kernels import rlrr_linear
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
 
-LAYER_SHAPES = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
-"""(K, N) of the four linear layers in a ViT-B block."""
-
-RIVALS = ("reference", "compiled", "frozen", "merged", "floor", "torch")
-"""``reference``: the literal formula, eager. ``compiled``: torch.compile of it. ``frozen``: the layer without an
-adapter, which computes ∂x and ∂b. ``merged``: F.linear with W', forward only. ``floor``: the three matrix products an
-exact backward needs (one in forward), called bare, without autograd. ``torch``: our plain torch."""
+LAYER_SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072))
+"""(N, K) of the four linear layers in a ViT-B block."""
 
 
 class Problem(NamedTuple):
-    """One layer call: x [rows, in_features] to y [rows, out_features]."""
+    """One layer call: x [M, K] to y [M, N]."""
 
-    rows: int
-    in_features: int
-    out_features: int
+    m: int
+    n: int
+    k: int
     dtype: torch.dtype
     backward: bool
     device: str = "cpu"
@@ -47,7 +40,7 @@ class Problem(NamedTuple):
         def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=self.device) * std).to(dtype)
 
-        m, k, n, rank = self.rows, self.in_features, self.out_features, self.rank
+        m, n, k, rank = self.m, self.n, self.k, self.rank
         tensors = {
             "x": normal(m, k),
             "weight": normal(n, k, dtype=self.weight_dtype or self.dtype, std=k**-0.5),
@@ -64,29 +57,34 @@ class Problem(NamedTuple):
 Step = Callable[[], object]
 
 
-def rivals(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
-    """A call without arguments for every name: one of :data:`RIVALS`, or a backend of rlrr_linear."""
+def steps(problem: Problem, names: tuple[str, ...]) -> dict[str, Step]:
+    """A call without arguments for every name: ``floor``, or one that :func:`forward_of` knows.
+
+    ``floor``: the three matrix products that an exact backward needs (one in forward), called bare, without autograd.
+    """
     t = problem.tensors()
-    forwards = {name: forward_of(name, t) for name in names if name != "floor"}
-    steps = {
-        name: _step(forward, trained, t["grad_y"]) if problem.backward else forward
-        for name, (forward, trained) in forwards.items()
-    }
-    if "floor" in names:
-        x, weight, grad_y = t["x"].detach(), t["weight"], t["grad_y"]
-        steps["floor"] = (
-            (lambda: (F.linear(x, weight), grad_y @ weight, grad_y.t() @ x))
-            if problem.backward
-            else (lambda: F.linear(x, weight))
-        )
-    return {name: steps[name] for name in names}
+    x, weight, grad_y = t["x"].detach(), t["weight"], t["grad_y"]
+
+    def step_of(name: str) -> Step:
+        if name != "floor":
+            forward, trained = forward_of(name, t)
+            return _training_step(forward, trained, grad_y) if problem.backward else forward
+        if problem.backward:
+            return lambda: (F.linear(x, weight), grad_y @ weight, grad_y.t() @ x)
+        return lambda: F.linear(x, weight)
+
+    return {name: step_of(name) for name in names}
 
 
 Forward = Callable[[], Tensor]
 
 
 def forward_of(name: str, t: dict[str, Tensor]) -> tuple[Forward, list[Tensor]]:
-    """The forward of a rival (not ``floor``) or a backend on the tensors ``t``, and what it trains, x first."""
+    """The forward of an implementation on the tensors ``t``, and what it trains, x first.
+
+    ``reference``: the literal formula, eager. ``compiled``: torch.compile of it. ``frozen``: the layer without an
+    adapter, which computes ∂x and ∂b. ``merged``: F.linear with W', forward only. Any other name is a backend's.
+    """
     x, weight, bias = t["x"], t["weight"], t["bias"]
     if name == "frozen":
         return lambda: F.linear(x, weight, bias.to(x.dtype)), [x, bias]
@@ -112,7 +110,7 @@ def formula(function: Callable[..., Tensor], t: dict[str, Tensor]) -> tuple[Forw
     return lambda: function(x, weight, *same), [x, *same]
 
 
-def _step(forward: Forward, trained: list[Tensor], grad_y: Tensor) -> Step:
+def _training_step(forward: Forward, trained: list[Tensor], grad_y: Tensor) -> Step:
     def step():
         forward().backward(grad_y)
         for tensor in trained:
@@ -125,24 +123,6 @@ def synchronize(device: str) -> None:
     """Waits for the device's queue; nothing to wait for on a CPU."""
     if device != "cpu":
         torch.cuda.synchronize(device)
-
-
-def interleaved(steps: dict[str, Step], device: str = "cpu", seconds: float = 1.0, most: int = 300) -> dict[str, float]:
-    """Median seconds of each step: all of them once a round, for about ``seconds`` and at least seven rounds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():  # compilation and first-touch costs are no one's run time
-        step(), step()
-    synchronize(device)
-    started = time.perf_counter()
-    while True:
-        for name, step in steps.items():
-            before = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(time.perf_counter() - before)
-        rounds = len(times[name])
-        if rounds >= most or (rounds >= 7 and time.perf_counter() - started > seconds):
-            return {name: median(values) for name, values in times.items()}
 
 
 def peak_bytes(step: Step, device: str = "cpu") -> int:
@@ -181,8 +161,8 @@ def kept_bytes(forward: Callable[[], Tensor], given: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def rival_kept_bytes(problem: Problem, name: str) -> int:
-    """:func:`kept_bytes` of the rival ``name`` on ``problem``."""
+def layer_kept_bytes(problem: Problem, name: str) -> int:
+    """:func:`kept_bytes` of the implementation ``name`` on ``problem``."""
     tensors = problem.tensors()
     return kept_bytes(forward_of(name, tensors)[0], list(tensors.values()))
 

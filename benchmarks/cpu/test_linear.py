@@ -1,9 +1,9 @@
-"""``rlrr_linear`` on the CPU against its rivals; `make bench` runs it and `benchmarks.cpu.report` draws the result.
+"""``rlrr_linear`` on the CPU against its baselines; `make bench` runs it, `benchmarks.cpu.report` reports the result.
 
-One test is one problem. pytest-benchmark times the C++ operator; before each of its rounds every rival and the operator
-take a turn, timed the same way and in an order drawn anew, so that all of them see the same machine. A short call is
-made twice in its turn: ``cold_seconds`` is the first, which finds the caches full of the others' data, ``seconds`` the
-second, which finds its own. Medians of these, kept and peak bytes go into the row's ``extra_info``.
+One test is one problem. pytest-benchmark times the C++ operator; before each of its rounds every implementation takes a
+turn, timed the same way and in an order drawn anew, so that all of them see the same machine. A short call is made
+twice in its turn: the first ("cold") finds the caches full of the others' data, the second its own. ``extra_info`` is
+the row of the report.
 """
 
 import random
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from benchmarks import common
+from benchmarks.cpu.report import BASELINES, TIMES
 from rlrr_kernels import backends
 
-ROWS = (1, 16, 64, 197, 1576, 6304)
+M = (1, 16, 64, 197, 1576, 6304)
 DTYPES = ("float32", "bfloat16")
 THREADS = (2, 1)
 SECONDS = 0.3
@@ -38,24 +39,22 @@ def threads(request):
 
 def _problems():
     for dtype in DTYPES:
-        for rows in ROWS:
-            for shape in common.LAYER_SHAPES:
+        for m in M:
+            for n, k in common.LAYER_SHAPES:
                 for backward in (False, True):
                     for count in THREADS:
-                        name = (
-                            f"{dtype}-M{rows}-{shape[0]}x{shape[1]}-{'step' if backward else 'forward'}-{count}thread"
-                        )
-                        yield pytest.param(dtype, rows, shape, backward, count, id=name)
+                        name = f"{dtype}-M{m}-{k}x{n}-{'step' if backward else 'forward'}-{count}thread"
+                        yield pytest.param(dtype, m, n, k, backward, count, id=name)
 
 
-@pytest.mark.parametrize(("dtype", "rows", "shape", "backward", "threads"), list(_problems()), indirect=["threads"])
-def test_linear(benchmark, dtype, rows, shape, backward, threads):
-    problem = common.Problem(rows, *shape, getattr(torch, dtype), backward)
-    names = [*(name for name in common.RIVALS if not (backward and name == "merged")), "cpp"]
-    rivals = common.rivals(problem, tuple(names))
-    for step in rivals.values():
+@pytest.mark.parametrize(("dtype", "m", "n", "k", "backward", "threads"), list(_problems()), indirect=["threads"])
+def test_linear(benchmark, dtype, m, n, k, backward, threads):
+    problem = common.Problem(m, n, k, getattr(torch, dtype), backward)
+    names = [*(name for name in BASELINES if not (backward and name == "merged")), "cpp"]
+    steps = common.steps(problem, tuple(names))
+    for step in steps.values():
         step()  # compiles, allocates
-    ours = rivals["cpp"]
+    ours = steps["cpp"]
     started = time.perf_counter()
     ours()
     seconds = time.perf_counter() - started
@@ -69,25 +68,20 @@ def test_linear(benchmark, dtype, rows, shape, backward, threads):
         for name in names:
             for call in range(calls):
                 before = time.perf_counter()
-                rivals[name]()
+                steps[name]()
                 times[name][call].append(time.perf_counter() - before)
 
-    benchmark.pedantic(ours, setup=run_all, rounds=max(3, min(100, int(SECONDS / seconds / len(rivals) / calls))))
-    first, last = ({name: median(values[call]) for name, values in times.items()} for call in (0, -1))
-    count_bytes = threads == max(THREADS)  # the same for every number of threads
-    benchmark.extra_info.update(
-        common.environment(),
-        dtype=dtype,
-        rows=rows,
-        in_features=shape[0],
-        out_features=shape[1],
-        backward=backward,
-        seconds=last,
-        cold_seconds=first if calls > 1 else {},
-        peak_bytes={name: common.peak_bytes(step) for name, step in rivals.items() if count_bytes and rows <= 1576},
-        kept_bytes={
-            name: common.rival_kept_bytes(problem, name)
-            for name in rivals
-            if count_bytes and backward and name not in ("floor", "compiled")
-        },
-    )
+    benchmark.pedantic(ours, setup=run_all, rounds=max(3, min(100, int(SECONDS / seconds / len(steps) / calls))))
+    first, last = ({name: 1e6 * median(values[call]) for name, values in times.items()} for call in (0, -1))
+    row = {"dtype": dtype, "threads": threads, "backward": backward, "M": m, "N": n, "K": k}
+    row |= {name: last[name] for name in last if name in TIMES}
+    if calls > 1:
+        row |= {f"cold {name}": first[name] for name in ("cpp", "reference")}
+    if threads == max(THREADS):  # bytes are the same for every number of threads
+        for name in ("cpp", "reference"):
+            if m <= 1576:
+                row[f"peak {name}"] = common.peak_bytes(steps[name])
+            if backward:
+                row[f"kept {name}"] = common.layer_kept_bytes(problem, name)
+    here = common.environment()
+    benchmark.extra_info.update(row, **{"cpu": here["cpu"], "torch version": here["torch"], "commit": here["commit"]})

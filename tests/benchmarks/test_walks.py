@@ -1,0 +1,57 @@
+"""The script that traces calls: what it counts, and that it runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import walks
+from rlrr_kernels import backends
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The names of a package of two files: ``a`` calls ``b`` twice, and itself between."""
+    names: dict[str, object] = {}
+    sources = {
+        "a.py": "def first():\n    second(); own()\n    return [second() for _ in range(2)]\ndef own(): return 1",
+        "b.py": "def second(): return 2",
+    }
+    for name, source in sources.items():
+        exec(compile(source, str(tmp_path / name), "exec"), names)
+    monkeypatch.setattr(walks, "PACKAGE", f"{tmp_path}/")
+    return names
+
+
+def test_calls_files_and_switches_are_counted(package: dict[str, object]):
+    calls, result = walks.walk(package["first"])
+    assert result == [2, 2]
+    assert [(call.file, call.name, call.depth) for call in calls] == [
+        ("a.py", "first", 0), ("b.py", "second", 1), ("a.py", "own", 1), ("b.py", "second", 1), ("b.py", "second", 1),
+    ]  # fmt: skip
+    assert walks.counts(calls) == (5, 2, 3)
+
+
+def test_it_prints_a_row_for_each_step(capsys: pytest.CaptureFixture):
+    walks.main([])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:28].strip(): [int(number) for number in line[28:].split()] for line in lines[1:] if line[28:].strip()}
+    runs = {"torch", *(["cpp"] if backends.CPP_FAILURE is None else [])}
+    if backends.HAS_TRITON and (backends.INTERPRETING or shutil.which("cc")):
+        runs.add("triton")
+    assert {f"{backend}, {step}" for backend in runs for step in walks.STEPS} <= set(rows)
+    for backend in runs:
+        assert rows[f"{backend}, second forward"] < rows[f"{backend}, first forward"]
+        for step in walks.STEPS:
+            calls, files, switches = rows[f"{backend}, {step}"]
+            assert calls > files >= 1
+            assert calls > switches
+
+
+def test_it_prints_the_functions_of_a_backend(capsys: pytest.CaptureFixture):
+    walks.main(["torch"])
+    out = capsys.readouterr().out
+    assert ": rlrr_linear\n" in out
+    assert out.index("torch, first forward:") < out.index("torch, first backward:")
