@@ -244,3 +244,7 @@ def test_a_jacobian_by_batches_of_gradients(backend: str):
         for v in (True, False)
     )
     close(vectorized, in_a_loop)
+    leaf = tensors["x"].clone().requires_grad_()
+    y = rlrr_linear(leaf, *rest, backend=backend)[0]
+    (mapped,) = torch.func.vmap(lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True))(torch.eye(len(y)))
+    close(mapped, in_a_loop[0][0])

@@ -184,11 +184,14 @@ class _Linear(torch.autograd.Function):
         if weight is None:
             grad_x = grad_row = grad_col = None
             grad_bias = dispatch.flattened(grad_y).sum(0, dtype=accumulate_dtype(grad_y.dtype))
-        elif through_op or torch._C._are_functorch_transforms_active():  # the latter: a batch of gradients
+        elif through_op or torch._C._are_functorch_transforms_active():  # the latter: vmap over autograd.grad
             run = torch.ops.rlrr_kernels.linear_backward if through_op else _LinearBackwardFunctorch.apply
             options = call.residual, call.backend, needs, call.input_activation
             grads = run(grad_y, x, weight, scale_row, scale_col, *options, *flatten_sample(sample))
             grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+        elif _is_batch(grad_y):
+            options = call.residual, "torch", needs, call.input_activation, sample
+            grad_x, grad_row, grad_col, grad_bias = dispatch.backward(grad_y, x, weight, scale_row, scale_col, *options)
         else:
             grad_x, grad_row, grad_col, grad_bias = call.backward(
                 grad_y, x, weight, scale_row, scale_col, needs, sample
@@ -197,6 +200,10 @@ class _Linear(torch.autograd.Function):
             grad_bias = grad_bias.to(bias_dtype)
         return grad_x, None, grad_row, grad_col, grad_bias, None
 
+
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a gradient stands for a batch of them, as ``is_grads_batched=True`` and vectorized jacobians have it: only
+torch's own operations compute with those."""
 
 linear_function = _Linear.apply
 _apply = super(torch.autograd.Function, _Linear).apply
