@@ -34,7 +34,6 @@ from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
-from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from rlrr_kernels.ops.sampling import triton_draw as row_sample_triton
 from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
@@ -210,9 +209,9 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch, *_ = linear_schedules.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
+        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
     elif kernel == "grad_x":
-        launch, *_ = linear_schedules.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
+        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
@@ -241,7 +240,7 @@ def _sampled_cases(
 
 def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
-    return linear_schedules.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
+    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

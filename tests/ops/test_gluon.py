@@ -22,7 +22,7 @@ from rlrr_kernels import backends, numerics
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
@@ -51,9 +51,9 @@ def simulate(
     tiles = Tiles(*blocks, warps=4, stages=stages, schedule="gluon")
     result = torch.full_like(t["grad_y"] if kernel == "forward" else t["x"], torch.nan)
     if kernel == "forward":
-        (launch,) = linear_schedules.forward_launches(t["x"], *given[:3], t["bias"], residual, result, "sm_90", tiles)
+        (launch,) = linear_launches.forward_launches(t["x"], *given[:3], t["bias"], residual, result, "sm_90", tiles)
     else:
-        (launch,) = linear_schedules.grad_x_launches(t["grad_y"], *given, result, "sm_90", tiles)
+        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, result, "sm_90", tiles)
     plan, arrays = launch.plan, [tensor.numpy() for tensor in launch.tensors]
     arguments = [Descriptor(array, block) for array, block in zip(arrays, plan.blocks, strict=False)]
     arguments += [Pointer(array) for array in arrays[len(plan.blocks) :]] + list(plan.numbers)

@@ -27,7 +27,6 @@ from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
-from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 
 TILES = Tiles(16, 32, 32, 4, 1)
@@ -138,9 +137,9 @@ def persistent_launches(count=40, rows=64, cols=96, dtype=torch.float16) -> list
     grads, given = (torch.zeros_like(row), torch.zeros_like(col), bias), (weight, row, col)
     tiles = Tiles(16, 32, 64, 4, 2, schedule="persistent")
     return [
-        *linear_schedules.forward_launches(x, *given, bias, True, y, "sm_90", tiles),
-        *linear_schedules.grad_x_launches(y, *given, True, x, "sm_90", tiles),
-        linear_schedules.grad_scales_launches(y, x, *given, grads, "sm_90", tiles)[0],
+        *linear_launches.forward_launches(x, *given, bias, True, y, "sm_90", tiles),
+        *linear_launches.grad_x_launches(y, *given, True, x, "sm_90", tiles),
+        linear_launches.grad_scales_launches(y, x, *given, grads, "sm_90", tiles)[0],
     ]
 
 
@@ -179,8 +178,8 @@ def gluon_launches(count=300, rows=256, cols=384) -> list[Launch]:
     row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
     forward, backward = (Tiles(128, *blocks, 4, 3, schedule="gluon") for blocks in ((128, 64), (64, 128)))
     return [
-        *linear_schedules.forward_launches(x, weight, row, col, bias, True, y, "sm_90", forward),
-        *linear_schedules.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", backward),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, "sm_90", forward),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", backward),
     ]
 
 

@@ -17,8 +17,7 @@ from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.host.launch import Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton import launches_persistent as linear_persistent
-from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
@@ -76,7 +75,7 @@ def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
         assert chosen(arch="sm_80") == linear_configs.tiles_for("grad_scales", "sm_80", torch.bfloat16, 1576)
     x, weight, vector = torch.empty(8, 64), torch.empty(32, 64), torch.empty(32)
     with pytest.raises(ValueError, match=r"schedule of forward must be one of \['tiled'.*; got 'spiral'"):
-        linear_schedules.forward_launches(
+        linear_launches.forward_launches(
             x, weight, vector.view(32, 1), torch.empty(1, 1, 64), vector, True, torch.empty(8, 32), "sm_90",
             forced._replace(schedule="spiral"),
         )  # fmt: skip
@@ -93,7 +92,7 @@ def test_shares_cover_every_step_once_and_no_tile_has_more_pieces_than_said():
             tile, program = step // blocks, step // span
             pieces[tile].add(program - tile * blocks // span)
         assert all(parts == set(range(len(parts))) for parts in pieces)
-        assert linear_persistent.most_pieces(tiles, blocks, span) == max(len(parts) for parts in pieces)
+        assert linear_launches.most_parts(tiles, blocks, span) == max(len(parts) for parts in pieces)
 
 
 def test_all_programs_run_at_once_with_the_smallest_share():

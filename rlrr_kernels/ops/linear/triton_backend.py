@@ -12,8 +12,12 @@ from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
-from rlrr_kernels.ops.linear.triton.launches import merge_launch
-from rlrr_kernels.ops.linear.triton.schedules import forward_launches, grad_scales_launches, grad_x_launches
+from rlrr_kernels.ops.linear.triton.launches import (
+    forward_launches,
+    grad_scales_launches,
+    grad_x_launches,
+    merge_launch,
+)
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 

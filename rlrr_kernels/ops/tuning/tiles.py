@@ -22,7 +22,7 @@ from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.linear.tiles import KERNELS, Tiles
-from rlrr_kernels.ops.linear.triton import schedules as linear_schedules
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 # By kernel, bytes of an element and the largest M of the class (0: any). What ships is always tried as well.
@@ -127,11 +127,11 @@ def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> t
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
-        return linear_schedules.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
     if kernel == "grad_x":
-        return linear_schedules.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
     grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
-    return linear_schedules.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
 
 
 def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str | None:

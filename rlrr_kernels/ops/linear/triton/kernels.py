@@ -49,6 +49,25 @@ def rescale_factor(
 
 
 @triton.jit
+def rescale(
+    w, row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile of W', [n, k] or, TRANSPOSED, [k, n], in ACC: every product's prologue. See :func:`rescale_factor`."""
+    factor = rescale_factor(
+        row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols, RANK, RESIDUAL, TRANSPOSED, ACC
+    )
+    return w.to(ACC) * factor
+
+
+@triton.jit
+def store_product(acc, out_ptr, offs_m, offs_c, mask_m, mask_c, columns):
+    """acc [c, m] as columns c of rows m of out [M, columns]: every product's epilogue. offs_m is int64."""
+    ptrs = out_ptr + offs_m[None, :] * columns + offs_c[:, None]
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_m[None, :])
+
+
+@triton.jit
 def rlrr_linear_fwd_kernel(
     x_ptr, w_ptr, row_ptr, col_ptr, bias_ptr, y_ptr,
     M, N, K, group_size, span,
@@ -61,7 +80,7 @@ def rlrr_linear_fwd_kernel(
 
     x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (tiles of N · tiles of M, splits): the
     first is the only axis without a limit that a long x would reach. With SPLIT a program sums ``span`` of the K
-    columns, and y is [splits, M, N] in ACC, without bias.
+    elements, and y is [splits, M, N] in ACC, without bias.
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     tiles_n = (N // group_size) * tiles_per_group
@@ -104,15 +123,13 @@ def rlrr_linear_fwd_kernel(
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
             col = tl.load(col_ptr + here, mask=mask_k, other=0.0)
-        factor = rescale_factor(row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
-        w = (w.to(ACC) * factor).to(x.dtype)
-        acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        w = rescale(w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
-    y_ptrs = y_ptr + offs_m[None, :] * N + offs_n[:, None]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+    store_product(acc, y_ptr, offs_m, offs_n, mask_m, mask_n, N)
 
 
 @triton.jit
@@ -169,13 +186,9 @@ def rlrr_linear_bwd_dx_kernel(
             w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
             row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
         group_ptr = col_ptr + group * RANK * K
-        factor = rescale_factor(
-            row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC
-        )
-        w = (w.to(ACC) * factor).to(g.dtype)
-        acc = tl.dot(w, g, acc, input_precision=PRECISION, out_dtype=ACC)
-    dx_ptrs = dx_ptr + offs_m[None, :] * K + offs_k[:, None]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_m[None, :])
+        w = rescale(w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
+        acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION, out_dtype=ACC)
+    store_product(acc, dx_ptr, offs_m, offs_k, mask_m, mask_k, K)
 
 
 @triton.jit
@@ -352,9 +365,9 @@ def merge_kernel(
     mask_k = offs_k < K
     mask = mask_n[:, None] & mask_k[None, :]
     wide_n = offs_n[:, None].to(tl.int64)
-    w = tl.load(w_ptr + wide_n * stride_wn + offs_k[None, :] * stride_wk, mask=mask, other=0.0).to(ACC)
+    w = tl.load(w_ptr + wide_n * stride_wn + offs_k[None, :] * stride_wk, mask=mask, other=0.0)
     col_ptr += group.to(tl.int64) * RANK * K
     row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
     col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
-    factor = rescale_factor(row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
-    tl.store(out_ptr + wide_n * K + offs_k[None, :], (w * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    w = rescale(w, row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+    tl.store(out_ptr + wide_n * K + offs_k[None, :], w.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,6 @@
 """Kernels of ``rlrr_linear`` with a persistent grid: operands by TMA, one wave of programs, equal shares of the work.
 
-:mod:`rlrr_kernels.ops.linear.triton.launches_persistent` says how they are launched; names are those of
+:mod:`rlrr_kernels.ops.linear.triton.launches` says how they are launched; names are those of
 :mod:`rlrr_kernels.ops.linear.triton.kernels`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlrr_kernels.ops.linear.triton.kernels import rescale_factor, scale_part_ptrs, store_scale_parts
+from rlrr_kernels.ops.linear.triton.kernels import rescale, scale_part_ptrs, store_product, store_scale_parts
 
 
 @triton.jit
@@ -52,17 +52,14 @@ def rlrr_linear_fwd_persistent_kernel(
         group_ptr = col_ptr + group.to(tl.int64) * RANK * K
         row = tl.load(row_ptr + rows_n * RANK)
         col = tl.load(group_ptr + offs_k) if EVEN_K else tl.load(group_ptr + offs_k, mask=mask_k, other=0.0)
-        factor = rescale_factor(
-            row, col, row_ptr, group_ptr, rows_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC
-        )
-        acc = tl.dot((w.to(ACC) * factor).to(x.dtype), x.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        w = rescale(w, row, col, row_ptr, group_ptr, rows_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION, out_dtype=ACC)
         block += 1
         if block == blocks:
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
-            offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            y_ptrs = y_ptr + offs_m[None, :].to(tl.int64) * N + (group * group_size + local_n)[:, None]
-            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
+            offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+            store_product(acc, y_ptr, offs_m, group * group_size + local_n, offs_m < M, mask_n, N)
             acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
             block = 0
             in_group += programs % tiles_per_group
@@ -110,20 +107,17 @@ def rlrr_linear_bwd_dx_persistent_kernel(
         col = tl.load(group_ptr + offs_k, mask=mask_k, other=0.0)
         row_ptrs = row_ptr + offs_n * RANK
         row = tl.load(row_ptrs) if EVEN_N else tl.load(row_ptrs, mask=mask_n, other=0.0)
-        factor = rescale_factor(
-            row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC
-        )
+        w = rescale(w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
         if not EVEN_N:  # rows past the end of a group are the next one's, which has a turn of its own
-            factor = tl.where(mask_n[None, :], factor, 0.0)
-        acc = tl.dot((w.to(ACC) * factor).to(g.dtype), g.T, acc, input_precision=PRECISION, out_dtype=ACC)
+            w = tl.where(mask_n[None, :], w, 0.0)
+        acc = tl.dot(w.to(g.dtype), g.T, acc, input_precision=PRECISION, out_dtype=ACC)
         local_n += BLOCK_N
         if local_n >= group_size:
             local_n = 0
             group += 1
         if group == groups:
-            offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            dx_ptrs = dx_ptr + offs_m[None, :].to(tl.int64) * K + offs_k[:, None]
-            tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_k[:, None] & (offs_m < M)[None, :])
+            offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+            store_product(acc, dx_ptr, offs_m, offs_k, offs_m < M, mask_k, K)
             acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
             group = 0
             pid_k += programs % tiles_k

@@ -1,6 +1,8 @@
 """Launches of the ``rlrr_linear`` kernels: how a product is cut into programs, as pure functions of their arguments.
 
-Tensors may be on any device, meta included: a launch can be built, and compiled, where there is no GPU to run it.
+The schedule of the tiles (:data:`rlrr_kernels.ops.linear.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
+device, meta included: a launch can be built, and compiled, where there is no GPU to run it. Scales must be contiguous;
+for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.by_tma`).
 """
 
 from __future__ import annotations
@@ -15,14 +17,8 @@ from torch import Tensor
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.triton.kernels import (
-    merge_kernel,
-    rlrr_linear_bwd_dx_kernel,
-    rlrr_linear_bwd_reduce_kernel,
-    rlrr_linear_bwd_scales_kernel,
-    rlrr_linear_fwd_kernel,
-    sum_splits_kernel,
-)
+from rlrr_kernels.ops.linear.tiles import Tiles, check_schedule
+from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
@@ -34,7 +30,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
 
 
-def launch_meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> dict[str, Any]:
+def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
     """Constants and options of a launch with ``tiles`` whose products are of ``dtype``."""
     return {
         "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
@@ -47,216 +43,259 @@ def launch_meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles)
     }
 
 
+# ---------------------------------------------------------------- forward and ∂x
+
+
 class _Product(NamedTuple):
-    """A product in one pass over W, and where its contraction is split, the sum of the parts [parts]."""
+    """A product in one pass over W and, where it is split, the sum of its partial results [partial_sums]."""
 
     product: Plan
-    sum: Plan | None
-    parts: int
+    sum: Plan | None = None
+    partial_sums: int = 0
+
+    def launches(self, inputs: tuple[Tensor, ...], bias: Tensor, out: Tensor) -> tuple[Launch, ...]:
+        if self.sum is None:
+            return (Launch(self.product, (*inputs, out)),)
+        partial = out.new_empty(self.partial_sums, dtype=accumulate_dtype(out.dtype))
+        return Launch(self.product, (*inputs, partial)), Launch(self.sum, (partial, bias, out))
 
 
-def _product(
-    kernel: triton.JITFunction, programs: int, steps: int, steps_to_span: int, numbers: tuple[int, ...],
-    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], arch: str, tiles: linear_configs.Tiles,
+def _split_product(
+    kernel: triton.JITFunction, programs: int, iterations: int, span: int, numbers: tuple[int, ...],
+    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], arch: str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
-    """``steps`` blocks are contracted for an output of ``shape``; a span is counted in 1 / steps_to_span of them."""
-    splits = linear_configs.contraction_splits(steps, programs, tiles, arch)
-    steps_per_split = max(1, cdiv(steps, splits))
-    splits = max(1, cdiv(steps, steps_per_split))
-    numbers = (*numbers, steps_per_split * steps_to_span, *strides)
+    """A product of ``shape`` whose programs loop over ``iterations`` blocks, split where these programs fill no GPU.
+
+    ``span``: what the kernel counts a split's work in, for one iteration (K elements in the forward, one tile of N in
+    ∂x).
+    """
+    splits = linear_configs.contraction_splits(iterations, programs, tiles, arch)
+    per_split = max(1, cdiv(iterations, splits))
+    splits = max(1, cdiv(iterations, per_split))
+    numbers = (*numbers, per_split * span, *strides)
     if splits == 1:
-        return _Product(Plan(kernel, (programs,), numbers, meta | {"SPLIT": False}), None, 0)
+        return _Product(Plan(kernel, (programs,), numbers, meta | {"SPLIT": False}))
     has_bias, size = meta.get("HAS_BIAS", False), shape[0] * shape[1]
     sum_meta = {"SPLITS": splits, "HAS_BIAS": has_bias, "BLOCK": 512, "num_warps": 4}
     return _Product(
         Plan(kernel, (programs, splits), numbers, meta | {"SPLIT": True} | ({"HAS_BIAS": False} if has_bias else {})),
-        Plan(sum_splits_kernel, (cdiv(size, 512),), (size, shape[1]), sum_meta),
+        Plan(kernels.sum_splits_kernel, (cdiv(size, 512),), (size, shape[1]), sum_meta),
         splits * size,
     )
 
 
-def _product_launches(plans: _Product, inputs: tuple[Tensor, ...], bias: Tensor, out: Tensor) -> tuple[Launch, ...]:
-    if plans.sum is None:
-        return (Launch(plans.product, (*inputs, out)),)
-    parts = out.new_empty(plans.parts, dtype=accumulate_dtype(out.dtype))
-    return Launch(plans.product, (*inputs, parts)), Launch(plans.sum, (parts, bias, out))
+def _persistent_product(
+    kernel: triton.JITFunction, output_tiles: int, numbers: tuple[int, ...], meta: dict[str, Any],
+    blocks: tuple[tuple[int, int], tuple[int, int]], arch: str, tiles: Tiles,
+) -> _Product:  # fmt: skip
+    return _Product(Plan(kernel, (min(output_tiles, linear_configs.wave(tiles, arch)),), numbers, meta, blocks))
 
 
 @_plans
 def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, arch: str,
-    tiles: linear_configs.Tiles,
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
-    (count, cols), rows, (groups, rank, _) = x_shape, weight_shape[0], col_shape
-    size = rows // groups
-    programs = groups * cdiv(size, tiles.block_n) * cdiv(count, tiles.block_m)
+    (M, K), N, (groups, rank, _) = x_shape, weight_shape[0], col_shape
+    output_tiles = groups * cdiv(N // groups, tiles.block_n) * cdiv(M, tiles.block_m)
+    numbers = M, N, K, N // groups
     meta = {
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "EVEN_K": cols % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
+        "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
-    return _product(
-        rlrr_linear_fwd_kernel, programs, cdiv(cols, tiles.block_k), tiles.block_k, (count, rows, cols, size),
-        (*x_strides, *weight_strides), meta, (count, rows), arch, tiles,
+    if tiles.schedule == "persistent":
+        kernel = kernels_persistent.rlrr_linear_fwd_persistent_kernel
+        blocks = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
+        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, arch, tiles)
+    return _split_product(
+        kernels.rlrr_linear_fwd_kernel, output_tiles, cdiv(K, tiles.block_k), tiles.block_k, numbers,
+        (*x_strides, *weight_strides), meta, (M, N), arch, tiles,
     )  # fmt: skip
 
 
 def forward_launches(
-    x: Tensor,
-    weight: Tensor,
-    scale_row: Tensor,
-    scale_col: Tensor,
-    bias: Tensor | None,
-    residual: bool,
-    y: Tensor,
-    arch: str,
-    tiles: linear_configs.Tiles,
-) -> tuple[Launch, ...]:
-    """y [M, N] = x W'ᵀ + b in one pass over W, in parts that are then summed where it has few tiles.
+    x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
+    arch: str, tiles: Tiles,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """y [M, N] = x W'ᵀ + b in one pass over W; by a second launch where the pass is split along K."""
+    check_schedule("forward", tiles)
+    if tiles.schedule == "gluon":
+        from rlrr_kernels.ops.linear.triton import launches_gluon  # older versions of Triton do not have its language
 
-    The scales must be contiguous.
-    """
-    has_bias, dtype = bias is not None, x.dtype
+        return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
     plans = _forward_plans(
-        x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, has_bias, residual, dtype,
-        precision_of(dtype), arch, tiles,
+        x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, bias is not None, residual, x.dtype,
+        precision_of(x.dtype), arch, tiles,
     )  # fmt: skip
-    bias = bias if has_bias else x
-    return _product_launches(plans, (x, weight, scale_row, scale_col, bias), bias, y)
+    bias = x if bias is None else bias
+    return plans.launches((x, weight, scale_row, scale_col, bias), bias, y)
 
 
 @_plans
 def _grad_x_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
-    (count, rows), cols, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
-    size = rows // groups
+    (M, N), K, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
+    group_size = N // groups
+    output_tiles = cdiv(K, tiles.block_k) * cdiv(M, tiles.block_m)
+    numbers = M, N, K, group_size
     meta = {
-        "RANK": rank, "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-        "EVEN_N": size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+        "RANK": rank, "RESIDUAL": residual,
+        "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
-    return _product(
-        rlrr_linear_bwd_dx_kernel, cdiv(cols, tiles.block_k) * cdiv(count, tiles.block_m),
-        groups * cdiv(size, tiles.block_n), 1, (count, rows, cols, size), (*grad_strides, *weight_strides), meta,
-        (count, cols), arch, tiles,
+    if tiles.schedule == "persistent":
+        kernel = kernels_persistent.rlrr_linear_bwd_dx_persistent_kernel
+        blocks = (tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)
+        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, arch, tiles)
+    return _split_product(
+        kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * cdiv(group_size, tiles.block_n), 1, numbers,
+        (*grad_strides, *weight_strides), meta | {"ONE_GROUP": groups == 1}, (M, K), arch, tiles,
     )  # fmt: skip
 
 
 def grad_x_launches(
-    grad_y: Tensor,
-    weight: Tensor,
-    scale_row: Tensor,
-    scale_col: Tensor,
-    residual: bool,
-    grad_x: Tensor,
-    arch: str,
-    tiles: linear_configs.Tiles,
-) -> tuple[Launch, ...]:
-    """∂x [M, K] = g W' in one pass over W, in parts that are then summed where it has few tiles.
+    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor, arch: str,
+    tiles: Tiles,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """∂x [M, K] = g W' in one pass over W; by a second launch where the pass is split along N."""
+    check_schedule("grad_x", tiles)
+    if tiles.schedule == "gluon":
+        from rlrr_kernels.ops.linear.triton import launches_gluon
 
-    The scales must be contiguous.
-    """
-    dtype = grad_y.dtype
+        return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
     plans = _grad_x_plans(
-        grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, dtype,
-        precision_of(dtype), arch, tiles,
+        grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, grad_y.dtype,
+        precision_of(grad_y.dtype), arch, tiles,
     )  # fmt: skip
-    return _product_launches(plans, (grad_y, weight, scale_row, scale_col), grad_y, grad_x)
+    return plans.launches((grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
+
+# ---------------------------------------------------------------- scale gradients
 
 _REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
 
 
-def plan_reduction(row: tuple[int, int], col: tuple[int, int], bias: tuple[int, int]) -> tuple[Plan, int, int, int]:
-    """The sum over parts of ∂s_r, ∂s_c and ∂b, [count, size] of each kind, which lie one after another.
+class PartialSums(NamedTuple):
+    """Where the partial sums of ∂s_r, ∂s_c and ∂b lie, one kind after another, and the launch that adds them up."""
 
-    Then where those of ∂s_c and of ∂b start, and how many values there are.
-    """
-    col_offset = row[0] * row[1]
-    bias_offset = col_offset + col[0] * col[1]
-    blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
-    plan = Plan(rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
-    return plan, col_offset, bias_offset, bias_offset + bias[0] * bias[1]
+    reduction: Plan
+    col_offset: int
+    bias_offset: int
+    size: int
+
+    @classmethod
+    def of(
+        cls, counts: tuple[int, int, int], needs: tuple[bool, bool, bool], N: int, col_shape: tuple[int, int, int]
+    ) -> PartialSums:
+        """``counts`` partial sums of each kind; those of gradients that ``needs`` says are not needed take no room."""
+        groups, rank, K = col_shape
+        sizes = N * rank, groups * rank * K, N
+        row, col, bias = (
+            (count, size) if need else (0, 0) for count, size, need in zip(counts, sizes, needs, strict=True)
+        )
+        col_offset = row[0] * row[1]
+        bias_offset = col_offset + col[0] * col[1]
+        blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
+        plan = Plan(kernels.rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
+        return cls(plan, col_offset, bias_offset, bias_offset + bias[0] * bias[1])
+
+    def launches(
+        self, partial: Plan, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+    ) -> tuple[Launch, Launch]:
+        """The launch that makes the partial sums, and the one that adds them up into ``grads``."""
+        sums = inputs[0].new_empty(self.size, dtype=accumulate_dtype(inputs[0].dtype))
+        outputs = [sums if grad is None else grad for grad in grads]
+        return Launch(partial, (*inputs, sums)), Launch(self.reduction, (sums, *outputs))
+
+
+def most_parts(output_tiles: int, iterations: int, span: int) -> int:
+    """The largest number of programs that share a tile of G, when each does ``span`` of all the iterations."""
+    return (
+        max((tile * iterations + iterations - 1) // span - tile * iterations // span for tile in range(output_tiles))
+        + 1
+    )
 
 
 @_plans
 def _grad_scales_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_strides: tuple[int, int], weight_shape: torch.Size,
-    weight_strides: tuple[int, int], col_shape: torch.Size, needs: tuple[bool, bool, bool], dtype: torch.dtype,
-    precision: str, arch: str, tiles: linear_configs.Tiles,
-) -> tuple[Plan, Plan, int]:  # fmt: skip
-    """How the scale gradients are cut into partial sums, how these are added up, and how many there are."""
-    count, (rows, cols), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
+    weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, needs: tuple[bool, bool, bool],
+    dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
+) -> tuple[Plan, PartialSums]:  # fmt: skip
+    M, (N, K), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
-    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
-    splits = linear_configs.splits_for(count, tiles, (tiles_k + need_bias) * tiles_per_group * groups, arch)
-    rows_per_split = max(1, cdiv(cdiv(count, splits), tiles.block_m)) * tiles.block_m
-    splits = max(1, cdiv(count, rows_per_split))
-    row = (splits * tiles_k, rows * rank) if need_row else (0, 0)
-    col = (splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0)
-    bias = (splits, rows) if need_bias else (0, 0)
-    reduction, col_offset, bias_offset, size = plan_reduction(row, col, bias)
+    group_size = N // groups
+    tiles_k, tiles_per_group = cdiv(K, tiles.block_k), cdiv(group_size, tiles.block_n)
+    meta = {
+        "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
+        **launch_meta(dtype, precision, tiles),
+    }  # fmt: skip
+    if tiles.schedule == "persistent":
+        output_tiles, iterations = groups * tiles_per_group * tiles_k, cdiv(M, tiles.block_m)
+        span = linear_configs.steps_a_program(output_tiles * iterations, tiles, arch)
+        parts = most_parts(output_tiles, iterations, span)
+        strip = min(tiles.block_k, linear_configs.STRIP_BYTES // weight_itemsize)
+        sums = PartialSums.of((parts * cdiv(K, strip), parts * tiles_per_group, parts * tiles_k), needs, N, col_shape)
+        partial = Plan(
+            kernels_persistent.rlrr_linear_bwd_scales_persistent_kernel,
+            (cdiv(output_tiles * iterations, span),),
+            (sums.col_offset, sums.bias_offset, M, N, K, group_size, span, parts, *weight_strides),
+            meta | {"EVEN_N": group_size % tiles.block_n == 0, "STRIP": strip},
+            ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
+        )
+        return partial, sums
+    splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, arch)
+    rows_per_split = max(1, cdiv(cdiv(M, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, cdiv(M, rows_per_split))
+    sums = PartialSums.of((splits * tiles_k, splits * tiles_per_group, splits), needs, N, col_shape)
     partial = Plan(
-        rlrr_linear_bwd_scales_kernel,
+        kernels.rlrr_linear_bwd_scales_kernel,
         (tiles_k + need_bias, groups * tiles_per_group, splits),
         (
-            col_offset, bias_offset, count, rows, cols, rows // groups, rows_per_split,
+            sums.col_offset, sums.bias_offset, M, N, K, group_size, rows_per_split,
             *grad_strides, *x_strides, *weight_strides,
         ),
-        {
-            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-            "EVEN_M": count % tiles.block_m == 0, **launch_meta(dtype, precision, tiles),
-        },
+        meta | {"EVEN_M": M % tiles.block_m == 0},
     )  # fmt: skip
-    return partial, reduction, size
+    return partial, sums
 
 
 def grad_scales_launches(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale_row: Tensor,
-    scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    arch: str,
-    tiles: linear_configs.Tiles,
-) -> tuple[Launch, Launch]:
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], arch: str, tiles: Tiles,
+) -> tuple[Launch, Launch]:  # fmt: skip
     """Partial sums over tiles and splits of M, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b).
 
-    A gradient that is not needed is None. The scales must be contiguous.
+    A gradient that is not needed is None.
     """
+    check_schedule("grad_scales", tiles)
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
-    partial, reduction, size = _grad_scales_plans(
-        grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), scale_col.shape, needs, dtype,
-        precision_of(dtype), arch, tiles,
+    partial, sums = _grad_scales_plans(
+        grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), weight.itemsize, scale_col.shape,
+        needs, dtype, precision_of(dtype), arch, tiles,
     )  # fmt: skip
-    parts = grad_y.new_empty(size, dtype=accumulate_dtype(dtype))
-    outputs = [parts if grad is None else grad for grad in grads]
-    return (
-        Launch(partial, (grad_y, x, weight, scale_row, scale_col, parts)),
-        Launch(reduction, (parts, *outputs)),
-    )
+    return sums.launches(partial, (grad_y, x, weight, scale_row, scale_col), grads)
+
+
+# ---------------------------------------------------------------- merge
 
 
 @_plans
 def _merge_plan(
     weight_shape: torch.Size, weight_strides: tuple[int, int], col_shape: torch.Size, residual: bool, dtype: torch.dtype
 ) -> Plan:
-    (rows, cols), (groups, rank, _) = weight_shape, col_shape
+    (N, K), (groups, rank, _) = weight_shape, col_shape
+    block_n, block_k = 16, 128
     meta = {
-        "RANK": rank,
-        "RESIDUAL": residual,
-        "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
-        "BLOCK_N": 16,
-        "BLOCK_K": 128,
-        "num_warps": 4,
-    }
-    grid = (cdiv(cols, meta["BLOCK_K"]) * groups * cdiv(rows // groups, meta["BLOCK_N"]),)
-    return Plan(merge_kernel, grid, (cols, rows // groups, *weight_strides), meta)
+        "RANK": rank, "RESIDUAL": residual, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4,
+    }  # fmt: skip
+    grid = (cdiv(K, block_k) * groups * cdiv(N // groups, block_n),)
+    return Plan(kernels.merge_kernel, grid, (K, N // groups, *weight_strides), meta)
 
 
 def merge_launch(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, out: Tensor) -> Launch:
-    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once; the scales must be contiguous."""
+    """out [N, K] = W ⊙ (1 + s_r s_c), rounded once."""
     plan = _merge_plan(weight.shape, weight.stride(), scale_col.shape, residual, weight.dtype)
     return Launch(plan, (weight, scale_row, scale_col, out))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +22,7 @@ from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
-from rlrr_kernels.ops.linear.triton.launches import launch_meta, plan_reduction, precision_of
+from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, precision_of
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 _MOST_BIAS_COLUMNS = 16
@@ -181,21 +180,13 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-class _Plans(NamedTuple):
-    """How the sample and g are cut into partial sums, and these added up; ``values`` counts them."""
-
-    means: Plan | None
-    partial: Plan
-    reduction: Plan
-    values: int
-
-
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_shape: torch.Size, x_strides: tuple[int, int],
     weight_strides: tuple[int, int], col_shape: torch.Size, kept: int, row_weight: float, images: int,
     needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
-) -> _Plans:  # fmt: skip
+) -> tuple[Plan | None, Plan, PartialSums]:  # fmt: skip
+    """The launch of the images' means, that of the partial sums, and how these are added up."""
     (count, rows), (size, cols), (groups, rank, _) = grad_shape, x_shape, col_shape
     need_row, need_col, need_bias = needs
     tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
@@ -205,16 +196,13 @@ def _plans(
     sums_bias = need_bias and not images
     columns = min(_MOST_BIAS_COLUMNS, max(1, cdiv(cdiv(count, rows_per_split), splits))) if sums_bias else 0
     rows_per_sum = max(1, cdiv(cdiv(count, max(1, columns * splits)), tiles.block_m)) * tiles.block_m
-    reduction, col_offset, bias_offset, values = plan_reduction(
-        row=(splits * tiles_k, rows * rank) if need_row else (0, 0),
-        col=(splits * tiles_per_group, groups * rank * cols) if need_col else (0, 0),
-        bias=(images or splits * columns, rows) if need_bias else (0, 0),
-    )
+    counts = splits * tiles_k, splits * tiles_per_group, images or splits * columns
+    sums = PartialSums.of(counts, needs, rows, col_shape)
     partial = Plan(
         _rlrr_linear_bwd_sampled_scales_kernel,
         (tiles_k + columns, groups * tiles_per_group, splits),
         (
-            col_offset, bias_offset, count, rows, cols, rows // groups, size, kept, images, _bits(row_weight),
+            sums.col_offset, sums.bias_offset, count, rows, cols, rows // groups, size, kept, images, _bits(row_weight),
             rows_per_split, rows_per_sum, *grad_strides, *x_strides, *weight_strides,
         ),
         {
@@ -224,12 +212,12 @@ def _plans(
         },
     )  # fmt: skip
     if not images:
-        return _Plans(None, partial, reduction, values)
+        return None, partial, sums
     means = Plan(
         _rlrr_linear_bwd_image_means_kernel,
         (images, cdiv(rows, _MEANS_BLOCK) + cdiv(cols, _MEANS_BLOCK)),
         (
-            bias_offset, _bits(row_weight), rows, cols, count // images, kept // images, (size - kept) // images,
+            sums.bias_offset, _bits(row_weight), rows, cols, count // images, kept // images, (size - kept) // images,
             *grad_strides, *x_strides,
         ),
         {
@@ -237,7 +225,7 @@ def _plans(
             "BLOCK": _MEANS_BLOCK, "BLOCK_ROWS": 64, "num_warps": 8,
         },
     )  # fmt: skip
-    return _Plans(means, partial, reduction, values)
+    return means, partial, sums
 
 
 def grad_scales_launches(
@@ -267,15 +255,15 @@ def grad_scales_launches(
         grad_y, x = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (grad_y, x))
     elif row_weight == 1:
         kept = x.shape[0]
-    plans = _plans(
+    means, partial, sums = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), scale_col.shape, kept, row_weight, images,
         needs, dtype, precision_of(dtype), arch, tiles,
     )  # fmt: skip
-    parts = torch.empty(plans.values, dtype=accumulate_dtype(dtype), device=grad_y.device)
-    outputs = [parts if grad is None else grad for grad in grads]
-    missed, mean, launches = grad_y, x, []
-    if images:
+    missed, mean = grad_y, x
+    if means is not None:
         missed, mean = (tensor.new_empty(images, tensor.shape[1]) for tensor in (grad_y, x))
-        launches.append(Launch(plans.means, (grad_y, x, index, missed, mean, parts)))
-    tensors = grad_y, x, index, weight, scale_row, scale_col, missed, mean, parts
-    return (*launches, Launch(plans.partial, tensors), Launch(plans.reduction, (parts, *outputs)))
+    tensors = grad_y, x, index, weight, scale_row, scale_col, missed, mean
+    launches = sums.launches(partial, tensors, grads)
+    if means is None:
+        return launches
+    return (Launch(means, (grad_y, x, index, missed, mean, launches[0].tensors[-1])), *launches)
