@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.common import Problem
-from benchmarks.gpu.correctness.check import CHECKED, draw, flaws, subject
+from benchmarks.gpu.correctness.check import CHECKED, draw, flaws, flaws_on, subject
 from benchmarks.gpu.measurements.estimates import exact_by_sampling
 from rlrr_kernels import (
     RLRRConfig,
@@ -60,7 +60,7 @@ def test_no_wrong_element_stray_access_or_changing_bit(name: str, dtype: torch.d
     rows, in_features, out_features, rank, groups = sizes
     problem = Problem(rows, in_features, out_features, dtype, False, "cuda", None, rank, groups)
     with use_backend("triton"):
-        assert flaws(subject(name), draw(name, problem)) == []
+        assert flaws_on(name, problem) == []
 
 
 @pytest.mark.parametrize("name", ["triton.one_pass", "triton.merge", "sampled rows"])
@@ -68,7 +68,7 @@ def test_no_wrong_element_stray_access_or_changing_bit(name: str, dtype: torch.d
 def test_the_same_of_the_largest_batch(name: str, weight_dtype: torch.dtype):
     problem = Problem(50432, 1280, 5120, torch.bfloat16, False, "cuda", weight_dtype)
     with use_backend("triton"):
-        assert flaws(subject(name), draw(name, problem)) == []
+        assert flaws_on(name, problem) == []
 
 
 @pytest.mark.parametrize("backend", ["triton.one_pass", "triton.merge"])

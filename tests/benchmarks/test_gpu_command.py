@@ -363,6 +363,7 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
     if backends.INTERPRETING:
         pytest.skip("with Triton's interpreter on, nothing compiles")
     compile_report = pytest.importorskip("benchmarks.compile_report", reason="needs Triton")
+    from benchmarks.compile_report import verdict
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     tried = [
@@ -380,8 +381,8 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
         name = "bf16" if size == 2 else "fp32"
         case = compile_report._case(kernel, "sm_90", name, tiles, (dtype, dtype), limit or 4096)
         row = compile_report.report_row(case, "sm_90")
-        # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use HGMMA are tried.
-        problems = [found for found in compile_report.problems(row) if "HMMA" not in found or limit != 16]
+        # Few rows wait for memory, whatever the matrix instruction: small tiles that cannot use wgmma are tried.
+        problems = [found for found in verdict.problems(row) if "wgmma" not in found or limit != 16]
         assert not problems, (kernel, tiles, problems)
 
 

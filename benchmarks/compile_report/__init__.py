@@ -1,20 +1,18 @@
 """What the compiler makes of every kernel and shipped configuration; needs no GPU.
 
-    python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...]
+    python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...] [--accept]
 
 Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product,
-which matrix instruction its machine code uses, and whether a kernel that is given descriptors loads by TMA. Launches
-are built by the launchers themselves from meta tensors, so the report compiles what a GPU would run.
+which matrix instruction its code uses, and whether a kernel that is given descriptors loads by TMA. Launches
+are built by the launchers themselves from meta tensors, so the report compiles what a GPU would run. What is made of
+the rows is in ``verdict.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, product
 from pathlib import Path
@@ -40,14 +38,13 @@ from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
 from rlrr_kernels.ops.tuning import tiles as tuning
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 89, 90, 100, 103, 120)},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
+    **{name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1201")},
 }
 
-MATRIX_INSTRUCTIONS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA", "DMMA", "v_mfma")
-"""Most specific first: the first that occurs in the machine code is the one reported."""
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma", "v_wmma")
+"""Of PTX and of AMD's assembly. A kernel has one at most, but for products that a wider one has no shape for."""
 
 _TYPES = {
     torch.float64: "fp64",
@@ -109,6 +106,10 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def _table(arch: str) -> dict[tuple[str, int], list[tuple[int, configs.Tiles]]]:
+    return configs.TABLE.get(arch, configs.TABLE[configs.DEFAULT_ARCHITECTURE])
+
+
 def linear_cases(arch: str) -> Iterator[Case]:
     """Every configuration shipped for ``arch``: ViT shapes at rank 1 and 4, ragged shapes, rank 17."""
     for dtype in ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64"):
@@ -116,7 +117,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         dtypes = x_dtype, w_dtype
         for kernel in configs.KERNELS:
-            for limit, tiles in configs.TABLE[arch][kernel, x_dtype.itemsize]:
+            for limit, tiles in _table(arch)[kernel, x_dtype.itemsize]:
                 rows = limit or 4096
                 # Of ViT-B's layers, the one whose product few rows split, where there is any.
                 sizes = (768, 3072) if kernel == "forward" and limit else (3072, 768)
@@ -130,7 +131,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
             yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
-        shipped = configs.TABLE[arch]["grad_scales", x_dtype.itemsize][-1][1]
+        shipped = _table(arch)["grad_scales", x_dtype.itemsize][-1][1]
         yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096, images=64)
         if dtype in ("bf16", "fp32"):
             yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096)
@@ -248,7 +249,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
     compiled = compile_launch(case.launch, arch)
     if arch.startswith("sm_"):
         registers, spills = _nvidia_resources(compiled.asm["cubin"])
-        code = compiled.asm["sass"]
+        code = compiled.asm["ptx"]  # names what the machine code has; disassembling takes as long as compiling
     else:
         code = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
@@ -264,7 +265,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "shared_bound": case.shared_bound,
         "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],
         "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
-        "tma": "UTMALDG" in code if case.launch.plan.blocks else None,
+        "tma": "cp.async.bulk.tensor" in code if case.launch.plan.blocks else None,
     }
 
 
@@ -291,44 +292,3 @@ def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
                 yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: spills, too much shared memory, a 16-bit product without the tensor core's own path."""
-    found = []
-    if row["spills"]:
-        found.append(f"spills {row['spills']} bytes a thread")
-    limits = configs.SHARED_BYTES[row["arch"]], row["shared_bound"] or configs.SHARED_BYTES[row["arch"]]
-    if row["shared_bytes"] > min(limits):
-        found.append(
-            f"needs {row['shared_bytes']} bytes of shared memory, of {limits[0]}, and at most {limits[1]} by the sum"
-        )
-    half = row["dtype"].split("/")[0] in ("bf16", "fp16")
-    if half and row["uses_dot"] and row["arch"] == "sm_90" and row["matrix_instruction"] != "HGMMA":
-        found.append(f"uses {row['matrix_instruction']}, not HGMMA")
-    if half and row["uses_dot"] and row["matrix_instruction"] is None:
-        found.append("uses no matrix instruction")
-    if row["tma"] is False:
-        found.append("is given descriptors and does not load by TMA")
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), help="only these architectures")
-    arguments = parser.parse_args()
-    result = []
-    head = ("arch", "kernel", "dtype", "registers", "spills", "shared_bytes", "matrix_instruction", "config")
-    print("  ".join(head))
-    for row in rows(arguments.arch):
-        result.append(row)
-        print("  ".join(str(row[name]) for name in head), *problems(row), sep="  ", flush=True)
-    counts = Counter(bool(problems(row)) for row in result)
-    print(f"{len(result)} kernels compiled with Triton {triton.__version__}; {counts[True]} with problems")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": result}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
