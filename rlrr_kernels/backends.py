@@ -81,6 +81,9 @@ def _cpp_failure() -> str | None:
 CPP_FAILURE = _cpp_failure()
 """Why the C++ extension cannot be used; None when it can. Found out at import: torch.compile sees a constant."""
 
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets of the C++ operators, poorest first; ``RLRR_CPU_LEVEL`` caps the one found at import."""
+
 
 def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves a call: never ``auto``.
@@ -126,8 +129,9 @@ def unavailable(name: str, device_type: str) -> str | None:
     return None
 
 
-def _cpu_level() -> str:
-    return importlib.import_module("rlrr_kernels.ops.linear.cpp_backend").cpu_level()
+def cpu_level() -> str:
+    """The instruction set that the C++ operators use, one of :data:`CPU_LEVELS`; they must be there."""
+    return CPU_LEVELS[torch.ops.rlrr_kernels_cpp.cpu_level()]
 
 
 def backend_report() -> dict[str, Any]:
@@ -137,7 +141,7 @@ def backend_report() -> dict[str, Any]:
     """
     cuda = torch.cuda.is_available()
     devices = ["cpu"] + (["cuda"] if cuda else [])
-    cpp = None if CPP_FAILURE is not None else _cpu_level()
+    cpp = None if CPP_FAILURE is not None else cpu_level()
     return {
         "torch": torch.__version__,
         "default": default_backend(),

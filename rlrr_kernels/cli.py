@@ -147,7 +147,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists")] = False,
 ) -> None:
     """Fold an adapter into its backbone: a plain timm checkpoint, with nothing left to pay at inference."""
-    from rlrr_kernels.train.output.export import merge_to_file
+    from rlrr_kernels.train.export import merge_to_file
 
     output = output or adapter.parent / "merged.safetensors"
     if output.exists() and not overwrite:

@@ -18,14 +18,14 @@ from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
+from rlrr_kernels.train.export import logits, merge_to_file
 from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.models.task import load_task
-from rlrr_kernels.train.output.export import logits, merge_to_file
-from rlrr_kernels.train.output.plot import learning_curve
 from rlrr_kernels.train.output.progress import console, program, track
+from rlrr_kernels.train.plot import learning_curve
 
 DEFAULT_LRS = (1e-3, 3e-3)
 """Both are trained in full; the validation images choose."""

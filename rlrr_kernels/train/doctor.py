@@ -8,7 +8,6 @@ import platform
 import torch
 from rich.table import Table
 
-import rlrr_kernels
 from rlrr_kernels import backends
 from rlrr_kernels.train.output.environment import versions
 
@@ -50,7 +49,7 @@ def _backends() -> Table:
     default = backends.default_backend()
     table = Table("operator", "device", "backend", "why", title=f"backends (default: {default})")
     try:
-        found = rlrr_kernels.backend_report()
+        found = backends.backend_report()
     except ValueError as error:  # the default was set to what cannot run on one of the devices
         table.add_row("all", "", "none", str(error))
         return table

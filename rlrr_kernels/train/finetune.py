@@ -19,8 +19,7 @@ from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
 from rlrr_kernels.train.config.files import write_config
-from rlrr_kernels.train.config.settings import settings_of
-from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.config.train_config import CHANGES_NO_NUMBER, TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, Samples, check_images, find_splits, make_loader
 from rlrr_kernels.train.data.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.evaluate import Scores, evaluate
@@ -44,8 +43,8 @@ from rlrr_kernels.train.models.drop import check_drop, set_drop
 from rlrr_kernels.train.models.task import Task
 from rlrr_kernels.train.output.board import require_tensorboard
 from rlrr_kernels.train.output.environment import add_session, environment
-from rlrr_kernels.train.output.plot import learning_curve
 from rlrr_kernels.train.output.progress import console, track
+from rlrr_kernels.train.plot import learning_curve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +64,8 @@ _RLRR_ONLY = (
     "scale_grad_rows",
     "recompute",
 )
+
+_CHANGES_NO_NUMBER = ("out", "check", "cpu", "recompute", *(f"train.{name}" for name in CHANGES_NO_NUMBER))
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
@@ -171,6 +172,31 @@ class FinetuneConfig:
             for name in _RLRR_ONLY:
                 if getattr(self, name) != defaults[name]:
                     raise ValueError(f"{name} is a setting of rlrr; got {getattr(self, name)!r} for {self.method}")
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that change a number, as JSON types, those of training as ``train.epochs``.
+
+        Files and folders by their name alone, so that a result can be moved and shared.
+        """
+        values = dataclasses.asdict(self)
+        values |= {f"train.{name}": value for name, value in values.pop("train").items()}
+        for name in _CHANGES_NO_NUMBER:
+            del values[name]
+        for name in ("data", "weights"):
+            values[name] = None if values[name] is None else Path(values[name]).name
+        return json.loads(json.dumps(values))
+
+    def differing_settings(self, written: Mapping[str, Any]) -> list[str]:
+        """``name was X, is Y`` for every one of :meth:`settings` that is another in ``written``.
+
+        A setting that did not exist when ``written`` was made had what is now its default.
+        """
+        defaults = FinetuneConfig(model="").settings()
+        return [
+            f"{name} was {theirs}, is {value}"
+            for name, value in self.settings().items()
+            if (theirs := written.get(name, defaults[name])) != value
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +439,7 @@ def _write_result(
 ) -> None:
     out, title = Path(config.out), f"{metadata['task']['model']}, {TITLES[config.method]}"
     document = metadata | {
-        "settings": settings_of(config),
+        "settings": config.settings(),
         "trained_parameters": report.trained,
         "adapter_parameters": report.adapter,
         "seconds": result.seconds,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlrr_kernels import RLRRLinear, backend_report, backends, rlrr_linear
+from rlrr_kernels.backends import CPU_LEVELS, cpu_level
 from rlrr_kernels.numerics import Case, cancelling, check_bound, check_error_rule
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(bac
 
 linear_cpp = pytest.importorskip("rlrr_kernels.ops.linear.cpp_backend") if backends.CPP_FAILURE is None else None
 
-LEVELS = () if linear_cpp is None else linear_cpp.LEVELS[: linear_cpp.LEVELS.index(linear_cpp.cpu_level()) + 1]
+LEVELS = () if linear_cpp is None else CPU_LEVELS[: CPU_LEVELS.index(cpu_level()) + 1]
 PATHS = ("one_pass", "panels", "library")
 
 # Rows, out_features, in_features: nothing a multiple of a vector or tile, and one that fills them.
@@ -26,7 +27,7 @@ SHAPES = ((1, 33, 35), (5, 66, 17), (29, 45, 99), (64, 96, 128), (300, 130, 70))
 
 @pytest.fixture
 def level(request):
-    before = linear_cpp.cpu_level()
+    before = cpu_level()
     linear_cpp.set_cpu_level(request.param)
     yield request.param
     linear_cpp.set_cpu_level(before)
@@ -319,7 +320,7 @@ def test_operator_checks_its_arguments(index, wrong, message):
 def test_auto_chooses_cpp_for_cpu_tensors():
     report = backend_report()
     assert report["devices"]["cpu"]["auto"] == "cpp"
-    assert report["cpu_level"] in linear_cpp.LEVELS
+    assert report["cpu_level"] in CPU_LEVELS
     with pytest.raises(ValueError, match="serve cpu tensors"):
         backends.resolve("cpp", "cuda", torch.float32)
 

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from rlrr_kernels import _cpp  # noqa: F401  (registers torch.ops.rlrr_kernels_cpp)
+from rlrr_kernels.backends import CPP_FAILURE, CPU_LEVELS
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
@@ -20,8 +20,8 @@ PATHS = {"auto": 0, "one_pass": 1, "panels": 2, "library": 3}
 """``one_pass`` reads W once per few rows, ``panels`` are products on tiles of W' in cache, ``library`` is W' in scratch
 and torch's GEMM. float16 and float64 always take ``library``."""
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-"""Instruction sets, poorest first; ``RLRR_CPU_LEVEL`` caps the one found at import."""
+if CPP_FAILURE is not None:
+    raise ImportError(CPP_FAILURE)
 
 _ops = torch.ops.rlrr_kernels_cpp
 _linear = _ops.linear.default
@@ -29,23 +29,18 @@ _linear_backward = _ops.linear_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def cpu_level() -> str:
-    """The instruction set in use, one of :data:`LEVELS`."""
-    return LEVELS[_ops.cpu_level()]
-
-
 def set_cpu_level(name: str) -> None:
     """Uses the kernels of instruction set ``name`` from now on (all threads).
 
     Raises:
-        ValueError: ``name`` is not one of :data:`LEVELS`, or this processor lacks it.
+        ValueError: ``name`` is not one of :data:`CPU_LEVELS`, or this processor lacks it.
     """
-    if name not in LEVELS:
-        raise ValueError(f"CPU level must be one of {', '.join(LEVELS)}; got {name!r}")
-    best = LEVELS[_best_level]
-    if LEVELS.index(name) > _best_level:
+    if name not in CPU_LEVELS:
+        raise ValueError(f"CPU level must be one of {', '.join(CPU_LEVELS)}; got {name!r}")
+    best = CPU_LEVELS[_best_level]
+    if CPU_LEVELS.index(name) > _best_level:
         raise ValueError(f"CPU level must be at most {best}, the best of this processor; got {name!r}")
-    _ops.cpu_level(LEVELS.index(name))
+    _ops.cpu_level(CPU_LEVELS.index(name))
 
 
 _best_level = _ops.cpu_level()

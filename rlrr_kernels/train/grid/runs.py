@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.train.config.settings import differing_settings
 from rlrr_kernels.train.data.folders import Samples
 from rlrr_kernels.train.finetune import RESULT, FinetuneConfig, finetune
 from rlrr_kernels.train.loop import checkpoint
@@ -139,7 +138,7 @@ def finished_result(run: GridRun, out: str | Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} is damaged or no result of this version: {error!r}; remove it to repeat the run"
         ) from error
-    differing = differing_settings(run.config, written)
+    differing = run.config.differing_settings(written)
     if differing:
         raise ValueError(
             f"{path} is of a run with other settings: {'; '.join(differing)}. Choose another folder, or remove this one"

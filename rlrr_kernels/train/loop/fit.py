@@ -24,7 +24,6 @@ from rlrr_kernels.train.loop.optimizer import adamw
 from rlrr_kernels.train.loop.record import FitResult, Record
 from rlrr_kernels.train.loop.schedule import Schedule
 from rlrr_kernels.train.loop.trained import is_frozen, trained_tensors
-from rlrr_kernels.train.models.backbones import set_activation_checkpointing
 from rlrr_kernels.train.output.board import Board
 from rlrr_kernels.train.output.progress import TrainProgress
 
@@ -360,6 +359,18 @@ class _Run:
         if self.board is not None:
             self.board.close()
         return self.record.result()
+
+
+def set_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Has a timm model recompute its blocks in backward, or not.
+
+    Raises:
+        ValueError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(enabled)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"activation_checkpointing: a {type(model).__name__} has no checkpointing") from error
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -200,18 +200,6 @@ def _check_image_size(model: nn.Module, name: str, size: int) -> None:
         )
 
 
-def set_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
-    """Has a timm model recompute its blocks in backward, or not.
-
-    Raises:
-        ValueError: the model cannot.
-    """
-    try:
-        model.set_grad_checkpointing(enabled)
-    except (AttributeError, AssertionError) as error:
-        raise ValueError(f"activation_checkpointing: a {type(model).__name__} has no checkpointing") from error
-
-
 def _choose_attention(model: nn.Module) -> None:
     """Plain attention where there is no GPU: on a CPU its backward is faster than the fused one's."""
     if torch.cuda.is_available():

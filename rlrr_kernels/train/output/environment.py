@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import rlrr_kernels
+from rlrr_kernels.backends import backend_report
 from rlrr_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
-        "backends": rlrr_kernels.backend_report(),
+        "backends": backend_report(),
         "variables": {name: value for name, value in os.environ.items() if name.startswith(("RLRR_", "OMP_"))},
     }
 
@@ -82,7 +82,7 @@ def processor() -> str:
 
 def _commit() -> str | None:
     """The commit this library runs from, with ``-dirty`` where files differ; None outside a checkout of it."""
-    folder = Path(rlrr_kernels.__file__).parent
+    folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--match", ""]
     try:
         inside = subprocess.run(

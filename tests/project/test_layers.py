@@ -1,0 +1,49 @@
+"""Imports by name keep to the layers too: import-linter, which checks all others in ``make lint``, cannot see them."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.support.paths import ROOT
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LAYERS = [re.findall(r"[\w.]+", layer) for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]]
+
+
+def height(module: str) -> int:
+    """Of the layer that holds ``module``: 0 is the lowest."""
+    (found,) = [
+        index
+        for index, layer in enumerate(reversed(LAYERS))
+        if any(module == name or module.startswith(f"{name}.") for name in layer)
+    ]
+    return found
+
+
+def imported_by_name(source: str) -> list[str]:
+    """What ``importlib.import_module`` is given in ``source``; of an f-string the part before its first value."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    names = [call.args[0] for call in calls if ast.unparse(call.func).endswith("import_module")]
+    parts = [name.values[0] if isinstance(name, ast.JoinedStr) else name for name in names]
+    return [part.value for part in parts if isinstance(part, ast.Constant) and part.value.startswith("rlrr_kernels.")]
+
+
+def test_imports_by_name_go_down():
+    found = [
+        (path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."), name)
+        for path in sorted((ROOT / "rlrr_kernels").rglob("*.py"))
+        for name in imported_by_name(path.read_text(encoding="utf-8"))
+        if name != "rlrr_kernels._cpp"  # the extension: no module of a layer
+    ]
+    assert len(found) >= 4, found
+    assert not [(module, name) for module, name in found if height(name) > height(module)]
+
+
+def test_an_import_that_goes_up_is_found():
+    assert imported_by_name('importlib.import_module(f"rlrr_kernels.train.{x}")') == ["rlrr_kernels.train."]
+    assert height("rlrr_kernels.train.") > height("rlrr_kernels.ops.mlp") > height("rlrr_kernels.backends")
