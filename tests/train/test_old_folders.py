@@ -102,7 +102,7 @@ def test_an_old_run_goes_on_and_ends_as_it_would_have(tmp_path):
 
     finetune(run, resume=True, quiet=True)
     result, expected = (json.loads((folder / "result.json").read_text()) for folder in (run.out, FOLDERS / "finished"))
-    assert result["settings"] == expected["settings"]
+    assert expected["settings"].items() <= result["settings"].items()  # newer settings have their defaults
     assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3]
     for entry, before in zip(result["history"], expected["history"], strict=True):
         assert entry | {"seconds": 0} == pytest.approx(before | {"seconds": 0}, rel=1e-3)
