@@ -41,6 +41,9 @@ def check(
             decode=images,
             track=lambda items, total, name=settings.name: track(items, total, f"{name}: decoding images"),
         )
+        if found.absent and not dataset:  # who named none may have fetched some
+            table.add_row(settings.name, "-", "-", "absent")
+            continue
         counts = ", ".join(f"{split} {count:,}" for split, count in found.counts.items())
         verdict = "[red]wrong[/red]" if found.problems else "[yellow]see below[/yellow]" if found.warnings else "good"
         table.add_row(settings.name, f"{found.classes} of {settings.classes}", counts or "-", verdict)

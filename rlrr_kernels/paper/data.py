@@ -41,13 +41,15 @@ def load_splits(root: str | Path, settings: DatasetSettings, split: str = "hones
     """The images of a dataset by split.
 
     Two layouts. VTAB-1k: ``root/<dataset>/{train800,val200,train800val200,test}.txt`` with a line
-    ``relative/path.png label`` an image. FGVC: ``root/<dataset>/{train,val,test}.json``, ``{image path: class}``.
+    ``relative/path.jpg label`` an image. FGVC: ``root/<dataset>/{train,val,trainval,test}.json``,
+    ``{image path: class}``; labels follow the sorted classes, as the authors' do: numbers by size, words, also those
+    made of digits, by the alphabet ("10" before "2").
 
     Args:
         root: holds one folder a dataset.
         settings: of the dataset, see :func:`rlrr_kernels.paper.hyperparameters.dataset_settings`.
         split: ``honest`` gives train, val and test: VTAB-1k's 800, 200 and test images, FGVC's three files. ``paper``
-            gives train (those two together) and test.
+            gives train (those two together; FGVC's ``trainval.json``, or without one its two files) and test.
 
     Raises:
         ValueError: unknown ``split``; a line that cannot be read, a label outside the class range, an image that is
@@ -56,18 +58,17 @@ def load_splits(root: str | Path, settings: DatasetSettings, split: str = "hones
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-    listings = read_listings(root, settings, needed_files(settings, split))
+    listings = read_listings(root, settings, needed_files(root, settings, split))
     raise_problems(root, settings, listings)
+    whole, first, second = training_files(settings)
     samples = {name: Samples(item.paths, item.labels, item.classes) for name, item in listings.items()}
-    if settings.benchmark == "vtab":
-        if split == "paper":
-            return {"train": samples["train800val200"], "test": samples["test"]}
-        return {"train": samples["train800"], "val": samples["val200"], "test": samples["test"]}
-    if split == "paper":
-        train, val = samples["train"], samples["val"]
-        both = Samples(train.paths + val.paths, train.labels + val.labels, train.classes)
-        return {"train": both, "test": samples["test"]}
-    return samples
+    if split == "honest":
+        return {"train": samples[first], "val": samples[second], "test": samples["test"]}
+    if whole in samples:
+        return {"train": samples[whole], "test": samples["test"]}
+    train, val = samples[first], samples[second]
+    both = Samples(train.paths + val.paths, train.labels + val.labels, train.classes)
+    return {"train": both, "test": samples["test"]}
 
 
 def raise_problems(root: str | Path, settings: DatasetSettings, listings: Mapping[str, Listing]) -> None:
@@ -77,11 +78,21 @@ def raise_problems(root: str | Path, settings: DatasetSettings, listings: Mappin
         raise ValueError(f"{settings.name} in {root} is damaged:\n{first_lines(problems)}")
 
 
-def needed_files(settings: DatasetSettings, split: str) -> tuple[str, ...]:
+def training_files(settings: DatasetSettings) -> tuple[str, str, str]:
+    """The names, without ending, of the files that name all training images, those to train on, those to choose by."""
+    return ("train800val200", "train800", "val200") if settings.benchmark == "vtab" else ("trainval", "train", "val")
+
+
+def needed_files(root: str | Path, settings: DatasetSettings, split: str) -> tuple[str, ...]:
     """The names, without ending, of the files that hold a split."""
-    if settings.benchmark == "fgvc":
-        return ("train", "val", "test")
-    return ("train800val200", "test") if split == "paper" else ("train800", "val200", "test")
+    whole, first, second = training_files(settings)
+    if split == "paper" and (settings.benchmark == "vtab" or _split_file(root, settings, whole).is_file()):
+        return (whole, "test")
+    return (first, second, "test")
+
+
+def _split_file(root: str | Path, settings: DatasetSettings, name: str) -> Path:
+    return Path(root) / settings.name / f"{name}{'.txt' if settings.benchmark == 'vtab' else '.json'}"
 
 
 def read_listings(root: str | Path, settings: DatasetSettings, names: tuple[str, ...]) -> dict[str, Listing]:
@@ -93,11 +104,12 @@ def read_listings(root: str | Path, settings: DatasetSettings, names: tuple[str,
     folder = Path(root) / settings.name
     if not folder.is_dir():
         raise FileNotFoundError(f"the dataset folder {folder} does not exist")
-    ending = ".txt" if settings.benchmark == "vtab" else ".json"
-    files = {name: folder / f"{name}{ending}" for name in names}
+    files = {name: _split_file(root, settings, name) for name in names}
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"the split file {' and '.join(missing)} is missing")
+        whole = _split_file(root, settings, training_files(settings)[0])
+        hint = f"; {whole.name} alone is enough for --split paper" if whole.is_file() else ""
+        raise FileNotFoundError(f"the split file {' and '.join(missing)} is missing{hint}")
     if settings.benchmark == "vtab":
         return {name: _read_vtab(file, settings) for name, file in files.items()}
     return _read_fgvc(files, settings)
@@ -115,7 +127,7 @@ def split_note(root: str | Path, settings: DatasetSettings) -> str | None:
     try:
         document = json.loads(file.read_text())
         return None if document["published_split"] else f"{document['source']}, not the published split"
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}") from error
 
 
@@ -171,11 +183,11 @@ def _read_vtab(file: Path, settings: DatasetSettings) -> Listing:
 
 
 def _read_fgvc(files: dict[str, Path], settings: DatasetSettings) -> dict[str, Listing]:
-    """The class of a file is any number or word; labels follow their order, as known from the training images."""
+    """The class of a file is any number or word; labels follow their order, the same in all splits."""
     pairs = {name: _read_pairs(file) for name, file in files.items()}
-    identifiers = {_identifier(value) for entries, _ in pairs.values() for _, value in entries}
-    # Numbers by size, then words by the alphabet: the same whether all splits or some hold a class.
-    classes = sorted(identifiers, key=lambda value: (isinstance(value, str), value))
+    given = [value for entries, _ in pairs.values() for _, value in entries]
+    identify = str if any(isinstance(value, str) for value in given) else int
+    classes = sorted(set(map(identify, given)))
     labels = {value: label for label, value in enumerate(classes)}
     names = tuple(map(str, classes))
     listings = {}
@@ -189,7 +201,7 @@ def _read_fgvc(files: dict[str, Path], settings: DatasetSettings) -> dict[str, L
         there = []
         for path, value in entries:
             if (base / path).is_file():
-                there.append((base / path, labels[_identifier(value)]))
+                there.append((base / path, labels[identify(value)]))
             else:
                 problems.append(f"{file}, entry {path!r}: the image {base / path} is missing")
         listings[name] = Listing(
@@ -204,6 +216,8 @@ def _read_pairs(file: Path) -> tuple[list[tuple[str, Hashable]], list[str]]:
         pairs = json.loads(_read_text(file), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         return [], [f"{file}, line {error.lineno}: {error.msg}"]
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return [], [f"{file} cannot be read: {error}"]
     if not isinstance(pairs, _Pairs) or not pairs:
         return [], [f"{file} must hold one JSON object, {{image path: class}}, with at least one entry"]
     good, problems, seen = [], [], set()
@@ -220,10 +234,6 @@ def _read_pairs(file: Path) -> tuple[list[tuple[str, Hashable]], list[str]]:
 
 class _Pairs(list):
     """A JSON object with its entries in order, twice where a key is there twice."""
-
-
-def _identifier(value: int | str) -> int | str:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _image_base(folder: Path, settings: DatasetSettings, paths: list[str]) -> Path:

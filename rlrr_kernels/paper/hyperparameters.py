@@ -30,7 +30,7 @@ class DatasetSettings:
         flip: whether training images are flipped (always, after a random crop, in FGVC).
         restarts: whether the learning rate restarts every 5 epochs (with augmentation it does so everywhere).
         drop_last: whether a short last batch is left out in runs with augmentation.
-        sizes: split → expected number of images.
+        sizes: split file, without ending → expected number of images.
         varying: the splits whose published number is not the same everywhere: another one is worth a warning only.
         image_folder: where, inside its folder, the paths of an FGVC split file start.
     """
@@ -119,7 +119,7 @@ DATASETS: dict[str, DatasetSettings] = {
         flip=True,
         restarts=restarts,
         drop_last=drop_last,
-        sizes={"train": train, "val": val, "test": test},
+        sizes={"train": train, "val": val, "trainval": train + val, "test": test},
         varying=("train", "val") if drawn else (),
         image_folder=images,
     )

@@ -258,7 +258,7 @@ def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) ->
     problems, notes = [], {}
     for settings in datasets:
         try:
-            listings = read_listings(config.root, settings, needed_files(settings, config.split))
+            listings = read_listings(config.root, settings, needed_files(config.root, settings, config.split))
             raise_problems(config.root, settings, listings)
             notes[settings.name] = _note(split_note(config.root, settings), settings, listings)
         except (FileNotFoundError, ValueError) as error:

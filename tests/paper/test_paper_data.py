@@ -87,10 +87,11 @@ def test_vtab_splits(tmp_path):
     assert {name: len(samples) for name, samples in honest.items()} == {"train": 8, "val": 4, "test": 6}
     assert honest["train"].classes == ("0", "1", "2", "3")
     assert honest["test"].labels == (0, 1, 2, 3, 0, 1)
-    assert honest["val"].paths[1] == folder / "images/val/000001.png"
+    assert honest["val"].paths[1] == folder / "images/val200/000001.jpg"
     paper = load_splits(tmp_path, settings, "paper")
     assert {name: len(samples) for name, samples in paper.items()} == {"train": 12, "test": 6}
-    assert set(paper["train"].paths) == set(honest["train"].paths) | set(honest["val"].paths)
+    assert paper["train"].labels == honest["train"].labels + honest["val"].labels
+    assert paper["train"].paths[9] == folder / "images/train800val200/000009.jpg"
     with pytest.raises(ValueError, match="split must be one of honest, paper; got 'best'"):
         load_splits(tmp_path, settings, "best")
 
@@ -105,6 +106,47 @@ def test_fgvc_splits(tmp_path, first):
     assert honest["test"].paths[9] == tmp_path / "StanfordDogs/Images/010.kind/test_0.jpg"
     paper = load_splits(tmp_path, settings, "paper")
     assert {name: len(samples) for name, samples in paper.items()} == {"train": 360, "test": 120}
+
+
+def test_fgvc_may_hold_all_training_images_in_one_file(rlrr, tmp_path):
+    folder = make_fgvc(tmp_path, "StanfordDogs", (2, 1, 1))
+    settings = dataset_settings("StanfordDogs")
+    train, val = (json.loads((folder / f"{name}.json").read_text()) for name in ("train", "val"))
+    (folder / "trainval.json").write_text(json.dumps(dict([*val.items(), *train.items()])))
+    paper = load_splits(tmp_path, settings, "paper")
+    assert paper["train"].paths[0] == folder / "Images" / next(iter(val))  # read from that file, as the authors do
+    assert {name: len(samples) for name, samples in paper.items()} == {"train": 360, "test": 120}
+    assert len(load_splits(tmp_path, settings)["train"]) == 240
+    assert check_dataset(tmp_path, settings).counts == {"train": 240, "val": 120, "trainval": 360, "test": 120}
+    for name in ("train", "val"):
+        (folder / f"{name}.json").unlink()
+    assert load_splits(tmp_path, settings, "paper") == paper
+    with pytest.raises(
+        FileNotFoundError, match=r"train\.json and .*val\.json is missing; trainval\.json alone is enough"
+    ):
+        load_splits(tmp_path, settings)
+    found = check_dataset(tmp_path, settings)
+    assert found.counts == {"trainval": 360, "test": 120}
+    # The two parts vary from version to version, the whole of them does not.
+    assert found.problems[0].endswith("trainval.json: 360 images, 12,000 expected")
+    (folder / "test.json").unlink()
+    assert "test.json is missing" in check_dataset(tmp_path, settings).problems[0]
+
+
+def test_fgvc_labels_follow_the_order_of_the_authors(tmp_path):
+    folder = make_fgvc(tmp_path, "CUB_200_2011")
+    settings = dataset_settings("CUB_200_2011")
+    numbers = load_splits(tmp_path, settings)["test"]
+    assert (numbers.classes[:3], numbers.classes[-1]) == (("1", "2", "3"), "200")
+    for split in ("train", "val", "test"):
+        file = folder / f"{split}.json"
+        file.write_text(json.dumps({path: str(label) for path, label in json.loads(file.read_text()).items()}))
+    words = load_splits(tmp_path, settings)["test"]
+    assert words.classes[:4] == ("1", "10", "100", "101")
+    assert words.classes[-1] == "99"
+    names = [words.classes[label] for label in words.labels]
+    assert names == [numbers.classes[label] for label in numbers.labels]  # every image kept its class
+    assert sum(a == b for a, b in zip(words.labels, numbers.labels, strict=True)) == 1
 
 
 def test_fgvc_classes_may_be_words_and_paths_start_at_the_dataset(tmp_path):
@@ -171,18 +213,18 @@ def test_pixels_are_those_of_the_authors_transforms():
 def test_damaged_vtab_lists_are_told_with_file_and_line(tmp_path):
     folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
     settings = dataset_settings("kitti")
-    edit(folder / "train800.txt", "images/train/000001.png 1", "images/train/000001.png 4")
-    edit(folder / "train800.txt", "images/train/000003.png 3", "images/train/000003.png")
-    edit(folder / "train800.txt", "images/train/000005.png 1", "images/train/nowhere.png 1")
-    edit(folder / "train800.txt", "images/train/000007.png 3", "images/train/000006.png 3")
+    edit(folder / "train800.txt", "images/train800/000001.jpg 1", "images/train800/000001.jpg 4")
+    edit(folder / "train800.txt", "images/train800/000003.jpg 3", "images/train800/000003.jpg")
+    edit(folder / "train800.txt", "images/train800/000005.jpg 1", "images/train800/nowhere.jpg 1")
+    edit(folder / "train800.txt", "images/train800/000007.jpg 3", "images/train800/000006.jpg 3")
     with pytest.raises(ValueError, match=r"kitti in .* is damaged") as caught:
         load_splits(tmp_path, settings)
     message = str(caught.value)
     for text in (
         "train800.txt, line 2: the label must be from 0 to 3, kitti has 4 classes; got 4",
-        "train800.txt, line 4: expected 'relative/path label'; got 'images/train/000003.png'",
-        f"train800.txt, line 6: the image {folder}/images/train/nowhere.png is missing",
-        "train800.txt, line 8: the image images/train/000006.png is named twice",
+        "train800.txt, line 4: expected 'relative/path label'; got 'images/train800/000003.jpg'",
+        f"train800.txt, line 6: the image {folder}/images/train800/nowhere.jpg is missing",
+        "train800.txt, line 8: the image images/train800/000006.jpg is named twice",
     ):
         assert text in message
     (folder / "train800.txt").write_bytes(b"a.png 1\n\xff\xfe\n")
@@ -224,7 +266,7 @@ def test_a_whole_download_passes_the_check(rlrr, tmp_path):
     found = check_dataset(tmp_path, dataset_settings("kitti"))
     assert (found.problems, found.warnings) == ((), ())
     assert found.counts == {"train800": 800, "val200": 200, "train800val200": 1000, "test": 711}
-    assert (found.classes, found.images) == (4, 1711)
+    assert (found.classes, found.images) == (4, 2711)
     status, printed = rlrr("data", "check", tmp_path, "--dataset", "kitti", "--no-images")
     assert status == 0
     assert "kitti" in printed
@@ -234,28 +276,81 @@ def test_a_whole_download_passes_the_check(rlrr, tmp_path):
 
 def test_check_finds_what_would_spoil_a_result(rlrr, tmp_path):
     folder = make_vtab(tmp_path, "kitti", 800, 200, 700)
-    (folder / "images/test/000003.png").write_bytes(b"no image")
-    first = (folder / "images/train/000000.png").read_bytes()
-    (folder / "images/train/000000.png").write_bytes(first[: len(first) // 2])
-    edit(folder / "val200.txt", "images/val/000000.png 0", "images/train/000004.png 0")
+    (folder / "images/test/000003.jpg").write_bytes(b"no image")
+    first = (folder / "images/train800/000000.jpg").read_bytes()
+    (folder / "images/train800/000000.jpg").write_bytes(first[: len(first) // 2])
+    edit(folder / "val200.txt", "images/val200/000000.jpg 0", "images/train800/000004.jpg 0")
     found = check_dataset(tmp_path, dataset_settings("kitti"))
     problems = "\n".join(found.problems)
     for text in (
         "test.txt: 700 images, 711 expected",
         "1 images are in both train800 and val200, such as",
-        "train800val200 is not train800 and val200 together",
         "cannot read the image",
-        "000003.png",
-        "train/000000.png",
+        "000003.jpg",
+        "train800/000000.jpg",
     ):
         assert text in problems
     status, printed = rlrr("data", "check", tmp_path, "--benchmark", "vtab")
     assert status == 1
     assert "wrong: " in printed
-    assert f"the dataset folder {tmp_path}/cifar does not exist" in printed
     status, printed = rlrr("data", "check", tmp_path, "--dataset", "kiti")
     assert status == 1
     assert "did you mean kitti" in printed
+
+
+def test_absent_datasets_are_not_wrong_unless_they_were_named(rlrr, tmp_path):
+    make_vtab(tmp_path, "kitti")
+    for arguments in ((), ("--benchmark", "vtab")):
+        status, printed = rlrr("data", "check", tmp_path, *arguments, "--no-images")
+        assert (status, printed.count("absent")) == (0, 18), printed
+        assert "wrong" not in printed
+    assert check_dataset(tmp_path, dataset_settings("cifar")).absent
+    status, printed = rlrr("data", "check", tmp_path, "--dataset", "kitti,cifar", "--no-images")
+    assert status == 1
+    assert f"wrong: the dataset folder {tmp_path}/cifar does not exist" in printed
+
+
+def test_lists_are_compared_by_what_their_images_show(tmp_path):
+    folder, settings = make_vtab(tmp_path, "kitti", 80, 20, 40), dataset_settings("kitti")
+    images = folder / "images"
+
+    def told(decode=True):
+        found = check_dataset(tmp_path, settings, decode=decode)
+        return [text for text in (*found.problems, *found.warnings) if "expected" not in text]
+
+    assert told() == told(decode=False) == []
+    lines = (folder / "train800val200.txt").read_text().splitlines(True)
+    (folder / "train800val200.txt").write_text("".join(reversed(lines)))
+    assert told() == told(decode=False) == []  # the order is free
+    (folder / "train800val200.txt").write_text("".join(lines))
+
+    kept = (images / "train800val200/000005.jpg").read_bytes()
+    (images / "train800val200/000005.jpg").write_bytes((images / "train800val200/000009.jpg").read_bytes())
+    (problem,) = told()
+    assert problem.startswith(
+        "kitti: train800val200 is not train800 and val200 together: 1 of their images with these labels are not in it, "
+        "1 of its are not theirs, such as "
+    )
+    assert problem.endswith(("000005.jpg", "000009.jpg"))
+    assert told(decode=False) == []
+    (images / "train800val200/000005.jpg").write_bytes(kept)
+
+    edit(folder / "train800val200.txt", "000005.jpg 1", "000005.jpg 2")
+    assert "train800val200 is not train800 and val200 together: 1 of their" in told()[0]
+    assert told(decode=False) == ["kitti: train800val200 is not train800 and val200 together: the labels differ"]
+    edit(folder / "train800val200.txt", "000005.jpg 2", "000005.jpg 1")
+
+    # Copies of training images among the test images: a few may be the dataset's own, many are a mistake.
+    for i in range(9):
+        copy = (images / f"train800/{i:06}.jpg").read_bytes()
+        (images / f"test/{i:06}.jpg").write_bytes(copy)
+        found = check_dataset(tmp_path, settings)
+        messages = found.warnings if i < 8 else found.problems
+        assert [text for text in messages if "pixels" in text] == [
+            f"kitti: {i + 1} of 80 images of train800 have the pixels of one of test, such as "
+            f"{images}/train800/000000.jpg and {images}/test/000000.jpg"
+        ]
+    assert told(decode=False) == []
 
 
 def test_numbers_that_vary_are_notes_and_no_failure(tmp_path):
@@ -301,7 +396,7 @@ class Fake(torchvision.datasets.FakeData):
 
     def __init__(self, root, download, **arguments):
         part = arguments.get("split", arguments.get("train"))
-        super().__init__(self.size_of.get(part, 20), (3, 4, 5), 102, random_offset=len(str(part)))
+        super().__init__(self.size_of.get(part, 20), (3, 4, 5), 102, random_offset=1000 * sum(map(ord, str(part))))
 
 
 class FakeCounts(Fake):
