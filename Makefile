@@ -24,6 +24,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE

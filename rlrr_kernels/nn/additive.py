@@ -49,8 +49,10 @@ class AdditiveLinear(Rescaled):
         if groups < 1 or rows % groups:
             raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
         self.in_features, self.out_features, self.groups = cols, rows, groups
-        options = {"rank": rank, "shift": shift, "sides": sides, "init": init, "scale_dtype": scale_dtype}
-        self._adopt(linear, rows, cols, col_groups=groups, residual=True, **options)
+        self._adopt(
+            linear, rows, cols, col_groups=groups, residual=True,
+            rank=rank, shift=shift, sides=sides, init=init, scale_dtype=scale_dtype,
+        )  # fmt: skip
         self.train(linear.training)
 
     @torch.no_grad()
@@ -62,7 +64,7 @@ class AdditiveLinear(Rescaled):
         super().reset_parameters()
         if self.weight.numel():
             size = self.weight.to(accumulate_dtype(self.weight.dtype)).square().mean().sqrt()
-            scale = self.scale_col if self.scale_row is None else self.scale_row
+            scale = next(scale for scale in (self.scale_row, self.scale_col) if scale is not None)
             scale.mul_(size.to(scale.dtype))
 
     def _rescaled(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,15 @@ class RLRRConv2d(Rescaled):
         ValueError: rank is not from 1 to 64 (or not 1 for one side), or layout, init or sides is unknown.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+
     def __init__(
         self,
         in_channels: int,
@@ -52,7 +61,7 @@ class RLRRConv2d(Rescaled):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         rank: int = 1,
         layout: str = CONV_LAYOUTS[0],
@@ -153,8 +162,10 @@ def _split_padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, int]]:
     """What is to be padded beforehand, as ``F.pad`` counts it, and what the convolution pads with zeros."""
     if conv.padding == "same":
         both = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+    elif isinstance(conv.padding, str):  # "valid"
+        both = [0, 0]
     else:
-        both = [0, 0] if conv.padding == "valid" else [2 * size for size in conv.padding]
+        both = [2 * size for size in conv.padding]
     if conv.padding_mode == "zeros" and not any(size % 2 for size in both):
         return (0, 0, 0, 0), (both[0] // 2, both[1] // 2)
     top, left = both[0] // 2, both[1] // 2  # an odd one more at the end, as torch has it

@@ -18,6 +18,9 @@ class RLRRMlp(Mlp):
     activation than GELU or a norm, with merged layers, and with hooks on a module inside.
     """
 
+    fc1: RLRRLinear  # type: ignore[assignment]  # what an adapted Mlp holds in place of its nn.Linear
+    fc2: RLRRLinear  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
         activation = fused_activation(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from rlrr_kernels.ops.checks import MAX_RANK
 
 INITS = ("paper", "identity", "normal")
 SIDES = ("both", "left", "right")
+
+Plain = TypeVar("Plain", nn.Linear, nn.Conv2d)
 
 
 def check_sides(sides: str, rank: int) -> None:
@@ -36,9 +38,15 @@ class Rescaled(nn.Module):
         sides: ``both`` scales are trained, or ``left`` (s_r alone, s_c = 1) or ``right`` (s_c alone, s_r = 1; r = 1).
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    scale_row: nn.Parameter | None
+    scale_col: nn.Parameter | None
+    shift: nn.Parameter | None
+
     def _adopt(
         self,
-        layer: nn.Module,
+        layer: nn.Linear | nn.Conv2d,
         rows: int,
         cols: int,
         *,
@@ -61,7 +69,7 @@ class Rescaled(nn.Module):
         self._size = rows, cols
         self.weight = layer.weight.requires_grad_(False)
         self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
-        options = {"dtype": scale_dtype, "device": layer.weight.device}
+        options: dict[str, Any] = {"dtype": scale_dtype, "device": layer.weight.device}
         self.scale_row = None if sides == "right" else nn.Parameter(torch.empty(rows, rank, **options))
         self.scale_col = None if sides == "left" else nn.Parameter(torch.empty(col_groups, rank, cols, **options))
         self.shift = nn.Parameter(torch.empty(layer.weight.shape[0], **options)) if shift else None
@@ -88,7 +96,9 @@ class Rescaled(nn.Module):
             if self.sides == "both":
                 self._draw_both()
             else:
-                self._draw_one(self.scale_col if self.scale_row is None else self.scale_row)
+                for scale in (self.scale_row, self.scale_col):
+                    if scale is not None:
+                        self._draw_one(scale)
             if self.shift is not None:
                 self.shift.zero_()
 
@@ -98,17 +108,18 @@ class Rescaled(nn.Module):
 
     def _draw_both(self) -> None:
         col_bound, row_bound = self._col_bound, math.sqrt(6 / self.rank)
+        scale_row, scale_col = self.scales()
         if self.init == "normal":
-            self.scale_row.normal_(std=0.02)
-            self.scale_col.normal_(std=0.02)
+            scale_row.normal_(std=0.02)
+            scale_col.normal_(std=0.02)
         else:
-            self.scale_col.uniform_(-col_bound, col_bound)
+            scale_col.uniform_(-col_bound, col_bound)
             if self.init == "paper":
-                self.scale_row.uniform_(-row_bound, row_bound)
+                scale_row.uniform_(-row_bound, row_bound)
             else:
-                self.scale_row.zero_()
+                scale_row.zero_()
         if not self.residual:
-            first_row, first_col = self.scale_row[:, 0], self.scale_col[:, 0]
+            first_row, first_col = scale_row[:, 0], scale_col[:, 0]
             if self.init == "paper":
                 first_row.mul_(col_bound / row_bound)
             elif self.init == "identity":
@@ -128,12 +139,14 @@ class Rescaled(nn.Module):
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """s_r [N, r] and s_c [G, r, K], ones where a side is not trained."""
-        if self.sides == "both":
-            return self.scale_row, self.scale_col
+        scale_row, scale_col = self.scale_row, self.scale_col  # once each, see _total_bias
+        if scale_row is not None and scale_col is not None:
+            return scale_row, scale_col
         rows, cols = self._size
-        if self.scale_row is None:
-            return self.scale_col.new_ones(()).expand(rows, 1), self.scale_col
-        return self.scale_row, self.scale_row.new_ones(()).expand(1, 1, cols)
+        if scale_col is not None:
+            return scale_col.new_ones(()).expand(rows, 1), scale_col
+        assert scale_row is not None
+        return scale_row, scale_row.new_ones(()).expand(1, 1, cols)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' in the shape of the weight, as a new tensor."""
@@ -204,11 +217,11 @@ class Rescaled(nn.Module):
         return (error.norm() / y.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
     @torch.no_grad()
-    def _merged_into(self, plain: nn.Module) -> nn.Module:
+    def _merged_into(self, plain: Plain) -> Plain:
         """``plain``, a layer of the same kind without values, with W' and b + f, sharing nothing with this one."""
         weight, bias = self.merged_weight(), self.merged_bias()
         plain.weight = nn.Parameter(weight)
-        plain.bias = None if bias is None else nn.Parameter(bias)
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         return plain.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rescaled:

@@ -59,6 +59,7 @@ def test_extension_can_be_left_out(source):
     assert run.returncode == 0, run.stderr
     name, members = wheel_names(source)
     assert name.endswith("-py3-none-any.whl")
+    assert "rlrr_kernels/py.typed" in members  # else type checkers take nothing from an installed package
     assert not any("_cpp" in member for member in members if member.startswith("rlrr_kernels/_"))
 
 

@@ -36,7 +36,7 @@ class RowSample(NamedTuple):
             entries and of the others are the b-th of B equal runs of each.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
     kept: int = 0
     weight: float = 1.0
     images: int = 0
@@ -165,7 +165,7 @@ def smallest_keys(keys: Tensor, first: Tensor, drawn: int, prefix: int) -> Tenso
 
 def flatten_sample(sample: RowSample | None) -> tuple[Tensor | None, int, float, int]:
     """A sample as arguments of an operator; :func:`unflatten_sample` is the inverse."""
-    return (None, 0, 1.0, 0) if sample is None else tuple(sample)
+    return (None, 0, 1.0, 0) if sample is None else (sample.index, sample.kept, sample.weight, sample.images)
 
 
 def unflatten_sample(
