@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.paper.hyperparameters import SEED
+from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
+from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
+from rlrr_kernels.train.models.backbones import HUB
 
 NAME = "ablation"
 """Of the files that hold the tables."""
@@ -82,6 +86,76 @@ def select_variants(studies: Sequence[str]) -> list[str]:
     if unknown:
         raise ValueError(f"a study must be one of {', '.join(STUDIES)}; got {', '.join(unknown)}")
     return list(dict.fromkeys(name for study in studies for name in STUDIES[study]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """The runs of RLRR as it is that an ablation varies: on an image folder, or on the paper's datasets.
+
+    Args:
+        model: the backbone's name in timm, e.g. vit_base_patch16_224.augreg_in21k.
+        data: image folder: FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>.
+        benchmark: in place of ``data``: ``vtab`` or ``fgvc`` by the paper's settings, the honest split.
+        root: with ``benchmark``: folder that holds one folder a dataset.
+        tasks: with ``benchmark``: only these datasets.
+        out: gets a folder a variant, ``ablation.md`` and ``ablation.json``.
+        study: only these of ``sides``, ``init``, ``layers`` and ``form``.
+        weights: of the backbone: ``hub`` fetches them, ``none`` is a random start, anything else is a file.
+        seeds: how many, from 42 on.
+        epochs: of every run; None: 20 with ``data``, else the paper's.
+        lr: with ``data``: learning rate of every run.
+        weight_decay: with ``data``: weight decay of every run.
+        batch_size: with ``data``: images a step.
+        augment: with ``data``: ``none``, ``flip``, ``crop`` or ``timm``.
+        image_size: pixels; None: what the weights were made for, or the paper's.
+        mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
+        cpu: leave a GPU alone.
+
+    Raises:
+        ValueError: a study is unknown, or there are not either ``data`` or ``benchmark`` and ``root``, or no seeds.
+    """
+
+    model: str
+    data: Path | None = None
+    benchmark: str | None = None
+    root: Path | None = None
+    tasks: tuple[str, ...] = ()
+    out: Path = Path("runs/ablate")
+    study: tuple[str, ...] = ()
+    weights: str | Path = HUB
+    seeds: int = 3
+    epochs: int | None = None
+    lr: float = 3e-3
+    weight_decay: float = 5e-5
+    batch_size: int = 32
+    augment: str = "flip"
+    image_size: int | None = None
+    mixed_precision: str = "auto"
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.benchmark is None) or (self.benchmark is None) != (self.root is None):
+            raise ValueError("give either --data, an image folder, or --benchmark together with --root")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1; got {self.seeds}")
+        select_variants(self.study)
+
+    def runs(self) -> list[GridRun]:
+        """One a seed, and a dataset of the benchmark.
+
+        Raises:
+            ValueError: a setting is not allowed.
+        """
+        given = {name: value for name in ("epochs", "image_size") if (value := getattr(self, name)) is not None}
+        same = {name: getattr(self, name) for name in ("model", "weights", "cpu")}
+        if self.benchmark is not None:
+            names = ("benchmark", "root", "out", "seeds", "tasks", "mixed_precision")
+            return grid_runs(ReproduceConfig(**{name: getattr(self, name) for name in names}, **same, **given))
+        size = given.pop("image_size", None)
+        train = TrainConfig(batch_size=self.batch_size, mixed_precision=self.mixed_precision, **given)
+        names = ("data", "lr", "weight_decay", "augment")
+        config = FinetuneConfig(**{name: getattr(self, name) for name in names}, **same, image_size=size, train=train)
+        return seed_runs(config, range(SEED, SEED + self.seeds))
 
 
 def seed_runs(config: FinetuneConfig, seeds: Iterable[int]) -> list[GridRun]:

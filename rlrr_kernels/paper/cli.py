@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
+from rlrr_kernels.paper.ablate import AblateConfig
 from rlrr_kernels.paper.reproduce import ReproduceConfig
-from rlrr_kernels.train.config.options import Cpu, ImageSize, ModelName, Weights, split_names, takes_options_of
+from rlrr_kernels.train.config.options import ImageSize, Weights, split_names, takes_options_of
 from rlrr_kernels.train.models.backbones import HUB
 from rlrr_kernels.train.output.progress import console, program, track
 
 data_app = typer.Typer(help="The paper's datasets: VTAB-1k and FGVC.", no_args_is_help=True)
 
 _SHOWN = 10
+
+
+def _say(text: object) -> None:
+    """Prints ``text`` as it is: names of the user's may have brackets in them, which rich takes for markup."""
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+
 
 Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Only these, with commas or repeated")]
 
@@ -54,7 +63,7 @@ def check(
                 details.append(f"{kind}: {settings.name}: and {len(messages) - _SHOWN} more")
     console.print(table)
     for line in details:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(line)
     if broken:
         raise typer.Exit(1)
 
@@ -84,7 +93,7 @@ def prepare(
             track=lambda items, total, name=settings.name: track(items, total, f"{name}: writing images"),
         )
         note = split_note(root, settings) or "the published split"
-        console.print(f"{folder}: {note}", highlight=False, soft_wrap=True)
+        _say(f"{folder}: {note}")
 
 
 @data_app.command("list")
@@ -131,14 +140,14 @@ def report(
             str(row.seeds),
             number(row.reported),
             signed(row.difference),
-            row.note,
+            escape(row.note),
             style="bold" if row.is_mean else None,
         )
     for line in headline(made):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(line)
     console.print(table)
     for file in write_report(made, out or folder):
-        console.print(str(file), highlight=False, soft_wrap=True)
+        _say(file)
 
 
 @takes_options_of(ReproduceConfig, arguments=("benchmark",))
@@ -168,85 +177,21 @@ def reproduce(
         parameters = job_parameters(job or ())
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
-    console.print(f"{done} runs of {len(results)} tasks are done: {config.out}", highlight=False, soft_wrap=True)
-    console.print(f"next: {program()} report {config.out}", highlight=False, soft_wrap=True)
+    _say(f"{done} runs of {len(results)} tasks are done: {config.out}")
+    _say(f"next: {program()} report {shlex.quote(str(config.out))}")
 
 
-def ablate(
-    model: ModelName,
-    data: Annotated[
-        Path | None, typer.Option(help="FOLDER/<class>/<image> or FOLDER/{train,val,test}/<class>/<image>")
-    ] = None,
-    benchmark: Annotated[
-        str | None, typer.Option(help="In place of --data: vtab or fgvc by the paper's settings, the honest split")
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="With --benchmark: folder that holds one folder a dataset")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="With --benchmark: only these datasets")] = None,
-    out: Annotated[Path, typer.Option(help="A folder a variant, ablation.md, ablation.json")] = Path("runs/ablate"),
-    study: Annotated[
-        list[str] | None, typer.Option(help="Only these of sides, init, layers and form, with commas or repeated")
-    ] = None,
-    weights: Weights = HUB,
-    seeds: Annotated[int, typer.Option(help="How many: 42, 43, ...")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="Of every run; default: 20 with --data, else the paper's")] = None,
-    lr: Annotated[float, typer.Option(help="With --data: learning rate of every run")] = 3e-3,
-    weight_decay: Annotated[float, typer.Option(help="With --data: weight decay of every run")] = 5e-5,
-    batch_size: Annotated[int, typer.Option(help="With --data: images a step")] = 32,
-    augment: Annotated[str, typer.Option(help="With --data: none, flip, crop or timm")] = "flip",
-    image_size: ImageSize = None,
-    mixed_precision: Annotated[
-        str, typer.Option(help="auto: 16 bits where the device has them; no, fp16, bf16")
-    ] = "auto",
-    cpu: Cpu = False,
-) -> None:
+@takes_options_of(AblateConfig)
+def ablate(config: AblateConfig) -> None:
     """Train the paper's ablations of RLRR and print their tables beside the paper's; goes on where it was stopped.
 
     Sides (left, right or both scales, with and without the residual), the start, which layers, and ΔW without ⊙ W.
     """
-    from rlrr_kernels.paper.ablate import NAME, STUDIES, seed_runs
+    from rlrr_kernels.paper.ablate import NAME, STUDIES
     from rlrr_kernels.paper.ablate import ablate as run
-    from rlrr_kernels.paper.hyperparameters import SEED
-    from rlrr_kernels.paper.reproduce import grid_runs
-    from rlrr_kernels.train.config.train_config import TrainConfig
-    from rlrr_kernels.train.finetune import FinetuneConfig
 
-    if (data is None) == (benchmark is None) or (benchmark is None) != (root is None):
-        raise ValueError("give either --data, an image folder, or --benchmark together with --root")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1; got {seeds}")
-    if data is not None:
-        train = {"batch_size": batch_size, "mixed_precision": mixed_precision}
-        config = FinetuneConfig(
-            model=model,
-            data=data,
-            weights=weights,
-            image_size=image_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            augment=augment,
-            cpu=cpu,
-            train=TrainConfig(**train) if epochs is None else TrainConfig(epochs=epochs, **train),
-        )
-        runs = seed_runs(config, range(SEED, SEED + seeds))
-    else:
-        runs = grid_runs(
-            ReproduceConfig(
-                benchmark=benchmark,
-                root=root,
-                out=out,
-                model=model,
-                weights=weights,
-                seeds=seeds,
-                tasks=split_names(tasks),
-                epochs=epochs,
-                mixed_precision=mixed_precision,
-                cpu=cpu,
-                **({} if image_size is None else {"image_size": image_size}),
-            )
-        )
-    text = run(runs, out, studies=split_names(study) or tuple(STUDIES))
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(out / f"{NAME}.md"), highlight=False, soft_wrap=True)
+    _say(run(config.runs(), config.out, studies=config.study or tuple(STUDIES)))
+    _say(config.out / f"{NAME}.md")
 
 
 def import_adapter(
@@ -284,7 +229,7 @@ def import_adapter(
         names=mapping,
     )
     console.print(str(report), markup=False, highlight=False)
-    console.print(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter", highlight=False, soft_wrap=True)
+    _say(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter")
 
 
 def export_adapter(
@@ -298,4 +243,4 @@ def export_adapter(
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists; replace it with --overwrite, or name another file")
     written = authors.export_adapter(adapter, file)
-    console.print(f"{file}: {len(written)} tensors", highlight=False, soft_wrap=True)
+    _say(f"{file}: {len(written)} tensors")

@@ -142,3 +142,11 @@ def test_bad_input_is_told_before_any_work(rlrr, tmp_path):
     fails("--data", tmp_path, "--study", "side", text="a study must be one of sides, init, layers, form; got side")
     fails("--data", tmp_path, "--seeds", 0, text="seeds must be at least 1; got 0")
     fails("--benchmark", "imagenet", "--root", tmp_path, text="imagenet")
+
+
+def test_names_with_brackets_are_printed_as_they_are(rlrr, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "run_grid", lambda *_, **__: None)
+    out = tmp_path / "lr[red]3e-3 a"
+    status, printed = rlrr("ablate", "--model", "test_vit", "--data", tmp_path, "--out", out)
+    assert status == 0
+    assert str(out / "ablation.md") in printed

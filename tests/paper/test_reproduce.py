@@ -98,7 +98,7 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
             main()
         return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
 
-    out = tmp_path / "out"
+    out = tmp_path / "out [lr=3e-3] a"
     command = (
         *("reproduce", "vtab", "--root", root, "--model", "test_vit", "--weights", "none", "--tasks", "kitti,svhn"),
         *("--epochs", 2, "--image-size", 32, "--mixed-precision", "no", "--split", "paper", "--out", out, "--cpu"),
@@ -107,6 +107,7 @@ def test_vtab_from_the_command_line_to_the_report(root, tmp_path, monkeypatch, c
     assert status == 0, printed
     assert "run 2 of 2: kitti/seed-42" in printed
     assert "chosen on the test images" in printed
+    assert f"report '{out}'" in printed
     assert "test accuracy" in printed
     assert "val accuracy" not in printed
     status, printed = rlrr(*command, "--seeds", 2)

@@ -20,7 +20,6 @@ from rlrr_kernels.train.config.files import alternatives, config_to_dict, is_req
 _OPTION_TYPES = (str, Path, bool, int, float)
 
 
-ModelName = Annotated[str, typer.Option(help="The backbone's name in timm, e.g. vit_base_patch16_224.augreg_in21k")]
 Weights = Annotated[str, typer.Option(help="Of the backbone: hub, none, or a file (.safetensors, .pth, Google's .npz)")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")]
