@@ -74,7 +74,7 @@ def test_norm_rescale(arch: str, dtype: torch.dtype, rows: int, size: int, affin
         "_norm_rescale_fwd_kernel", "_norm_rescale_bwd_kernel", "_norm_rescale_bwd_reduce_kernel"
     }  # fmt: skip
     ours, eager = squares.sqrt()
-    assert (ours <= numerics.RATIO * eager).all(), f"y, ∂x, ∂γ, ∂β: {ours.tolist()} against {eager.tolist()}"
+    assert (ours <= numerics.RATIO * eager).all(), f"y, dx, dscale, dshift: {ours.tolist()} against {eager.tolist()}"
 
 
 # ---------------------------------------------------------------- activations

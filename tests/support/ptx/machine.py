@@ -72,7 +72,8 @@ class Machine:
         self.barrier_threads = np.zeros(self.count, np.int64)  # how many meet there, 0 for all of a block
         self.executed = 0
         self.random = None if seed is None else np.random.default_rng(seed)
-        self.shared = SharedMemory(len(blocks), shared, bool({"wgmma", "mbarrier"} & program.opcodes))
+        asynchronous = program.has_bulk_copies or "wgmma" in program.opcodes
+        self.shared = SharedMemory(len(blocks), shared, asynchronous)
         self.copies = AsyncCopies(self)
         self.barriers = Barriers(self, fenced_barriers)
         self.tensor_copies = TensorCopies(self, maps or {})

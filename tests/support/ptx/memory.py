@@ -78,8 +78,8 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of several blocks, NaN at first.
 
-    Copies and products by the asynchronous proxy see what threads stored only after ``fence.proxy.async`` of the thread
-    that stored it; 16 bytes at a time know who wrote them last.
+    Copies and products by the asynchronous proxy are in order with what threads stored only after ``fence.proxy.async``
+    of the thread that stored it; 16 bytes at a time know who wrote them last.
     """
 
     _CHUNK = 16
@@ -115,6 +115,6 @@ class SharedMemory:
             self._writer[fenced[self._writer]] = -1
 
     def check_fenced(self, offsets: np.ndarray, access: str) -> None:
-        """Refuses an access by the asynchronous proxy to what a thread stored without a fence."""
+        """Refuses an access by the asynchronous proxy where a thread stored something without a fence."""
         if self._writer is not None and (self._writer[offsets // self._CHUNK] >= 0).any():
-            raise Fault(f"{access} of shared memory that was stored without fence.proxy.async")
+            raise Fault(f"{access} is not ordered after a store to shared memory by fence.proxy.async")

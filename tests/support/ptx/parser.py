@@ -92,6 +92,11 @@ class Program:
         """The opcodes that occur."""
         return {instruction.opcode for instruction in self.code}
 
+    @property
+    def has_bulk_copies(self) -> bool:
+        """Whether the tensor memory accelerator copies for it."""
+        return any(".bulk." in instruction.text for instruction in self.code)
+
 
 def split_operands(text: str) -> list[str]:
     """Parts between commas that no bracket encloses."""
@@ -178,7 +183,7 @@ class _Parser:
                 self.registers[self.scopes[-1] + re.sub(r"<\d+>$", "<>", name)] = bits
         elif text.startswith(".branchtargets"):
             self.tables[self.last_label] = split_operands(text[:-1].split(None, 1)[1])
-        elif not text.startswith((".loc", ".file", ".pragma")):
+        elif not re.match(r"\.(loc|file|pragma)\b", text):
             raise Fault(f"unknown directive {text!r}")
 
     def _instruction(self, text: str) -> Instruction:
@@ -245,6 +250,6 @@ def parse(ptx: str, name: str) -> Program:
         depth += (character == "{") - (character == "}")
         if depth == 0:
             break
-    body = re.sub(r"^\s*\.(loc|file)[^\n]*$", "", body[:end], flags=re.MULTILINE)
+    body = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", body[:end], flags=re.MULTILINE)
     threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)[1])
     return Program(name, threads, parameters, _Parser(parameters).read(body))

@@ -92,6 +92,7 @@ class TensorCopies:
         copy = self._copy(handle, column, row, address, thread)
         copy.barrier = barrier
         self._machine.barriers.check_fenced(barrier)
+        self._machine.shared.check_fenced(copy.places, "a copy in")
         self._elements(copy)[copy.places // copy.map.itemsize] = -1
         self._loads.append(copy)
 
