@@ -20,7 +20,7 @@ if backends.INTERPRETING:
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton import schedules
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import tiles as tuning
 from tests.ops.test_executed_tiles import launches_and_outputs
 from tests.support.ptx import Deadlock, Fault
@@ -61,10 +61,10 @@ def problem(kernel: str, shape: tuple[int, ...], residual: bool = True) -> tuple
     tiles = Tiles(block_m, *((128, 64) if kernel == "forward" else (64, 128)), 4, stages, schedule="gluon")
     if kernel == "forward":
         result = torch.full_like(t["grad_y"], torch.nan)
-        (launch,) = schedules.forward_launches(t["x"], *given, t["bias"], residual, result, "sm_90", tiles)
+        (launch,) = linear_launches.forward_launches(t["x"], *given, t["bias"], residual, result, "sm_90", tiles)
     else:
         result = torch.full_like(t["x"], torch.nan)
-        (launch,) = schedules.grad_x_launches(t["grad_y"], *given, residual, result, "sm_90", tiles)
+        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, residual, result, "sm_90", tiles)
     exact = numerics.exact_outputs(t, residual)["y" if kernel == "forward" else "x"]
     grid = (min(programs, *launch.plan.grid),)
     return changed(launch, Path(), grid=grid), result, exact

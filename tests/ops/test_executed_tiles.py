@@ -18,7 +18,7 @@ from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton import schedules
+from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import tiles as tuning
 from tests.support.ptx.launcher import TARGETS, execute
 
@@ -57,13 +57,13 @@ def launches_and_outputs(kernel: str, t: dict[str, torch.Tensor], arch: str, til
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.full_like(t["grad_y"], torch.nan)
-        return schedules.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles), {"y": y}
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles), {"y": y}
     if kernel == "grad_x":
         grad_x = torch.full_like(t["x"], torch.nan)
-        return schedules.grad_x_launches(t["grad_y"], *given, True, grad_x, arch, tiles), {"x": grad_x}
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, grad_x, arch, tiles), {"x": grad_x}
     wide = accumulate_dtype(t["x"].dtype)
     outputs = {name: torch.full_like(t[name], torch.nan, dtype=wide) for name in ("scale_row", "scale_col", "bias")}
-    return schedules.grad_scales_launches(t["grad_y"], t["x"], *given, (*outputs.values(),), arch, tiles), outputs
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, (*outputs.values(),), arch, tiles), outputs
 
 
 def sizes(kernel: str, limit: int, tiles: Tiles, ragged: bool) -> tuple[int, int, int]:
