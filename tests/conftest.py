@@ -8,6 +8,13 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from rlrr_kernels import backends
+
+if backends.INTERPRETING:
+    from tests.support import interpreter_bf16
+
+    interpreter_bf16.install()
+
 # Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
 torch.set_num_threads(1)
 

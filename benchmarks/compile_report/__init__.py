@@ -3,9 +3,9 @@
     python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...] [--accept]
 
 Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product,
-which matrix instruction its code uses, and whether a kernel that is given descriptors loads by TMA. Launches
-are built by the launchers themselves from meta tensors, so the report compiles what a GPU would run. What is made of
-the rows is in ``verdict.py``.
+which matrix instruction its code uses, whether a kernel that is given descriptors loads by TMA, and of kernels that are
+scheduled by hand how much arithmetic runs beside a product. Launches are built by the launchers themselves from meta
+tensors, so the report compiles what a GPU would run. What is made of the rows is in ``verdict.py``.
 """
 
 from __future__ import annotations
@@ -266,7 +266,25 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],
         "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
         "tma": "cp.async.bulk.tensor" in code if case.launch.plan.blocks else None,
+        "overlap": min(overlaps(compiled.asm["sass"])) if case.launch.plan.kernel.is_gluon() else None,
     }
+
+
+def overlaps(sass: str) -> list[int]:
+    """Of each asynchronous product of sm_90, how much fp32 arithmetic there is between its start and its wait.
+
+    What a hand-made schedule is for: a tile is rescaled while another multiplies.
+    """
+    found, arithmetic, running = [], 0, False
+    for line in sass.splitlines():
+        if "HGMMA" in line:
+            running = "gsb0" in line  # the last instruction of a product
+        elif running and re.search(r"\b(FFMA|FMUL)\b", line):
+            arithmetic += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            found.append(arithmetic)
+            arithmetic, running = 0, False
+    return found
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:

@@ -95,3 +95,9 @@ def test_what_was_accepted_is_within_the_limits():
                 assert (
                     0 < spills <= verdict.limit({"arch": arch, "dtype": re.match(r"[^,]*, ([^:]*):", name)[1]}).bytes
                 ), name
+
+
+def test_arithmetic_beside_a_product_is_counted_up_to_its_wait():
+    start, wait = "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR12], R24, gsb0\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
+    assert compile_report.overlaps(f"FMUL R0\n{start}{wait}FFMA R1\n{start}FMUL R2\nFFMA R3\n{wait}") == [0, 2]
+    assert compile_report.overlaps("FMUL R0\nHMMA.16816.F32.BF16 R4\n") == []

@@ -1,225 +1,32 @@
-"""The kernel scheduled by hand for Hopper: its results in any order of events, and what the compiler makes of it."""
+"""The kernel scheduled by hand for Hopper: how it is launched, and when it is chosen."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
-from tests.support.gluon_simulator import Deadlock, Descriptor, Fault, Pointer, Simulation
 from tests.support.paths import ROOT
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends, numerics
+from rlrr_kernels import backends
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
-SOURCE = ROOT / "rlrr_kernels/ops/linear/triton/kernels_gluon.py"
 KERNELS = ("forward", "grad_x")
 
 needs_compiler = pytest.mark.skipif(backends.INTERPRETING, reason="with Triton's interpreter on, nothing compiles")
-
-SHAPES = [  # M, N, K, groups, block_m, stages, programs
-    (1, 8, 8, 1, 16, 2, 1),
-    (20, 136, 200, 1, 16, 3, 2),
-    (37, 256, 72, 2, 16, 2, 3),
-    (50, 384, 192, 3, 32, 4, 2),
-    (130, 320, 64, 1, 64, 3, 5),
-    (16, 128, 512, 1, 16, 5, 1),
-]
-
-
-def simulate(
-    simulation: Simulation, kernel: str, t: dict[str, torch.Tensor], shape, seed: int, residual=True, **changes
-):
-    """What the launch of a kernel on the tensors ``t`` stores, in the order of events that a seed makes."""
-    *_, block_m, stages, programs = shape
-    given = t["weight"], t["scale_row"], t["scale_col"], residual
-    blocks = (block_m, 128, 64) if kernel == "forward" else (block_m, 64, 128)
-    tiles = Tiles(*blocks, warps=4, stages=stages, schedule="gluon")
-    result = torch.full_like(t["grad_y"] if kernel == "forward" else t["x"], torch.nan)
-    if kernel == "forward":
-        (launch,) = linear_launches.forward_launches(t["x"], *given[:3], t["bias"], residual, result, "sm_90", tiles)
-    else:
-        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, result, "sm_90", tiles)
-    plan, arrays = launch.plan, [tensor.numpy() for tensor in launch.tensors]
-    arguments = [Descriptor(array, block) for array, block in zip(arrays, plan.blocks, strict=False)]
-    arguments += [Pointer(array) for array in arrays[len(plan.blocks) :]] + list(plan.numbers)
-    named = dict(zip(plan.kernel.arg_names, arguments, strict=False))
-    constants = {name: value for name, value in plan.meta.items() if name in plan.kernel.arg_names}
-    simulation.launch("rescaled_product_kernel", programs, seed, **(named | constants | changes))
-    return result
-
-
-def exact(kernel: str, t: dict[str, torch.Tensor], residual: bool = True) -> torch.Tensor:
-    """The result in float64."""
-    t = {name: tensor.double() for name, tensor in t.items()}
-    groups = len(t["scale_col"])
-    scales = t["scale_row"] * t["scale_col"][:, 0].repeat_interleave(len(t["weight"]) // groups, 0)
-    merged = t["weight"] * (residual + scales)
-    return t["x"] @ merged.T + t["bias"] if kernel == "forward" else t["grad_y"] @ merged
-
-
-def whole(shape: tuple[int, ...], seed: int) -> dict[str, torch.Tensor]:
-    """A problem of numbers so small and whole that every dtype on the way holds every result."""
-    draw = np.random.default_rng(seed)
-    count, n, k, groups, *_ = shape
-    sizes = {"x": (count, k), "grad_y": (count, n), "weight": (n, k)}
-    scales = {"scale_row": (n, 1), "scale_col": (groups, 1, k), "bias": (n,)}
-    drawn = {name: torch.tensor(draw.integers(-1, 2, size)) for name, size in (sizes | scales).items()}
-    return {name: tensor.to(torch.float16 if name in sizes else torch.float32) for name, tensor in drawn.items()}
-
-
-def check(simulation: Simulation, kernel: str, shape: tuple[int, ...], seeds: Sequence[int], residual=True) -> None:
-    for seed in seeds:
-        t = whole(shape, seed)
-        assert torch.equal(simulate(simulation, kernel, t, shape, seed, residual).double(), exact(kernel, t, residual))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:3])))
-def test_the_result_is_exact_in_every_order_of_events(kernel: str, shape: tuple[int, ...]):
-    check(Simulation(SOURCE), kernel, shape, range(12))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_error_stays_within_the_bound(kernel: str):
-    shape = 40, 256, 136, 2, 16, 3, 2
-    t = {name: x.detach() for name, x in Case(*shape[:3], groups=2, dtype=torch.float16).draw(0).items()}
-    result = simulate(Simulation(SOURCE), kernel, t, shape, 0)
-    bound = exact(kernel, {name: tensor.abs() for name, tensor in t.items()}) * torch.finfo(torch.float16).eps / 2
-    assert ((result - exact(kernel, t)).abs() / bound).max() <= numerics.BOUND
-
-
-def test_without_the_residual():
-    check(Simulation(SOURCE), "forward", SHAPES[1], range(2), residual=False)
-
-
-MISTAKES = {
-    "tiles are read before they have come": (
-        "    mbarrier.wait(full.index(stage), step // STAGES & 1)\n    tile", "    tile"
-    ),
-    "tiles are overwritten while they are used": (
-        "            mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)\n",
-        "",
-    ),
-    "one half gives a stage back for both": (
-        "mbarrier.init(ring[4].index(stage), count=2)",
-        "mbarrier.init(ring[4].index(stage), count=1)",
-    ),
-    "a stage is given back before its product has ended": (
-        "    acc, _ = warpgroup_mma_wait(0, deps=[acc, a])\n    mbarrier.arrive(ring[4].index(step % STAGES))\n",
-        "    mbarrier.arrive(ring[4].index(step % STAGES))\n    acc, _ = warpgroup_mma_wait(0, deps=[acc, a])\n",
-    ),
-    "the last product is not waited for": ("warpgroup_mma_wait(0,", "warpgroup_mma_wait(1,"),
-    "registers are free while a product reads them": ("    acc, _ = warpgroup_mma_wait(0, deps=[acc, a])\n",
-                                                      "    acc = warpgroup_mma_wait(0, deps=[acc])\n"),
-    "too few bytes are expected": ("+ 2 * w_desc.block_type.nbytes", "+ w_desc.block_type.nbytes"),
-    "the wrong phase": ("step // STAGES & 1 ^ 1", "step // STAGES & 1"),
-    "no stage is given back": ("    mbarrier.arrive(ring[4].index(step % STAGES))\n", ""),
-    "the wrong stage is given back": ("ring, step - 1, STAGES)", "ring, step, STAGES)"),
-    "y is overwritten before it has left": ("        tma.store_wait(0)  # what is in y_tile has left\n", ""),
-    "a program ends before y has left": ("y_tile)\n    tma.store_wait(0)\n", "y_tile)\n"),
-    "no fence before y leaves": (
-        "        fence_async_shared()\n        copy_out",
-        "        copy_out",
-    ),
-    "no fence after the barriers": ("    fence_async_shared()\n    numbers", "    numbers"),
-    "a copy is started twice": (
-        "            copy_in(x_desc, [m, k], ready, x_tiles.index(stage))\n",
-        "            copy_in(x_desc, [m, k], ready, x_tiles.index(stage))\n" * 2,
-    ),
-    "both halves read one tile of W": ("w_tiles.index(2 * stage + half)\n    if", "w_tiles.index(2 * stage)\n    if"),
-    "scales of the next step": ("ring, step + 1, half,", "ring, step, half,"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_caught(mistake: str):
-    simulation = Simulation(SOURCE, MISTAKES[mistake])
-    with pytest.raises((Fault, Deadlock, AssertionError)):
-        check(simulation, "forward", SHAPES[1], range(25))
-
-
-def test_one_stage_would_deadlock():
-    shape = 16, 128, 128, 1, 16, 2, 1
-    with pytest.raises(Deadlock, match="waits for a barrier's phase"):
-        simulate(Simulation(SOURCE), "forward", whole(shape, 0), shape, 0, STAGES=1)
-
-
-# ---------------------------------------------------------------- what the compiler makes of it
-
-
-def products(sass: str) -> list[dict[str, int]]:
-    """Of each asynchronous product: its instructions, those with W' in registers, the arithmetic before its wait."""
-    found, current, running = [], {"instructions": 0, "registers": 0, "arithmetic": 0}, False
-    for line in sass.splitlines():
-        if "HGMMA" in line:
-            assert not running, "a product starts before the last one was waited for"
-            current["instructions"] += 1
-            current["registers"] += bool(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line))
-            running = "gsb0" in line  # the last instruction of a group
-        elif running and re.search(r"\b(FFMA|FMUL)\b", line):
-            current["arithmetic"] += 1
-        elif "WARPGROUP.DEPBAR" in line:
-            found.append(current)
-            current, running = {"instructions": 0, "registers": 0, "arithmetic": 0}, False
-    return found
-
-
-def compiled(kernel: str, dtype: str, tiles: Tiles):
-    from benchmarks import compile_report
-
-    case = next(
-        case
-        for case in compile_report.experimental_cases("sm_90")
-        if (case.kernel, case.dtype) == (kernel, dtype) and case.launch.plan.meta["BLOCK_M"] == tiles.block_m
-    )
-    return compile_report.compile_launch(case.launch, "sm_90")
-
-
-@needs_compiler
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_tile_is_rescaled_while_another_multiplies(kernel: str, size: int):
-    sass = compiled(kernel, "bf16", tuning.EXPERIMENTAL_CANDIDATES[kernel, 2][size]).asm["sass"]
-    found = products(sass)
-    assert len(found) == 4, "two in turn in each half"
-    for product in found:
-        assert product["instructions"] == product["registers"] == 4, "64 deep, W' in registers, and none waits alone"
-        assert product["arithmetic"] >= 56, "of 32 multiplications and 32 factors a thread, before the product's wait"
-    assert sass.count("UTMALDG.2D") == 4
-    assert "UTMASTG.2D" in sass
-    assert ("LDSM.16.MT88.4" in sass) == (kernel == "grad_x"), "W is transposed on its way into registers"
-
-
-def test_the_overlap_can_be_missed():
-    serial = "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR12], R24, gsb0\nWARPGROUP.DEPBAR.LE gsb0, 0x0\nFFMA R1\n"
-    assert products(serial * 2) == [{"instructions": 1, "registers": 1, "arithmetic": 0}] * 2
-
-
-@pytest.mark.slow
-def test_triton_3_6_overlaps_as_well():
-    old = os.environ.get("RLRR_TRITON_3_6")
-    if not old:
-        pytest.skip("RLRR_TRITON_3_6 does not name a folder with Triton 3.6; `make test-all` makes one")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([old, str(ROOT)])}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "rescaled_while or driver"]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
-    assert "6 passed" in found.stdout, found.stdout
+needs_gluon = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6),
+    reason=f"Triton {triton.__version__} lacks what the kernel uses of Gluon",
+)
 
 
 # ---------------------------------------------------------------- how it is launched
@@ -237,6 +44,7 @@ def launch_of(kernel: str, rows=300, n=2304, k=768, groups=3, tiles: Tiles | Non
 
 
 @needs_compiler
+@needs_gluon
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_driver_is_given_the_matrices_and_their_blocks(kernel: str):
@@ -260,6 +68,7 @@ def test_the_driver_is_given_the_matrices_and_their_blocks(kernel: str):
     assert y[1:] == [rows, 300, 2 * rows, 64, 256, bf16, swizzled]
 
 
+@needs_gluon
 def test_tiles_that_the_kernel_does_not_have_are_refused():
     for tiles in (Tiles(256, 64, 64, 4, 3), Tiles(256, 128, 64, 8, 3), Tiles(256, 128, 64, 4, 1)):
         with pytest.raises(ValueError, match="schedule gluon"):
@@ -296,10 +105,17 @@ def test_what_it_serves(changes: dict, expected: bool):
     assert linear_configs.by_hand(**given) is expected
 
 
+@pytest.fixture
+def checked_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Triton were one of the versions for which the tuner tries the kernel."""
+    monkeypatch.setattr(tuning.triton, "__version__", f"{tuning.GLUON_TRITONS[0]}0")
+
+
 def tried(kernel="forward", arch="sm_90", dtype=torch.bfloat16, rows=4096, experimental=True) -> list[Tiles]:
     return [t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if linear_configs.experimental(t)]
 
 
+@pytest.mark.usefixtures("checked_compiler")
 def test_it_is_tried_only_when_asked_for():
     for kernel in linear_configs.KERNELS:
         for rows in (8, 64, 4096):
@@ -310,6 +126,7 @@ def test_it_is_tried_only_when_asked_for():
     assert not tried(dtype=torch.float32)
 
 
+@pytest.mark.usefixtures("checked_compiler")
 def test_it_is_not_tried_with_a_compiler_that_was_never_checked(monkeypatch: pytest.MonkeyPatch):
     assert tried()
     monkeypatch.setattr(tuning.triton, "__version__", "3.60.0")

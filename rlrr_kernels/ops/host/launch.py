@@ -264,13 +264,17 @@ _make_start = {
 }.get(".".join(triton.__version__.split(".")[:2]))
 
 
+REFUSED_BY_INTERPRETER: tuple[torch.dtype, ...] = (torch.bfloat16,)
+"""What Triton's interpreter computes wrongly: it works on bfloat16's raw bits."""
+
+
 def check_interpreter(*dtypes: torch.dtype) -> None:
-    """Refuses bfloat16 under Triton's interpreter, which works on its raw bits.
+    """Refuses bfloat16 under Triton's interpreter.
 
     Raises:
         ValueError: a dtype is bfloat16 and the interpreter is on.
     """
-    if backends.INTERPRETING and torch.bfloat16 in dtypes:
+    if backends.INTERPRETING and not set(REFUSED_BY_INTERPRETER).isdisjoint(dtypes):
         raise ValueError(
             "a tensor is bfloat16, which Triton's interpreter computes wrongly; use float32 or float16 "
             "under TRITON_INTERPRET=1, or backend 'torch'"

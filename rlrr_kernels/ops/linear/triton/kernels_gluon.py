@@ -10,8 +10,8 @@ shared memory, kept in step by two barriers a stage (``full``: the tiles are the
 
 Programs stay and take several output tiles, so the copies for the next tile run while the last one is written.
 
-No GPU has run this. That it compiles without spills and rescales between a product and its wait is checked for every
-commit, and ``tests/support/gluon_simulator.py`` runs this source with copies and products late and in any order.
+No GPU has run this. For every commit what the compiler makes of it is executed with copies and products late and in any
+order (``tests/support/ptx``); whether that overlaps as it should is in ``python -m benchmarks.compile_report``.
 """
 
 from __future__ import annotations

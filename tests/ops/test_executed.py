@@ -1,0 +1,97 @@
+"""``rlrr_linear`` executed from compiled PTX, forward and backward, against float64 by the error rule."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from rlrr_kernels import backends, numerics, rlrr_linear
+
+if backends.INTERPRETING:
+    pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
+
+from rlrr_kernels.numerics import Case
+from tests.support.ptx.launcher import TARGETS, executed
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+on_every_arch = pytest.mark.parametrize("arch", TARGETS)
+poisoned = pytest.mark.usefixtures("poisoned_memory")
+
+
+def case(name: str, *sizes: int, slow: bool = False, **options):
+    return pytest.param(Case(*sizes, **options), id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+CASES = [  # M, N, K, rank, groups
+    case("bf16", 96, 160, 144, 1, 1, dtype=BF16),
+    case("bf16 groups", 72, 144, 160, 4, 3, dtype=BF16),
+    case("bf16 ragged", 67, 99, 70, 17, 3, dtype=BF16),
+    case("bf16 in parts", 16, 64, 2048, 1, 1, dtype=BF16),
+    case("bf16 many rows", 300, 192, 136, 1, 3, dtype=BF16, residual=False),
+    case("bf16, W in fp32", 130, 96, 80, 1, 1, dtype=BF16, weight_dtype=FP32),
+    case("fp16", 130, 96, 80, 4, 1, dtype=FP16, residual=False),
+    case("fp16 ragged", 67, 99, 70, 1, 3, dtype=FP16, bias=False),
+    case("fp32", 67, 96, 80, 1, 3, dtype=FP32),
+    case("fp32 ragged", 67, 99, 70, 17, 1, dtype=FP32, residual=False),
+    case("fp64", 37, 66, 72, 1, 1, dtype=torch.float64, slow=True),
+    case("bf16 ragged, rank 4", 67, 99, 70, 4, 3, dtype=BF16, slow=True),
+    case("fp16 in parts", 16, 64, 2048, 1, 1, dtype=FP16, slow=True),
+    case("fp32 rank 4", 130, 96, 80, 4, 3, dtype=FP32, slow=True),
+    case("fp16, W in fp32", 130, 96, 80, 1, 1, dtype=FP16, weight_dtype=FP32, slow=True),
+]
+
+
+@poisoned
+@on_every_arch
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass(arch: str, case: Case):
+    with executed(arch):
+        numerics.check_error_rule(partial(rlrr_linear, backend="triton.one_pass"), case, seeds=3)
+
+
+@poisoned
+@on_every_arch
+def test_the_merge(arch: str):
+    with executed(arch) as launches:
+        for dtype in (BF16, FP32):
+            case = Case(33, 99, 70, 4, 3, dtype=dtype)
+            numerics.check_error_rule(partial(rlrr_linear, backend="triton.merge"), case, seeds=8)
+    assert {launch.plan.kernel.__name__ for launch in launches} >= {"merge_kernel"}
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@poisoned
+@on_every_arch
+@pytest.mark.parametrize("sizes", [(69, 96, 144, 4, 3), (16, 64, 160, 1, 1), (67, 99, 70, 17, 3)])
+def test_tf32_products(arch: str, sizes: tuple[int, ...], tf32: None):
+    """Operands keep 10 bits of fp32's 23; half a unit of these is the roundoff."""
+    with executed(arch) as launches:
+        errors = numerics.bound_errors(partial(rlrr_linear, backend="triton.one_pass"), Case(*sizes).draw(0))
+    assert {launch.plan.meta.get("PRECISION") for launch in launches} >= {"tf32"}
+    assert errors["bias"] <= numerics.BOUND
+    assert all(error <= numerics.BOUND * 2**13 for error in errors.values()), errors
+    assert errors["y"] > numerics.BOUND, "the products are exact, so they are not TF32's"
+
+
+@poisoned
+def test_the_order_of_warps_does_not_matter():
+    drawn = Case(40, 96, 80, 1, 3, dtype=BF16).draw(0)
+    found = []
+    for seed in (None, 0, 1):
+        with executed("sm_80", seed):
+            found.append(numerics.outputs(partial(rlrr_linear, backend="triton.one_pass"), drawn, True))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(other[name], value), name

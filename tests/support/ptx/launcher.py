@@ -1,0 +1,232 @@
+"""Launches of the package, executed: the one place where the machine and the package know of each other.
+
+with executed("sm_90"):
+    y = rlrr_linear(x, weight, scale_row, scale_col, backend="triton.one_pass")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from rlrr_kernels import backends
+from rlrr_kernels.ops.host.launch import Launch, Plan
+from rlrr_kernels.ops.linear import triton_backend as linear_triton
+from tests.support.ptx.faults import Fault
+from tests.support.ptx.machine import Machine
+from tests.support.ptx.memory import GlobalMemory
+from tests.support.ptx.parser import Program, parse
+from tests.support.ptx.tensor_copies import TensorMap
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+
+_THREADS = 1 << 14
+"""Blocks run at once until they have as many: NumPy's cost of a call is then small beside that of its work."""
+
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """A kernel for one signature; ``arguments``: the positions of those that are no constants."""
+
+    program: Program
+    ptx: str
+    shared: int
+    descriptors: list[dict[str, Any]]  # Triton's own description of each
+    arguments: list[int]
+    by_hand: bool  # whether it is Gluon, whose author has to write every fence
+
+
+_compiled: dict[tuple, Compiled] = {}
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """The PTX of a launch for ``sm_80`` or ``sm_90``, parsed; each is compiled once in a process."""
+    kernel, meta = launch.plan.kernel, launch.plan.meta
+    signature, constants, attributes, arguments = _specialise(launch)
+    options = {name: value for name, value in meta.items() if name in ("num_warps", "num_stages")}
+    key = (kernel.cache_key, arch, *map(repr, (signature, constants, attributes, options)))
+    if key not in _compiled:
+        source, by_hand = ASTSource, getattr(kernel, "is_gluon", lambda: False)()
+        if by_hand:
+            from triton.experimental.gluon._runtime import GluonASTSource as source  # not in every version of Triton
+        with _without_assembler():
+            found = triton.compile(
+                source(kernel, signature, constants, attributes), target=TARGETS[arch], options=options
+            )
+        ptx, metadata = found.asm["ptx"], found.metadata
+        descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
+        _compiled[key] = Compiled(parse(ptx, metadata.name), ptx, metadata.shared, descriptors, arguments, by_hand)
+    return _compiled[key]
+
+
+@contextmanager
+def _without_assembler() -> Iterator[None]:
+    """Triton without ``ptxas``, which takes longer than all else; its own cache keeps such results apart."""
+    version = CUDABackend.hash
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
+        mock.patch.object(CUDABackend, "hash", lambda backend: f"{version(backend)}-ptx"),
+    ):
+        yield
+
+
+def _specialise(launch: Launch) -> tuple[dict, dict, dict, list[int]]:
+    """Types, constants, divisibility and what is left to pass, as Triton's own launcher would find them."""
+    signature, constants, attributes, passed = {}, {}, {}, []
+    parameters = launch.plan.kernel.params
+    for index, (parameter, value) in enumerate(zip(parameters, launch.args, strict=False)):
+        name, fixed = parameter.name, not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        elif hasattr(value, "block_shape"):  # a descriptor; Gluon's say how the block lies in shared memory
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+            divisible = False
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        elif value == 1 and fixed:
+            signature[name], constants[name] = "constexpr", 1
+            continue
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        passed.append(index)
+        if divisible and fixed:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    for parameter in parameters[len(launch.args) :]:
+        signature[parameter.name], constants[parameter.name] = "constexpr", launch.plan.meta[parameter.name]
+    return signature, constants, attributes, passed
+
+
+def execute(launch: Launch, arch: str, seed: int | None = None, edit: Callable[[str], str] | None = None) -> None:
+    """Executes a launch on tensors of the CPU.
+
+    Args:
+        launch: the launch.
+        arch: ``sm_80`` or ``sm_90``.
+        seed: of an adversarial order of events.
+        edit: makes other PTX of the compiled text, a fault to be found.
+
+    Raises:
+        Fault: the kernel did what has no defined result on a GPU, or never ends.
+    """
+    compiled = compile_launch(launch, arch)
+    program = parse(edit(compiled.ptx), compiled.program.name) if edit else compiled.program
+    storages = [_storage(tensor) for tensor in launch.tensors if _size(tensor)]
+    memory = GlobalMemory((storage.ctypes.data, storage) for storage in storages)
+    parameters, maps = _parameters(compiled, launch.args, memory)
+    at_once = max(1, _THREADS // program.threads)
+    blocks = range(math.prod(launch.plan.grid))
+    for first in blocks[::at_once]:
+        running = blocks[first : first + at_once]
+        Machine(
+            program, parameters, memory, compiled.shared, launch.plan.grid, running, maps, seed,
+            fenced_barriers=compiled.by_hand,  # Triton's compiler writes none after its own
+        ).run()  # fmt: skip
+    memory.write_back()
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes() if tensor.numel() else 0
+
+
+def _storage(tensor: torch.Tensor) -> np.ndarray:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def _address(tensor: torch.Tensor, memory: GlobalMemory) -> int:
+    if not _size(tensor):
+        return 0
+    storage = tensor.untyped_storage().data_ptr()
+    return memory.address(storage) + tensor.data_ptr() - storage
+
+
+def _parameters(
+    compiled: Compiled, args: Sequence[Any], memory: GlobalMemory
+) -> tuple[list[int], dict[int, TensorMap]]:
+    """One number for each parameter of the PTX, and the tensors that descriptors among them stand for."""
+    found, maps, descriptions = [], {}, iter(compiled.descriptors)
+    for value in (args[index] for index in compiled.arguments):
+        if isinstance(value, torch.Tensor):
+            found.append(_address(value, memory))
+        elif hasattr(value, "block_shape"):
+            description, handle = next(descriptions), (1 << 20) + 64 * len(maps)
+            base, shape, strides = value.base, tuple(value.shape), tuple(value.strides)
+            block, swizzle = tuple(description["block_size"]), description["swizzle"]
+            maps[handle] = TensorMap(_address(base, memory), shape, strides, base.element_size(), block, swizzle)
+            found += [handle, *shape, *strides]
+        elif isinstance(value, float):
+            found.append(int.from_bytes(struct.pack("<f", value), "little"))
+        else:
+            found.append(value)
+    scratch = len(compiled.program.parameters) - len(found)
+    if not 0 <= scratch <= 2:  # pointers to scratch memory, which these kernels do not use
+        raise Fault(f"{compiled.program.name} has {scratch} parameters that are not known")
+    return found + [0] * scratch, maps
+
+
+@contextmanager
+def executed(arch: str, seed: int | None = None) -> Iterator[list[Launch]]:
+    """Within the block the package executes its launches on tensors of the CPU, as on a GPU of ``arch``.
+
+    Gives a list to which they are added.
+    """
+    launches: list[Launch] = []
+
+    def run(plan: Plan, *tensors: torch.Tensor) -> None:
+        launches.append(Launch(plan, tensors))
+        execute(launches[-1], arch, seed)
+
+    with (
+        mock.patch.object(Plan, "run", run),
+        mock.patch.object(linear_triton, "architecture", return_value=arch),
+        mock.patch.object(backends, "unavailable", return_value=None),
+    ):
+        yield launches
+
+
+def changed(
+    launch: Launch, folder: Path, *changes: tuple[str, str], grid: tuple[int, ...] | None = None, **meta: Any
+) -> Launch:
+    """The launch with another kernel, grid or constants.
+
+    Args:
+        launch: what it is like.
+        folder: where the module of a changed kernel is written.
+        changes: (old, new) text to replace in the module of the kernel, each old one once in it: a fault to be found.
+        grid: instead of the launch's own.
+        meta: instead of the constants of these names.
+    """
+    plan, kernel = launch.plan, launch.plan.kernel
+    if changes:
+        text = Path(kernel.fn.__code__.co_filename).read_text(encoding="utf-8")
+        for old, new in changes:
+            if text.count(old) != 1:
+                raise ValueError(f"{old!r} occurs {text.count(old)} times")
+            text = text.replace(old, new)
+        path = folder / "changed_kernels.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kernel = getattr(module, kernel.fn.__name__)
+    plan = type(plan)(kernel, grid or plan.grid, plan.numbers, plan.meta | meta, plan.blocks)
+    return Launch(plan, launch.tensors)
