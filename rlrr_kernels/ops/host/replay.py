@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.launch import Launch, StartKernel
 from rlrr_kernels.ops.tuning import store as tuned_tiles
@@ -47,7 +48,7 @@ class Replay:
             triton.runtime.driver.active,
             tuned_tiles.changes,
         )
-        self._precision = torch.get_float32_matmul_precision() if first.dtype == torch.float32 else None
+        self._precision = matmul_precision() if first.dtype == torch.float32 else None
         self._kernels = tuple({launch.plan.kernel for launch in launches})
 
     @classmethod
@@ -69,7 +70,7 @@ class Replay:
         return (
             self._changes != tuned_tiles.changes
             or self._driver is not triton.runtime.driver.active
-            or (self._precision is not None and self._precision != torch.get_float32_matmul_precision())
+            or (self._precision is not None and self._precision != matmul_precision())
         )
 
     def ready(self) -> bool:

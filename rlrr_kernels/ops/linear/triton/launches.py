@@ -12,7 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import (
@@ -24,14 +26,12 @@ from rlrr_kernels.ops.linear.triton.kernels import (
     sum_splits_kernel,
 )
 
-_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
-
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """What the kernels' products of ``dtype`` are told of fp32 and TF32."""
-    return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+def precision_of(dtype: torch.dtype, gpu: Gpu | str) -> str:
+    """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU."""
+    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and devices.gpu(gpu).tf32 else "ieee"
 
 
 def launch_meta(dtype: torch.dtype, precision: str, tiles: linear_configs.Tiles) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def forward_launches(
     has_bias, dtype = bias is not None, x.dtype
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, has_bias, residual, dtype,
-        precision_of(dtype), arch, tiles,
+        precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     bias = bias if has_bias else x
     return _product_launches(plans, (x, weight, scale_row, scale_col, bias), bias, y)
@@ -160,7 +160,7 @@ def grad_x_launches(
     dtype = grad_y.dtype
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, dtype,
-        precision_of(dtype), arch, tiles,
+        precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     return _product_launches(plans, (grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
@@ -229,7 +229,7 @@ def grad_scales_launches(
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, reduction, size = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), scale_col.shape, needs, dtype,
-        precision_of(dtype), arch, tiles,
+        precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     parts = grad_y.new_empty(size, dtype=accumulate_dtype(dtype))
     outputs = [parts if grad is None else grad for grad in grads]

@@ -1,6 +1,6 @@
 """Launches of the persistent kernels: how work is shared out to one wave of programs.
 
-What :func:`rlrr_kernels.ops.linear.tiles.by_tma` says of the operands must hold.
+What :func:`rlrr_kernels.ops.linear.tiles.schedules_for` says of the operands must hold.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def forward_launches(
 ) -> tuple[Launch, ...]:
     """What :func:`rlrr_kernels.ops.linear.triton.launches.forward_launches` gives, by a persistent grid."""
     plan = _forward_plan(
-        x.shape, weight.shape[0], scale_col.shape, bias is not None, residual, x.dtype, precision_of(x.dtype), arch,
-        tiles,
+        x.shape, weight.shape[0], scale_col.shape, bias is not None, residual, x.dtype,
+        precision_of(x.dtype, arch), arch, tiles,
     )  # fmt: skip
     return (Launch(plan, (x, weight, scale_row, scale_col, x if bias is None else bias, y)),)
 
@@ -87,8 +87,9 @@ def grad_x_launches(
 ) -> tuple[Launch, ...]:
     """What :func:`rlrr_kernels.ops.linear.triton.launches.grad_x_launches` gives, by a persistent grid."""
     plan = _grad_x_plan(
-        grad_y.shape, weight.shape[1], scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype), arch, tiles
-    )
+        grad_y.shape, weight.shape[1], scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype, arch), arch,
+        tiles,
+    )  # fmt: skip
     return (Launch(plan, (grad_y, weight, scale_row, scale_col, grad_x)),)
 
 
@@ -143,8 +144,8 @@ def grad_scales_launches(
     """What :func:`rlrr_kernels.ops.linear.triton.launches.grad_scales_launches` gives, by a persistent grid."""
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, reduction, values = _grad_scales_plans(
-        grad_y.shape, x.shape, weight.stride(), weight.itemsize, scale_col.shape, needs, dtype, precision_of(dtype),
-        arch, tiles,
+        grad_y.shape, x.shape, weight.stride(), weight.itemsize, scale_col.shape, needs, dtype,
+        precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     parts = grad_y.new_empty(values, dtype=accumulate_dtype(dtype))
     outputs = [parts if grad is None else grad for grad in grads]

@@ -269,7 +269,7 @@ def grad_scales_launches(
         kept = x.shape[0]
     plans = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), scale_col.shape, kept, row_weight, images,
-        needs, dtype, precision_of(dtype), arch, tiles,
+        needs, dtype, precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     parts = torch.empty(plans.values, dtype=accumulate_dtype(dtype), device=grad_y.device)
     outputs = [parts if grad is None else grad for grad in grads]
