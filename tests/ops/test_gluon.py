@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
@@ -112,7 +112,7 @@ def checked_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tried(kernel="forward", arch="sm_90", dtype=torch.bfloat16, rows=4096, experimental=True) -> list[Tiles]:
-    return [t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if linear_configs.experimental(t)]
+    return [t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if t.schedule in linear_configs.MAY_HANG]
 
 
 @pytest.mark.usefixtures("checked_compiler")
@@ -140,7 +140,7 @@ def test_tuned_tiles_serve_only_what_it_can(kernel: str):
     def chosen(rows=1576, shape=(768, 768), dtype=torch.bfloat16, groups=1, rank=1, arch="sm_90") -> str:
         x, weight = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape, dtype=torch.bfloat16)
         with tuned_tiles.only_tiles(kernel, gluon):
-            return tuned_tiles.tiles_for(kernel, arch, x, weight, weight, rank, groups=groups).schedule
+            return tuned_tiles.choose_tiles(kernel, devices.gpu(arch), x, weight, weight, rank, groups).schedule
 
     assert chosen() == chosen(groups=3) == "gluon"
     others = {"shape": (772, 768)}, {"shape": (768, 772)}, {"groups": 4}, {"rank": 2}, {"arch": "sm_80"}
@@ -160,16 +160,16 @@ ON_A_GPU = """
 import sys, torch
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear import triton_backend as linear_triton
+from rlrr_kernels import devices
 from rlrr_kernels.ops.tuning import tiles as tuning
 
 kernel, dtype, device = sys.argv[1], getattr(torch, sys.argv[2]), torch.device("cuda", 0)
-arch = linear_triton.architecture(device)
+arch = devices.gpu_of(device)
 for groups, sizes in (3, (4096, 2304, 768)), (1, (12608, 768, 3072)), (1, (300, 1000, 776)):
     drawn = Case(*sizes, groups=groups, dtype=dtype, device=str(device)).draw(0)
     drawn = {name: tensor.detach() for name, tensor in drawn.items()}
     for tiles in tuning.candidates(kernel, arch, dtype, 4096, experimental=True):
-        if linear_configs.experimental(tiles):
+        if tiles.schedule in linear_configs.MAY_HANG:
             reason = tuning.rejection(kernel, drawn, arch, tiles)
             assert reason is None, (sizes, tiles, reason)
 """

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.host.launch import Launch, Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from tests.support.ptx.faults import Fault
@@ -197,7 +197,7 @@ def executed(arch: str, seed: int | None = None) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Plan, "run", run),
-        mock.patch.object(linear_triton, "architecture", return_value=arch),
+        mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical(arch)),
         mock.patch.object(backends, "unavailable", return_value=None),
     ):
         yield launches

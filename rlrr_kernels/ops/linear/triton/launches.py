@@ -2,7 +2,7 @@
 
 The schedule of the tiles (:data:`rlrr_kernels.ops.linear.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
 device, meta included: a launch can be built, and compiled, where there is no GPU to run it. Scales must be contiguous;
-for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.by_tma`).
+for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.schedules_for`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles, check_schedule
 from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 
-_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
-
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """What the kernels' products of ``dtype`` are told of fp32 and TF32."""
-    return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+def precision_of(dtype: torch.dtype, gpu: Gpu | str) -> str:
+    """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU."""
+    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and devices.gpu(gpu).tf32 else "ieee"
 
 
 def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
@@ -62,14 +62,14 @@ class _Product(NamedTuple):
 
 def _split_product(
     kernel: triton.JITFunction, programs: int, iterations: int, span: int, numbers: tuple[int, ...],
-    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], arch: str, tiles: Tiles,
+    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], gpu: Gpu | str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     """A product of ``shape`` whose programs loop over ``iterations`` blocks, split where these programs fill no GPU.
 
     ``span``: what the kernel counts a split's work in, for one iteration (K elements in the forward, one tile of N in
     ∂x).
     """
-    splits = linear_configs.contraction_splits(iterations, programs, tiles, arch)
+    splits = linear_configs.contraction_splits(iterations, programs, tiles, gpu)
     per_split = max(1, cdiv(iterations, splits))
     splits = max(1, cdiv(iterations, per_split))
     numbers = (*numbers, per_split * span, *strides)
@@ -86,15 +86,16 @@ def _split_product(
 
 def _persistent_product(
     kernel: triton.JITFunction, output_tiles: int, numbers: tuple[int, ...], meta: dict[str, Any],
-    blocks: tuple[tuple[int, int], tuple[int, int]], arch: str, tiles: Tiles,
+    blocks: tuple[tuple[int, int], tuple[int, int]], gpu: Gpu | str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
-    return _Product(Plan(kernel, (min(output_tiles, linear_configs.wave(tiles, arch)),), numbers, meta, blocks))
+    return _Product(Plan(kernel, (min(output_tiles, linear_configs.wave(tiles, gpu)),), numbers, meta, blocks))
 
 
 @_plans
 def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str,
+    tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, K), N, (groups, rank, _) = x_shape, weight_shape[0], col_shape
     output_tiles = groups * cdiv(N // groups, tiles.block_n) * cdiv(M, tiles.block_m)
@@ -106,26 +107,26 @@ def _forward_plans(
     if tiles.schedule == "persistent":
         kernel = kernels_persistent.rlrr_linear_fwd_persistent_kernel
         blocks = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
-        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, arch, tiles)
+        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
         kernels.rlrr_linear_fwd_kernel, output_tiles, cdiv(K, tiles.block_k), tiles.block_k, numbers,
-        (*x_strides, *weight_strides), meta, (M, N), arch, tiles,
+        (*x_strides, *weight_strides), meta, (M, N), gpu, tiles,
     )  # fmt: skip
 
 
 def forward_launches(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
-    arch: str, tiles: Tiles,
+    gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """y [M, N] = x W'ᵀ + b in one pass over W; by a second launch where the pass is split along K."""
     check_schedule("forward", tiles)
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon  # older versions of Triton do not have its language
 
-        return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
+        return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, gpu, tiles)
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, bias is not None, residual, x.dtype,
-        precision_of(x.dtype), arch, tiles,
+        precision_of(x.dtype, gpu), gpu, tiles,
     )  # fmt: skip
     bias = x if bias is None else bias
     return plans.launches((x, weight, scale_row, scale_col, bias), bias, y)
@@ -134,7 +135,7 @@ def forward_launches(
 @_plans
 def _grad_x_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, N), K, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     group_size = N // groups
@@ -147,26 +148,26 @@ def _grad_x_plans(
     if tiles.schedule == "persistent":
         kernel = kernels_persistent.rlrr_linear_bwd_dx_persistent_kernel
         blocks = (tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)
-        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, arch, tiles)
+        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
         kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * cdiv(group_size, tiles.block_n), 1, numbers,
-        (*grad_strides, *weight_strides), meta | {"ONE_GROUP": groups == 1}, (M, K), arch, tiles,
+        (*grad_strides, *weight_strides), meta | {"ONE_GROUP": groups == 1}, (M, K), gpu, tiles,
     )  # fmt: skip
 
 
 def grad_x_launches(
-    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor, arch: str,
-    tiles: Tiles,
+    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor,
+    gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂x [M, K] = g W' in one pass over W; by a second launch where the pass is split along N."""
     check_schedule("grad_x", tiles)
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon
 
-        return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
+        return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, gpu, tiles)
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, grad_y.dtype,
-        precision_of(grad_y.dtype), arch, tiles,
+        precision_of(grad_y.dtype, gpu), gpu, tiles,
     )  # fmt: skip
     return plans.launches((grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
@@ -221,7 +222,7 @@ def most_parts(output_tiles: int, iterations: int, span: int) -> int:
 def _grad_scales_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_strides: tuple[int, int], weight_shape: torch.Size,
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, needs: tuple[bool, bool, bool],
-    dtype: torch.dtype, precision: str, arch: str, tiles: Tiles,
+    dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Plan, PartialSums]:  # fmt: skip
     M, (N, K), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
@@ -233,7 +234,7 @@ def _grad_scales_plans(
     }  # fmt: skip
     if tiles.schedule == "persistent":
         output_tiles, iterations = groups * tiles_per_group * tiles_k, cdiv(M, tiles.block_m)
-        span = linear_configs.steps_a_program(output_tiles * iterations, tiles, arch)
+        span = linear_configs.steps_a_program(output_tiles * iterations, tiles, gpu)
         parts = most_parts(output_tiles, iterations, span)
         strip = min(tiles.block_k, linear_configs.STRIP_BYTES // weight_itemsize)
         sums = PartialSums.of((parts * cdiv(K, strip), parts * tiles_per_group, parts * tiles_k), needs, N, col_shape)
@@ -245,7 +246,7 @@ def _grad_scales_plans(
             ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
         )
         return partial, sums
-    splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, arch)
+    splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, gpu)
     rows_per_split = max(1, cdiv(cdiv(M, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, cdiv(M, rows_per_split))
     sums = PartialSums.of((splits * tiles_k, splits * tiles_per_group, splits), needs, N, col_shape)
@@ -263,7 +264,7 @@ def _grad_scales_plans(
 
 def grad_scales_launches(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], arch: str, tiles: Tiles,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """Partial sums over tiles and splits of M, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b).
 
@@ -273,7 +274,7 @@ def grad_scales_launches(
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, sums = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), weight.itemsize, scale_col.shape,
-        needs, dtype, precision_of(dtype), arch, tiles,
+        needs, dtype, precision_of(dtype, gpu), gpu, tiles,
     )  # fmt: skip
     return sums.launches(partial, (grad_y, x, weight, scale_row, scale_col), grads)
 
