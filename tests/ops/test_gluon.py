@@ -80,31 +80,6 @@ def test_tiles_that_the_kernel_does_not_have_are_refused():
 # ---------------------------------------------------------------- when it is chosen
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"dtype": torch.float16, "weight_dtype": torch.float16}, True),
-        ({"groups": 3}, True),
-        ({"weight_shape": (1000, 776)}, True),
-        ({"arch": "sm_100"}, False),
-        ({"arch": "interpreter"}, False),
-        ({"weight_dtype": torch.float32}, False),
-        ({"dtype": torch.float32, "weight_dtype": torch.float32}, False),
-        ({"rank": 2}, False),
-        ({"groups": 3, "weight_shape": (576, 768)}, False),  # groups of 192 rows
-        ({"weight_shape": (1001, 768)}, False),
-        ({"weight_shape": (1000, 772)}, False),
-    ],
-)
-def test_what_it_serves(changes: dict, expected: bool):
-    given = {
-        "arch": "sm_90", "dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "weight_shape": (2304, 768),
-        "rank": 1, "groups": 1,
-    } | changes  # fmt: skip
-    assert linear_configs.by_hand(**given) is expected
-
-
 @pytest.fixture
 def checked_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Triton were one of the versions for which the tuner tries the kernel."""
@@ -112,7 +87,9 @@ def checked_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tried(kernel="forward", arch="sm_90", dtype=torch.bfloat16, rows=4096, experimental=True) -> list[Tiles]:
-    return [t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if t.schedule in linear_configs.MAY_HANG]
+    return [
+        t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if t.schedule in linear_configs.MAY_HANG
+    ]
 
 
 @pytest.mark.usefixtures("checked_compiler")
