@@ -364,7 +364,10 @@ def import_adapter(
     backbone, transform = create_model(model, count, image_size=image_size, weights=weights)
     if settings is not None:
         transform = preprocessing(settings, transform.image_size)
-    differs = load_authors_tensors(backbone, tensors, names)
+    try:
+        differs = load_authors_tensors(backbone, tensors, names)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     origin = str(weights) if str(weights) in (HUB, NO_WEIGHTS) else Path(weights).name
     task = Task(model, origin, classes, transform)
     save_adapter(backbone, out, metadata={"task": task.to_dict(), METADATA: differs}, usage=task.usage())

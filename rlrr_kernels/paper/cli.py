@@ -216,6 +216,8 @@ def import_adapter(
 ) -> None:
     """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
     from rlrr_kernels.paper import authors
+    from rlrr_kernels.paper.data import read_text
+    from rlrr_kernels.paper.hyperparameters import dataset_settings
 
     mapping = None if names is None else authors.read_names(names)
     report = authors.import_adapter(
@@ -225,10 +227,12 @@ def import_adapter(
         weights=weights,
         image_size=image_size,
         dataset=dataset,
-        classes=None if classes is None else classes.read_text().splitlines(),
+        classes=None if classes is None else read_text(classes).splitlines(),
         names=mapping,
     )
     console.print(str(report), markup=False, highlight=False)
+    if classes is None and dataset is not None and dataset_settings(dataset).benchmark == "fgvc":
+        _say('labels: the class ids of the JSON files, sorted; as strings ("10" before "2") where they are strings')
     _say(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter")
 
 

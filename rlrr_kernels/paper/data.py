@@ -152,7 +152,7 @@ def _read_vtab(file: Path, settings: DatasetSettings) -> Listing:
     labels: list[int] = []
     problems: list[str] = []
     seen: set[Path] = set()
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -213,7 +213,7 @@ def _read_fgvc(files: dict[str, Path], settings: DatasetSettings) -> dict[str, L
 def _read_pairs(file: Path) -> tuple[list[tuple[str, Hashable]], list[str]]:
     """(path, class) of every entry, and what is wrong."""
     try:
-        pairs = json.loads(_read_text(file), object_pairs_hook=_Pairs)
+        pairs = json.loads(read_text(file), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         return [], [f"{file}, line {error.lineno}: {error.msg}"]
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
@@ -243,7 +243,8 @@ def _image_base(folder: Path, settings: DatasetSettings, paths: list[str]) -> Pa
     return folder / settings.image_folder
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text in ``file``; ``ValueError`` with file and line where it is none."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -126,8 +126,9 @@ def test_a_swin_comes_and_goes(tmp_path):
     torch.save({name: tensor.detach() for name, tensor in oracle.trained.items()}, tmp_path / "cub.pth")
     torch.save({"model": oracle.microsoft_state()}, tmp_path / "swin.pth")
     name, weights = "swin_tiny_patch4_window7_224", tmp_path / "swin.pth"
-    run("import-adapter", tmp_path / "cub.pth", "--model", name, "--weights", weights, "--dataset", "CUB_200_2011",
-        "--out", tmp_path / "adapter")  # fmt: skip
+    printed = run("import-adapter", tmp_path / "cub.pth", "--model", name, "--weights", weights,
+        "--dataset", "CUB_200_2011", "--out", tmp_path / "adapter")  # fmt: skip
+    assert 'labels: the class ids of the JSON files, sorted; as strings ("10" before "2")' in printed
     model, task = load_task(tmp_path / "adapter", weights)
     transform = task.preprocessing
     assert (transform.resize, transform.interpolation, transform.crop) == ("squash", "bilinear", 224 / 256)
@@ -148,7 +149,7 @@ def test_other_names_and_shapes_come_with_a_mapping_and_go_back(theirs, tmp_path
         tensors[name] = tensor
     torch.save(tensors, tmp_path / "other.pth")
     options = {"model": MODEL, "weights": "none"}
-    with pytest.raises(ValueError, match="the authors' adapter does not fit") as error:
+    with pytest.raises(ValueError, match=r"other\.pth: the authors' adapter does not fit") as error:
         import_adapter(tmp_path / "other.pth", tmp_path / "adapter", **options)
     for name in ("encoder_norm.ssf_scale [192]", "ssf_scale_enc_norm [192]", "layer.7.ssf_scale_ffn_norm [192]"):
         assert name in str(error.value)
