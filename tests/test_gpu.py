@@ -312,8 +312,8 @@ def test_compiled_model(mode: str):
 
 
 def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rlrr_kernels import devices
     from rlrr_kernels.ops.linear import tiles as linear_configs
-    from rlrr_kernels.ops.linear import triton_backend as linear_triton
     from rlrr_kernels.ops.tuning import store as tuned_tiles
     from rlrr_kernels.ops.tuning import tiles as tuning
 
@@ -327,11 +327,11 @@ def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, mon
         case = Case(rows, 768, 768, dtype=torch.bfloat16, device="cuda")
         numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), case.draw(0))
     x, weight = (torch.empty(16, 768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    shipped = linear_configs.tiles_for("forward", linear_triton.architecture(x.device), x.dtype, 16)
+    shipped = linear_configs.tiles_for("forward", devices.gpu_of(x.device), x.dtype, 16)
     for switch in ("on", "off"):
         monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, switch)
         tuned_tiles.forget()
-        tiles = tuned_tiles.tiles_for("forward", linear_triton.architecture(x.device), x, weight, weight, 1)
+        tiles = tuned_tiles.choose_tiles("forward", devices.gpu_of(x.device), x, weight, weight, 1)
         assert tiles == (results[0].tiles if switch == "on" and results[0].kept else shipped)
     tuned_tiles.forget()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from rlrr_kernels.ops.linear import tiles as configs
+from rlrr_kernels import devices
 
 ACCEPTED = Path(__file__).with_name("accepted.json")
 
@@ -99,7 +99,7 @@ def problems(row: Row, figures: Figures | None = None) -> list[str]:
         found.append(f"spills {row['spills']} bytes a thread, over {most.bytes}: {most.reason}")
     elif figures is not None and row["spills"] > (was := figures.get(row["arch"], {}).get(name(row), 0)):
         found.append(f"spills {row['spills']} bytes a thread, {was} when it was accepted")
-    device = configs.SHARED_BYTES.get(row["arch"], configs.LEAST_SHARED_BYTES)
+    device = devices.SHARED_BYTES.get(row["arch"], devices.LEAST_SHARED_BYTES)
     if row["shared_bytes"] > min(device, row["shared_bound"] or device):
         bound = f"of {device}, and at most {row['shared_bound']} by the sum"
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, {bound}")

@@ -124,6 +124,9 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
             if "table_row" in r
         ],
     )  # fmt: skip
+    if proven := dict.fromkeys(row["proven_row"] for row in measured(rows, "tune") if "proven_row" in row):
+        lines += ["## Schedules that were right and faster here: lines for PROVEN in ops/linear/tiles.py", ""]
+        lines += [*(f"    {line}," for line in proven), ""]
     lines += ["## From which M merging W' is faster", ""]
     lines += markdown_table(["shape", "precision", "work", "M"], [list(entry) for entry in merge_crossovers(rows)])
     lines += ["## Not timed, and why", ""]

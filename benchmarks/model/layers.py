@@ -14,6 +14,7 @@ from benchmarks.common import Problem
 from benchmarks.gpu.measurements.estimates import ESTIMATES
 from benchmarks.model import library
 from benchmarks.model.library import MULTIPROCESSORS, Launch, whole_waves
+from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
@@ -25,7 +26,7 @@ class Ceilings(NamedTuple):
     rates: dict[str, float]
 
 
-_H200 = linear_configs.PEAKS["sm_90"]
+_H200 = devices.typical("sm_90").peaks
 H200 = Ceilings(
     linear_paths.REACHED_BANDWIDTH * _H200.bandwidth,
     {
@@ -102,7 +103,8 @@ class _Layer:
 
     def scales(self, share: float) -> list[Launch]:
         """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
-        tiles = linear_configs.tiles_for("grad_scales", ARCHITECTURE, self.problem.dtype, self.m, tma=share == 1)
+        schedules = ("tiled", "persistent") if share == 1 else ("tiled",)
+        tiles = linear_configs.tiles_for("grad_scales", ARCHITECTURE, self.problem.dtype, self.m, schedules)
         rows = max(1, round(self.m * share))
         bm, bn, bk = tiles[:3]
         of_m, of_n, of_k = -(-rows // bm), -(-self.n // bn), -(-self.k // bk)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
-MULTIPROCESSORS = linear_configs.MULTIPROCESSORS["sm_90"]
+MULTIPROCESSORS = devices.typical("sm_90").multiprocessors
 
 TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.87, (64, 256): 0.8, (64, 128): 0.7, (64, 64): 0.5}
 """Output tiles it is taken to choose from on Hopper, and the share of its best rate that each reaches."""

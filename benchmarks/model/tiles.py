@@ -23,6 +23,7 @@ from benchmarks.common import LAYER_SHAPES
 from benchmarks.model import library
 from benchmarks.model import sass as sass_model
 from benchmarks.model.sass import CLOCK_HZ, L2_BYTES_A_CLOCK, L2_CLOCKS, MEMORY_CLOCKS, MULTIPROCESSORS
+from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import KERNELS, Tiles
@@ -37,7 +38,7 @@ DTYPES = {
 SHAPES = (*((n, k) for k, n in LAYER_SHAPES), (8192, 8192))
 """(N, K) of ViT-B's layers and of one whose weight no L2 cache holds."""
 
-BANDWIDTH = linear_paths.REACHED_BANDWIDTH * linear_configs.PEAKS["sm_90"].bandwidth
+BANDWIDTH = linear_paths.REACHED_BANDWIDTH * devices.typical("sm_90").peaks.bandwidth
 
 
 class Compiled(NamedTuple):
@@ -168,7 +169,7 @@ def predict(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: str, code:
 def library_us(m: int, n: int, k: int, dtype: str) -> float:
     """Microseconds of the library's product [M, K] by [K, N]."""
     kind = linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32")
-    rate = linear_paths.REACHED_RATE * getattr(linear_configs.PEAKS["sm_90"], kind)
+    rate = linear_paths.REACHED_RATE * getattr(devices.typical("sm_90").peaks, kind)
     launches = library.product(m, n, k, DTYPES[dtype][0].itemsize, BANDWIDTH, rate)
     return sum(launch.microseconds(BANDWIDTH, rate) for launch in launches)
 
@@ -177,7 +178,7 @@ def configurations(kernel: str, dtype: str, rows: int, candidates: bool) -> list
     """What is shipped for M = ``rows``, and if asked for what the tuner would try beside it."""
     x_dtype = DTYPES[dtype][0]
     if not candidates:
-        return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows, tma=True)]
+        return [linear_configs.tiles_for(kernel, "sm_90", x_dtype, rows, ("tiled", "persistent"))]
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     return tuning.candidates(kernel, "sm_90", x_dtype, rows, experimental=True)
@@ -236,7 +237,7 @@ def trails(kernel: str, dtype: str) -> list[float]:
 
     The median is in ``linear_paths.TRAIL``.
     """
-    peak = getattr(linear_configs.PEAKS["sm_90"], linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32"))
+    peak = getattr(devices.typical("sm_90").peaks, linear_paths.precision_kind(DTYPES[dtype][0], dtype == "tf32"))
     found = []
     for m in (394, 788, 1576, 3152, 6304, 12608, 50432):
         tiles = linear_configs.tiles_for(kernel, "sm_90", DTYPES[dtype][0], m)

@@ -14,7 +14,7 @@ from benchmarks.common import Problem
 from benchmarks.gpu.plan import PRECISIONS, Shape, gpu_plan
 from benchmarks.gpu.session import aot_compile as ahead
 from benchmarks.host_overhead.fake_cuda import fake_cuda
-from rlrr_kernels import backends, rlrr_linear
+from rlrr_kernels import backends, devices, rlrr_linear
 from rlrr_kernels.ops.host.launch import Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.triton import kernels as linear_kernels
@@ -44,7 +44,7 @@ def compiled(folder: Path) -> set[str]:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_what_was_compiled_ahead_is_found_by_the_launches(cache: Path):
     problem = Problem(24, 64, 48, torch.float32, True, "cpu", None, 1, 3)
-    arch = mock.patch.object(linear_triton, "architecture", return_value="sm_90")
+    arch = mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90"))
     with arch, mock.patch.object(Plan, "run", ahead._compile_only):
         triton.runtime.driver.set_active(ahead.Driver(90))
         for job in ahead.linear_jobs(problem, PRECISIONS["fp32"]):
@@ -111,7 +111,7 @@ def test_no_launch_is_larger_than_a_gpu_allows(sizes: tuple[int, int, int], prec
     launched = []
     problem = Problem(rows, in_features, out_features, case.dtype, True, "meta")
     with (
-        mock.patch.object(linear_triton, "architecture", return_value="sm_90"),
+        mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90")),
         mock.patch.object(Plan, "run", lambda plan, *tensors: launched.append(plan)),
     ):
         for job in ahead.linear_jobs(problem, case, 0.25):

@@ -11,7 +11,7 @@ from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import layers as model
 from benchmarks.model import library, predict
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import KERNEL_US, MULTIPROCESSORS
+from rlrr_kernels.ops.linear.tiles import KERNEL_US
 
 RATE, BANDWIDTH = 8e14, 4e12
 CEILINGS = model.Ceilings(BANDWIDTH, {"bf16": RATE, "fp16": RATE, "fp32": 5e13, "tf32": 4e14})
@@ -35,8 +35,8 @@ def test_a_launch_takes_its_largest_part_and_a_fixed_cost():
 
 
 def test_idle_multiprocessors_are_counted():
-    assert library.whole_waves(MULTIPROCESSORS["sm_90"]) == 1
-    assert library.whole_waves(MULTIPROCESSORS["sm_90"] + 1) == 264 / 133
+    assert library.whole_waves(library.MULTIPROCESSORS) == 1
+    assert library.whole_waves(library.MULTIPROCESSORS + 1) == 264 / 133
     (whole,) = library.product(128 * 132, 256, 768, 2, BANDWIDTH, RATE)
     assert (whole.idle, whole.operations) == (1, 2.0 * 128 * 132 * 256 * 768)
     assert library.product(128 * 133, 256, 768, 2, BANDWIDTH, RATE)[0].idle > 1.1

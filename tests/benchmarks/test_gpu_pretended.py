@@ -18,7 +18,7 @@ from benchmarks.gpu.measurements.tune import fallback_rows
 from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
 from benchmarks.gpu.session.units import SECTIONS, units_of
 from benchmarks.gpu.session.worker import Bench
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from tests.support.pretended_gpu import pretended_gpu
@@ -113,7 +113,7 @@ def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | No
         return reason
 
     monkeypatch.setattr(gate, "reason_against_tiles", check)
-    monkeypatch.setattr("rlrr_kernels.ops.linear.triton_backend.architecture", lambda device: "sm_90")
+    monkeypatch.setattr("rlrr_kernels.devices.gpu_of", lambda device: devices.typical("sm_90"))
     rows = fallback_rows(gate.plan, gate, PRECISIONS["bf16"])
     assert [row["passed"] for row in rows] == [reason is None] * len(seen)
     assert seen

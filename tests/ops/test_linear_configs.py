@@ -7,16 +7,32 @@ import itertools
 import pytest
 import torch
 
+from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import tiles as configs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ROWS = (1, 2, 16, 17, 64, 197, 1576, 4096, 12608, 50432, 10**7)
 
 
-@pytest.mark.parametrize("arch", [*configs.ARCHITECTURES, "sm_75", "unknown"])
+def product(
+    kernel="forward", gpu: str = "sm_90", dtype=torch.bfloat16, rows=1576, shape=(128, 64), strides=None, rank=1,
+    groups=1, weight_dtype=None, transposed=False, offset=0, sampled=False,
+) -> configs.Product:  # fmt: skip
+    """A product of x or g and a weight of ``shape``, or of g and x."""
+    width = {"forward": shape[1], "grad_x": shape[0], "grad_scales": shape[1]}[kernel]
+    first_strides = (1, rows) if transposed else strides or (width, 1)
+    first = configs.Operand((rows, width), first_strides, dtype.itemsize, offset % 16 == 0)
+    second_shape = (rows, shape[0]) if kernel == "grad_scales" else shape
+    second = configs.Operand(second_shape, (second_shape[1], 1), dtype.itemsize, True)
+    dtypes = dtype, weight_dtype or dtype
+    return configs.Product(kernel, devices.typical(gpu), *dtypes, shape, rank, groups, first, second, sampled)
+
+
+@pytest.mark.parametrize("arch", [*configs.TABLE, "sm_75", "unknown"])
 def test_every_shape_has_tiles(arch: str):
-    for kernel, dtype, rows, regular in itertools.product(configs.KERNELS, DTYPES, ROWS, (True, False)):
-        tiles = configs.tiles_for(kernel, arch, dtype, rows, regular)
+    for kernel, dtype, rows, stride in itertools.product(configs.KERNELS, DTYPES, ROWS, (64, 67)):
+        tiles = configs.tiles_of(product(kernel, arch, dtype, rows, strides=(stride, 1)))
+        assert stride == 64 or (tiles == configs.IRREGULAR[kernel, dtype.itemsize]) == (arch != "interpreter")
         for size in (tiles.block_m, tiles.block_n, tiles.block_k):
             assert size >= 16
             assert size & (size - 1) == 0
@@ -24,30 +40,13 @@ def test_every_shape_has_tiles(arch: str):
 
 
 def test_more_rows_never_choose_a_smaller_block_of_rows():
-    for arch, kernel in itertools.product(configs.ARCHITECTURES, configs.KERNELS):
+    for arch, kernel in itertools.product(configs.TABLE, configs.KERNELS):
         blocks = [configs.tiles_for(kernel, arch, torch.bfloat16, rows).block_m for rows in ROWS]
         assert blocks == sorted(blocks)
 
 
-@pytest.mark.parametrize(
-    ("capability", "gcn", "arch"),
-    [
-        ((9, 0), None, "sm_90"),
-        ((8, 0), None, "sm_80"),
-        ((8, 6), None, "sm_80"),
-        ((7, 5), None, "sm_80"),
-        ((10, 0), None, "sm_100"),
-        ((12, 0), None, "sm_80"),
-        (None, "gfx942:sramecc+:xnack-", "gfx942"),
-        (None, "gfx1100", "sm_80"),
-    ],
-)
-def test_architecture_names(capability, gcn, arch):
-    assert configs.architecture(capability, gcn) == arch
-
-
 def test_splits_fill_the_gpu_in_whole_waves_without_slivers():
-    multiprocessors = configs.MULTIPROCESSORS["sm_90"]
+    multiprocessors = devices.typical("sm_90").multiprocessors
     for rows, programs in itertools.product(ROWS, (1, 42, 126, 168, 5000)):
         tiles = configs.tiles_for("grad_scales", "sm_90", torch.bfloat16, rows)
         splits = configs.splits_for(rows, tiles, programs, "sm_90")
@@ -67,11 +66,11 @@ def test_splits_fill_the_gpu_in_whole_waves_without_slivers():
 
 
 def test_products_are_cut_where_tiles_fill_no_gpu_and_into_no_slivers():
-    for arch, blocks, programs in itertools.product(configs.ARCHITECTURES, (0, 1, 3, 6, 24, 1000), (1, 12, 70, 5000)):
+    for arch, blocks, programs in itertools.product(configs.TABLE, (0, 1, 3, 6, 24, 1000), (1, 12, 70, 5000)):
         tiles = configs.tiles_for("forward", arch, torch.bfloat16, 16)
         splits = configs.contraction_splits(blocks, programs, tiles, arch)
         assert 1 <= splits <= tiles.max_splits
-        assert splits == 1 or (blocks >= 2 * splits and splits * programs <= configs.MULTIPROCESSORS[arch])
+        assert splits == 1 or (blocks >= 2 * splits and splits * programs <= devices.typical(arch).multiprocessors)
         assert configs.contraction_splits(blocks, programs, tiles._replace(max_splits=1), arch) == 1
     tiles = configs.tiles_for("forward", "sm_90", torch.bfloat16, 16)
     assert configs.contraction_splits(768 // tiles.block_k, 768 // tiles.block_n, tiles, "sm_90") == 1
@@ -87,12 +86,11 @@ def every_entry(arch: str) -> list[tuple[str, torch.dtype, configs.Tiles]]:
     return [(kernel, dtype, tiles) for kernel, size, tiles in found for dtype in DTYPES if dtype.itemsize == size]
 
 
-@pytest.mark.parametrize("device", [*configs.SHARED_BYTES, "sm_75", "sm_121", "gfx90a", "gfx1100", "unknown"])
+@pytest.mark.parametrize("device", [*devices.SHARED_BYTES, "sm_75", "sm_121", "gfx90a", "gfx1100", "unknown"])
 def test_shipped_tiles_fit_in_the_shared_memory_of_every_gpu(device: str):
-    arch = device if device in configs.ARCHITECTURES else configs.DEFAULT_ARCHITECTURE
-    for kernel, dtype, tiles in every_entry(arch):
+    for kernel, dtype, tiles in every_entry(devices.family_of(device)):
         assert configs.fits(kernel, tiles, dtype, dtype, device), (kernel, dtype, tiles)
-        if dtype.itemsize == 2 and device in configs.SHARED_BYTES:
+        if dtype.itemsize == 2 and device in devices.SHARED_BYTES:
             assert configs.fits(kernel, tiles, dtype, torch.float32, device), (kernel, dtype, tiles, "fp32 weight")
 
 
@@ -112,8 +110,111 @@ def test_more_of_anything_needs_more_shared_memory():
 
 
 def test_classes_are_the_tables():
-    for arch, kernel, rows in itertools.product(configs.ARCHITECTURES, configs.KERNELS, ROWS):
+    for arch, kernel, rows in itertools.product(configs.TABLE, configs.KERNELS, ROWS):
         limit = configs.shape_class(kernel, arch, torch.bfloat16, rows)
         assert rows <= limit or limit == 0
         tiles = configs.tiles_for(kernel, arch, torch.bfloat16, rows)
         assert (limit, tiles) in configs.TABLE[arch][kernel, 2]
+
+
+# ---------------------------------------------------------------- which schedules serve
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"strides": (72, 1)}, True),
+        ({"rows": 1}, True),
+        ({"rows": 0}, False),
+        ({"shape": (128, 0)}, False),
+        ({"strides": (68, 1)}, False),  # 136 bytes apart
+        ({"strides": (68, 1), "dtype": torch.float32}, True),
+        ({"transposed": True, "rows": 16}, False),
+        ({"strides": (0, 1)}, False),  # one row for all
+        ({"strides": (128, 2)}, False),
+        ({"offset": 8}, False),
+        ({"rows": 2**31}, False),
+        ({"sampled": True}, False),
+        ({"gpu": "sm_100"}, True),
+        ({"gpu": "sm_103"}, True),
+        ({"gpu": "sm_80"}, False),
+        ({"gpu": "sm_120"}, False),
+        ({"gpu": "gfx942"}, False),
+        ({"kernel": "grad_scales", "rank": 4}, True),
+        ({"kernel": "grad_scales", "rank": 5}, False),  # a loop over the rank takes the registers of a wide tile
+        ({"kernel": "forward", "rank": 5}, True),
+    ],
+)
+def test_a_persistent_grid_serves_what_tma_can_load(changes: dict, expected: bool):
+    assert ("persistent" in configs.schedules_for(product(**changes))) is expected
+    assert configs.schedules_for(product(**changes))[0] == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"kernel": "grad_x"}, True),
+        ({"kernel": "grad_scales"}, False),
+        ({"gpu": "sm_100"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"weight_dtype": torch.float16}, False),
+        ({"rank": 2}, False),
+        ({"gpu": "interpreter"}, False),
+        ({"shape": (1000, 776)}, True),
+        ({"shape": (1001, 776)}, False),
+        ({"shape": (1000, 772)}, False),
+        ({"shape": (384, 64), "groups": 3}, True),
+        ({"shape": (192, 64), "groups": 3}, False),  # a tile would straddle two groups
+        ({"offset": 8}, False),
+    ],
+)
+def test_what_the_product_scheduled_by_hand_serves(changes: dict, expected: bool):
+    assert ("gluon" in configs.schedules_for(product(**changes))) is expected
+
+
+def test_only_what_was_executed_or_proven_serves_unasked(monkeypatch: pytest.MonkeyPatch):
+    def schedule(kernel: str, gpu: str, rows: int = 4096) -> str:
+        return configs.tiles_of(product(kernel, gpu, rows=rows)).schedule
+
+    assert configs.PROVEN == ()  # no GPU has run anything yet
+    assert schedule("grad_scales", "sm_90") == "persistent"
+    assert schedule("grad_scales", "sm_100") == schedule("grad_scales", "sm_103") == "tiled"
+    assert schedule("forward", "sm_90") == schedule("grad_x", "sm_90") == "tiled"
+    assert not configs.proven("forward", "gluon", "sm_90")
+    monkeypatch.setattr(configs, "PROVEN", (("grad_scales", "persistent", "sm_100"),))
+    configs.tiles_for.cache_clear()
+    assert schedule("grad_scales", "sm_100") == "persistent"
+    assert schedule("grad_scales", "sm_103") == "tiled"
+    configs.tiles_for.cache_clear()
+
+
+def test_a_persistent_grid_is_one_wave_of_the_devices_own_multiprocessors():
+    tiles = configs.PERSISTENT["sm_90"]["grad_scales", 2]
+    for multiprocessors in (16, 78, 114, 132):
+        gpu = devices.typical("sm_90")._replace(multiprocessors=multiprocessors)
+        for steps in (100, 14184, 10**6):
+            assert -(-steps // configs.steps_a_program(steps, tiles, gpu)) <= multiprocessors
+
+
+# ---------------------------------------------------------------- what the constants decide
+
+
+def test_a_persistent_grid_serves_from_many_rows_on():
+    schedules = {rows: configs.tiles_of(product("grad_scales", rows=rows)).schedule for rows in (256, 1023, 1024)}
+    assert schedules == {256: "tiled", 1023: "tiled", 1024: "persistent"}
+
+
+def test_the_parts_of_the_scale_gradients():
+    """Of ViT-B's qkv, proj, fc1 and fc2 at 12,608 rows: EDGE_BLOCKS of 1 would give 11 twice, of 4 give 6."""
+    tiles = configs.Tiles(64, 128, 128, 8, 4)
+    parts = [configs.splits_for(12608, tiles, programs, "sm_90") for programs in (126, 42, 168, 144)]
+    assert parts == [1, 3, 3, 9]
+    assert configs.splits_for(12608, tiles, 42, "sm_80") == 5
+
+
+def test_a_product_in_parts_must_save_more_than_their_sum_costs():
+    """A block takes 0.35 µs to arrive (half ARRIVAL_US, of 3 stages), the sum of the parts KERNEL_US."""
+    tiles = configs.Tiles(16, 64, 128, 4, 3)
+    assert [configs.contraction_splits(blocks, 12, tiles, "sm_90") for blocks in (4, 9, 10, 24)] == [1, 1, 5, 11]

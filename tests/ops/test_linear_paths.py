@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import path as paths
 from rlrr_kernels.ops.linear import tiles as configs
-from rlrr_kernels.ops.linear.tiles import ARCHITECTURES
 
 ROWS = (0, 1, 16, 64, 197, 1576, 4096, 12608, 50432, 10**7, 10**9)
 SHAPES = ((1, 1), (768, 768), (2304, 768), (768, 3072), (5120, 1280), (8192, 8192))
@@ -21,7 +21,7 @@ def path(rows: int, shape: tuple[int, int] = (768, 768), rank: int = 1, arch: st
     return paths.choose_path(paths.merge_gain(rows, *shape, rank, arch, *dtypes, **more))
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_89", "unknown"])
+@pytest.mark.parametrize("arch", [*configs.TABLE, "sm_89", "sm_103", "gfx90a", "unknown"])
 def test_one_pass_for_few_rows_then_merge_and_never_back(arch: str):
     for shape, rank, dtypes in itertools.product(SHAPES[1:], (1, 2, 4, 64), DTYPES):
         chosen = [path(rows, shape, rank, arch, dtypes) for rows in ROWS]
@@ -52,6 +52,24 @@ def test_what_makes_the_one_pass_kernel_work_more_brings_the_merge_forward():
     assert len({paths.merge_gain(1576, 768, 768, 1, "sm_90", *DTYPES[2], tf32=tf32) for tf32 in (False, True)}) == 2
     half = (paths.merge_gain(1576, 768, 768, 1, "sm_90", *DTYPES[0], tf32=tf32) for tf32 in (False, True))
     assert len(set(half)) == 1
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(1, 1123), (2, 958), (4, 742), (5, 262)])
+def test_from_which_rows_on_an_h200_merges_fc1_of_vit_b(rank: int, rows: int):
+    """Every further rank brings the merge forward, a rank that is looped over most of all."""
+    assert [path(m, (3072, 768), rank) for m in (rows - 1, rows)] == ["one_pass", "merge"]
+
+
+def test_the_crossover_is_the_devices_own():
+    """A GPU with half the multiprocessors has twice as long a product to shorten; slow memory makes a merge dear."""
+    h200 = devices.typical("sm_90")
+    given = 1123, 3072, 768, 1
+    half = h200._replace(peaks=h200.peaks._replace(half=h200.peaks.half / 2))
+    slow = h200._replace(peaks=h200.peaks._replace(bandwidth=h200.peaks.bandwidth / 2))
+    gain = paths.merge_gain(*given, h200, *DTYPES[0])
+    assert math.isclose(paths.merge_gain(*given, half, *DTYPES[0]), 2 * gain)
+    assert gain / 2 < paths.merge_gain(*given, slow, *DTYPES[0]) < gain
+    assert paths.merge_gain(*given, "sm_90", *DTYPES[0]) == gain
 
 
 def test_under_the_interpreter_small_tests_meet_both_paths():

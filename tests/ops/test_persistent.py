@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends, numerics, rlrr_linear
+from rlrr_kernels import backends, devices, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.host.launch import Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
@@ -28,43 +28,18 @@ needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs t
 one_pass = partial(rlrr_linear, backend="triton.one_pass")
 
 
-# ---------------------------------------------------------------- what TMA can load
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"strides": (72, 1)}, True),
-        ({"shape": (1, 64)}, True),
-        ({"shape": (0, 64)}, False),
-        ({"shape": (9, 0)}, False),
-        ({"strides": (68, 1)}, False),  # 136 bytes apart
-        ({"strides": (68, 1), "itemsize": 4}, True),
-        ({"strides": (1, 16)}, False),  # transposed
-        ({"strides": (0, 1)}, False),  # one row for all
-        ({"strides": (128, 2)}, False),
-        ({"address": 0x1008}, False),
-        ({"shape": (2**31, 64)}, False),
-    ],
-)
-def test_what_tma_can_load(changes: dict, expected: bool):
-    given = {"shape": (9, 64), "strides": (64, 1), "itemsize": 2, "address": 0x1000} | changes
-    assert linear_configs.by_tma(**given) is expected
-
-
-def chosen(rows=1576, dtype=torch.bfloat16, arch="sm_90", offset=0, transposed=False, tiled=False) -> Tiles:
+def chosen(rows=1576, dtype=torch.bfloat16, gpu="sm_90", offset=0, transposed=False, sampled=False) -> Tiles:
     storage = torch.empty(rows * 64 + offset, dtype=dtype)
     x = storage[offset:].view(rows, 64)
     grad_y = torch.empty(128, rows, dtype=dtype).t() if transposed else torch.empty(rows, 128, dtype=dtype)
     weight = torch.empty(128, 64, dtype=dtype)
-    return tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1, tiled)
+    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), x, grad_y, weight, 1, 1, sampled)
 
 
 def test_the_table_serves_it_where_tma_can_load():
-    assert chosen().schedule == chosen(rows=1024).schedule == chosen(arch="sm_100").schedule == "persistent"
-    others = {"rows": 1023}, {"dtype": torch.float32}, {"arch": "sm_80"}, {"offset": 1}, {"transposed": True}
-    for changes in (*others, {"tiled": True}):
+    assert chosen().schedule == chosen(rows=1024).schedule == "persistent"
+    others = {"rows": 1023}, {"dtype": torch.float32}, {"gpu": "sm_80"}, {"offset": 1}, {"transposed": True}
+    for changes in (*others, {"sampled": True}, {"gpu": "sm_100"}):
         assert chosen(**changes).schedule == "tiled", changes
 
 
@@ -72,7 +47,7 @@ def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
     forced = Tiles(16, 32, 32, 4, 1, schedule="persistent")
     with tuned_tiles.only_tiles("grad_scales", forced):
         assert chosen(rows=8) == forced
-        assert chosen(arch="sm_80") == linear_configs.tiles_for("grad_scales", "sm_80", torch.bfloat16, 1576)
+        assert chosen(gpu="sm_80") == linear_configs.tiles_for("grad_scales", "sm_80", torch.bfloat16, 1576)
     x, weight, vector = torch.empty(8, 64), torch.empty(32, 64), torch.empty(32)
     with pytest.raises(ValueError, match=r"schedule of forward must be one of \['tiled'.*; got 'spiral'"):
         linear_launches.forward_launches(
@@ -184,4 +159,6 @@ def test_operands_that_tma_cannot_load_take_the_tiled_way():
     tensors = Case(50, 51, 70, 1, 3, dtype=torch.float64).draw(0)
     with persistent(TILES):
         numerics.check_bound(one_pass, tensors)
-        assert "TMA" in tuning.rejection("grad_scales", tensors, "interpreter", TILES._replace(schedule="persistent"))
+        assert "does not serve" in tuning.rejection(
+            "grad_scales", tensors, "interpreter", TILES._replace(schedule="persistent")
+        )

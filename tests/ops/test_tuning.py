@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.matmul_precision import TF32_SWITCHES
 from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.host import launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.tuning import path as path_tuning
 from rlrr_kernels.ops.tuning import store as tuned_tiles
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chosen(kernel="forward", rows=8, dtype=torch.float32, rank=1, stride=64) -> Tiles:
     x, weight = torch.empty_strided((rows, 64), (stride, 1), dtype=dtype), torch.empty(64, 64, dtype=dtype)
-    return tuned_tiles.tiles_for(kernel, "interpreter", x, weight, weight, rank)
+    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), x, weight, weight, rank)
 
 
 def keep(tiles: Tiles = FASTER, kernel: str = "forward", precision: str = "float32") -> None:
@@ -79,11 +80,8 @@ def test_tiles_in_the_file_are_used_for_what_they_were_measured_for():
     assert chosen(rows=5000) == FASTER  # the interpreter's table has one class
     for other in ({"kernel": "grad_x"}, {"dtype": torch.float16}, {"rank": 2}, {"stride": 67}):
         assert chosen(**other) == shipped, other
-    torch.set_float32_matmul_precision("high")
-    try:
+    with TF32_SWITCHES["new, of cuBLAS"]():
         assert chosen() == shipped
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_another_gpu_and_another_triton_are_not_served(monkeypatch: pytest.MonkeyPatch):
@@ -157,6 +155,42 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert tuned_tiles.cache_file() == Path("/somewhere/rlrr_kernels/tiles.json")
 
 
+def test_tiles_whose_schedule_no_gpu_has_proven_serve_when_asked_for_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a process that only finds the file they must not serve."""
+    hopper = devices.typical("sm_90")
+    monkeypatch.setattr(tuned_tiles, "gpu_name", lambda device: "H200")
+
+    def schedule(kernel: str, rows: int = 1576) -> str:
+        x, y, weight = (torch.empty(*s, dtype=torch.bfloat16) for s in ((rows, 64), (rows, 128), (128, 64)))
+        operands = {"forward": (x, weight), "grad_x": (y, weight), "grad_scales": (x, y)}[kernel]
+        return tuned_tiles.choose_tiles(kernel, hopper, *operands, weight, 1).schedule
+
+    tiles = Tiles(128, 128, 64, 8, 3, schedule="persistent")
+    names = {kernel: tuned_tiles.entry_name("H200", kernel, "bfloat16", 0) for kernel in linear_configs.KERNELS}
+    tuned_tiles.write(
+        tuned_tiles.cache_file(),
+        {
+            names["forward"]: tiles._asdict(),
+            names["grad_x"]: tiles._replace(schedule="gluon")._asdict(),
+            names["grad_scales"]: tiles._asdict(),
+        },
+    )
+    assert [schedule(kernel) for kernel in linear_configs.KERNELS] == ["tiled", "tiled", "persistent"]
+    entries = tuned_tiles.read(tuned_tiles.cache_file())
+    assert tuned_tiles.unproven(entries, hopper) == sorted([names["forward"], names["grad_x"]])
+    monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "on")
+    tuned_tiles.forget()
+    assert [schedule(kernel) for kernel in linear_configs.KERNELS] == ["persistent", "gluon", "persistent"]
+    assert (schedule("forward", 256), schedule("grad_x", 257)) == ("tiled", "gluon"), "256 rows are another class"
+    assert (schedule("grad_scales", 255), schedule("grad_scales", 256)) == ("tiled", "persistent"), "TMA_MIN_ROWS"
+    monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "maybe")
+    tuned_tiles.forget()
+    with pytest.raises(ValueError, match="RLRR_EXPERIMENTAL must be on or off; got 'maybe'"):
+        schedule("forward")
+
+
 def test_forcing_tiles_ends_with_the_block():
     before = chosen()
     with tuned_tiles.only_tiles("forward", FASTER):
@@ -210,7 +244,6 @@ def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatc
 def test_candidates_that_spill_or_do_not_fit_are_rejected_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
     tensors = tuning.draw(tuning.numerics.Case(8, 32, 64))
     huge = Tiles(128, 512, 512, 8, 8)
-    monkeypatch.setattr(linear_triton, "device_name", lambda device: "sm_90")
     assert "KiB of shared memory" in tuning.rejection("forward", tensors, "sm_90", huge)
 
     class Compiled:
@@ -253,6 +286,14 @@ def test_without_a_gpu_the_program_says_so(folder: Path):
     assert not list(folder.iterdir())
 
 
+def test_schedules_that_no_gpu_has_proven_are_tried_when_asked_for_alone():
+    for gpu, kernel in itertools.product(("sm_80", "sm_90", "sm_100", "sm_103"), linear_configs.KERNELS):
+        plain, asked = (tuning.candidates(kernel, gpu, torch.bfloat16, 4096, asked) for asked in (False, True))
+        assert all(linear_configs.proven(kernel, tiles.schedule, gpu) for tiles in plain)
+        assert set(plain) <= set(asked)
+        assert any(tiles.schedule == "persistent" for tiles in asked) == (gpu != "sm_80")
+
+
 def test_the_arch_of_the_default_device_has_candidates():
     for kernel in linear_configs.KERNELS:
         for rows in (8, 64, 1576):
@@ -276,7 +317,7 @@ def path_timer(faster_from: int):
 
 def path_of(rows: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> str:
     x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype)
-    return tuned_tiles.path_for("interpreter", x, weight, rank)
+    return tuned_tiles.path_for(devices.gpu_of(CPU), x, weight, rank)
 
 
 @needs_interpreter

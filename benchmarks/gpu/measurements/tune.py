@@ -16,17 +16,17 @@ from benchmarks.gpu.correctness.check import Gate
 from benchmarks.gpu.measurements.timing import ContextLost, copies_for, interleave, release
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, problem_of
 from benchmarks.gpu.session.work import Row, Unit, announce
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
+from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
 
 def _entry(plan: Plan, kernel: str, precision: Precision, rows: int) -> str:
     """The name of a tuned entry; under ``precision.applied()``."""
-    from rlrr_kernels.ops.linear import triton_backend as linear_triton
     from rlrr_kernels.ops.tuning import store as tuned_tiles
 
     device = torch.device(plan.device)
-    limit = linear_configs.shape_class(kernel, linear_triton.architecture(device), precision.dtype, rows)
+    limit = linear_configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, rows)
     names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype)
     return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
 
@@ -59,17 +59,15 @@ def tune_rows(
     reason = backends.unavailable("triton", plan.device)
     if reason:
         return [{**head, "skipped": reason}]
-    from rlrr_kernels.ops.linear import triton_backend as linear_triton
     from rlrr_kernels.ops.tuning import store as tuned_tiles
     from rlrr_kernels.ops.tuning import tiles as tuning
 
-    arch, dtype = linear_triton.architecture(torch.device(plan.device)), precision.dtype
-    limit = linear_configs.shape_class(kernel, arch, dtype, rows)
-    head |= {"arch": arch, "class": limit}
+    gpu, dtype = devices.gpu_of(torch.device(plan.device)), precision.dtype
+    limit = linear_configs.shape_class(kernel, gpu, dtype, rows)
+    head |= {"arch": gpu.name, "class": limit}
     with precision.applied():
         name = _entry(plan, kernel, precision, rows)
-        experimental = schedule in linear_configs.EXPERIMENTAL
-        shipped, *others = tuning.candidates(kernel, arch, dtype, rows, experimental)
+        shipped, *others = tuning.candidates(kernel, gpu, dtype, rows, experimental=schedule != "tiled")
         entry = tuned_tiles.read(tuned_tiles.cache_file()).get(name)
         used = linear_configs.Tiles(**{field: entry[field] for field in shipped._fields}) if entry else shipped
         candidates = list(dict.fromkeys([used, *(tiles for tiles in (shipped, *others) if tiles.schedule == schedule)]))
@@ -80,7 +78,7 @@ def tune_rows(
         for shape, count in problems:
             problem = problem_of(plan, shape, count, precision)
             timed = [tiles for tiles in candidates if tiles not in skipped]
-            found, failed = _time_candidates(plan, problem, precision, kernel, arch, timed)
+            found, failed = _time_candidates(plan, problem, precision, kernel, gpu, timed)
             skipped |= failed
             for tiles, microseconds in found.items():
                 times[tiles].append(microseconds)
@@ -100,6 +98,8 @@ def tune_rows(
             row |= {"us": means[tiles], "each_us": times[tiles], "winner": tiles == winner}
             if tiles == winner:
                 row["table_row"] = f"({kernel!r}, {dtype.itemsize}): ({limit}, {tiles})"
+                if tiles != used and not linear_configs.proven(kernel, tiles.schedule, gpu):
+                    row["proven_row"] = str((kernel, schedule, gpu.name))
         else:
             row["skipped"] = skipped[tiles]
         result.append(row)
@@ -107,7 +107,12 @@ def tune_rows(
 
 
 def _time_candidates(
-    plan: Plan, problem: Problem, precision: Precision, kernel: str, arch: str, candidates: list[linear_configs.Tiles]
+    plan: Plan,
+    problem: Problem,
+    precision: Precision,
+    kernel: str,
+    gpu: Gpu,
+    candidates: list[linear_configs.Tiles],
 ) -> tuple[dict[linear_configs.Tiles, float], dict[linear_configs.Tiles, str]]:
     """Microseconds of each candidate on one problem, and why others have none."""
     from rlrr_kernels.ops.tuning import tiles as tuning
@@ -119,11 +124,11 @@ def _time_candidates(
         announce(
             f"{kernel} {tuple(tiles)}", precision.name, M=problem.rows, N=problem.out_features, K=problem.in_features
         )
-        if reason := tuning.rejection(kernel, drawn[0], arch, tiles):
+        if reason := tuning.rejection(kernel, drawn[0], gpu, tiles):
             skipped[tiles] = reason
             _check_context(plan, reason)
         else:
-            launches = [tuning.launches_of(kernel, t, arch, tiles) for t in drawn]
+            launches = [tuning.launches_of(kernel, t, gpu, tiles) for t in drawn]
             steps[tiles] = [lambda group=group: [launch.run() for launch in group] for group in launches]
     timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs)
     tensors = drawn = launches = steps = None
@@ -140,10 +145,10 @@ def _check_context(plan: Plan, reason: str) -> None:
             raise ContextLost(reason) from error
 
 
-EXPERIMENTAL_TIERS = 2
+HANGING_TIERS = 2
 """How much later schedules that may hang are tried, so that what they could cost is already measured."""
 
-EXPERIMENTAL_LIMIT = 40.0
+HANGING_LIMIT = 40.0
 """Seconds after which one of them is given up."""
 
 
@@ -154,13 +159,13 @@ def tune_units(plan: Plan) -> list[Unit]:
         for kernel, (schedule, kernels) in product(linear_configs.KERNELS, linear_configs.SCHEDULES.items()):
             if kernel not in kernels or (schedule != "tiled" and problems[0][1] < linear_configs.TMA_MIN_ROWS):
                 continue
-            experimental = schedule in linear_configs.EXPERIMENTAL
+            may_hang = schedule in linear_configs.MAY_HANG
             label = f"{kernel}, {schedule}, M = {', '.join(str(rows) for _, rows in problems)}, {name}"
             units.append(
                 Unit(
-                    tier + EXPERIMENTAL_TIERS * experimental, "tune", label, 5.0 * len(problems),
+                    tier + HANGING_TIERS * may_hang, "tune", label, 5.0 * len(problems),
                     lambda bench, s=problems, p=PRECISIONS[name], k=kernel, c=schedule: tune_rows(plan, s, p, k, c),
-                    EXPERIMENTAL_LIMIT if experimental else None,
+                    HANGING_LIMIT if may_hang else None,
                 )
             )  # fmt: skip
     return units
@@ -172,19 +177,18 @@ def fallback_rows(plan: Plan, gate: Gate, precision: Precision) -> list[Row]:
     The tiles without TMA are first put in force, in the file of tuned tiles, and left so unless the shipped ones pass:
     where those hang or crash, the next process finds the file. One problem, large enough for TMA.
     """
-    from rlrr_kernels.ops.linear import triton_backend as linear_triton
     from rlrr_kernels.ops.tuning import store as tuned_tiles
 
     if backends.unavailable("triton", plan.device):
         return []
-    arch, result = linear_triton.architecture(torch.device(plan.device)), []
+    gpu, result = devices.gpu_of(torch.device(plan.device)), []
     path, rows = tuned_tiles.cache_file(), 8 * TOKENS
-    for (kernel, size), shipped in linear_configs.PERSISTENT.get(arch, {}).items():
-        if size != precision.dtype.itemsize:
+    for (kernel, size), shipped in linear_configs.PERSISTENT.get(gpu.family, {}).items():
+        if size != precision.dtype.itemsize or not linear_configs.proven(kernel, shipped.schedule, gpu):
             continue
         with precision.applied():
             name = _entry(plan, kernel, precision, rows)
-            tiled = linear_configs.tiles_for(kernel, arch, precision.dtype, rows)
+            tiled = linear_configs.tiles_for(kernel, gpu, precision.dtype, rows)
             tuned_tiles.write(path, {name: tiled._asdict()})
             with tuned_tiles.only_tiles(kernel, shipped):
                 shape = Shape("fallback", 768, 768)

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.common import Problem
 from benchmarks.gpu.measurements.estimates import ESTIMATES
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, gpu_plan, problem_of
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.host import launch as launch_module
 from rlrr_kernels.ops.linear import tiles as linear_configs
@@ -103,18 +105,18 @@ def _tensors(problem: Problem) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def tuning_jobs(problem: Problem, precision: Precision, arch: str) -> Iterator[Job]:
+def tuning_jobs(problem: Problem, precision: Precision, gpu: Gpu) -> Iterator[Job]:
     """The tuner's candidates, those of schedules that may hang included."""
     t = _tensors(problem)
 
     def candidate(kernel: str, tiles: linear_configs.Tiles) -> None:
         with precision.applied():
-            for launch in tuning.launches_of(kernel, t, arch, tiles):
+            for launch in tuning.launches_of(kernel, t, gpu, tiles):
                 launch.run()
 
     for kernel in linear_configs.KERNELS:
-        for tiles in tuning.candidates(kernel, arch, problem.dtype, problem.rows, True):
-            if linear_configs.fits(kernel, tiles, problem.dtype, problem.weight_dtype or problem.dtype, arch):
+        for tiles in tuning.candidates(kernel, gpu, problem.dtype, problem.rows, True):
+            if linear_configs.fits(kernel, tiles, problem.dtype, problem.weight_dtype or problem.dtype, gpu):
                 yield lambda kernel=kernel, tiles=tiles: candidate(kernel, tiles)
 
 
@@ -145,7 +147,7 @@ def model_jobs(plan: Plan, name: str, batch: int, precision: Precision) -> Itera
     yield activation
 
 
-def jobs(plan: Plan, arch: str) -> list[Job]:
+def jobs(plan: Plan, gpu: Gpu) -> list[Job]:
     """All compilations of the plan, first needed first; the same launch may be asked for more than once."""
     found: list[tuple[int, Job]] = []
 
@@ -167,7 +169,7 @@ def jobs(plan: Plan, arch: str) -> list[Job]:
             add(tier, linear_jobs(problem_of(plan, shape, rows, PRECISIONS[name]), PRECISIONS[name], share))
     for tier, problems, name in plan.tuned:
         for shape, rows in problems:
-            add(tier, tuning_jobs(problem_of(plan, shape, rows, PRECISIONS[name]), PRECISIONS[name], arch))
+            add(tier, tuning_jobs(problem_of(plan, shape, rows, PRECISIONS[name]), PRECISIONS[name], gpu))
     for tier, name, batch, precision, _ in plan.models:
         add(tier, model_jobs(plan, name, batch, PRECISIONS[precision]))
     return [job for _, job in sorted(found, key=lambda entry: entry[0])]
@@ -176,13 +178,13 @@ def jobs(plan: Plan, arch: str) -> list[Job]:
 def compile_part(capability: int, part: int, parts: int, plan: Plan | None = None) -> dict[str, int]:
     """Compiles every ``parts``-th job from ``part`` on; how many were done and how many failed."""
     counts = {"done": 0, "failed": 0}
-    arch = linear_configs.architecture((capability // 10, capability % 10))
+    gpu = devices.typical(f"sm_{capability}")
     with (
         mock.patch.object(launch_module.Plan, "run", _compile_only),
-        mock.patch.object(linear_triton, "architecture", return_value=arch),
+        mock.patch.object(linear_triton, "gpu_of", return_value=gpu),
     ):
         triton.runtime.driver.set_active(Driver(capability))
-        for job in jobs(plan or gpu_plan(), arch)[part::parts]:
+        for job in jobs(plan or gpu_plan(), gpu)[part::parts]:
             try:
                 job()
                 counts["done"] += 1

@@ -19,6 +19,9 @@ REPORT_SECONDS = 10.0
 TILES_DIRECTORY = "RLRR_CACHE_DIR"
 """Where :mod:`rlrr_kernels.ops.tuning.store`, which needs Triton, looks for tuned tiles."""
 
+HERE_ALONE = {"RLRR_EXPERIMENTAL": "on", "RLRR_CHECK": "off"}
+"""Tiles that this session found serve it, whatever their schedule; its own checks are more thorough."""
+
 START_SECONDS = 180.0
 """In which a process must be ready: it imports torch and the models, and creates its context."""
 
@@ -102,6 +105,8 @@ class Session:
         for row in rows:
             if "table_row" in row:
                 print(f"          fastest on {row['arch']}, {row['precision']}: {row['table_row']}", flush=True)
+            if "proven_row" in row:
+                print(f"          a line for PROVEN in ops/linear/tiles.py: {row['proven_row']}", flush=True)
 
     def _ready_worker(self) -> Worker:
         for _ in range(STARTS):
@@ -114,7 +119,7 @@ class Session:
 
     def _start_worker(self) -> None:
         # The user's own tiles are left alone, in both directions.
-        environment = {TILES_DIRECTORY: str(self.folder.resolve())}
+        environment = {TILES_DIRECTORY: str(self.folder.resolve()), **HERE_ALONE}
         self._worker = Worker(self.make_units, self.rows, environment)
         try:
             self._worker.wait_until_ready(START_SECONDS)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlrr_kernels.ops.dtypes import matmul_precision
+
 if TYPE_CHECKING:
     from rlrr_kernels.ops.host.launch import Launch, StartKernel
 
@@ -142,7 +144,7 @@ class Replay:
         first = launches[0].tensors[0]
         self._host, self._store, self._drivers = host, store, triton.runtime.driver
         self._device, self._driver, self._changes = first.get_device(), self._drivers.active, store.changes
-        self._precision = torch.get_float32_matmul_precision() if first.dtype == torch.float32 else None
+        self._precision = matmul_precision() if first.dtype == torch.float32 else None
         self._kernels = tuple({launch.plan.kernel for launch in launches})
 
     @classmethod
@@ -164,7 +166,7 @@ class Replay:
         return (
             self._changes != self._store.changes
             or self._driver is not self._drivers.active
-            or (self._precision is not None and self._precision != torch.get_float32_matmul_precision())
+            or (self._precision is not None and self._precision != matmul_precision())
         )
 
     def ready(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.backends import CPP_FAILURE, CPU_LEVELS
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 PATHS = {"auto": 0, "one_pass": 1, "panels": 2, "library": 3}
@@ -50,7 +50,7 @@ if "RLRR_CPU_LEVEL" in os.environ:
 
 def _way(path: str, dtype: torch.dtype) -> int:
     # Only the library's GEMM knows how to trade fp32 digits for speed when the user has asked for that.
-    if path == "auto" and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if path == "auto" and dtype == torch.float32 and matmul_precision("cpu") != "ieee":
         return PATHS["library"]
     return PATHS[path]
 

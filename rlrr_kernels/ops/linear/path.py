@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from rlrr_kernels.ops.linear.tiles import DEFAULT_ARCHITECTURE, KERNEL_US, PEAKS, UNROLLED_RANK
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.linear.tiles import KERNEL_US, UNROLLED_RANK
 
 REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
-"""Shares of ``linear_configs.PEAKS`` that a large copy and a large product of the vendor's library are taken to reach:
+"""Shares of a GPU's peaks that a large copy and a large product of the vendor's library are taken to reach:
 4.3 TB/s and 790 TFLOP/s on an H200."""
 
 TRAIL = {"half": 0.7, "half of float32": 1.4, "tf32": 4.0, "float32": 0.5, "float64": 0.5}
@@ -31,12 +33,12 @@ INTERPRETER_ROWS = 96
 
 
 def precision_kind(dtype: torch.dtype, tf32: bool) -> str:
-    """The field of ``linear_configs.Peaks`` that a product of ``dtype`` is bound by."""
+    """The field of :class:`rlrr_kernels.devices.Peaks` that a product of ``dtype`` is bound by."""
     return {2: "half", 4: "tf32" if tf32 else "float32", 8: "float64"}[dtype.itemsize]
 
 
 def merge_gain(
-    rows: int, out_features: int, in_features: int, rank: int, arch: str, dtype: torch.dtype,
+    rows: int, out_features: int, in_features: int, rank: int, arch: Gpu | str, dtype: torch.dtype,
     weight_dtype: torch.dtype, tf32: bool = False,
 ) -> float:  # fmt: skip
     """How many times its cost a merge saves, by the model; in proportion to M = ``rows``.
@@ -50,17 +52,18 @@ def merge_gain(
         out_features: N.
         in_features: K.
         rank: r of the scales.
-        arch: an architecture's name; any that has no peaks is taken for the default one.
+        arch: the GPU, or the name of one, which stands for its datasheet's.
         dtype: of x.
         weight_dtype: of W.
         tf32: whether products of float32 are rounded to TF32.
     """
-    if arch == "interpreter":
+    gpu = devices.gpu(arch)
+    if gpu.name == devices.INTERPRETER:
         return rows / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
     kind = precision_kind(dtype, tf32)
     trail = TRAIL["half of float32" if kind == "half" and weight_dtype.itemsize == 4 else kind]
     trail = trail + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else max(trail, TRAIL_IN_A_LOOP)
-    weights, peaks = out_features * in_features, PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE])
+    weights, peaks = out_features * in_features, gpu.peaks
     saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
     moved = weights * (weight_dtype.itemsize + dtype.itemsize)
     return saved / (1e-6 * KERNEL_US + moved / (REACHED_BANDWIDTH * peaks.bandwidth))

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
+
 UNROLLED_RANK = 4
 """Largest rank whose factor is built without a loop in the kernels."""
 
@@ -38,27 +41,27 @@ SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS, "gluon": ("forward", "grad
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
-each an equal share of all steps, operands by TMA; for operands that :func:`by_tma` can load. ``gluon``: scheduled by
-hand for Hopper (``triton/kernels_gluon.py``), its ``warps`` are those of each half of a tile; for problems
-that :func:`by_hand` describes besides.
+each an equal share of all steps, operands by TMA. ``gluon``: scheduled by hand for Hopper
+(``triton/kernels_gluon.py``), its ``warps`` are those of each half of a tile. What they serve is in
+:func:`schedules_for`.
 """
 
-EXPERIMENTAL = ("gluon",)
-"""Schedules that could hang a GPU, and that none has run: never chosen and never tuned unless asked for."""
+MAY_HANG = ("gluon",)
+"""Schedules that could hang a GPU: they are tried in a process that can be killed."""
 
-TMA_ARCHITECTURES = ("sm_90", "sm_100", "interpreter")
+EXECUTED = (("grad_scales", "persistent", "sm_90"),)
+"""Kernels, schedules and GPUs whose compiled code is executed, without a GPU, before it is released."""
+
+PROVEN: tuple[tuple[str, str, str], ...] = ()
+"""The same of those that were measured on a GPU; ``make gpu`` prints the lines to write here."""
+
+TMA_FAMILIES = ("sm_90", "sm_100", devices.INTERPRETER)
 
 TMA_MIN_ROWS = 256
 """Fewer rows of x are never loaded by TMA: a descriptor costs the host more than it saves a short launch."""
 
 STRIP_BYTES = 128
 """Of a row of W: a persistent tile of G is multiplied by W in strips this wide; the rest of it waits in registers."""
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
-"""Architectures with entries of their own; any other takes ``DEFAULT_ARCHITECTURE``'s."""
-
-DEFAULT_ARCHITECTURE = "sm_80"
-"""Safe anywhere: at most 64 KiB of shared memory in the 16-bit entries."""
 
 # (kernel, bytes per element of x) -> [(largest M, tiles)]; the last entry serves every larger M.
 _SM_80 = {
@@ -108,7 +111,7 @@ TABLE: dict[str, dict[tuple[str, int], list[tuple[int, Tiles]]]] = {
         ("grad_x", 2): [(16, Tiles(16, 128, 64, 4, 2)), (64, Tiles(64, 64, 64, 4, 2)), (0, Tiles(64, 32, 128, 4, 2))],
     },
     # Small tiles, so that small test shapes have many of them; block sizes differ so that a mixed-up pair shows.
-    "interpreter": {(kernel, size): [(0, Tiles(16, 32, 64, 4, 1))] for kernel in KERNELS for size in (2, 4, 8)},
+    devices.INTERPRETER: {(kernel, size): [(0, Tiles(16, 32, 64, 4, 1))] for kernel in KERNELS for size in (2, 4, 8)},
 }
 
 PERSISTENT: dict[str, dict[tuple[str, int], Tiles]] = {
@@ -143,28 +146,6 @@ IRREGULAR = {
 }
 """Any architecture: odd strides load element by element, a loop over the rank is not pipelined; both take registers."""
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 6}
-"""Used to split M in the scale gradients: from the architecture, not the device, so that results repeat everywhere."""
-
-
-class Peaks(NamedTuple):
-    """A GPU's datasheet: bytes a second of its memory, dense operations a second by what is multiplied."""
-
-    bandwidth: float
-    half: float
-    tf32: float
-    float32: float
-    float64: float
-
-
-PEAKS = {
-    "sm_80": Peaks(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),  # A100, 80 GB
-    "sm_90": Peaks(4.8e12, 989e12, 494e12, 67e12, 67e12),  # H200
-    "sm_100": Peaks(8.0e12, 2250e12, 1100e12, 75e12, 37e12),  # B200
-    "gfx942": Peaks(5.3e12, 1307e12, 653e12, 163e12, 163e12),  # MI300X
-}
-"""An architecture without an entry takes ``DEFAULT_ARCHITECTURE``'s."""
-
 KERNEL_US = 2.5
 """What one more kernel costs beside its bytes, in a CUDA graph too: the gap before it, its ramp and its drain."""
 
@@ -174,30 +155,6 @@ ARRIVAL_US = 0.7
 EDGE_BLOCKS, MOST_SPLITS = 2, 16
 """What a program of the scale gradients does beside its loop, in trips through it (1,300 instructions a warp beside 840
 clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
-
-SHARED_BYTES = {
-    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
-    "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
-    "interpreter": 1 << 30,
-}  # fmt: skip
-"""Shared memory one block may use, by the device's own name (CUDA C++ programming guide, compute capabilities; AMD CDNA
-ISA), whether or not it has entries of its own above."""
-
-LEAST_SHARED_BYTES = 64 << 10
-"""What any GPU that Triton serves has."""
-
-
-def device_name(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:
-    """ "sm_90" for capability (9, 0), AMD names without their features, "interpreter" for neither."""
-    if gcn_arch:
-        return gcn_arch.split(":")[0]
-    return f"sm_{capability[0]}{capability[1]}" if capability else "interpreter"
-
-
-def architecture(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:
-    """The architecture whose entries serve a device: its own name, or the safe default for one without entries."""
-    name = device_name(capability, gcn_arch)
-    return name if name in ARCHITECTURES else DEFAULT_ARCHITECTURE
 
 
 def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
@@ -226,40 +183,139 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers + result)
 
 
-def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> bool:
-    """Whether a device of this name has a program's shared memory; an unknown one is taken to have the least."""
-    return shared_bytes(kernel, tiles, dtype, weight_dtype) <= SHARED_BYTES.get(device, LEAST_SHARED_BYTES)
+def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, gpu: Gpu | str) -> bool:
+    """Whether a GPU has a program's shared memory; an unknown one is taken to have the least."""
+    limit = devices.SHARED_BYTES.get(devices.gpu(gpu).name, devices.LEAST_SHARED_BYTES)
+    return shared_bytes(kernel, tiles, dtype, weight_dtype) <= limit
 
 
-def shape_class(kernel: str, arch: str, dtype: torch.dtype, rows: int) -> int:
+def table(gpu: Gpu | str) -> dict[tuple[str, int], list[tuple[int, Tiles]]]:
+    """The entries of :data:`TABLE` that serve a GPU."""
+    return TABLE[devices.gpu(gpu).family]
+
+
+def shape_class(kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int) -> int:
     """The largest M of the table's class that serves ``rows``; 0 for the last, which has none."""
-    entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
-    return next((limit for limit, _ in entries[:-1] if rows <= limit), 0)
+    return next((limit for limit, _ in table(gpu)[kernel, dtype.itemsize][:-1] if rows <= limit), 0)
 
 
-@functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def regular(rank: int, *strides: int) -> bool:
-    """Whether the tiles of :data:`TABLE` apply: rows 16 elements apart or contiguous, and no loop over the rank."""
-    return rank <= UNROLLED_RANK and all(stride == 1 or stride % 16 == 0 for stride in strides)
+# ---------------------------------------------------------------- which schedules serve a product
+
+
+class Operand(NamedTuple):
+    """The layout of a matrix."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    itemsize: int
+    aligned: bool  # whether it begins at a multiple of 16 bytes
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Operand:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.stride(), tensor.itemsize, tensor.data_ptr() % 16 == 0)
+
+
+class Product(NamedTuple):
+    """One of the layer's products, as the choice of its tiles sees it."""
+
+    kernel: str
+    gpu: Gpu
+    dtype: torch.dtype  # of x and g
+    weight_dtype: torch.dtype
+    weight_shape: tuple[int, int]  # [N, K]
+    rank: int
+    groups: int
+    first: Operand  # [M, ...]: x or g
+    second: Operand  # W or x
+    sampled: bool = False  # whether G is an estimate from sampled rows
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.first.shape[0]
+
+    @property
+    def regular(self) -> bool:
+        """Whether :data:`TABLE` applies: rows 16 elements apart or contiguous, and no loop in the product's loop."""
+        strides = *self.first.strides, *self.second.strides
+        unrolled = self.rank <= UNROLLED_RANK or self.kernel == "grad_scales"
+        return unrolled and all(stride == 1 or stride % 16 == 0 for stride in strides)
+
+
+def schedules_for(product: Product) -> tuple[str, ...]:
+    """The schedules that can serve a product, whether or not they are faster or proven.
+
+    ``persistent`` loads both operands by TMA, and a loop over the rank would take the registers that a wide tile of G
+    leaves. ``gluon`` besides wants operands of one 16-bit dtype and rank 1, rows of the result and of the scales that
+    begin at multiples of 16 bytes, and no tile of W that straddles two groups.
+    """
+    kernel, gpu, dtype, weight_dtype, (rows, cols), rank, groups, first, second, sampled = product
+    if sampled or gpu.family not in TMA_FAMILIES or not (_loaded_by_tma(first) and _loaded_by_tma(second)):
+        return ("tiled",)
+    if kernel == "grad_scales":
+        return ("tiled", "persistent") if rank <= UNROLLED_RANK else ("tiled",)
+    by_hand = (
+        gpu.name == "sm_90"
+        and dtype == weight_dtype
+        and dtype in (torch.bfloat16, torch.float16)
+        and rank == 1
+        and rows % 8 == 0
+        and cols % 8 == 0
+        and (groups == 1 or rows // groups % 128 == 0)
+    )
+    return ("tiled", "persistent", "gluon") if by_hand else ("tiled", "persistent")
+
+
+def _loaded_by_tma(operand: Operand) -> bool:
+    """Whether the tensor memory accelerator can load blocks of a matrix.
+
+    Its rows must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another; coordinates
+    are 32 bits wide.
+    """
+    (rows, columns), (stride, inner), itemsize, aligned = operand
+    return (
+        0 < rows < 2**31
+        and 0 < columns < 2**31
+        and inner == 1
+        and stride >= columns
+        and stride * itemsize % 16 == 0
+        and stride * itemsize < 2**40
+        and aligned
+    )
+
+
+def proven(kernel: str, schedule: str, gpu: Gpu | str) -> bool:
+    """Whether a schedule may serve without being asked for."""
+    return schedule == "tiled" or (kernel, schedule, devices.gpu(gpu).name) in EXECUTED + PROVEN
+
+
+def tiles_of(product: Product) -> Tiles:
+    """The shipped tiles of a product."""
+    if not product.regular and product.gpu.family != devices.INTERPRETER:
+        return IRREGULAR[product.kernel, product.dtype.itemsize]
+    return tiles_for(product.kernel, product.gpu, product.dtype, product.rows, schedules_for(product))
 
 
 @functools.lru_cache(maxsize=4096)
-def tiles_for(kernel: str, arch: str, dtype: torch.dtype, rows: int, regular: bool = True, tma: bool = False) -> Tiles:
-    """The tiles of ``kernel`` ("forward", "grad_x" or "grad_scales") for M = ``rows`` rows of x of ``dtype``.
+def tiles_for(
+    kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int, schedules: tuple[str, ...] = ("tiled",)
+) -> Tiles:
+    """The shipped tiles of ``kernel`` for M = ``rows`` rows of x of ``dtype``, where ``schedules`` can serve.
 
-    ``tma``: :func:`by_tma` holds for both operands of its product.
+    For operands that are :attr:`Product.regular`.
     """
-    if not regular and arch != "interpreter":
-        return IRREGULAR[kernel, dtype.itemsize]
-    if tma and rows >= PERSISTENT_MIN_ROWS and (tiles := PERSISTENT.get(arch, {}).get((kernel, dtype.itemsize))):
-        return tiles
-    entries = TABLE.get(arch, TABLE[DEFAULT_ARCHITECTURE])[kernel, dtype.itemsize]
+    gpu = devices.gpu(gpu)
+    persistent = PERSISTENT.get(gpu.family, {}).get((kernel, dtype.itemsize))
+    if (
+        persistent is not None
+        and "persistent" in schedules
+        and rows >= PERSISTENT_MIN_ROWS
+        and proven(kernel, "persistent", gpu)
+    ):
+        return persistent
+    entries = table(gpu)[kernel, dtype.itemsize]
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
-
-
-def experimental(tiles: Tiles) -> bool:
-    """Whether a launch with these tiles may hang, so that it belongs in a process that can be killed."""
-    return tiles.schedule in EXPERIMENTAL
 
 
 def check_schedule(kernel: str, tiles: Tiles) -> None:
@@ -273,60 +329,26 @@ def check_schedule(kernel: str, tiles: Tiles) -> None:
         raise ValueError(f"schedule of {kernel} must be one of {known}; got {tiles.schedule!r}")
 
 
-def by_tma(shape: tuple[int, int], strides: tuple[int, int], itemsize: int, address: int) -> bool:
-    """Whether the tensor memory accelerator can load blocks of a matrix.
-
-    Its rows must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another; coordinates
-    are 32 bits wide.
-    """
-    (rows, columns), (stride, inner) = shape, strides
-    return (
-        0 < rows < 2**31
-        and 0 < columns < 2**31
-        and inner == 1
-        and stride >= columns
-        and stride * itemsize % 16 == 0
-        and stride * itemsize < 2**40
-        and address % 16 == 0
-    )
+# ---------------------------------------------------------------- how work is cut
 
 
-def by_hand(
-    arch: str, dtype: torch.dtype, weight_dtype: torch.dtype, weight_shape: tuple[int, int], rank: int, groups: int
-) -> bool:
-    """Whether the schedule ``gluon`` serves a weight [N, K], beside operands that :func:`by_tma` can load.
-
-    Rows of the result and of the scales must begin at multiples of 16 bytes, and no tile of W may straddle two groups.
-    """
-    rows, cols = weight_shape
-    return (
-        arch == "sm_90"
-        and dtype == weight_dtype
-        and dtype in (torch.bfloat16, torch.float16)
-        and rank == 1
-        and rows % 8 == 0
-        and cols % 8 == 0
-        and (groups == 1 or rows // groups % 128 == 0)
-    )
-
-
-def wave(tiles: Tiles, arch: str) -> int:
+def wave(tiles: Tiles, gpu: Gpu | str) -> int:
     """Programs that run at once: one of 8 warps has a multiprocessor's registers to itself; of 4, two share it."""
-    return MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE]) * max(1, 8 // tiles.warps)
+    return devices.gpu(gpu).multiprocessors * max(1, 8 // tiles.warps)
 
 
-def steps_a_program(steps: int, tiles: Tiles, arch: str) -> int:
+def steps_a_program(steps: int, tiles: Tiles, gpu: Gpu | str) -> int:
     """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4."""
-    return max(4, -(-steps // wave(tiles, arch)))
+    return max(4, -(-steps // wave(tiles, gpu)))
 
 
-def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:
+def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu | str) -> int:
     """Into how many parts M is split for the scale gradients, of which ``programs`` tiles cover one part.
 
     The number that is done first where a multiprocessor runs one program at a time: whole waves of programs, each as
     long as its blocks of M and EDGE_BLOCKS. A part keeps at least 4 blocks.
     """
-    multiprocessors = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE])
+    multiprocessors = devices.gpu(gpu).multiprocessors
     blocks, programs = -(-rows // tiles.block_m), max(programs, 1)
     most = min(rows // (4 * tiles.block_m), max(MOST_SPLITS, 2 * multiprocessors // programs))
 
@@ -336,7 +358,7 @@ def splits_for(rows: int, tiles: Tiles, programs: int, arch: str) -> int:
     return min(range(1, max(most, 1) + 1), key=length)
 
 
-def contraction_splits(blocks: int, programs: int, tiles: Tiles, arch: str) -> int:
+def contraction_splits(blocks: int, programs: int, tiles: Tiles, gpu: Gpu | str) -> int:
     """Into how many parts forward and ∂x cut the ``blocks`` they contract, where tiles alone fill no GPU.
 
     A 768-wide layer at M ≤ 64 has 12 tiles for 132 multiprocessors. 1 when there are as many programs as
@@ -344,11 +366,11 @@ def contraction_splits(blocks: int, programs: int, tiles: Tiles, arch: str) -> i
     blocks that a program is spared take no longer than the kernel that sums the parts: one block takes as long as its
     products at half the GPU's peak, and no less than its tiles take to arrive, ``stages`` - 1 of them at a time.
     """
-    multiprocessors = MULTIPROCESSORS.get(arch, MULTIPROCESSORS[DEFAULT_ARCHITECTURE])
-    splits = max(1, min(multiprocessors // max(programs, 1), blocks // 2, tiles.max_splits))
-    if splits == 1 or arch == "interpreter":  # small tests must meet products in parts
+    gpu = devices.gpu(gpu)
+    splits = max(1, min(gpu.multiprocessors // max(programs, 1), blocks // 2, tiles.max_splits))
+    if splits == 1 or gpu.name == devices.INTERPRETER:  # small tests must meet products in parts
         return splits
-    rate = PEAKS.get(arch, PEAKS[DEFAULT_ARCHITECTURE]).half / 2 / multiprocessors
+    rate = gpu.peaks.half / 2 / gpu.multiprocessors
     products_us = 2e6 * tiles.block_m * tiles.block_n * tiles.block_k / rate
     block_us = max(products_us, ARRIVAL_US / max(tiles.stages - 1, 1))
     return splits if blocks * (1 - 1 / splits) * block_us > KERNEL_US else 1

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlrr_kernels.devices import gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import check_interpreter
-from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
 from rlrr_kernels.ops.linear.triton.launches import (
     forward_launches,
@@ -20,26 +18,6 @@ from rlrr_kernels.ops.linear.triton.launches import (
 )
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.ops.tuning import store as tuned_tiles
-
-
-def _capability(device: torch.device) -> tuple[tuple[int, int] | None, str | None]:
-    """Compute capability of an NVIDIA GPU and architecture of an AMD one; None for what it is not."""
-    if device.type == "cpu":
-        return None, None
-    properties = torch.cuda.get_device_properties(device)
-    return (None, properties.gcnArchName) if torch.version.hip else ((properties.major, properties.minor), None)
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The architecture in ``linear_configs`` that serves a device; "interpreter" for the CPU."""
-    return linear_configs.architecture(*_capability(device))
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    """The device's own name in ``linear_configs.SHARED_BYTES``."""
-    return linear_configs.device_name(*_capability(device))
 
 
 def merge(
@@ -66,16 +44,16 @@ def forward(
     ``path`` forces ``one_pass`` or ``merge``.
     """
     check_interpreter(x.dtype, weight.dtype)
-    count, arch = x.shape[0], architecture(x.device)
-    if (path or tuned_tiles.path_for(arch, x, weight, scale_row.shape[1])) == "merge":
+    count, gpu = x.shape[0], gpu_of(x.device)
+    if (path or tuned_tiles.path_for(gpu, x, weight, scale_row.shape[1])) == "merge":
         merged = merge(weight, scale_row, scale_col, residual, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
     y = x.new_empty(count, weight.shape[0])
     if y.numel():
-        tiles = tuned_tiles.tiles_for("forward", arch, x, weight, weight, scale_col.shape[1], groups=len(scale_col))
+        tiles = tuned_tiles.choose_tiles("forward", gpu, x, weight, weight, scale_col.shape[1], len(scale_col))
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-        for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles):
+        for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, gpu, tiles):
             launch.run()
     return y
 
@@ -99,8 +77,8 @@ def backward(
     check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-    dtype, arch = accumulate_dtype(grad_y.dtype), architecture(grad_y.device)
-    grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) if need_x else None
+    dtype, gpu = accumulate_dtype(grad_y.dtype), gpu_of(grad_y.device)
+    grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu) if need_x else None
     if not (need_row or need_col):
         return grad_x, None, None, grad_y.sum(0, dtype=dtype) if need_bias else None
     grads = (
@@ -108,29 +86,28 @@ def backward(
         torch.empty_like(scale_col) if need_col else None,
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
-    # A loop over the rank takes the registers that a wide tile of G leaves.
-    tiled = sample is not None or scale_row.shape[1] > linear_configs.UNROLLED_RANK
-    tiles = tuned_tiles.tiles_for("grad_scales", arch, x, grad_y, weight, 1, tiled)
+    groups, rank, _ = scale_col.shape
+    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, x, grad_y, weight, rank, groups, sample is not None)
     if sample is None:
-        launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, arch, tiles)
+        launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, gpu, tiles)
     else:
         launches = linear_rows_triton.grad_scales_launches(
-            grad_y, x, sample, weight, scale_row, scale_col, grads, arch, tiles
+            grad_y, x, sample, weight, scale_row, scale_col, grads, gpu, tiles
         )
     for launch in launches:
         launch.run()
     return grad_x, *grads
 
 
-def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, arch) -> Tensor:
+def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu) -> Tensor:
     count = grad_y.shape[0]
-    if (path or tuned_tiles.path_for(arch, grad_y, weight, scale_row.shape[1])) == "merge":
+    if (path or tuned_tiles.path_for(gpu, grad_y, weight, scale_row.shape[1])) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
     if weight.shape[0] == 0:
         return grad_y.new_zeros(count, weight.shape[1])
     grad_x = grad_y.new_empty(count, weight.shape[1])
     if grad_x.numel():
-        tiles = tuned_tiles.tiles_for("grad_x", arch, grad_y, weight, weight, scale_col.shape[1], groups=len(scale_col))
-        for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles):
+        tiles = tuned_tiles.choose_tiles("grad_x", gpu, grad_y, weight, weight, scale_col.shape[1], len(scale_col))
+        for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, gpu, tiles):
             launch.run()
     return grad_x

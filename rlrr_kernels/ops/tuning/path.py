@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlrr_kernels import numerics
+from rlrr_kernels import devices, numerics
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.tuning import store as tuned_tiles
@@ -61,13 +62,13 @@ def tune_path(
     device, shapes, rows = torch.device(device), list(shapes), list(rows)
     check_problems(shapes, rows, dtype, device)
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
-    arch, tf32 = linear_triton.architecture(device), torch.get_float32_matmul_precision() != "highest"
+    gpu, tf32 = devices.gpu_of(device), matmul_precision() == "tf32"
     points: list[tuple[float, float, float]] = []  # gain, log of the time by one pass and by a merge
     for n, k in shapes:
         for count in rows:
             t = draw(numerics.Case(count, n, k, dtype=dtype, device=str(device)))
             given = t["weight"], t["scale_row"], t["scale_col"]
-            gain = linear_paths.merge_gain(count, n, k, 1, arch, dtype, dtype, tf32)
+            gain = linear_paths.merge_gain(count, n, k, 1, gpu, dtype, dtype, tf32)
             forward = functools.partial(linear_triton.forward, t["x"], *given, t["bias"], True)
             backward = functools.partial(
                 linear_triton.backward, t["grad_y"], None, *given, True, (True, False, False, False)

@@ -2,7 +2,8 @@
 
 They lie in ``tiles.json`` in the folder ``RLRR_CACHE_DIR``, by default the platform's folder for caches; nothing is
 written unless the tuner is called. ``RLRR_TUNING=off`` ignores the file, and one that is damaged is named in a warning
-and ignored. Both are read at the first launch.
+and ignored. Entries whose schedule no GPU has proven serve under ``RLRR_EXPERIMENTAL=on`` alone. All are read at the
+first launch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ import torch
 import triton
 from torch import Tensor
 
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
+from rlrr_kernels.ops.linear.tiles import Operand, Product, Tiles
 
 DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
 SWITCH_VARIABLE = "RLRR_TUNING"
+EXPERIMENTAL_VARIABLE = "RLRR_EXPERIMENTAL"
+"""Says whether tiles in the file whose schedule no GPU has proven are used: "off" unless it is set."""
+
 FORMAT = 2
 """Of the file; entries of format 1 have no schedule and are tiled."""
 
@@ -45,16 +51,21 @@ def cache_file() -> Path:
     return base / "rlrr_kernels" / "tiles.json"
 
 
-def enabled() -> bool:
-    """Whether tuned tiles are used.
+def switched_on(variable: str, default: str = "on") -> bool:
+    """Whether an environment variable says "on".
 
     Raises:
-        ValueError: ``RLRR_TUNING`` is neither "on" nor "off".
+        ValueError: it is neither "on" nor "off".
     """
-    value = os.environ.get(SWITCH_VARIABLE, "on").lower()
+    value = os.environ.get(variable, default).lower()
     if value not in ("on", "off"):
-        raise ValueError(f"environment {SWITCH_VARIABLE} must be on or off; got {value!r}")
+        raise ValueError(f"environment {variable} must be on or off; got {value!r}")
     return value == "on"
+
+
+def enabled() -> bool:
+    """Whether tuned tiles are used; raises as :func:`switched_on` does."""
+    return switched_on(SWITCH_VARIABLE)
 
 
 @functools.cache
@@ -68,7 +79,7 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 
 def precision_name(dtype: torch.dtype, other: torch.dtype) -> str:
     """The dtypes of a product's operands, in one word where they agree; "tf32" where fp32 may be rounded to it."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and matmul_precision() == "tf32":
         return "tf32"
     return _NAMES[dtype] if dtype == other else f"{_NAMES[dtype]}/{_NAMES[other]}"
 
@@ -124,6 +135,17 @@ def _tiles(entry: dict[str, Any]) -> Tiles:
     return tiles
 
 
+def unproven(entries: dict[str, dict[str, Any]], gpu: Gpu) -> list[str]:
+    """The names of the entries that serve a GPU only under ``RLRR_EXPERIMENTAL=on``."""
+    found = []
+    for name, entry in entries.items():
+        schedule = entry.get("schedule", "tiled")
+        kernel = next((kernel for kernel in linear_configs.KERNELS if f" | {kernel} | " in name), "")
+        if not linear_configs.proven(kernel, schedule, gpu):
+            found.append(name)
+    return found
+
+
 def write(path: Path, changes: dict[str, dict[str, Any] | None]) -> None:
     """Replaces the entries named in ``changes``, or removes those that are None; the rest of the file stays.
 
@@ -165,7 +187,7 @@ def _entries() -> dict[str, Tiles | float]:
 
 _forced: dict[str, Tiles] = {}
 changes = 0
-"""How often what :func:`tiles_for` and :func:`path_for` answer may have changed."""
+"""How often what :func:`choose_tiles` and :func:`path_for` answer may have changed."""
 
 
 def _changed() -> None:
@@ -187,71 +209,67 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
         _changed()
 
 
-def tiles_for(
-    kernel: str,
-    arch: str,
-    first: Tensor,
-    second: Tensor,
-    weight: Tensor,
-    rank: int,
-    tiled: bool = False,
-    groups: int = 1,
-) -> Tiles:
+def choose_tiles(
+    kernel: str, gpu: Gpu, first: Tensor, second: Tensor, weight: Tensor, rank: int, groups: int = 1,
+    sampled: bool = False,
+) -> Tiles:  # fmt: skip
     """The tiles of ``kernel``: the user's own where there are any, else those of the table.
 
-    ``first`` [M, ...] and ``second`` are the operands of its product: x or g, and W or x. The user's own were measured
-    with rank 1 and operands that are :func:`linear_configs.regular`, and serve these alone. With ``tiled``, and where
-    TMA cannot load the operands, no other schedule is chosen.
+    The user's own were measured with rank 1 and operands that are :attr:`Product.regular`, and serve these alone, where
+    their schedule can.
+
+    Args:
+        kernel: of :data:`rlrr_kernels.ops.linear.tiles.KERNELS`.
+        gpu: the one that the tensors are on.
+        first: [M, ...], x or g; with ``second``, W or x, the operands of its product.
+        second: see ``first``.
+        weight: W [N, K].
+        rank: r of the scales.
+        groups: G of the scales.
+        sampled: whether the scale gradients are estimated from rows of x.
     """
-    forced = _forced.get(kernel) if _forced else None
-    rows = first.shape[0]
-    tma = (
-        not tiled
-        and arch in linear_configs.TMA_ARCHITECTURES
-        and (rows >= linear_configs.TMA_MIN_ROWS or forced is not None)
-        and loaded_by_tma(first, second)
-    )
-    return _choose(
-        kernel, arch, first.device, first.dtype, weight.dtype, torch.get_float32_matmul_precision(),
-        rows, weight.shape, rank, groups, first.stride(), second.stride(), tma, forced,
+    product = Product(
+        kernel, gpu, first.dtype, weight.dtype, weight.shape, rank, groups,
+        Operand.of(first), Operand.of(second), sampled,
     )  # fmt: skip
-
-
-def loaded_by_tma(*operands: Tensor) -> bool:
-    """Whether :func:`linear_configs.by_tma` holds for all of them."""
-    return all(linear_configs.by_tma(t.shape, t.stride(), t.itemsize, t.data_ptr()) for t in operands)
+    return _choose(product, first.device, matmul_precision(), _forced.get(kernel) if _forced else None)
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _choose(
-    kernel, arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank, groups, first_strides,
-    second_strides, tma, forced,
-) -> Tiles:  # fmt: skip
-    # matmul_precision is part of the key alone
-    regular = linear_configs.regular(rank, *first_strides, *second_strides)
-    own = forced
-    if own is None and regular and rank == 1 and (entries := _entries()):
-        limit = linear_configs.shape_class(kernel, arch, dtype, rows)
-        names = precision_name(dtype, weight_dtype)
-        own = entries.get(entry_name(gpu_name(device), kernel, names, limit))
-    if own is not None and (tma or own.schedule == "tiled"):
-        by_hand = linear_configs.by_hand(arch, dtype, weight_dtype, weight_shape, rank, groups)
-        if by_hand or own.schedule != "gluon":
-            return own
-    return linear_configs.tiles_for(kernel, arch, dtype, rows, regular, tma)
+def _choose(product: Product, device: torch.device, precision: str, forced: Tiles | None) -> Tiles:
+    # precision is part of the key alone
+    schedules = linear_configs.schedules_for(product)
+    if forced is not None and forced.schedule in schedules:
+        return forced
+    own = _own(product, device)
+    if own is not None and own.schedule in schedules:
+        return own
+    return linear_configs.tiles_of(product)
 
 
-def path_for(arch: str, x: Tensor, weight: Tensor, rank: int) -> str:
+def _own(product: Product, device: torch.device) -> Tiles | None:
+    """The user's own tiles for a product, where they may serve."""
+    kernel, rows = product.kernel, product.rows
+    if not product.regular or not (product.rank == 1 or kernel == "grad_scales") or not (entries := _entries()):
+        return None
+    limit = linear_configs.shape_class(kernel, product.gpu, product.dtype, rows)
+    precision = precision_name(product.dtype, product.weight_dtype)
+    tiles = entries.get(entry_name(gpu_name(device), kernel, precision, limit))
+    if tiles is None or tiles.schedule == "tiled":
+        return tiles
+    asked_for = linear_configs.proven(kernel, tiles.schedule, product.gpu) or switched_on(EXPERIMENTAL_VARIABLE, "off")
+    return tiles if asked_for and rows >= linear_configs.TMA_MIN_ROWS else None
+
+
+def path_for(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> str:
     """``one_pass`` or ``merge`` for a product of x [M, K] or g [M, N] and a rescaled weight [N, K]."""
-    return _path(
-        arch, x.device, x.dtype, weight.dtype, torch.get_float32_matmul_precision(), x.shape[0], weight.shape, rank
-    )
+    return _path(gpu, x.device, x.dtype, weight.dtype, matmul_precision(), x.shape[0], weight.shape, rank)
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _path(arch, device, dtype, weight_dtype, matmul_precision, rows, weight_shape, rank) -> str:
-    tf32 = matmul_precision != "highest"
-    gain, least_gain = linear_paths.merge_gain(rows, *weight_shape, rank, arch, dtype, weight_dtype, tf32), 1.0
+def _path(gpu, device, dtype, weight_dtype, precision, rows, weight_shape, rank) -> str:
+    gain = linear_paths.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
+    least_gain = 1.0
     if entries := _entries():
         name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
         least_gain = entries.get(name, least_gain)

@@ -16,12 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels import backends, numerics
+from rlrr_kernels import backends, devices, numerics
+from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.public import rlrr_linear
-from rlrr_kernels.ops.linear.tiles import KERNELS, Tiles
+from rlrr_kernels.ops.linear.tiles import KERNELS, Operand, Product, Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 
@@ -70,9 +70,7 @@ GLUON_TRITONS = ("3.6.", "3.9.")
 """Versions whose compiler is checked to keep the hand-made schedule; its language changes between versions."""
 
 INTERPRETED_CANDIDATES = [
-    Tiles(16, 16, 32, 4, 1, schedule=name)
-    for name in linear_configs.SCHEDULES
-    if name not in linear_configs.EXPERIMENTAL
+    Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES if name not in linear_configs.MAY_HANG
 ]
 
 GAIN = 0.98
@@ -100,55 +98,59 @@ class Tuned(NamedTuple):
         return self.us < GAIN * self.shipped_us
 
 
-def candidates(kernel: str, arch: str, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
+def candidates(kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
     """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts.
 
-    Last and only if ``experimental``: those whose kernel may hang, for a process that can be killed.
+    Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`. Last among
+    them are those whose kernel may hang, for a process that can be killed.
     """
-    tma = arch in linear_configs.TMA_ARCHITECTURES and rows >= linear_configs.TMA_MIN_ROWS
-    found = [linear_configs.tiles_for(kernel, arch, dtype, rows, tma=tma)]
-    if arch == "interpreter":
+    gpu = devices.gpu(gpu)
+    tma = gpu.family in linear_configs.TMA_FAMILIES and rows >= linear_configs.TMA_MIN_ROWS
+    schedules = ("tiled", "persistent") if tma else ("tiled",)
+    found = [linear_configs.tiles_for(kernel, gpu, dtype, rows, schedules)]
+    if gpu.name == devices.INTERPRETER:
         return found + [tiles for tiles in INTERPRETED_CANDIDATES if kernel in linear_configs.SCHEDULES[tiles.schedule]]
-    limit = linear_configs.shape_class(kernel, arch, dtype, rows)
-    found.append(linear_configs.tiles_for(kernel, arch, dtype, rows))
+    limit = linear_configs.shape_class(kernel, gpu, dtype, rows)
+    found.append(linear_configs.tiles_for(kernel, gpu, dtype, rows))
     found += [Tiles(*values) for values in CANDIDATES.get((kernel, dtype.itemsize, limit), [])]
     if tma and not limit:
         values = PERSISTENT_CANDIDATES.get((kernel, dtype.itemsize), [])
         found += [Tiles(*numbers, schedule="persistent") for numbers in values]
     if limit and kernel != "grad_scales":
         found += [tiles._replace(max_splits=1) for tiles in found]
-    if experimental and arch == "sm_90" and tma and not limit and triton.__version__.startswith(GLUON_TRITONS):
+    if gpu.name == "sm_90" and tma and not limit and triton.__version__.startswith(GLUON_TRITONS):
         found += EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), [])
+    if not experimental:
+        found = [tiles for tiles in found if linear_configs.proven(kernel, tiles.schedule, gpu)]
     return list(dict.fromkeys(found))
 
 
-def launches_of(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> tuple[Launch, ...]:
+def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -> tuple[Launch, ...]:
     """The launches of a one-pass kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
-        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles)
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, gpu, tiles)
     if kernel == "grad_x":
-        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), arch, tiles)
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), gpu, tiles)
     grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
-    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), arch, tiles)
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), gpu, tiles)
 
 
-def rejection(kernel: str, t: dict[str, Tensor], arch: str, tiles: Tiles) -> str | None:
+def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -> str | None:
     """Why a candidate must not be chosen; None where it may."""
     x, weight = t["x"], t["weight"]
+    gpu, (groups, rank, _) = devices.gpu(gpu), t["scale_col"].shape
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
-    if tiles.schedule != "tiled" and not tuned_tiles.loaded_by_tma(*operands):
-        return "TMA cannot load the operands"
-    groups, rank, _ = t["scale_col"].shape
-    if tiles.schedule == "gluon" and not linear_configs.by_hand(
-        arch, x.dtype, weight.dtype, weight.shape, rank, groups
-    ):
+    product = Product(
+        kernel, gpu, x.dtype, weight.dtype, weight.shape, rank, groups, *map(Operand.of, operands)
+    )  # fmt: skip
+    if tiles.schedule not in linear_configs.schedules_for(product):
         return f"the schedule {tiles.schedule} does not serve this problem"
-    if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, linear_triton.device_name(x.device)):
+    if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):
         return f"needs {linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype) >> 10} KiB of shared memory"
     try:
-        for launch in launches_of(kernel, t, arch, tiles):
+        for launch in launches_of(kernel, t, gpu, tiles):
             compiled = launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
             if getattr(compiled, "n_spills", 0):
                 return f"spills {compiled.n_spills} registers"
@@ -209,15 +211,15 @@ def tune(
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    arch = linear_triton.architecture(device)
+    gpu = devices.gpu_of(device)
     results = []
     for kernel in kernels:
         classes: dict[int, list[int]] = {}
         for count in rows:
-            classes.setdefault(linear_configs.shape_class(kernel, arch, dtype, count), []).append(count)
+            classes.setdefault(linear_configs.shape_class(kernel, gpu, dtype, count), []).append(count)
         for limit, counts in classes.items():
             problems = [(count, *shape) for shape in shapes for count in counts]
-            result = _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer)
+            result = _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer)
             name = tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, result.precision, limit)
             times = {"us": round(result.us, 3), "shipped_us": round(result.shipped_us, 3)}
             tuned_tiles.write(path, {name: result.tiles._asdict() | times if result.kept else None})
@@ -246,18 +248,18 @@ def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.
         raise ValueError(f"device={str(device)!r} cannot be tuned: {reason}")
 
 
-def _tune_class(kernel, problems, dtype, device, arch, limit, experimental, timer) -> Tuned:
-    shipped, *others = candidates(kernel, arch, dtype, problems[0][0], experimental)
+def _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer) -> Tuned:
+    shipped, *others = candidates(kernel, gpu, dtype, problems[0][0], experimental)
     rejected: dict[Tiles, str] = {}
     logs: dict[Tiles, float] = dict.fromkeys([shipped, *others], 0.0)
     for count, out_features, in_features in problems:
         tensors = draw(numerics.Case(count, out_features, in_features, dtype=dtype, device=str(device)))
         for tiles in list(logs):
-            if tiles != shipped and (reason := rejection(kernel, tensors, arch, tiles)):
+            if tiles != shipped and (reason := rejection(kernel, tensors, gpu, tiles)):
                 rejected[tiles] = reason
                 del logs[tiles]
                 continue
-            launches = launches_of(kernel, tensors, arch, tiles)
+            launches = launches_of(kernel, tensors, gpu, tiles)
             logs[tiles] += math.log(timer(lambda launches=launches: [launch.run() for launch in launches]))
     times = {tiles: math.exp(total / len(problems)) for tiles, total in logs.items()}
     best = min(times, key=times.get)

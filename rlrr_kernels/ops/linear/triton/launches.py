@@ -2,7 +2,7 @@
 
 The schedule of the tiles (:data:`rlrr_kernels.ops.linear.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
 device, meta included: a launch can be built, and compiled, where there is no GPU to run it. Scales must be contiguous;
-for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.by_tma`).
+for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.schedules_for`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles, check_schedule
 from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 
-_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
-
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """What the kernels' products of ``dtype`` are told of fp32 and TF32."""
-    return _PRECISION[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee"
+def precision_of(dtype: torch.dtype, gpu: Gpu | str) -> str:
+    """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU."""
+    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and devices.gpu(gpu).tf32 else "ieee"
 
 
 def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def forward_launches(
         return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, arch, tiles)
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, bias is not None, residual, x.dtype,
-        precision_of(x.dtype), arch, tiles,
+        precision_of(x.dtype, arch), arch, tiles,
     )  # fmt: skip
     bias = x if bias is None else bias
     return plans.launches((x, weight, scale_row, scale_col, bias), bias, y)
@@ -166,7 +166,7 @@ def grad_x_launches(
         return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, arch, tiles)
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, grad_y.dtype,
-        precision_of(grad_y.dtype), arch, tiles,
+        precision_of(grad_y.dtype, arch), arch, tiles,
     )  # fmt: skip
     return plans.launches((grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
@@ -273,7 +273,7 @@ def grad_scales_launches(
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, sums = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), weight.itemsize, scale_col.shape,
-        needs, dtype, precision_of(dtype), arch, tiles,
+        needs, dtype, precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     return sums.launches(partial, (grad_y, x, weight, scale_row, scale_col), grads)
 

@@ -1,6 +1,6 @@
 """Launches of the kernel that is scheduled by hand for Hopper.
 
-What :func:`rlrr_kernels.ops.linear.tiles.by_hand` says of a problem must hold.
+What :func:`rlrr_kernels.ops.linear.tiles.schedules_for` says of a problem must hold.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rlrr_kernels import devices
 from rlrr_kernels.ops.host.launch import Launch, Plan, cdiv
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels_gluon import SIDE, rescaled_product_kernel
@@ -63,7 +64,7 @@ def _plan(
     output_tiles = row_tiles * cdiv(count, tiles.block_m)
     return _GluonPlan(
         rescaled_product_kernel,
-        (min(output_tiles, linear_configs.MULTIPROCESSORS[arch]),),
+        (min(output_tiles, devices.gpu(arch).multiprocessors),),
         (output_tiles, row_tiles, 2 * cdiv(contracted, 2 * side), rows, group_size),
         {
             "TRANSPOSED": transposed, "ONE_GROUP": groups == 1, "RESIDUAL": residual, "HAS_BIAS": has_bias,

@@ -257,7 +257,7 @@ def grad_scales_launches(
         kept = x.shape[0]
     means, partial, sums = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), scale_col.shape, kept, row_weight, images,
-        needs, dtype, precision_of(dtype), arch, tiles,
+        needs, dtype, precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     missed, mean = grad_y, x
     if means is not None:

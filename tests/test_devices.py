@@ -1,0 +1,88 @@
+"""What is known of GPUs: names, families, sizes and rates; no GPU is needed."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from rlrr_kernels import devices
+from rlrr_kernels.devices import Peaks
+
+
+@pytest.mark.parametrize(
+    ("capability", "gcn", "name", "family"),
+    [
+        ((9, 0), None, "sm_90", "sm_90"),
+        ((8, 0), None, "sm_80", "sm_80"),
+        ((8, 6), None, "sm_86", "sm_80"),
+        ((8, 9), None, "sm_89", "sm_80"),
+        ((7, 5), None, "sm_75", "sm_80"),
+        ((10, 0), None, "sm_100", "sm_100"),
+        ((10, 3), None, "sm_103", "sm_100"),
+        ((12, 0), None, "sm_120", "sm_80"),
+        ((13, 0), None, "sm_130", "sm_80"),
+        (None, "gfx942:sramecc+:xnack-", "gfx942", "gfx942"),
+        (None, "gfx90a:sramecc+:xnack-", "gfx90a", "gfx942"),
+        (None, "gfx950", "gfx950", "gfx942"),
+        (None, "gfx1100", "gfx1100", "sm_80"),
+        (None, None, "interpreter", "interpreter"),
+    ],
+)
+def test_names_and_families(capability, gcn, name: str, family: str):
+    assert devices.device_name(capability, gcn) == name
+    assert devices.family_of(name) == family
+    assert devices.typical(name).family == family
+
+
+def properties(**fields: float) -> SimpleNamespace:
+    return SimpleNamespace(multi_processor_count=132, **fields)
+
+
+def test_a_gpu_is_as_large_and_fast_as_its_driver_says():
+    h200 = devices.from_properties("sm_90", properties(clock_rate=1_980_000))
+    assert h200 == devices.typical("sm_90"), "what the driver does not tell is the datasheet's"
+    fields = {"multi_processor_count": 114, "clock_rate": 1_755_000, "memory_clock_rate": 1_593_000}
+    pcie = devices.from_properties("sm_90", SimpleNamespace(**fields, memory_bus_width=5120))
+    assert pcie.multiprocessors == 114
+    assert math.isclose(pcie.peaks.half, 756e12, rel_tol=0.01), "an H100 PCIe's datasheet"
+    assert math.isclose(pcie.peaks.bandwidth, 2.04e12, rel_tol=0.01)
+    l4 = {"multi_processor_count": 58, "clock_rate": 2_040_000, "memory_clock_rate": 6_251_000, "memory_bus_width": 192}
+    assert math.isclose(devices.from_properties("sm_89", SimpleNamespace(**l4)).peaks.half, 121e12, rel_tol=0.03)
+    assert math.isclose(devices.from_properties("sm_89", SimpleNamespace(**l4)).peaks.bandwidth, 300e9, rel_tol=0.01)
+
+
+def test_a_property_that_is_missing_or_zero_is_the_datasheets():
+    for given in (SimpleNamespace(), properties(clock_rate=0, memory_clock_rate=0, memory_bus_width=5120)):
+        assert devices.from_properties("sm_90", given) == devices.typical("sm_90")
+    mi300 = properties(memory_clock_rate=1_300_000, memory_bus_width=8192)
+    assert devices.from_properties("gfx942", mi300).peaks.bandwidth == 5.3e12, "AMD counts clocks otherwise"
+
+
+def test_a_gpu_without_a_datasheet_is_its_familys():
+    assert devices.typical("sm_101")[2:] == devices.typical("sm_100")[2:]
+    assert devices.typical("gfx1100")[2:] == devices.typical("sm_80")[2:]
+    assert devices.gpu("sm_90") == devices.gpu(devices.typical("sm_90")) == devices.typical("sm_90")
+    assert isinstance(devices.typical("sm_86").peaks, Peaks)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942"])
+def test_auto_takes_triton_where_it_has_matrix_instructions_and_was_compiled(name: str):
+    assert devices.distrust_of_triton(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("sm_70", "compute capability 7.0"), ("sm_75", "compute capability 7.5"), ("sm_61", "compute capability 6.1"),
+        ("gfx950", "this is gfx950"), ("gfx1100", "this is gfx1100"), ("gfx1201", "this is gfx1201"),
+    ],
+)  # fmt: skip
+def test_auto_leaves_other_gpus_to_the_library(name: str, reason: str):
+    assert reason in devices.distrust_of_triton(name)
+
+
+def test_every_family_ships_tiles_and_every_trusted_amd_gpu_is_compiled_for():
+    tiles = pytest.importorskip("rlrr_kernels.ops.linear.tiles")
+    assert {devices.family_of(name) for name in devices.SHARED_BYTES} == set(tiles.TABLE)
