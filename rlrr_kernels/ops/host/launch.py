@@ -11,8 +11,10 @@ Triton are read when a kernel is compiled, not at later launches.
 from __future__ import annotations
 
 import operator
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
@@ -21,20 +23,53 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels import backends
+from rlrr_kernels.ops.host import private
+from rlrr_kernels.ops.host.private import StartKernel
 
 TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's name of a dtype of sums."""
 
+LAUNCH_VARIABLE = "RLRR_LAUNCH"
+"""The one switch: "direct" (default), or "triton" for Triton's own launcher always, and no replays."""
+
 _dtype = operator.attrgetter("dtype")
 _address = Tensor.data_ptr
-current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_make_start = private.start_maker(triton.__version__)
+watched = private.watcher()
+current_device = private.current_device
 
-StartKernel = Callable[[int, Sequence[int]], None]
-"""Starts one compiled kernel on a stream, given the addresses of its tensors."""
+_direct: bool | None = None
+
+
+def direct_allowed() -> bool:
+    """Whether kernels may be started past Triton's launcher, and calls be replayed.
+
+    Raises:
+        ValueError: ``RLRR_LAUNCH`` is neither "direct" nor "triton".
+    """
+    global _direct
+    if _direct is None:
+        value = os.environ.get(LAUNCH_VARIABLE, "direct").lower()
+        if value not in ("direct", "triton"):
+            raise ValueError(f"environment {LAUNCH_VARIABLE} must be direct or triton; got {value!r}")
+        _direct = value == "direct"
+    return _direct
+
+
+def give_up_direct(reason: str) -> None:
+    """Leaves every launch of this process to Triton's launcher from now on, with one warning."""
+    global _direct
+    if direct_allowed():
+        _direct = False
+        warnings.warn(
+            f"kernels are started by Triton's own launcher from now on, which costs the host more: {reason}. The "
+            f"results are not affected. Please report it with the version of Triton, {triton.__version__}; "
+            f"{LAUNCH_VARIABLE}=triton avoids the attempt",
+            stacklevel=2,
+        )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,7 +87,7 @@ class Plan:
     number, so a CUDA graph keeps it as it keeps the pointers of others.
     """
 
-    __slots__ = ("_starts", "blocks", "grid", "kernel", "meta", "numbers")
+    __slots__ = ("_starts", "blocks", "compiled", "grid", "kernel", "meta", "numbers", "trusted")
 
     def __init__(
         self,
@@ -67,6 +102,8 @@ class Plan:
         self.grid = grid
         self.numbers = numbers
         self.meta = meta
+        self.compiled: Any = None  # what Triton's launcher last ran; None from its interpreter
+        self.trusted: set[tuple] = set()  # keys of launches of which rlrr_kernels.ops.host.guard has a verdict
         self._starts: dict[tuple, tuple[Any, StartKernel]] = {}
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Tensor | TensorDescriptor | int | float, ...]:
@@ -83,8 +120,8 @@ class Plan:
         if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self.run(*tensors)
-        known = self._starts.get(self._key(tensors))
-        if known is not None:
+        known, failure = self._starts.get(self.key(tensors)), None
+        if known is not None and direct_allowed():
             driver, start = known
             pointers = list(map(_address, tensors))
             if not (
@@ -92,16 +129,33 @@ class Plan:
                 or driver is not triton.runtime.driver.active
                 or watched(self.kernel)
             ):
-                return start(driver.get_current_stream(device), pointers)
-        compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
-        if self._direct_from_now_on(tensors):
-            start = _make_start(self, compiled)
-            if start is not None:
-                start = _by_tma(start, tensors[: len(self.blocks)]) if self.blocks else start
-                self._starts[self._key(tensors)] = triton.runtime.driver.active, start
+                try:
+                    return start(driver.get_current_stream(device), pointers)
+                except Exception as error:  # a launcher that is not what its version says; a driver's error comes again
+                    failure = error
+        self.compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
+        if failure is not None:
+            give_up_direct(f"a start past it failed with {type(failure).__name__}: {failure}")
+        elif self._direct_from_now_on(tensors):
+            self._keep_start(tensors)
         return None
 
-    def _key(self, tensors: Sequence[Tensor]) -> tuple:
+    def _keep_start(self, tensors: Sequence[Tensor]) -> None:
+        """Starts the kernel that Triton just launched without it from now on, where that can be done."""
+        try:
+            start = _make_start(self, self.compiled)
+        except Exception as error:
+            return give_up_direct(f"a compiled kernel is not as expected: {type(error).__name__}: {error}")
+        if start is not None:
+            start = _by_tma(start, tensors[: len(self.blocks)]) if self.blocks else start
+            self._starts[self.key(tensors)] = triton.runtime.driver.active, start
+        return None
+
+    def forget_starts(self) -> None:
+        """Has the next launch done by Triton."""
+        self._starts.clear()
+
+    def key(self, tensors: Sequence[Tensor]) -> tuple:
         """What a kernel depends on beside the plan, and where descriptors are made, what these do beside an address."""
         key = (tensors[0].get_device(), *map(_dtype, tensors))
         for tensor in tensors[: len(self.blocks)]:
@@ -110,32 +164,19 @@ class Plan:
 
     def known_start(self, tensors: Sequence[Tensor]) -> StartKernel | None:
         """How the kernel for these tensors is started past Triton; None before it was launched, or if it cannot be."""
-        known = self._starts.get(self._key(tensors))
+        known = self._starts.get(self.key(tensors)) if direct_allowed() else None
         return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
 
     def _direct_from_now_on(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the kernel that Triton just launched may be started without it the next time."""
         return (
             _make_start is not None
+            and direct_allowed()
             and isinstance(self.kernel, triton.JITFunction)
             and triton.runtime.driver.active.get_current_target().backend == "cuda"
             and not any(tensor.data_ptr() % 16 for tensor in tensors)
             and not watched(self.kernel)
         )
-
-
-def watched(*kernels: triton.JITFunction) -> bool:
-    """Whether anything watches or alters launches of the kernels, so that Triton has to do them."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
-        getattr(enter, "calls", enter)
-        or getattr(leave, "calls", leave)
-        or runtime.debug
-        or getattr(runtime, "add_stages_inspection_hook", None)  # Triton 3.5 has none
-        or knobs.compilation.__dict__
-        or any([kernel.pre_run_hooks for kernel in kernels])  # noqa: C419 (a generator costs twice as much)
-    )
 
 
 class Launch(NamedTuple):
@@ -180,52 +221,6 @@ def is_recording() -> bool:
     return getattr(_thread, "record", None) is not None
 
 
-def _arguments_after_tensors(plan: Plan) -> tuple:
-    """Numbers, then constants in the order of the kernel's parameters: the launcher skips the latter."""
-    names = plan.kernel.arg_names[-sum(name in plan.meta for name in plan.kernel.arg_names) :]
-    return (*plan.numbers, *(plan.meta[name] for name in names))
-
-
-def _grid(plan: Plan) -> tuple[int, int, int]:
-    return (*plan.grid, 1, 1)[:3]
-
-
-def _make_start_3_5(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
-    """For Triton 3.5 and 3.6, where every signature has a C function of its own."""
-    launcher, launch = compiled.run, compiled.run.launch
-    x, y, z = _grid(plan)
-    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        return None
-
-    def start(stream: int, pointers: Sequence[int]) -> None:
-        launch(
-            x, y, z, stream, function, cooperative, dependent, None, None, metadata, None, None, None, *pointers, *rest
-        )
-
-    return start
-
-
-def _make_start_3_7(plan: Plan, compiled: triton.compiler.CompiledKernel) -> StartKernel | None:
-    """For Triton 3.7 to 3.9, where one C function reads a description of the signature."""
-    launcher, launch = compiled.run, compiled.run.launch
-    x, y, z = _grid(plan)
-    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
-    kinds, signature = launcher.arg_annotations, launcher.kernel_signature
-    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
-        return None
-
-    def start(stream: int, pointers: Sequence[int]) -> None:
-        launch(
-            x, y, z, stream, function, cooperative, dependent, metadata, None, None, None, None, None,
-            kinds, signature, (*pointers, *rest),
-        )  # fmt: skip
-
-    return start
-
-
 class _Descriptor:
     """As much of a ``TensorDescriptor`` of zero padding as Triton's launcher reads, of the memory at an address."""
 
@@ -253,15 +248,6 @@ def _by_tma(start: StartKernel, tensors: Sequence[Tensor]) -> StartKernel:
         start(stream, (*map(_Descriptor, pointers, layouts), *pointers[len(layouts) :]))
 
     return start_by_tma
-
-
-_make_start = {
-    "3.5": _make_start_3_5,
-    "3.6": _make_start_3_5,
-    "3.7": _make_start_3_7,
-    "3.8": _make_start_3_7,
-    "3.9": _make_start_3_7,
-}.get(".".join(triton.__version__.split(".")[:2]))
 
 
 REFUSED_BY_INTERPRETER: tuple[torch.dtype, ...] = (torch.bfloat16,)

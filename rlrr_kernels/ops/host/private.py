@@ -1,11 +1,17 @@
-"""Names that PyTorch does not promise to keep: each with what it is for, and what happens without it.
+"""Names that PyTorch and Triton do not promise to keep: what each is for, and what happens without it.
 
-The other files of the package take them from here. Triton's are in the second half.
+The other files of the package take them from here. Importing this imports no Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+
+StartKernel = Callable[[int, Sequence[int]], None]
+"""Starts one compiled kernel on a stream, given the addresses of its tensors."""
 
 # ---------------------------------------------------------------- PyTorch
 
@@ -17,3 +23,107 @@ def _public_fp32_precision(backend: str, op: str) -> str:
 fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", _public_fp32_precision)
 """What products of float32 may be rounded to, asked at every launch. Without it: the public attribute, five times as
 slow."""
+
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The current CUDA device, asked at every launch. Without it: the public function, which first looks whether CUDA is
+initialised."""
+
+# ---------------------------------------------------------------- Triton
+
+
+def watcher() -> Callable[..., bool]:
+    """The function that tells whether anything watches or alters launches of kernels, so that Triton has to do them.
+
+    It reads Triton's knobs: hooks around launches, debugging, the inspection of stages (which Triton 3.5 has not) and
+    what was set for the compiler; and a kernel's own hooks. A knob that is missing is taken for unset.
+    """
+    from triton import knobs
+
+    runtime, compilation = knobs.runtime, knobs.compilation.__dict__
+
+    def watched(*kernels: Any) -> bool:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return bool(
+            getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
+            or runtime.debug
+            or getattr(runtime, "add_stages_inspection_hook", None)
+            or compilation
+            or any([kernel.pre_run_hooks for kernel in kernels])  # noqa: C419 (a generator costs twice as much)
+        )
+
+    return watched
+
+
+def _arguments_after_tensors(plan: Any) -> tuple:
+    """Numbers, then constants in the order of the kernel's parameters: the launcher skips the latter."""
+    names = plan.kernel.arg_names[-sum(name in plan.meta for name in plan.kernel.arg_names) :]
+    return (*plan.numbers, *(plan.meta[name] for name in names))
+
+
+def _grid(plan: Any) -> tuple[int, int, int]:
+    return (*plan.grid, 1, 1)[:3]
+
+
+def _start_3_5(plan: Any, compiled: Any) -> StartKernel | None:
+    """For Triton 3.5 and 3.6, where every signature has a C function of its own."""
+    launcher, launch = compiled.run, compiled.run.launch
+    x, y, z = _grid(plan)
+    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+
+    def start(stream: int, pointers: Sequence[int]) -> None:
+        launch(
+            x, y, z, stream, function, cooperative, dependent, None, None, metadata, None, None, None, *pointers, *rest
+        )
+
+    return start
+
+
+def _start_3_7(plan: Any, compiled: Any) -> StartKernel | None:
+    """For Triton 3.7 to 3.9, where one C function reads a description of the signature."""
+    launcher, launch = compiled.run, compiled.run.launch
+    x, y, z = _grid(plan)
+    function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    kinds, signature = launcher.arg_annotations, launcher.kernel_signature
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return None
+
+    def start(stream: int, pointers: Sequence[int]) -> None:
+        launch(
+            x, y, z, stream, function, cooperative, dependent, metadata, None, None, None, None, None,
+            kinds, signature, (*pointers, *rest),
+        )  # fmt: skip
+
+    return start
+
+
+_STARTS = {"3.5": _start_3_5, "3.6": _start_3_5, "3.7": _start_3_7, "3.8": _start_3_7, "3.9": _start_3_7}
+
+
+def start_maker(version: str) -> Callable[[Any, Any], StartKernel | None] | None:
+    """What makes, of a plan and its compiled kernel, the way past Triton's launcher: its C function and its arguments.
+
+    None for a version that is not known here. A nightly or a local build passes for its release: where it has another
+    launcher, the first start fails before anything runs, and Triton's own launcher is used from then on.
+    """
+    return _STARTS.get(".".join(version.split(".")[:2]))
+
+
+def spilled_registers(compiled: Any) -> int:
+    """Registers a thread that a launched kernel keeps in memory. Without the attribute: 0, none is noticed."""
+    return getattr(compiled, "n_spills", None) or 0
+
+
+def code(compiled: Any, kind: str) -> str:
+    """A compiled kernel's text: "ttir", "ptx" or "amdgcn". Without it: "", and nothing is noticed."""
+    text = getattr(compiled, "asm", {}).get(kind, "")
+    return text if isinstance(text, str) else ""
+
+
+def source_hash(kernel: Any) -> str:
+    """The hash of a kernel's source and of all that it calls. Without it: "unknown", which is never kept."""
+    return str(getattr(kernel, "cache_key", "unknown"))[:16]
