@@ -147,3 +147,8 @@ def canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor
     else:
         col = scale_col.unsqueeze(-2) if scale_col.dim() == 2 else scale_col[None, None]
     return row, col
+
+
+def in_memory(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors with the values that their memory holds: a kernel is handed addresses and knows no lazy negation."""
+    return tuple([t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -57,7 +57,7 @@ def _plan(size: int, name: str, need_value: bool, wide: torch.dtype) -> Plan:
     meta = {
         "ACTIVATION": name, "NEED_VALUE": need_value, "ACC": TL_ACCUMULATE[wide], "BLOCK": _BLOCK, "num_warps": 4,
     }  # fmt: skip
-    return Plan(_activation_bwd_kernel, (cdiv(size, _BLOCK),), (size,), meta)
+    return Plan(_activation_bwd_kernel, (triton.cdiv(size, _BLOCK),), (size,), meta)
 
 
 def backward_launch(grad_a: Tensor, h: Tensor, name: str, value: Tensor | None) -> Launch:

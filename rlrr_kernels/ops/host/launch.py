@@ -72,11 +72,6 @@ def give_up_direct(reason: str) -> None:
         )
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; ``triton.cdiv`` takes 2 µs on the host, several times a launch."""
-    return -(-a // b)
-
-
 class Plan:
     """A kernel with its grid, numbers and constants: all of a launch but the tensors, its first parameters.
 

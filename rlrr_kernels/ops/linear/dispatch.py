@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
-from rlrr_kernels.ops.checks import canonical
+from rlrr_kernels.ops.checks import canonical, in_memory
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
@@ -33,8 +33,8 @@ def forward(
 ) -> Tensor:
     """y [..., N] of x [..., K]."""
     module, options = _implementation(_able(backend, x, weight, scale_row, scale_col, bias))
-    x, weight, bias = resolved(x), resolved(weight), resolved(bias)
-    scale_row, scale_col = canonical(resolved(scale_row), resolved(scale_col), weight)
+    x, weight, scale_row, scale_col, bias = in_memory(x, weight, scale_row, scale_col, bias)
+    scale_row, scale_col = canonical(scale_row, scale_col, weight)
     flat = flattened(x)
     with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
         if input_activation is not None:
@@ -74,8 +74,8 @@ def backward(
     x is what :func:`rows_for_backward` returned.
     """
     backend = _able(backend, grad_y, x, weight, scale_row, scale_col)
-    grad_y, x, weight = resolved(grad_y), resolved(x), resolved(weight)
-    row, col = canonical(resolved(scale_row), resolved(scale_col), weight)
+    grad_y, x, weight, scale_row, scale_col = in_memory(grad_y, x, weight, scale_row, scale_col)
+    row, col = canonical(scale_row, scale_col, weight)
     flat = flattened(grad_y), flattened(x), weight, row, col, residual, backend, needs, sample
     with torch._C._DisableAutocast():
         grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
@@ -95,9 +95,9 @@ def flattened(x: Tensor | None) -> Tensor | None:
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
-def resolved(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with the values that its memory holds: a kernel that is handed the address knows no lazy negation."""
-    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
+def _able(backend: str, *tensors: Tensor | None) -> str:
+    """``backend``, or plain torch where a tensor is of a type that may have no memory to hand to a kernel."""
+    return backend if all([t is None or type(t) in PLAIN_TYPES for t in tensors]) else "torch"  # noqa: C419 (faster)
 
 
 @functools.cache
@@ -105,11 +105,6 @@ def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     """The module that serves a resolved backend, and the path it is told to take."""
     name, _, path = backend.partition(".")
     return importlib.import_module(f"rlrr_kernels.ops.linear.{name}_backend"), {"path": path} if path else {}
-
-
-def _able(backend: str, *tensors: Tensor | None) -> str:
-    """``backend``, or plain torch where a tensor is of a type that may have no memory to hand to a kernel."""
-    return backend if all(t is None or type(t) in PLAIN_TYPES for t in tensors) else "torch"
 
 
 def _flat_backward(grad_y, x, weight, row, col, residual, backend, needs, sample=None):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
+from rlrr_kernels.ops.checks import in_memory
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
 from rlrr_kernels.ops.recompute import attach_recompute
@@ -100,7 +101,7 @@ def _compute_again(
     if dtype == torch.promote_types(x.dtype, torch.float32):
         dtype = wanted  # not rounded before: the kernel may as well write what the cast of its result would give
     with torch._C._DisableAutocast():
-        return module.forward(x, *parameters, eps, dtype)[0].to(wanted)
+        return module.forward(*in_memory(x, *parameters), eps, dtype)[0].to(wanted)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -125,7 +126,7 @@ class _NormRescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale, shift, eps, dtype):
         ctx.module = _implementation(x)
-        y, mean, rstd = ctx.module.forward(x, weight, bias, scale, shift, eps, dtype)
+        y, mean, rstd = ctx.module.forward(*in_memory(x, weight, bias, scale, shift), eps, dtype)
         ctx.save_for_backward(x, weight, bias, scale, mean, rstd)
         ctx.options = shift.dtype, eps, dtype
         return y
@@ -142,6 +143,7 @@ class _NormRescale(torch.autograd.Function):
                 (x, scale, shift), (need_x, need_scale, need_shift), grad_y,
             )  # fmt: skip
             return grads[0], None, None, *grads[1:], None, None
+        grad_y, x, weight, bias, scale = in_memory(grad_y, x, weight, bias, scale)
         grad_x, grad_scale, grad_shift = ctx.module.backward(
             grad_y, x, weight, bias, scale, shift_dtype, mean, rstd, (need_x, need_scale, need_shift)
         )

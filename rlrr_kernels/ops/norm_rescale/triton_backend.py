@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv, check_interpreter
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
 
 MAX_SIZE = 8192
 """Largest D: a row lives in the registers of one program."""
@@ -180,7 +180,7 @@ def _backward_plan(
         "HAS_WEIGHT": has_weight, "NEED_X": need_x, "NEED_PARAMETERS": need_parameters,
         "ROWS": ROWS_PER_PROGRAM, **_row_meta(size, wide),
     }  # fmt: skip
-    return Plan(_norm_rescale_bwd_kernel, (cdiv(rows, ROWS_PER_PROGRAM),), (rows, size, *strides), meta)
+    return Plan(_norm_rescale_bwd_kernel, (triton.cdiv(rows, ROWS_PER_PROGRAM),), (rows, size, *strides), meta)
 
 
 @_plans
@@ -191,7 +191,7 @@ def _reduce_plan(
         "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias, "NEED_SCALE": need_scale, "NEED_SHIFT": need_shift,
         "BLOCK_P": 32, "BLOCK": 32, "num_warps": 4,
     }  # fmt: skip
-    return Plan(_norm_rescale_bwd_reduce_kernel, (cdiv(size, 32),), (programs, size), meta)
+    return Plan(_norm_rescale_bwd_reduce_kernel, (triton.cdiv(size, 32),), (programs, size), meta)
 
 
 def backward_launches(
@@ -210,7 +210,7 @@ def backward_launches(
     has_weight, has_bias = weight is not None, bias is not None
     need_scale, need_shift = grad_scale is not None, grad_shift is not None
     need_parameters = need_scale or need_shift
-    programs = cdiv(rows, ROWS_PER_PROGRAM)
+    programs = -(-rows // ROWS_PER_PROGRAM)  # triton.cdiv takes as long as a launch
     parts = torch.empty((programs, 2, size) if need_parameters else (0,), dtype=wide, device=x.device)
     weight, bias = weight if has_weight else x, bias if has_bias else x
     strides = grad_y.stride(0), x.stride(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles, check_schedule
 from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
@@ -70,8 +70,8 @@ def _split_product(
     ∂x).
     """
     splits = linear_configs.contraction_splits(iterations, programs, tiles, gpu)
-    per_split = max(1, cdiv(iterations, splits))
-    splits = max(1, cdiv(iterations, per_split))
+    per_split = max(1, triton.cdiv(iterations, splits))
+    splits = max(1, triton.cdiv(iterations, per_split))
     numbers = (*numbers, per_split * span, *strides)
     if splits == 1:
         return _Product(Plan(kernel, (programs,), numbers, meta | {"SPLIT": False}))
@@ -79,7 +79,7 @@ def _split_product(
     sum_meta = {"SPLITS": splits, "HAS_BIAS": has_bias, "BLOCK": 512, "num_warps": 4}
     return _Product(
         Plan(kernel, (programs, splits), numbers, meta | {"SPLIT": True} | ({"HAS_BIAS": False} if has_bias else {})),
-        Plan(kernels.sum_splits_kernel, (cdiv(size, 512),), (size, shape[1]), sum_meta),
+        Plan(kernels.sum_splits_kernel, (triton.cdiv(size, 512),), (size, shape[1]), sum_meta),
         splits * size,
     )
 
@@ -98,7 +98,7 @@ def _forward_plans(
     tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, K), N, (groups, rank, _) = x_shape, weight_shape[0], col_shape
-    output_tiles = groups * cdiv(N // groups, tiles.block_n) * cdiv(M, tiles.block_m)
+    output_tiles = groups * triton.cdiv(N // groups, tiles.block_n) * triton.cdiv(M, tiles.block_m)
     numbers = M, N, K, N // groups
     meta = {
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
@@ -109,7 +109,7 @@ def _forward_plans(
         blocks = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
-        kernels.rlrr_linear_fwd_kernel, output_tiles, cdiv(K, tiles.block_k), tiles.block_k, numbers,
+        kernels.rlrr_linear_fwd_kernel, output_tiles, triton.cdiv(K, tiles.block_k), tiles.block_k, numbers,
         (*x_strides, *weight_strides), meta, (M, N), gpu, tiles,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def _grad_x_plans(
 ) -> _Product:  # fmt: skip
     (M, N), K, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     group_size = N // groups
-    output_tiles = cdiv(K, tiles.block_k) * cdiv(M, tiles.block_m)
+    output_tiles = triton.cdiv(K, tiles.block_k) * triton.cdiv(M, tiles.block_m)
     numbers = M, N, K, group_size
     meta = {
         "RANK": rank, "RESIDUAL": residual,
@@ -150,7 +150,7 @@ def _grad_x_plans(
         blocks = (tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
-        kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * cdiv(group_size, tiles.block_n), 1, numbers,
+        kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * triton.cdiv(group_size, tiles.block_n), 1, numbers,
         (*grad_strides, *weight_strides), meta | {"ONE_GROUP": groups == 1}, (M, K), gpu, tiles,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ class PartialSums(NamedTuple):
         )
         col_offset = row[0] * row[1]
         bias_offset = col_offset + col[0] * col[1]
-        blocks = sum(cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
+        blocks = sum(triton.cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
         plan = Plan(kernels.rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
         return cls(plan, col_offset, bias_offset, bias_offset + bias[0] * bias[1])
 
@@ -227,28 +227,30 @@ def _grad_scales_plans(
     M, (N, K), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
     group_size = N // groups
-    tiles_k, tiles_per_group = cdiv(K, tiles.block_k), cdiv(group_size, tiles.block_n)
+    tiles_k, tiles_per_group = triton.cdiv(K, tiles.block_k), triton.cdiv(group_size, tiles.block_n)
     meta = {
         "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
         **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
     if tiles.schedule == "persistent":
-        output_tiles, iterations = groups * tiles_per_group * tiles_k, cdiv(M, tiles.block_m)
+        output_tiles, iterations = groups * tiles_per_group * tiles_k, triton.cdiv(M, tiles.block_m)
         span = linear_configs.steps_a_program(output_tiles * iterations, tiles, gpu)
         parts = most_parts(output_tiles, iterations, span)
         strip = min(tiles.block_k, linear_configs.STRIP_BYTES // weight_itemsize)
-        sums = PartialSums.of((parts * cdiv(K, strip), parts * tiles_per_group, parts * tiles_k), needs, N, col_shape)
+        sums = PartialSums.of(
+            (parts * triton.cdiv(K, strip), parts * tiles_per_group, parts * tiles_k), needs, N, col_shape
+        )
         partial = Plan(
             kernels_persistent.rlrr_linear_bwd_scales_persistent_kernel,
-            (cdiv(output_tiles * iterations, span),),
+            (triton.cdiv(output_tiles * iterations, span),),
             (sums.col_offset, sums.bias_offset, M, N, K, group_size, span, parts, *weight_strides),
             meta | {"EVEN_N": group_size % tiles.block_n == 0, "STRIP": strip},
             ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
         )
         return partial, sums
     splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, gpu)
-    rows_per_split = max(1, cdiv(cdiv(M, splits), tiles.block_m)) * tiles.block_m
-    splits = max(1, cdiv(M, rows_per_split))
+    rows_per_split = max(1, triton.cdiv(triton.cdiv(M, splits), tiles.block_m)) * tiles.block_m
+    splits = max(1, triton.cdiv(M, rows_per_split))
     sums = PartialSums.of((splits * tiles_k, splits * tiles_per_group, splits), needs, N, col_shape)
     partial = Plan(
         kernels.rlrr_linear_bwd_scales_kernel,
@@ -292,7 +294,7 @@ def _merge_plan(
         "RANK": rank, "RESIDUAL": residual, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
         "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4,
     }  # fmt: skip
-    grid = (cdiv(K, block_k) * groups * cdiv(N // groups, block_n),)
+    grid = (triton.cdiv(K, block_k) * groups * triton.cdiv(N // groups, block_n),)
     return Plan(kernels.merge_kernel, grid, (K, N // groups, *weight_strides), meta)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rlrr_kernels import devices
-from rlrr_kernels.ops.host.launch import Launch, Plan, cdiv
+from rlrr_kernels.ops.host.launch import Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels_gluon import SIDE, rescaled_product_kernel
 
@@ -60,12 +61,12 @@ def _plan(
             f"tiles of the schedule gluon must have (block_n, block_k) = {blocks}, 4 warps, at least 2 stages and "
             f"block_m up to 256; got {tiles}"
         )
-    row_tiles = cdiv(rows, 2 * side)
-    output_tiles = row_tiles * cdiv(count, tiles.block_m)
+    row_tiles = triton.cdiv(rows, 2 * side)
+    output_tiles = row_tiles * triton.cdiv(count, tiles.block_m)
     return _GluonPlan(
         rescaled_product_kernel,
         (min(output_tiles, devices.gpu(arch).multiprocessors),),
-        (output_tiles, row_tiles, 2 * cdiv(contracted, 2 * side), rows, group_size),
+        (output_tiles, row_tiles, 2 * triton.cdiv(contracted, 2 * side), rows, group_size),
         {
             "TRANSPOSED": transposed, "ONE_GROUP": groups == 1, "RESIDUAL": residual, "HAS_BIAS": has_bias,
             "BLOCK_M": tiles.block_m, "STAGES": tiles.stages, "num_warps": tiles.warps,

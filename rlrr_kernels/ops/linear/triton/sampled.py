@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.ops.dtypes import accumulate_dtype
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, cdiv
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
 from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, precision_of
@@ -189,13 +189,15 @@ def _plans(
     """The launch of the images' means, that of the partial sums, and how these are added up."""
     (count, rows), (size, cols), (groups, rank, _) = grad_shape, x_shape, col_shape
     need_row, need_col, need_bias = needs
-    tiles_k, tiles_per_group = cdiv(cols, tiles.block_k), cdiv(rows // groups, tiles.block_n)
+    tiles_k, tiles_per_group = triton.cdiv(cols, tiles.block_k), triton.cdiv(rows // groups, tiles.block_n)
     wanted = linear_configs.splits_for(size, tiles, tiles_k * tiles_per_group * groups, arch)
-    rows_per_split = max(1, cdiv(cdiv(size, wanted), tiles.block_m)) * tiles.block_m
-    splits = max(1, sum(cdiv(part, rows_per_split) for part in (kept, images, size - kept)))
+    rows_per_split = max(1, triton.cdiv(triton.cdiv(size, wanted), tiles.block_m)) * tiles.block_m
+    splits = max(1, sum(triton.cdiv(part, rows_per_split) for part in (kept, images, size - kept)))
     sums_bias = need_bias and not images
-    columns = min(_MOST_BIAS_COLUMNS, max(1, cdiv(cdiv(count, rows_per_split), splits))) if sums_bias else 0
-    rows_per_sum = max(1, cdiv(cdiv(count, max(1, columns * splits)), tiles.block_m)) * tiles.block_m
+    columns = (
+        min(_MOST_BIAS_COLUMNS, max(1, triton.cdiv(triton.cdiv(count, rows_per_split), splits))) if sums_bias else 0
+    )
+    rows_per_sum = max(1, triton.cdiv(triton.cdiv(count, max(1, columns * splits)), tiles.block_m)) * tiles.block_m
     counts = splits * tiles_k, splits * tiles_per_group, images or splits * columns
     sums = PartialSums.of(counts, needs, rows, col_shape)
     partial = Plan(
@@ -215,7 +217,7 @@ def _plans(
         return None, partial, sums
     means = Plan(
         _rlrr_linear_bwd_image_means_kernel,
-        (images, cdiv(rows, _MEANS_BLOCK) + cdiv(cols, _MEANS_BLOCK)),
+        (images, triton.cdiv(rows, _MEANS_BLOCK) + triton.cdiv(cols, _MEANS_BLOCK)),
         (
             sums.bias_offset, _bits(row_weight), rows, cols, count // images, kept // images, (size - kept) // images,
             *grad_strides, *x_strides,
