@@ -180,7 +180,10 @@ INLINE void stacked_rows(const Weight& weight, const StackedRows& x, const Stack
       Vec a_low = load(at), b_low = load(at + kWidth), a_high = load(at + 2 * kWidth), b_high = load(at + 3 * kWidth);
       UNROLL for (int i = 0; i < NR / 2; ++i) {
         const int64_t pair = m * g.stride + n + 2 * i;
-        const Pairs a = splat_pair(g.plain + pair), b = splat_pair(g.scaled + pair), rest = splat_pair(g.rest + pair);
+        // Past an odd group's last row comes the next group's, whose inf times the 0 of w would be NaN here.
+        const bool both = 2 * i + 1 < rows;
+        const Pairs a = splat_pair(g.plain + pair, both), b = splat_pair(g.scaled + pair, both);
+        const Pairs rest = splat_pair(g.rest + pair, both);
         a_low = multiply_pairs(low[i], a, a_low);
         b_low = multiply_pairs(low[i], rest, multiply_pairs(low[i], b, b_low));
         a_high = multiply_pairs(high[i], a, a_high);

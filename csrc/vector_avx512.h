@@ -62,10 +62,10 @@ INLINE Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
 INLINE Pairs load_pairs(const void* p, __mmask32 elements) { return _mm512_maskz_loadu_epi16(elements, p); }
 INLINE void store_pairs(void* p, Pairs a) { _mm512_storeu_si512(p, a); }
 INLINE void store_pairs(void* p, Pairs a, __mmask32 elements) { _mm512_mask_storeu_epi16(p, elements, a); }
-INLINE Pairs splat_pair(const void* p) {
+INLINE Pairs splat_pair(const void* p, bool both = true) {  // without `both` the second is 0
   int bits;
   __builtin_memcpy(&bits, p, sizeof bits);
-  return _mm512_set1_epi32(bits);
+  return _mm512_set1_epi32(both ? bits : bits & 0xffff);
 }
 INLINE Vec multiply_pairs(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 

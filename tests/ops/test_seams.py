@@ -200,6 +200,25 @@ def test_a_nested_x_is_refused():
             rlrr_linear(**(tensors | {"x": nested}))
 
 
+@on_every_backend
+@pytest.mark.parametrize("name", ["grad_y", "scale_row", "weight"])
+@pytest.mark.parametrize("rows", [1, 3, 6, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_in_its_group(backend: str, name: str, rows: int, dtype: torch.dtype):
+    """Groups of 5 rows, which no tile divides: an inf in one must not be multiplied by another's padding."""
+    if backends.INTERPRETING and dtype == torch.bfloat16:
+        pytest.skip("slow, and the same kernels")
+    tensors = Case(rows, 15, 33, groups=3, dtype=dtype).draw(0)
+    row = 5
+    tensors[name][(slice(None), row) if name == "grad_y" else row] = torch.inf
+    t = leaves(tensors)
+    rlrr_linear(**t, backend=backend).backward(tensors["grad_y"])
+    for group in (0, 2):
+        assert t["scale_col"].grad[group].isfinite().all()
+    others = torch.arange(15) != row
+    assert t["scale_row"].grad[others].isfinite().all()
+
+
 # ---------------------------------------------------------------- shapes, frozen weights, batches of gradients
 
 
