@@ -12,7 +12,8 @@ import pytest
 from tests.support.paths import ROOT
 
 PAGES = {
-    page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    page.relative_to(ROOT).as_posix(): page
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 TEXTS = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
 
