@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from benchmarks.baselines import PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
 from benchmarks.common import kept_bytes, peak_bytes
-from benchmarks.gpu.measurements.baselines import peft_config, peft_module, peft_reason
-from benchmarks.gpu.measurements.steps import PEFT_TARGETS, use_reference
 from rlrr_kernels import NormRescale, RLRRConfig, adapt_model, recompute_activations
 
 LORA_RANK = 8

@@ -33,24 +33,25 @@ class Problem(NamedTuple):
     rank: int = 1
     groups: int = 1
 
+    def empty(self, device: str) -> dict[str, Tensor]:
+        """The arguments of rlrr_linear, and ``grad_y``, without values."""
+        m, n, k, weight_dtype = self.m, self.n, self.k, self.weight_dtype or self.dtype
+        shapes = {
+            "x": ((m, k), self.dtype), "weight": ((n, k), weight_dtype), "scale_row": ((n, self.rank), torch.float32),
+            "scale_col": ((self.groups, self.rank, k), torch.float32), "bias": ((n,), torch.float32),
+            "grad_y": ((m, n), self.dtype),
+        }  # fmt: skip
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
-        """The arguments of rlrr_linear, and ``grad_y``; what is trained requires a gradient if ``backward``."""
+        """The same, normal; W and s_c of variance 1 / K. What is trained requires a gradient if ``backward``."""
         generator = torch.Generator(self.device).manual_seed(seed)
-
-        def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, device=self.device) * std).to(dtype)
-
-        m, n, k, rank = self.m, self.n, self.k, self.rank
-        tensors = {
-            "x": normal(m, k),
-            "weight": normal(n, k, dtype=self.weight_dtype or self.dtype, std=k**-0.5),
-            "scale_row": normal(n, rank, dtype=torch.float32),
-            "scale_col": normal(self.groups, rank, k, dtype=torch.float32, std=k**-0.5),
-            "bias": normal(n, dtype=torch.float32),
-            "grad_y": normal(m, n),
-        }
-        for name in ("x", "scale_row", "scale_col", "bias"):
-            tensors[name].requires_grad_(self.backward)
+        tensors = {}
+        for name, like in self.empty("meta").items():
+            std = self.k**-0.5 if name in ("weight", "scale_col") else 1.0
+            drawn = torch.randn(like.shape, generator=generator, device=self.device) * std
+            trained = self.backward and name not in ("weight", "grad_y")
+            tensors[name] = drawn.to(like.dtype).requires_grad_(trained)
         return tensors
 
 
@@ -188,3 +189,20 @@ def _processor() -> str:
     values = {key.strip(): value.strip() for key, value in fields.items()}
     extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in values.get("flags", "")]
     return f"{values.get('model name', platform.machine())} ({', '.join(extensions)})"
+
+
+def number(value: object) -> str:
+    """A cell of a table: numbers to three digits, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def markdown_table(heads: list[str], lines: list[list[object]]) -> list[str]:
+    """Lines of Markdown, numbers to three digits, with a blank one behind; "None." without any line."""
+    if not lines:
+        return ["None.", ""]
+    table = [f"| {' | '.join(map(number, line))} |" for line in lines]
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *table, ""]

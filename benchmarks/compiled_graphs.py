@@ -29,7 +29,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu.measurements.steps import use_reference
+from benchmarks.baselines import use_reference
 from rlrr_kernels import RLRRConfig, adapt_model, backends, recompute_activations
 
 VARIANTS = ("reference", "rlrr", "recompute", "frozen")

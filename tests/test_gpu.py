@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common import Problem
 from benchmarks.gpu.correctness.check import CHECKED, draw, flaws, flaws_on, subject
-from benchmarks.gpu.measurements.estimates import exact_by_sampling
+from benchmarks.gpu.estimates import exact_by_sampling
 from rlrr_kernels import (
     RLRRConfig,
     RLRRLinear,
@@ -53,12 +53,12 @@ def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
 @pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 768, 768, 1, 1), (16, 3072, 768, 1, 1), (64, 768, 768, 4, 1), (333, 771, 774, 4, 3), (12608, 768, 2304, 1, 3)],
+    [(1, 768, 768, 1, 1), (16, 768, 3072, 1, 1), (64, 768, 768, 4, 1), (333, 774, 771, 4, 3), (12608, 2304, 768, 1, 3)],
     ids=str,
 )
 def test_no_wrong_element_stray_access_or_changing_bit(name: str, dtype: torch.dtype, sizes: tuple):
-    rows, in_features, out_features, rank, groups = sizes
-    problem = Problem(rows, in_features, out_features, dtype, False, "cuda", None, rank, groups)
+    m, n, k, rank, groups = sizes
+    problem = Problem(m, n, k, dtype, False, "cuda", None, rank, groups)
     with use_backend("triton"):
         assert flaws_on(name, problem) == []
 
@@ -66,7 +66,7 @@ def test_no_wrong_element_stray_access_or_changing_bit(name: str, dtype: torch.d
 @pytest.mark.parametrize("name", ["triton.one_pass", "triton.merge", "sampled rows"])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_of_the_largest_batch(name: str, weight_dtype: torch.dtype):
-    problem = Problem(50432, 1280, 5120, torch.bfloat16, False, "cuda", weight_dtype)
+    problem = Problem(50432, 5120, 1280, torch.bfloat16, False, "cuda", weight_dtype)
     with use_backend("triton"):
         assert flaws_on(name, problem) == []
 
@@ -75,7 +75,7 @@ def test_the_same_of_the_largest_batch(name: str, weight_dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("transposed", ["x", "weight", "grad_y"])
 def test_transposed_and_strided_tensors(backend: str, dtype: torch.dtype, transposed: str):
-    tensors = draw(backend, Problem(200, 192, 320, dtype, False, "cuda"))
+    tensors = draw(backend, Problem(200, 320, 192, dtype, False, "cuda"))
     for layout in (lambda t: t.t().contiguous().t(), lambda t: torch.stack([t, t], -1)[..., 0]):
         given = tensors | {transposed: layout(tensors[transposed])}
         assert not given[transposed].is_contiguous()

@@ -15,7 +15,7 @@ TOKENS = 197
 
 
 class Precision(NamedTuple):
-    """Dtypes of one case. With ``weight_dtype`` other than ``dtype`` every rival runs under autocast to ``dtype``."""
+    """Dtypes of one case. Under another ``weight_dtype`` than ``dtype`` everything runs in autocast to ``dtype``."""
 
     name: str
     dtype: torch.dtype  # of x and the products
@@ -59,14 +59,14 @@ class Shape(NamedTuple):
     """A linear layer of a model: K to N."""
 
     name: str
-    in_features: int
-    out_features: int
+    n: int
+    k: int
 
 
 def vit_layers(model: str, width: int) -> list[Shape]:
     """The four linear layers of a ViT block of this width."""
-    sizes = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
-    return [Shape(f"{model} {name}", k * width, n * width) for name, (k, n) in sizes.items()]
+    sizes = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}
+    return [Shape(f"{model} {name}", n * width, k * width) for name, (n, k) in sizes.items()]
 
 
 class Plan(NamedTuple):
@@ -75,28 +75,26 @@ class Plan(NamedTuple):
     device: str
     tiny: bool
     main: str  # the precision of the targets
-    many_rows: int  # M from which the targets for many rows hold
+    many_m: int  # M from which the targets for large M hold
     layers: list[tuple[int, Shape, int, str]]  # tier, shape, M, precision
     compiled: list[tuple[int, Shape, int, str, str]]  # and the mode of torch.compile
     again: list[tuple[int, Shape, int, str]]  # layers once more, where the tuner found faster tiles
     memory: list[tuple[int, Shape, int, str]]
     blocks: list[tuple[int, int, int, int, str]]  # tier, width, heads, images of 17 tokens, precision
     tuned: list[tuple[int, list[tuple[Shape, int]], str]]  # tier, problems (shape, M) of one class of M, precision
-    gate: list[tuple[int, int, int, int, int]]  # M, N, K, G, r
-    rule_rows: int  # largest M of the gate's cases on which the error rule takes its many seeds
+    check_cases: list[tuple[int, int, int, int, int]]  # M, N, K, G, r of the correctness checks
+    rule_m: int  # largest M of these on which the error rule takes its many seeds
     host: Shape
     models: list[tuple[int, str, int, str, str]]  # tier, model, batch, precision, mode
     build: Callable[[str], Any]  # a timm model by name
     compile_options: dict[str, Any]
-    seconds: float  # for the rounds of one group of rivals
+    seconds: float  # for the rounds of one interleaved group
     graphs: bool
 
-
-def problem_of(plan: Plan, shape: Shape, rows: int, precision: Precision, backward: bool = True) -> Problem:
-    """The problem of one layer call."""
-    return Problem(
-        rows, shape.in_features, shape.out_features, precision.dtype, backward, plan.device, precision.weight_dtype
-    )
+    def problem(self, m: int, shape: Shape, precision: Precision, groups: int = 1, rank: int = 1) -> Problem:
+        """The problem of one layer call."""
+        dtypes = precision.dtype, True, self.device, precision.weight_dtype
+        return Problem(m, shape.n, shape.k, *dtypes, rank, groups)
 
 
 def _build(name: str) -> Any:
@@ -118,21 +116,21 @@ def gpu_plan() -> Plan:
     base, large, huge = vit_layers("ViT-B", 768), vit_layers("ViT-L", 1024), vit_layers("ViT-H", 1280)
     batches = [TOKENS * batch for batch in (1, 8, 64, 256)]
     wide = Shape("wide", 8192, 8192)  # 128 MiB of bf16: more than any L2 holds
-    first = [(shape, rows) for rows in (batches[2], batches[1], 16) for shape in base]
+    first = [(shape, m) for m in (batches[2], batches[1], 16) for shape in base]
     layers = [(1, *entry, "bf16") for entry in first]
-    layers += [(4, shape, rows, "bf16") for rows in (64, 1) for shape in base]
-    layers += [(4, wide, rows, "bf16") for rows in (1, 16, 64)]
+    layers += [(4, shape, m, "bf16") for m in (64, 1) for shape in base]
+    layers += [(4, wide, m, "bf16") for m in (1, 16, 64)]
     layers += [(5, *entry, "bf16/fp32") for entry in first]
-    layers += [(6, shape, rows, "bf16") for rows in (batches[2], batches[1], 16) for shape in large + huge]
-    layers += [(7, shape, rows, "bf16") for rows in (batches[3], batches[0], 4) for shape in base]
-    layers += [(7, shape, rows, "fp16") for rows in (batches[2], 16) for shape in base]
-    layers += [(8, shape, rows, name) for name in ("tf32", "fp32") for rows in (batches[2], 16) for shape in base]
+    layers += [(6, shape, m, "bf16") for m in (batches[2], batches[1], 16) for shape in large + huge]
+    layers += [(7, shape, m, "bf16") for m in (batches[3], batches[0], 4) for shape in base]
+    layers += [(7, shape, m, "fp16") for m in (batches[2], 16) for shape in base]
+    layers += [(8, shape, m, name) for name in ("tf32", "fp32") for m in (batches[2], 16) for shape in base]
     done = {entry[1:] for entry in layers}
-    rest = [(shape, rows, "bf16") for rows in (*batches, 1, 4, 16, 64) for shape in base + large + huge]
+    rest = [(shape, m, "bf16") for m in (*batches, 1, 4, 16, 64) for shape in base + large + huge]
     layers += [(9, *entry) for entry in rest if entry not in done]
     proj, fc1 = base[1], base[2]
     compiled = [(5, shape, batches[2], "bf16", "default") for shape in base]
-    compiled += [(7, fc1, rows, "bf16", "default") for rows in (batches[1], 16)]
+    compiled += [(7, fc1, m, "bf16", "default") for m in (batches[1], 16)]
     compiled += [(8, shape, batches[2], "bf16", "max-autotune") for shape in base]
     memory = [(3, shape, batches[2], name) for name in ("bf16", "bf16/fp32") for shape in (fc1, huge[2])]
     blocks = [(3, 768, 12, 741, name) for name in ("bf16", "bf16/fp32")]  # 12,597 tokens
@@ -147,20 +145,20 @@ def gpu_plan() -> Plan:
         models += [(7, name, batch, "bf16/fp32", mode) for batch in (8, 64) for mode in ("eager", "graph")]
         models.append((9, name, 8, "bf16/fp32", "compile"))
     # Tiles differ at M = 16, 64 and above, for strides that are no multiple of 16 and for ranks over 4; M of 1 and of
-    # multiples of 16 are compiled differently; few rows are cut into parts; the large ones take many waves of programs.
-    gate = [
+    # multiples of 16 are compiled differently; few rows take split-K; the large ones take many waves of programs.
+    check_cases = [
         (256, 768, 768, 3, 1), (48, 768, 768, 1, 4), (8, 768, 768, 1, 1), (1, 768, 3072, 1, 1), (197, 387, 201, 3, 4),
         (130, 256, 512, 1, 17), (1576, 2304, 768, 3, 1), (12608, 768, 3072, 1, 1), (5003, 3072, 768, 1, 1),
     ]  # fmt: skip
     return Plan(
         "cuda", False, "bf16", 4096, layers, compiled, [(3, *entry, "bf16") for entry in first], memory, blocks, tuned,
-        gate, 256, base[1], models, _build, {}, 0.15, True,
+        check_cases, 256, base[1], models, _build, {}, 0.15, True,
     )  # fmt: skip
 
 
 def cpu_plan() -> Plan:
     """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
-    shape, wide = Shape("ViT-B fc1", 16, 32), Shape("wide", 32, 32)
+    shape, wide = Shape("ViT-B fc1", 32, 16), Shape("wide", 32, 32)
     layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape, 3, "fp16/fp32")]
     models = [
         (tier, "vit_base_patch16_224", 8, "fp32", mode)

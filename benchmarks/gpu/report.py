@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import markdown_table, number
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.session.work import Row
 from benchmarks.gpu.targets import layer_groups, measured, merge_crossovers, time_of, verdicts
+from benchmarks.gpu.work import Row
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 TILES = "tiles.json"
@@ -19,7 +20,7 @@ NO_TIME = "no time left"
 """Why a unit was not started; the report counts such rows instead of listing them."""
 
 _END = b"\n]}\n"
-_NAMES = ("rival", "backend", "kernel", "label")
+_NAMES = ("implementation", "backend", "kernel", "label")
 
 
 class RowFile:
@@ -55,27 +56,6 @@ def read_rows(path: Path) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    return str(value)
-
-
-def markdown_table(heads: list[str], lines: list[list[Any]]) -> list[str]:
-    """Lines of Markdown, with a blank one behind; "None." without any line."""
-    if not lines:
-        return ["None.", ""]
-    rule = "|" + "---|" * len(heads)
-    return [
-        "| " + " | ".join(heads) + " |",
-        rule,
-        *("| " + " | ".join(_number(v) for v in line) + " |" for line in lines),
-        "",
-    ]
-
-
 def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     """Targets first, then every section's table, then what was skipped and why."""
     lines = ["# GPU benchmarks", "", "; ".join(f"{key} {value}" for key, value in environment.items()), ""]
@@ -104,13 +84,13 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += ["## Host time of one call, µs", ""]
     lines += markdown_table(
         ["work", "call", "host", "over F.linear"],
-        [[r["work"], r["rival"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
+        [[r["work"], r["implementation"], r["host_us"], r["over_linear_us"]] for r in measured(rows, "host")],
     )
     lines += ["## Memory of one layer and one block, bytes", ""]
-    keys = ["shape", "M", "precision", "rival", "kept_bytes", "kept_with_x_bytes", "alive_bytes", "peak_bytes"]
+    keys = ["shape", "M", "precision", "implementation", "kept_bytes", "kept_with_x_bytes", "alive_bytes", "peak_bytes"]
     lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "memory")])
     lines += ["## Training steps", ""]
-    keys = ["model", "batch", "precision", "mode", "rival", "ms", "images_per_s", "peak_bytes", "trained"]
+    keys = ["model", "batch", "precision", "mode", "implementation", "ms", "images_per_s", "peak_bytes", "trained"]
     lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
     lines += markdown_table(
@@ -160,8 +140,7 @@ def _layer_tables(rows: list[Row]) -> list[str]:
             ours = group.get("auto") or group.get("triton") or {}
             models = [group.get("floor", {}).get("model_us"), ours.get("model_us")]
             cells = [
-                f"{_number(group[n]['graph_us'])} / {_number(group[n]['wall_us'])}" if n in group else "-"
-                for n in names
+                f"{number(group[n]['graph_us'])} / {number(group[n]['wall_us'])}" if n in group else "-" for n in names
             ]
             tiles = head["tiles"] + (f", {head['compile_mode']}" if head["compile_mode"] else "")
             table.append([head["shape"], head["M"], tiles, *cells, *models])
@@ -177,7 +156,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     note = " (CPU, meaningless)" if plan.tiny else ""
-    colours: dict[str, Any] = {}  # the same rival in both panels
+    colours: dict[str, Any] = {}  # the same implementation in both panels
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     for axis, (work, title) in zip(axes, (("forward", "forward"), ("step", "forward + backward")), strict=True):
         points: dict[str, dict[int, list[float]]] = {}
@@ -199,7 +178,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
 
     memory = measured(rows, "memory")
     figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(memory))))
-    labels = [f"{r['rival']}: {r['shape']}, {r['precision']}" for r in memory]
+    labels = [f"{r['implementation']}: {r['shape']}, {r['precision']}" for r in memory]
     axis.barh(labels, [r["peak_bytes"] / 1e6 for r in memory], label="peak of a step")
     axis.barh(labels, [r["kept_bytes"] / 1e6 for r in memory], label="kept between forward and backward")
     axis.set(xlabel="MB beyond arguments", title=f"one layer or block{note}")
@@ -209,7 +188,7 @@ def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
 
     steps = measured(rows, "steps")
     figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(steps))))
-    labels = [f"{r['rival']}: {r['model']}, batch {r['batch']}, {r['precision']}, {r['mode']}" for r in steps]
+    labels = [f"{r['implementation']}: {r['model']}, batch {r['batch']}, {r['precision']}, {r['mode']}" for r in steps]
     axis.barh(labels, [r["images_per_s"] for r in steps])
     axis.set(xlabel="images a second", title=f"training steps{note}")
     axis.tick_params(axis="y", labelsize=5)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.session.work import Row
+from benchmarks.gpu.work import Row
 
-FEW_ROWS = 64
+FEW_M = 64
 WIDE_WEIGHT_BYTES = 64e6
 
 Case = tuple[float, float, str]
@@ -60,10 +60,10 @@ def measured(rows: list[Row], section: str) -> list[Row]:
 
 
 def _groups(rows: list[Row], section: str, keys: tuple[str, ...]) -> list[tuple[Row, dict[str, Row]]]:
-    """Rows that were measured together: (one of them, rival → row)."""
+    """Rows that were measured together: (one of them, name → row)."""
     groups: dict[tuple, dict[str, Row]] = {}
     for row in measured(rows, section):
-        groups.setdefault(tuple(row[key] for key in keys), {})[row["rival"]] = row
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["implementation"]] = row
     return [(next(iter(group.values())), group) for group in groups.values()]
 
 
@@ -72,8 +72,8 @@ def layer_groups(rows: list[Row]) -> list[tuple[Row, dict[str, Row]]]:
     return _groups(rows, "layers", ("shape", "M", "precision", "work", "compile_mode", "tiles"))
 
 
-def _layer_cases(rows, plan: Plan, work: str, ours: str, rival: str, few: bool | None) -> Iterator[tuple]:
-    """(our time, the rival's, all by name, where) of layers in the main precision, with tuned tiles where they were."""
+def _layer_cases(rows, plan: Plan, work: str, ours: str, baseline: str, few: bool | None) -> Iterator[tuple]:
+    """(our time, the baseline's, rows by name, where) of layers in the main precision, with tuned tiles if any."""
     groups = layer_groups(rows)
     keys = ("shape", "M", "precision", "work", "compile_mode")
     tuned = {tuple(head[key] for key in keys) for head, _ in groups if head["tiles"] == "tuned"}
@@ -82,19 +82,19 @@ def _layer_cases(rows, plan: Plan, work: str, ours: str, rival: str, few: bool |
             continue
         if head["tiles"] == "shipped" and tuple(head[key] for key in keys) in tuned:
             continue
-        if few is not None and not (head["M"] <= FEW_ROWS if few else head["M"] >= plan.many_rows):
+        if few is not None and not (head["M"] <= FEW_M if few else head["M"] >= plan.many_m):
             continue
-        if ours in group and rival in group:
+        if ours in group and baseline in group:
             where = f"{head['shape']}, M = {head['M']}" + (", tuned" if head["tiles"] == "tuned" else "")
-            yield time_of(group[ours]), time_of(group[rival]), group, where
+            yield time_of(group[ours]), time_of(group[baseline]), group, where
 
 
 def layer_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
     """The targets for one layer."""
-    many, few = f"M ≥ {plan.many_rows}", f"M ≤ {FEW_ROWS}"
+    many, few = f"M ≥ {plan.many_m}", f"M ≤ {FEW_M}"
 
-    def ratios(work, rival, bound, is_few, inverse=False) -> list[Case]:
-        cases = _layer_cases(rows, plan, work, "triton" if work == "scales" else "auto", rival, is_few)
+    def ratios(work, baseline, bound, is_few, inverse=False) -> list[Case]:
+        cases = _layer_cases(rows, plan, work, "triton" if work == "scales" else "auto", baseline, is_few)
         return [((b / a) if inverse else (a / b), bound, where) for a, b, _, where in cases]
 
     copy = next((row["TB_per_s"] for row in measured(rows, "ceilings") if row["what"] == "copy"), None)
@@ -130,14 +130,14 @@ def other_verdicts(rows: list[Row]) -> list[Verdict]:
     kept = [
         (max(row["kept_bytes"], row["alive_bytes"] or 0), 0, f"{row['shape']}, M = {row['M']}, {row['precision']}")
         for row in measured(rows, "memory")
-        if row["rival"] == "auto"
+        if row["implementation"] == "auto"
     ]
     verdicts = [at_most("kept beyond x and parameters: 0 bytes a layer", kept)]
     for work, limit in (("forward", 15.0), ("step", 30.0)):
         host = [
             (row["over_linear_us"], limit, "one row of x")
             for row in measured(rows, "host")
-            if row["work"] == work and row["rival"] == "auto"
+            if row["work"] == work and row["implementation"] == "auto"
         ]
         name = "forward" if work == "forward" else "forward + backward"
         verdicts.append(at_most(f"host time over F.linear, {name} ≤ {limit:.0f} µs", host))
@@ -151,11 +151,13 @@ def step_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
     for model in dict.fromkeys(entry[1] for entry in plan.models):
         here = [(head, group) for head, group in groups if head["model"] == model]
 
-        def cases(rival, bound, key, modes, batches=None, here=here) -> list[Case]:
+        def cases(baseline, bound, key, modes, batches=None, here=here) -> list[Case]:
             return [
-                (key(group["auto"], group[rival]), bound, f"batch {h['batch']}, {h['precision']}, {h['mode']}")
+                (key(group["auto"], group[baseline]), bound, f"batch {h['batch']}, {h['precision']}, {h['mode']}")
                 for h, group in here
-                if h["mode"] in modes and (batches is None or h["batch"] in batches) and {"auto", rival} <= set(group)
+                if h["mode"] in modes
+                and (batches is None or h["batch"] in batches)
+                and {"auto", baseline} <= set(group)
             ]
 
         def speed(ours, theirs):
@@ -198,7 +200,7 @@ def verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
 
 
 def merge_crossovers(rows: list[Row]) -> list[tuple[str, str, str, int | None]]:
-    """By shape, precision and work: the smallest measured M from which merging W' beats the one-pass kernel."""
+    """By shape, precision and work: the smallest measured M from which merging W' beats the fused kernel."""
     found: dict[tuple[str, str, str], list[tuple[int, bool]]] = {}
     for head, group in layer_groups(rows):
         if {"triton.merge", "triton.one_pass"} <= set(group):
@@ -207,9 +209,9 @@ def merge_crossovers(rows: list[Row]) -> list[tuple[str, str, str, int | None]]:
     result = []
     for key, entries in found.items():
         first = None
-        for rows_of_x, faster in sorted(entries, reverse=True):
+        for m, faster in sorted(entries, reverse=True):
             if not faster:
                 break
-            first = rows_of_x
+            first = m
         result.append((*key, first))
     return result

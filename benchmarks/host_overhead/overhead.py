@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from benchmarks.gpu.measurements.baselines import peft_config, peft_module, peft_reason
+from benchmarks.baselines import peft_config, peft_module, peft_reason
 from benchmarks.host_overhead.fake_cuda import fake_cuda
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear
 from rlrr_kernels.ops.host import launch

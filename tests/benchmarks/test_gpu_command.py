@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import report, targets
-from benchmarks.gpu.correctness import check as gate_module
+from benchmarks.gpu import report, targets, timing
+from benchmarks.gpu.correctness import check as check_module
+from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.measurements import steps
-from benchmarks.gpu.measurements import timing as measure
-from benchmarks.gpu.measurements.estimates import ESTIMATES
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.session import units
-from benchmarks.model import layers as model
+from benchmarks.model import launches as model
 from rlrr_kernels import backends
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from tests.support.paths import ROOT
@@ -51,7 +50,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_section_has_rows_that_say_where_they_were_measured(interpreted):
     rows = report.read_rows(interpreted[0] / report.JSON)
-    assert {row["section"] for row in rows} == {"ceilings", "gate", "layers", "host", "memory", "steps", "tune"}
+    assert {row["section"] for row in rows} == {"ceilings", "correctness", "layers", "host", "memory", "steps", "tune"}
     for row in rows:
         assert row["meaningless"] is True
         assert row["gpu"] == "none"
@@ -74,15 +73,17 @@ def test_every_rival_is_timed_where_it_is_installed(interpreted):
     }
     for work, names in expected.items():
         here = [row for row in layers if row["work"] == work]
-        assert {row["rival"] for row in here if not row["compile_mode"]} == names
+        assert {row["implementation"] for row in here if not row["compile_mode"]} == names
         for row in here:
             if "skipped" in row:
-                assert ("peft" in row["skipped"] and row["rival"] in peft) or "no tiles were faster" in row["skipped"]
+                assert ("peft" in row["skipped"] and row["implementation"] in peft) or "no tiles were faster" in row[
+                    "skipped"
+                ]
             else:
                 assert row["wall_us"] > 0
                 assert row["graph_us"] is None
-    assert {row["rival"] for row in layers if row["compile_mode"]} >= {"auto", "compiled (default)"}
-    assert {row["rival"] for row in rows if row["section"] == "steps" and "ms" in row} >= {
+    assert {row["implementation"] for row in layers if row["compile_mode"]} >= {"auto", "compiled (default)"}
+    assert {row["implementation"] for row in rows if row["section"] == "steps" and "ms" in row} >= {
         "auto",
         "recompute",
         "reference",
@@ -91,22 +92,22 @@ def test_every_rival_is_timed_where_it_is_installed(interpreted):
 
 def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
     rows = report.read_rows(interpreted[0] / report.JSON)
-    gates = [row for row in rows if row["section"] == "gate"]
-    assert {row["backend"] for row in gates} == set(gate_module.CHECKED)
-    for row in gates:
-        small = row["M"] <= PLAN.rule_rows and row["backend"] not in ("sampled rows by images", "mlp", "norm")
-        checks = {r["check"] for r in gates if all(r[k] == row[k] for k in ("backend", "precision", "M"))}
+    checked = [row for row in rows if row["section"] == "correctness"]
+    assert {row["backend"] for row in checked} == set(check_module.CHECKED)
+    for row in checked:
+        small = row["M"] <= PLAN.rule_m and row["backend"] not in ("sampled rows by images", "mlp", "norm")
+        checks = {r["check"] for r in checked if all(r[k] == row[k] for k in ("backend", "precision", "M"))}
         assert checks == {"one problem"} | ({"error rule"} if small else set())
-    assert all(row["passed"] for row in gates)
+    assert all(row["passed"] for row in checked)
     memory = [row for row in rows if row["section"] == "memory" and "kept_bytes" in row]
-    kept = {row["rival"]: row["kept_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
-    block = {row["rival"]: row["kept_bytes"] for row in memory if "block" in row["shape"]}
+    kept = {row["implementation"]: row["kept_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
+    block = {row["implementation"]: row["kept_bytes"] for row in memory if "block" in row["shape"]}
     assert block["rlrr + mlp + norms"] < block["rlrr + mlp"] < block["rlrr"] < block["reference"]
     assert kept["auto"] == kept["triton.one_pass"] == kept["torch"] == 0
     assert kept["reference"] > 0
-    with_x = {row["rival"]: row["kept_with_x_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
+    with_x = {row["implementation"]: row["kept_with_x_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
     assert with_x["rows 1/8"] < with_x["rows 1/4"] < with_x["rows 1/2"] < with_x["auto"]
-    assert {row["rival"] for row in rows if row.get("mode") == "estimate" and "ms" in row} >= {
+    assert {row["implementation"] for row in rows if row.get("mode") == "estimate" and "ms" in row} >= {
         "auto",
         "recompute",
         *ESTIMATES,
@@ -165,13 +166,13 @@ def test_every_time_waits_for_its_gate():
     _, ordered = units.make_units(units.SECTIONS, "cuda")
     seen = set()
     for unit in ordered:
-        if unit.section == "gate":
+        if unit.section == "correctness":
             seen.add(tuple(unit.label.split(", ")))
         elif unit.section == "layers":
             precision = unit.label.split(", ")[2]
-            assert {(name, precision) for name in ("shipped tiles", *gate_module.CHECKED[:4])} <= seen, unit.label
+            assert {(name, precision) for name in ("shipped tiles", *check_module.CHECKED[:4])} <= seen, unit.label
         elif unit.section == "steps":
-            assert {(name, unit.label.split(", ")[2]) for name in gate_module.CHECKED} <= seen, unit.label
+            assert {(name, unit.label.split(", ")[2]) for name in check_module.CHECKED} <= seen, unit.label
         elif unit.section == "tune":
             assert ("shipped tiles", unit.label.split(", ")[-1]) in seen, unit.label
     assert len({(unit.section, unit.label) for unit in ordered}) == len(ordered)
@@ -255,8 +256,8 @@ def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(
 
     captured = {"good": []}
     good = [lambda: captured["good"].append(1) if capturing else None] * 4
-    rivals = {"good": good, "uncapturable": [uncapturable], "broken": [broken]}
-    timings, failures = measure.interleave(rivals, "cpu", 0.0, graphs=True)
+    implementations = {"good": good, "uncapturable": [uncapturable], "broken": [broken]}
+    timings, failures = timing.interleave(implementations, "cpu", 0.0, graphs=True)
     calls = len(captured["good"])
     assert calls % 4 == 0
     assert calls > 400  # calls this short are repeated until starting the graph is no matter
@@ -270,22 +271,23 @@ def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(
 def test_every_set_of_tensors_is_captured(capturing: list[bool]):
     seen = []
     calls = [lambda i=i: seen.append(i) if capturing else time.sleep(1e-3) for i in range(100)]
-    measure.interleave({"it": calls}, "cpu", 0.0, graphs=True)
+    timing.interleave({"it": calls}, "cpu", 0.0, graphs=True)
     assert seen == list(range(100))
 
 
 def test_a_training_step_is_captured_whole(capturing: list[bool]):
     pytest.importorskip("timm", reason="needs timm, of the extra [models]")
-    gate = gate_module.Gate(PLAN)
-    rows = steps.step_rows(PLAN, gate, "vit_base_patch16_224", 2, PRECISIONS["fp32"], "graph")
-    assert {row["rival"] for row in rows if row.get("ms", 0) > 0} >= {"auto", "reference"}
+    checks = check_module.Checks(PLAN)
+    rows = steps.step_rows(PLAN, checks, "vit_base_patch16_224", 2, PRECISIONS["fp32"], "graph")
+    assert {row["implementation"] for row in rows if row.get("ms", 0) > 0} >= {"auto", "reference"}
     assert all("peft" in row["skipped"] for row in rows if "skipped" in row)
 
 
 def test_the_reference_model_computes_what_ours_computes():
     pytest.importorskip("timm", reason="needs timm, of the extra [models]")
     ours, reference = (
-        steps.build_model(PLAN, rival, "vit_base_patch16_224", PRECISIONS["fp32"])[0] for rival in ("auto", "reference")
+        steps.build_model(PLAN, implementation, "vit_base_patch16_224", PRECISIONS["fp32"])[0]
+        for implementation in ("auto", "reference")
     )
     reference.load_state_dict(ours.state_dict())
     assert {type(module).__name__ for module in reference.modules()} >= {"ReferenceLinear", "ReferenceNorm"}
@@ -300,8 +302,8 @@ def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
     widths = {"ViT-B": 768, "ViT-L": 1024, "ViT-H": 1280}
     measured = {(shape, rows) for _, shape, rows, precision in plan.layers if precision == "bf16"}
     for name, width in widths.items():
-        for part, k, n in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
-            shape = Shape(f"{name} {part}", k * width, n * width)
+        for part, n, k in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
+            shape = Shape(f"{name} {part}", n * width, k * width)
             assert {rows for s, rows in measured if s == shape} == {1, 4, 16, 64, 197, 1576, 12608, 50432}
     assert {entry[3] for entry in plan.layers} == {"bf16", "bf16/fp32", "fp16", "tf32", "fp32"}
     first = [entry for entry in plan.layers if entry[0] == 1]
@@ -325,10 +327,11 @@ def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
         )
 
 
-def row(rival: str, graph_us: float, work: str = "step", rows: int = 4096) -> dict:
+def row(name: str, graph_us: float, work: str = "step", rows: int = 4096) -> dict:
     head = {"section": "layers", "shape": "fc1", "M": rows, "N": 8, "K": 8, "precision": "bf16", "work": work}
     return head | {
-        "compile_mode": None, "tiles": "shipped", "rival": rival, "graph_us": graph_us, "wall_us": 99.0,
+        "compile_mode": None, "tiles": "shipped", "implementation": name, "graph_us": graph_us,
+        "wall_us": 99.0,
     }  # fmt: skip
 
 
@@ -353,7 +356,7 @@ def test_verdicts_take_the_worst_case_and_its_bound():
     again = [{**row("auto", 0.8, "forward", 12608), "tiles": "tuned"}, row("auto", 1.2, "forward", 12608)]
     merged = [{**row("merged", 1.0, "forward", 12608), "tiles": tiles} for tiles in ("tuned", "shipped")]
     assert verdict(again + merged, "forward, M ≥ 4096").value == 0.8
-    kept = {"section": "memory", "shape": "fc1", "M": 8, "precision": "bf16", "rival": "auto", "kept_bytes": 0}
+    kept = {"section": "memory", "shape": "fc1", "M": 8, "precision": "bf16", "implementation": "auto", "kept_bytes": 0}
     assert verdict([kept | {"alive_bytes": 512}], "kept").text == "not reached"
     assert verdict([kept | {"alive_bytes": 0}], "kept").text == "reached"
 

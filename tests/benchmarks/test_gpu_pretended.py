@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.baselines import peft_module
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import report, targets
-from benchmarks.gpu.correctness.check import Gate
+from benchmarks.gpu import report, targets, timing
+from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.measurements import layers, steps
-from benchmarks.gpu.measurements import timing as measure
-from benchmarks.gpu.measurements.baselines import peft_module
 from benchmarks.gpu.measurements.tune import fallback_rows
 from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
 from benchmarks.gpu.session.units import SECTIONS, units_of
@@ -33,9 +32,9 @@ pytestmark = [
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuning = pytest.importorskip("rlrr_kernels.ops.tuning.tiles", reason="needs Triton")
     monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(measure, "MAX_COPIES", 2)
-    monkeypatch.setattr(measure, "GRAPH_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(timing, "MAX_COPIES", 2)
+    monkeypatch.setattr(timing, "GRAPH_SECONDS", 0.0)
     monkeypatch.setattr(layers, "TOKENS", 20)  # from one image on estimates are timed
     monkeypatch.setattr(steps, "MIN_ROUNDS", 1)
     monkeypatch.setattr(steps, "MAX_ROUNDS", 1)
@@ -52,12 +51,12 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def a_plan(tiny: bool) -> Plan:
     """A GPU's plan of the CPU's sizes, in precisions that the interpreter computes."""
-    shape = Shape("ViT-B fc1", 16, 32)
+    shape = Shape("ViT-B fc1", 32, 16)
     timed = [(1, shape, 20, "fp32"), (3, shape, 3, "fp16/fp32")]
     modes = ("eager", "graph", "compile", "estimate")
     return cpu_plan()._replace(
-        device="cuda", tiny=tiny, graphs=True, many_rows=20, layers=timed,
-        again=[(3, shape, 20, "fp32")], gate=[(20, 32, 16, 1, 1)], rule_rows=0,
+        device="cuda", tiny=tiny, graphs=True, many_m=20, layers=timed,
+        again=[(3, shape, 20, "fp32")], check_cases=[(20, 32, 16, 1, 1)], rule_m=0,
         tuned=[(2, [(shape, 20)], "fp32")], memory=[(3, shape, 8, "fp16/fp32")], blocks=[(3, 16, 1, 1, "fp32")],
         models=[(4, "vit_base_patch16_224", 8, "fp32", mode) for mode in modes],
     )  # fmt: skip
@@ -81,7 +80,7 @@ def test_every_unit_runs_as_on_a_gpu(gpu, tmp_path: Path):
         assert row.get("passed", True), row
         assert "peft" in row.get("skipped", "peft") or "tiles" in row["skipped"], row
     timed = targets.measured(rows, "layers")
-    assert {row["rival"] for row in timed} >= {"auto", "triton.one_pass", "triton.merge", "compiled (default)"}
+    assert {row["implementation"] for row in timed} >= {"auto", "triton.one_pass", "triton.merge", "compiled (default)"}
     assert all(row["graph_us"] > 0 and row["model_us"] != 0 for row in timed)
     assert all("note" not in row for row in timed)
     memory = targets.measured(rows, "memory")
@@ -99,22 +98,22 @@ def test_the_copies_that_rotate_are_larger_than_the_cache(gpu):
 
     small = Problem(16, 64, 64, torch.float32, True, "cuda")
     size = 4 * (16 * 64 * 2 + 64 * 64)
-    assert measure.copies_for(small) == min(measure.MAX_COPIES, -(-2 * (1 << 16) // size))
-    assert measure.copies_for(small._replace(rows=100_000)) == 1
+    assert timing.copies_for(small) == min(timing.MAX_COPIES, -(-2 * (1 << 16) // size))
+    assert timing.copies_for(small._replace(m=100_000)) == 1
 
 
 @pytest.mark.parametrize("reason", [None, "y has an error of 1.0"])
 def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | None, monkeypatch: pytest.MonkeyPatch):
-    gate, seen = Gate(a_plan(False)), []
+    checks, seen = Checks(a_plan(False)), []
 
     def check(kernel, precision, problem):
         seen.append(dict(tuned_tiles.read(tuned_tiles.cache_file())))  # what the next process finds if this one hangs
         assert linear_configs.PERSISTENT["sm_90"][kernel, 2] in tuned_tiles._forced.values()
         return reason
 
-    monkeypatch.setattr(gate, "reason_against_tiles", check)
+    monkeypatch.setattr(checks, "reason_against_tiles", check)
     monkeypatch.setattr("rlrr_kernels.devices.gpu_of", lambda device: devices.typical("sm_90"))
-    rows = fallback_rows(gate.plan, gate, PRECISIONS["bf16"])
+    rows = fallback_rows(checks.plan, checks, PRECISIONS["bf16"])
     assert [row["passed"] for row in rows] == [reason is None] * len(seen)
     assert seen
     for number, entries in enumerate(seen, 1):
@@ -122,4 +121,4 @@ def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | No
         assert all(entry["schedule"] == "tiled" for entry in entries.values())
     left = tuned_tiles.read(tuned_tiles.cache_file())
     assert left == ({} if reason is None else seen[-1])
-    assert not fallback_rows(gate.plan, gate, PRECISIONS["fp32"])
+    assert not fallback_rows(checks.plan, checks, PRECISIONS["fp32"])

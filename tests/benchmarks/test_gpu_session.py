@@ -15,14 +15,14 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
-from benchmarks.gpu.correctness.check import MOST_DEATHS, Gate
-from benchmarks.gpu.measurements.timing import ContextLost
-from benchmarks.gpu.plan import PRECISIONS, Plan, cpu_plan, problem_of
+from benchmarks.gpu.correctness.check import MOST_DEATHS, Checks
+from benchmarks.gpu.plan import PRECISIONS, Plan, cpu_plan
 from benchmarks.gpu.session import session
 from benchmarks.gpu.session.session import Session
 from benchmarks.gpu.session.units import SECTIONS, make_units
-from benchmarks.gpu.session.work import Row, Unit, announce
 from benchmarks.gpu.session.worker import Bench
+from benchmarks.gpu.timing import ContextLost
+from benchmarks.gpu.work import Row, Unit, announce
 from tests.support.paths import ROOT
 
 PROBLEM = {"M": 8, "N": 32, "K": 16}
@@ -99,15 +99,15 @@ def test_a_unit_that_ends_its_process_leaves_a_row_and_the_others_go_on(tmp_path
     assert [row["backend"] for row in deaths] == ["triton.one_pass", "sampled rows", "model"]
     assert "running triton.one_pass" in capfd.readouterr().out
 
-    # The gate of a later process refuses what was at fault, on that problem, or where it had none everywhere.
-    gate = Gate(cpu_plan(), rows)
+    # The checks of a later process refuse what was at fault, on that problem, or where it had none everywhere.
+    checks = Checks(cpu_plan(), rows)
     fp32, shape = PRECISIONS["fp32"], cpu_plan().layers[0][1]
-    problem = problem_of(cpu_plan(), shape, 8, fp32)
-    assert "SIGSEGV" in gate.reason_against("triton.one_pass", fp32, problem)
-    assert "killed after 2 s" in gate.reason_against("sampled rows", fp32)
-    assert "illegal" not in (gate.reason_against("model", PRECISIONS["bf16"]) or "")  # that step is not tried again
+    problem = cpu_plan().problem(8, shape, fp32)
+    assert "SIGSEGV" in checks.reason_against("triton.one_pass", fp32, problem)
+    assert "killed after 2 s" in checks.reason_against("sampled rows", fp32)
+    assert "illegal" not in (checks.reason_against("model", PRECISIONS["bf16"]) or "")  # that step is not tried again
     again = [row for row in deaths if row["backend"] == "triton.one_pass"] * MOST_DEATHS
-    assert "ended 2 processes" in Gate(cpu_plan(), again).reason_against("auto", fp32)
+    assert "ended 2 processes" in Checks(cpu_plan(), again).reason_against("auto", fp32)
 
 
 def test_processes_that_do_not_get_ready_end_the_session_with_a_report(tmp_path: Path, monkeypatch):
@@ -137,7 +137,7 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path):
     run.run()
     run.finish()
     rows = report.read_rows(tmp_path / report.JSON)
-    assert {row["section"] for row in rows} == {*SECTIONS, "ceilings", "gate"}
+    assert {row["section"] for row in rows} == {*SECTIONS, "ceilings", "correctness"}
     assert all(row["skipped"] == report.NO_TIME and row["commit"] == "abc" for row in rows)
     text = (tmp_path / report.MARKDOWN).read_text(encoding="utf-8")
     for section in SECTIONS:
@@ -151,7 +151,7 @@ def test_a_terminated_command_reports_what_it_has_and_leaves_no_process(tmp_path
         arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )
     for line in process.stdout:
-        if "gate: torch" in line:
+        if "correctness: torch" in line:
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGTERM)

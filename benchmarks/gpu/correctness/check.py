@@ -1,4 +1,4 @@
-"""The gate: an implementation that is not exact enough on this machine, or not repeatable, is not timed.
+"""Correctness checks: what is not exact enough on this machine, or not repeatable, is not timed.
 
 What is checked and how:
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.common import Problem
 from benchmarks.gpu.correctness.guard import GuardedMemory, guarded
-from benchmarks.gpu.measurements.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
-from benchmarks.gpu.measurements.timing import explain
-from benchmarks.gpu.plan import Plan, Precision
-from benchmarks.gpu.session.work import Row, announce
+from benchmarks.gpu.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
+from benchmarks.gpu.plan import Plan, Precision, Shape
+from benchmarks.gpu.timing import explain
+from benchmarks.gpu.work import Row, announce, sizes_of
 from rlrr_kernels import backends, norm_rescale, numerics, rlrr_linear, rlrr_mlp
 from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference, rlrr_mlp_reference
 
@@ -103,23 +103,23 @@ def draw(name: str, problem: Problem, seed: int = 0) -> Tensors:
     """The tensors of ``problem`` for a subject; MLP and norm take its sizes for theirs."""
     if name == MLP:
         case = numerics.MlpCase(
-            problem.rows, problem.in_features, problem.out_features, problem.in_features, problem.rank, problem.groups,
-            dtype=problem.dtype, weight_dtype=problem.weight_dtype, device=problem.device,
+            problem.m, problem.k, problem.n, problem.k, problem.rank, problem.groups, dtype=problem.dtype,
+            weight_dtype=problem.weight_dtype, device=problem.device,
         )  # fmt: skip
         return case.draw(seed)
     if name != NORM:
         return problem.tensors(seed)
     generator = torch.Generator(problem.device).manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=problem.device)
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=problem.device).to(dtype)
 
-    rows, size, weight_dtype = problem.rows, problem.in_features, problem.weight_dtype or problem.dtype
+    m, d = problem.m, problem.k
     # Where the weights are wider, autocast would widen the norm: the residual stream, its input, is as wide as they.
+    wide = {"dtype": problem.weight_dtype or problem.dtype}
     return {
-        "x": normal(rows, size).to(weight_dtype), "grad_y": normal(rows, size).to(weight_dtype),
-        "weight": normal(size).to(weight_dtype), "bias": normal(size).to(weight_dtype),
-        "scale": 1 + 0.1 * normal(size), "shift": normal(size),
+        "x": normal(m, d, **wide), "grad_y": normal(m, d, **wide), "weight": normal(d, **wide),
+        "bias": normal(d, **wide), "scale": 1 + 0.1 * normal(d), "shift": normal(d),
     }  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _errors(ours: Tensors, eager: Tensors, exact: Tensors) -> dict[str, tuple[fl
     }
 
 
-class Gate:
+class Checks:
     """Remembers what was checked, in an earlier process too, whose rows are given; ``rows`` says how it went."""
 
     def __init__(self, plan: Plan, earlier: Iterable[Row] = ()) -> None:
@@ -183,7 +183,7 @@ class Gate:
         self._flaws: dict[tuple, str | None] = {}
         self._deaths: dict[tuple[str, str], list[Row]] = {}
         for row in earlier:
-            if row["section"] == "gate":
+            if row["section"] == "correctness":
                 self._learn(row)
 
     def _learn(self, row: Row) -> None:
@@ -202,22 +202,21 @@ class Gate:
             return None
         key = name, precision.name, problem
         if key not in self._flaws:
-            self._flaws[key] = self._check_problem(name, precision, problem, "timed problem", keep_good=False)
+            self._flaws[key] = self._check(name, precision, problem, "timed problem", keep_good=False)
         return self._flaws[key]
 
     def _died(self, name: str, precision: Precision, problem: Problem | None) -> str | None:
         deaths = self._deaths.get((name, precision.name), [])
         if len(deaths) >= MOST_DEATHS:
             return f"ended {len(deaths)} processes: {deaths[0]['reason']}"
-        sizes = problem and (problem.rows, problem.out_features, problem.in_features)
         for row in deaths:
             everywhere = "M" not in row and "model" not in row
-            if everywhere or ("M" in row and sizes == tuple(row[key] for key in "MNK")):
+            if everywhere or ("M" in row and problem and sizes_of(problem) == {key: row[key] for key in "MNK"}):
                 return row["reason"]
         return None
 
     def check(self, name: str, precision: Precision) -> str | None:
-        """Why ``name`` failed on the gate's own cases, None where it passed them all or has none; checked once."""
+        """Why ``name`` failed on the plan's cases, None where it passed them all or has none; checked once."""
         key = name, precision.name
         if name in CHECKED and key not in self._verdicts:
             announce(name, precision.name)
@@ -241,48 +240,41 @@ class Gate:
             self._add(name, precision, None, "error rule", None, reason)
             return reason
         reasons = []
-        for rows, out_features, in_features, groups, rank in self.plan.gate:
-            problem = Problem(
-                rows, in_features, out_features, precision.dtype, False, self.plan.device, precision.weight_dtype,
-                rank, groups,
-            )  # fmt: skip
-            if rows <= self.plan.rule_rows and name not in (BY_IMAGES, MLP, NORM):
-                reasons.append(self._check_rule(name, precision, problem))
-            reasons.append(self._check_problem(name, precision, problem, "one problem"))
+        for m, n, k, groups, rank in self.plan.check_cases:
+            problem = self.plan.problem(m, Shape("", n, k), precision, groups, rank)
+            if m <= self.plan.rule_m and name not in (BY_IMAGES, MLP, NORM):
+                reasons.append(self._check(name, precision, problem, "error rule"))
+            reasons.append(self._check(name, precision, problem, "one problem"))
         return next((reason for reason in reasons if reason), None)
 
-    def _check_rule(self, name: str, precision: Precision, problem: Problem) -> str | None:
-        function = exact_by_sampling if name == SAMPLED else partial(rlrr_linear, backend=name)
-        case = numerics.Case(
-            problem.rows, problem.out_features, problem.in_features, problem.rank, problem.groups, dtype=problem.dtype,
-            weight_dtype=problem.weight_dtype, device=problem.device,
-        )  # fmt: skip
-        started, reason = time.perf_counter(), None
-        try:
-            with precision.applied(), self._triton(name):
-                numerics.check_error_rule(function, case)
-        except AssertionError as error:
-            reason = "fails the error rule: " + "; ".join(str(error).splitlines()[1:])
-        except Exception as error:
-            reason = explain(error, self.plan.device)
-        self._add(name, precision, problem, "error rule", reason is None, reason, time.perf_counter() - started)
-        return reason
-
-    def _check_problem(
+    def _check(
         self, name: str, precision: Precision, problem: Problem, check: str, keep_good: bool = True
     ) -> str | None:
-        sizes = {"M": problem.rows, "N": problem.out_features, "K": problem.in_features}
-        announce(name, precision.name, **(sizes if check == "timed problem" else {}))
+        announce(name, precision.name, **(sizes_of(problem) if check == "timed problem" else {}))
         started = time.perf_counter()
         try:
             with precision.applied(), self._triton(name):
-                found = flaws_on(name, problem, precision.matmul == "highest")
-            reason = "; ".join(found) or None
+                if check == "error rule":
+                    self._check_rule(name, problem)
+                    reason = None
+                else:
+                    found = flaws_on(name, problem, precision.matmul == "highest")
+                    reason = "; ".join(found) or None
         except Exception as error:
-            reason = explain(error, self.plan.device)
+            broken = check == "error rule" and isinstance(error, AssertionError)
+            lines = str(error).splitlines()
+            reason = "fails the error rule: " + "; ".join(lines[1:]) if broken else explain(error, self.plan.device)
         if reason or keep_good:
             self._add(name, precision, problem, check, reason is None, reason, time.perf_counter() - started)
         return reason
+
+    def _check_rule(self, name: str, problem: Problem) -> None:
+        function = exact_by_sampling if name == SAMPLED else partial(rlrr_linear, backend=name)
+        case = numerics.Case(
+            problem.m, problem.n, problem.k, problem.rank, problem.groups, dtype=problem.dtype,
+            weight_dtype=problem.weight_dtype, device=problem.device,
+        )  # fmt: skip
+        numerics.check_error_rule(function, case)
 
     def _triton(self, name: str):
         """Norms and sampled rows have no argument that says who computes them."""
@@ -290,10 +282,8 @@ class Gate:
         return backends.use_backend("triton") if chooses else nullcontext()
 
     def _add(self, name, precision, problem, check, passed, reason, seconds=None) -> None:
-        row = {"section": "gate", "check": check, "backend": name, "precision": precision.name}
+        row = {"section": "correctness", "check": check, "backend": name, "precision": precision.name}
         if problem is not None:
-            row |= {
-                "M": problem.rows, "N": problem.out_features, "K": problem.in_features, "groups": problem.groups,
-                "rank": problem.rank, "seconds": round(seconds, 2),
-            }  # fmt: skip
+            row |= sizes_of(problem)
+            row |= {"groups": problem.groups, "rank": problem.rank, "seconds": round(seconds, 2)}
         self.rows.append({**row, "passed": passed, "reason": reason})

@@ -1,22 +1,23 @@
-"""One linear layer: kernel time and eager wall time of every rival, and the host's share of a call."""
+"""One linear layer: kernel time and eager wall time of every implementation, and the host's share of a call."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.baselines import PEFT, peft_reason
 from benchmarks.common import Problem
-from benchmarks.gpu.correctness.check import Gate
-from benchmarks.gpu.measurements.baselines import OURS, PEFT, PLAIN, compiled_formula, layer_steps, peft_reason
-from benchmarks.gpu.measurements.estimates import ESTIMATES
-from benchmarks.gpu.measurements.timing import copies_for, explain, host_us, interleave, release
+from benchmarks.gpu.correctness.check import Checks
+from benchmarks.gpu.estimates import ESTIMATES
+from benchmarks.gpu.measurements.implementations import OURS, PLAIN, compiled_formula, layer_steps
 from benchmarks.gpu.measurements.tune import is_tuned
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, problem_of
-from benchmarks.gpu.session.work import Row, Unit, announce
-from benchmarks.model.layers import Ceilings, model_us
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.timing import copies_for, explain, host_us, interleave, release
+from benchmarks.gpu.work import Row, Unit, announce, sizes_of
+from benchmarks.model.launches import Ceilings, model_us
 from rlrr_kernels import rlrr_linear
 
-RIVALS = {
+IMPLEMENTATIONS = {
     "forward": (*OURS, *PLAIN, *PEFT),
     "step": (*OURS, *(name for name in PLAIN if name != "merged"), *PEFT),
     "scales": ("triton", "torch", "floor"),
@@ -26,7 +27,7 @@ RIVALS = {
 AGAIN = "again"
 """The mode of a layer that is timed once more, with the tiles the tuner has found meanwhile."""
 
-AGAIN_RIVALS = {
+AGAIN_IMPLEMENTATIONS = {
     "forward": ("triton.one_pass", "auto", "reference", "merged", "floor"),
     "step": ("triton.one_pass", "auto", "reference", "floor"),
     "scales": ("triton", "floor"),
@@ -34,44 +35,43 @@ AGAIN_RIVALS = {
 """What the tuner changed and what the targets compare it with."""
 
 
-def reason_against(gate: Gate, name: str, precision: Precision, problem: Problem) -> str | None:
-    """Why a rival is not timed: not installed, or not exact; None when it is."""
+def reason_against(checks: Checks, name: str, precision: Precision, problem: Problem) -> str | None:
+    """Why an implementation is not timed: not installed, or not exact; None when it is."""
     if name in PEFT:
         return peft_reason(name)
     if name == "triton":
         name = "triton.one_pass"
-    return gate.reason_against(name, precision, problem) if name in (*OURS, *ESTIMATES) else None
+    return checks.reason_against(name, precision, problem) if name in (*OURS, *ESTIMATES) else None
 
 
 def layer_rows(
     plan: Plan,
-    gate: Gate,
+    checks: Checks,
     ceilings: Ceilings | None,
     shape: Shape,
-    rows: int,
+    m: int,
     precision: Precision,
     work: str,
     mode: str = "",
 ) -> list[Row]:
-    """Every rival on one layer, interleaved.
+    """Every implementation of one layer, interleaved.
 
     ``mode``: one of torch.compile's, in which the compiled reference joins a few of them; :data:`AGAIN`; or neither.
     """
-    problem = problem_of(plan, shape, rows, precision)
+    problem = plan.problem(m, shape, precision)
     tuned, compiling = is_tuned(plan, problem, precision), mode not in ("", AGAIN)
-    names = _names(plan, rows, work, mode)
+    names = _names(plan, m, work, mode)
     head = {
-        "section": "layers", "shape": shape.name, "M": rows, "N": shape.out_features, "K": shape.in_features,
-        "precision": precision.name, "work": work, "compile_mode": mode if compiling else None,
-        "tiles": "tuned" if tuned else "shipped",
+        "section": "layers", "shape": shape.name, **sizes_of(problem), "precision": precision.name, "work": work,
+        "compile_mode": mode if compiling else None, "tiles": "tuned" if tuned else "shipped",
     }  # fmt: skip
     if mode == AGAIN and not tuned:
-        return [{**head, "rival": names[0], "skipped": "no tiles were faster than the shipped ones"}]
+        return [{**head, "implementation": names[0], "skipped": "no tiles were faster than the shipped ones"}]
 
     def starting(name: str) -> None:
-        announce(name, precision.name, M=rows, N=shape.out_features, K=shape.in_features)
+        announce(name, precision.name, **sizes_of(problem))
 
-    skipped = {name: reason for name in names if (reason := reason_against(gate, name, precision, problem))}
+    skipped = {name: reason for name in names if (reason := reason_against(checks, name, precision, problem))}
     try:
         compiled = compiled_formula(mode, plan.compile_options) if compiling else None
         with precision.applied():
@@ -88,80 +88,65 @@ def layer_rows(
     finally:
         tensors = steps = None
         release(plan.device)
+    skipped |= failures
     result = []
     for name in names:
-        label = f"compiled ({mode})" if name == "compiled" else name
-        if name not in timings:
-            result.append({**head, "rival": label, "skipped": skipped.get(name) or failures[name]})
+        row = {**head, "implementation": f"compiled ({mode})" if name == "compiled" else name}
+        if name in skipped:
+            result.append({**row, "skipped": skipped[name]})
             continue
         timing = timings[name]
-        modelled = "triton.one_pass" if name == "triton" else name
-        row = {**head, "rival": label, "graph_us": timing.graph_us, "wall_us": timing.wall_us}
-        row["model_us"] = ceilings and model_us(modelled, work, problem, precision.name, ceilings)
+        row |= {"graph_us": timing.graph_us, "wall_us": timing.wall_us}
+        row["model_us"] = ceilings and model_us(name, work, problem, precision.name, ceilings, ESTIMATES.get(name))
         result.append(row | ({"note": timing.note} if timing.note else {}))
     return result
 
 
-def _names(plan: Plan, rows: int, work: str, mode: str) -> tuple[str, ...]:
+def _names(plan: Plan, m: int, work: str, mode: str) -> tuple[str, ...]:
     if mode == AGAIN:
-        return AGAIN_RIVALS[work]
+        return AGAIN_IMPLEMENTATIONS[work]
     if mode:
         return "auto", "reference", "floor", "compiled"
-    estimated = work == "step" and (rows >= TOKENS or plan.tiny)
-    return RIVALS[work] + (tuple(ESTIMATES) if estimated else ())
+    estimated = work == "step" and (m >= TOKENS or plan.tiny)
+    return IMPLEMENTATIONS[work] + (tuple(ESTIMATES) if estimated else ())
 
 
-def host_rows(plan: Plan, gate: Gate) -> list[Row]:
+def host_rows(plan: Plan, checks: Checks) -> list[Row]:
     """What a call costs the host over ``F.linear``: one row of x, so that the device never holds the host up."""
     precision = PRECISIONS[plan.main]
-    problem = problem_of(plan, plan.host, 1, precision)
-    t = problem.tensors()
+    t = plan.problem(1, plan.host, precision).tensors()
     x, weight, bias = t["x"], t["weight"], t["bias"].detach().to(precision.dtype).requires_grad_()
-    scales = t["scale_row"], t["scale_col"]
-    leaves = {"F.linear": [x, bias], "auto": [x, *scales, bias]}
-    calls = {"F.linear": lambda: F.linear(x, weight, bias)}
-    reason = gate.reason_against("auto", precision)
-    reason = None if reason and plan.tiny else reason  # without Triton auto takes another path, which is fine here
+    scales, grad_y = (t["scale_row"], t["scale_col"]), t["grad_y"]
+    reason = checks.reason_against("auto", precision)
+    reason = None if plan.tiny else reason  # without Triton auto takes another path, which is fine here
+    calls = {"F.linear": (lambda: F.linear(x, weight, bias), [x, bias])}
     if not reason:
-        calls["auto"] = lambda: rlrr_linear(x, weight, *scales, bias)
-    grad_y = t["grad_y"]
-
-    def forward(call):
-        with torch.no_grad():
-            call()
-
-    def step(call, name):
-        torch.autograd.grad(call(), leaves[name], grad_y)
-
+        calls["auto"] = lambda: rlrr_linear(x, weight, *scales, bias), [x, *scales, bias]
     count, rounds = (3, 3) if plan.tiny else (100, 30)
     rows: list[Row] = []
     for work in ("forward", "step"):
-        medians = {
-            name: host_us(
-                (lambda call=call: forward(call)) if work == "forward" else (lambda call=call, n=name: step(call, n)),
-                plan.device, count, rounds,
-            )
-            for name, call in calls.items()
-        }  # fmt: skip
+        medians = {}
+        for name, (call, leaves) in calls.items():
+            step = call if work == "forward" else lambda c=call, leaves=leaves: torch.autograd.grad(c(), leaves, grad_y)
+            with torch.set_grad_enabled(work == "step"):
+                medians[name] = host_us(step, plan.device, count, rounds)
         for name, value in medians.items():
-            rows.append(
-                {
-                    "section": "host", "work": work, "rival": name, "host_us": value,
-                    "over_linear_us": value - medians["F.linear"],
-                }
-            )  # fmt: skip
-    return rows + ([{"section": "host", "work": "forward", "rival": "auto", "skipped": reason}] if reason else [])
+            row = {"section": "host", "work": work, "implementation": name, "host_us": value}
+            rows.append(row | {"over_linear_us": value - medians["F.linear"]})
+    return rows + (
+        [{"section": "host", "work": "forward", "implementation": "auto", "skipped": reason}] if reason else []
+    )
 
 
 def layer_units(plan: Plan) -> list[Unit]:
     """The layers of the plan, those that wait for a compiler or for the tuner, and the host's share."""
 
-    def unit(tier: int, shape: Shape, rows: int, name: str, work: str, mode: str, seconds: float) -> Unit:
-        label = f"{shape.name}, M = {rows}, {name}, {work}" + (f", {mode}" if mode else "")
+    def unit(tier: int, shape: Shape, m: int, name: str, work: str, mode: str, seconds: float) -> Unit:
+        label = f"{shape.name}, M = {m}, {name}, {work}" + (f", {mode}" if mode else "")
         precision = PRECISIONS[name]
         return Unit(
             tier, "layers", label, seconds,
-            lambda bench: layer_rows(plan, bench.gate, bench.ceilings, shape, rows, precision, work, mode),
+            lambda bench: layer_rows(plan, bench.checks, bench.ceilings, shape, m, precision, work, mode),
         )  # fmt: skip
 
     works = ("step", "forward", "scales")
@@ -172,5 +157,5 @@ def layer_units(plan: Plan) -> list[Unit]:
         for *entry, mode in plan.compiled
         for work in works[:2]
     ]
-    units.append(Unit(3, "host", "host time of a call", 3.0, lambda bench: host_rows(plan, bench.gate)))
+    units.append(Unit(3, "host", "host time of a call", 3.0, lambda bench: host_rows(plan, bench.checks)))
     return units

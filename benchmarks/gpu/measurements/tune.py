@@ -12,21 +12,21 @@ from itertools import product
 import torch
 
 from benchmarks.common import Problem
-from benchmarks.gpu.correctness.check import Gate
-from benchmarks.gpu.measurements.timing import ContextLost, copies_for, interleave, release
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, problem_of
-from benchmarks.gpu.session.work import Row, Unit, announce
+from benchmarks.gpu.correctness.check import Checks
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.timing import ContextLost, copies_for, interleave, release
+from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
 
-def _entry(plan: Plan, kernel: str, precision: Precision, rows: int) -> str:
+def _entry(plan: Plan, kernel: str, precision: Precision, m: int) -> str:
     """The name of a tuned entry; under ``precision.applied()``."""
     from rlrr_kernels.ops.tuning import store as tuned_tiles
 
     device = torch.device(plan.device)
-    limit = linear_configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, rows)
+    limit = linear_configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, m)
     names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype)
     return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
 
@@ -39,7 +39,7 @@ def is_tuned(plan: Plan, problem: Problem, precision: Precision) -> bool:
 
     entries = tuned_tiles.read(tuned_tiles.cache_file()) if tuned_tiles.enabled() else {}
     with precision.applied():
-        return any(_entry(plan, kernel, precision, problem.rows) in entries for kernel in linear_configs.KERNELS)
+        return any(_entry(plan, kernel, precision, problem.m) in entries for kernel in linear_configs.KERNELS)
 
 
 def tune_rows(
@@ -51,10 +51,10 @@ def tune_rows(
     ``winner`` the fastest. Candidates that do not compile, spill, need too much shared memory or break the error bound
     have a reason instead.
     """
-    rows = problems[0][1]
+    m = problems[0][1]
     head = {
         "section": "tune", "kernel": kernel, "schedule": schedule, "precision": precision.name,
-        "problems": [[count, shape.out_features, shape.in_features] for shape, count in problems],
+        "problems": [[m, shape.n, shape.k] for shape, m in problems],
     }  # fmt: skip
     reason = backends.unavailable("triton", plan.device)
     if reason:
@@ -63,11 +63,11 @@ def tune_rows(
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     gpu, dtype = devices.gpu_of(torch.device(plan.device)), precision.dtype
-    limit = linear_configs.shape_class(kernel, gpu, dtype, rows)
+    limit = linear_configs.shape_class(kernel, gpu, dtype, m)
     head |= {"arch": gpu.name, "class": limit}
     with precision.applied():
-        name = _entry(plan, kernel, precision, rows)
-        shipped, *others = tuning.candidates(kernel, gpu, dtype, rows, experimental=schedule != "tiled")
+        name = _entry(plan, kernel, precision, m)
+        shipped, *others = tuning.candidates(kernel, gpu, dtype, m, experimental=schedule != "tiled")
         entry = tuned_tiles.read(tuned_tiles.cache_file()).get(name)
         used = linear_configs.Tiles(**{field: entry[field] for field in shipped._fields}) if entry else shipped
         candidates = list(dict.fromkeys([used, *(tiles for tiles in (shipped, *others) if tiles.schedule == schedule)]))
@@ -75,8 +75,8 @@ def tune_rows(
             return [{**head, "skipped": "there are no other tiles to try"}]
         skipped: dict[linear_configs.Tiles, str] = {}
         times: dict[linear_configs.Tiles, list[float]] = {tiles: [] for tiles in candidates}
-        for shape, count in problems:
-            problem = problem_of(plan, shape, count, precision)
+        for shape, m in problems:
+            problem = plan.problem(m, shape, precision)
             timed = [tiles for tiles in candidates if tiles not in skipped]
             found, failed = _time_candidates(plan, problem, precision, kernel, gpu, timed)
             skipped |= failed
@@ -121,9 +121,7 @@ def _time_candidates(
     drawn = [{name: tensor.detach() for name, tensor in t.items()} for t in tensors]
     steps, skipped = {}, {}
     for tiles in candidates:
-        announce(
-            f"{kernel} {tuple(tiles)}", precision.name, M=problem.rows, N=problem.out_features, K=problem.in_features
-        )
+        announce(f"{kernel} {tuple(tiles)}", precision.name, **sizes_of(problem))
         if reason := tuning.rejection(kernel, drawn[0], gpu, tiles):
             skipped[tiles] = reason
             _check_context(plan, reason)
@@ -160,7 +158,7 @@ def tune_units(plan: Plan) -> list[Unit]:
             if kernel not in kernels or (schedule != "tiled" and problems[0][1] < linear_configs.TMA_MIN_ROWS):
                 continue
             may_hang = schedule in linear_configs.MAY_HANG
-            label = f"{kernel}, {schedule}, M = {', '.join(str(rows) for _, rows in problems)}, {name}"
+            label = f"{kernel}, {schedule}, M = {', '.join(str(m) for _, m in problems)}, {name}"
             units.append(
                 Unit(
                     tier + HANGING_TIERS * may_hang, "tune", label, 5.0 * len(problems),
@@ -171,7 +169,7 @@ def tune_units(plan: Plan) -> list[Unit]:
     return units
 
 
-def fallback_rows(plan: Plan, gate: Gate, precision: Precision) -> list[Row]:
+def fallback_rows(plan: Plan, checks: Checks, precision: Precision) -> list[Row]:
     """Makes sure that what ships for TMA works here, or that all later units do without it.
 
     The tiles without TMA are first put in force, in the file of tuned tiles, and left so unless the shipped ones pass:
@@ -182,22 +180,22 @@ def fallback_rows(plan: Plan, gate: Gate, precision: Precision) -> list[Row]:
     if backends.unavailable("triton", plan.device):
         return []
     gpu, result = devices.gpu_of(torch.device(plan.device)), []
-    path, rows = tuned_tiles.cache_file(), 8 * TOKENS
+    path = tuned_tiles.cache_file()
+    problem = plan.problem(8 * TOKENS, Shape("", 768, 768), precision)
     for (kernel, size), shipped in linear_configs.PERSISTENT.get(gpu.family, {}).items():
         if size != precision.dtype.itemsize or not linear_configs.proven(kernel, shipped.schedule, gpu):
             continue
         with precision.applied():
-            name = _entry(plan, kernel, precision, rows)
-            tiled = linear_configs.tiles_for(kernel, gpu, precision.dtype, rows)
+            name = _entry(plan, kernel, precision, problem.m)
+            tiled = linear_configs.tiles_for(kernel, gpu, precision.dtype, problem.m)
             tuned_tiles.write(path, {name: tiled._asdict()})
             with tuned_tiles.only_tiles(kernel, shipped):
-                shape = Shape("fallback", 768, 768)
-                reason = gate.reason_against_tiles(kernel, precision, problem_of(plan, shape, rows, precision))
+                reason = checks.reason_against_tiles(kernel, precision, problem)
             if reason is None:
                 tuned_tiles.write(path, {name: None})
         result.append(
             {
-                "section": "gate", "check": "shipped tiles", "backend": f"{kernel}, {shipped.schedule}",
+                "section": "correctness", "check": "shipped tiles", "backend": f"{kernel}, {shipped.schedule}",
                 "precision": precision.name, "passed": reason is None, "reason": reason,
             }
         )  # fmt: skip

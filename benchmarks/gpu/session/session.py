@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import report
-from benchmarks.gpu.session.work import Row, Unit
 from benchmarks.gpu.session.worker import MakeUnits, Worker
 from benchmarks.gpu.targets import verdicts
+from benchmarks.gpu.work import Row, Unit
 from rlrr_kernels import backends
 
 REPORT_SECONDS = 10.0
@@ -47,7 +47,7 @@ class Session:
         self.file = report.RowFile(folder / report.JSON, here)
         (folder / report.TILES).unlink(missing_ok=True)  # an earlier run's tiles are not this one's
         self._worker: Worker | None = None
-        self._ahead: Any = None  # benchmarks.gpu.session.aot_compile.Ahead
+        self._aot_compile: Any = None  # benchmarks.gpu.session.aot_compile.AotCompile
 
     def add(self, rows: list[Row]) -> None:
         """Keeps rows, in memory and on the disk."""
@@ -62,9 +62,9 @@ class Session:
         """
         tier = None
         if self.plan.device == "cuda" and backends.HAS_TRITON:
-            from benchmarks.gpu.session.aot_compile import Ahead  # imports Triton
+            from benchmarks.gpu.session.aot_compile import AotCompile  # imports Triton
 
-            self._ahead = Ahead()
+            self._aot_compile = AotCompile()
         for number, unit in enumerate(self.units):
             if unit.tier != tier and tier is not None:
                 self._report(with_pictures=False)
@@ -134,11 +134,11 @@ class Session:
         return worker.end(seconds) if worker else ""
 
     def _add_death(self, unit: Unit, running: Row | None, reason: str, blame: bool) -> None:
-        """The unit's row, and one for the gate, so that the next process knows what not to run again."""
+        """The unit's row, and one for the checks, so that the next process knows what not to run again."""
         what = f", running {running['backend']}" if running else ""
         print(f"          {reason}{what}", flush=True)
         if blame and running:
-            head = {"section": "gate", "check": "survival", **running}
+            head = {"section": "correctness", "check": "survival", **running}
             self.add([{**head, "passed": False, "reason": f"{reason} ({unit.section}: {unit.label})"}])
         self.add([{"section": unit.section, "label": unit.label, "error": reason + what}])
 
@@ -152,8 +152,8 @@ class Session:
     def finish(self) -> None:
         """The last report, and the verdicts on the terminal."""
         self._end_worker()
-        if self._ahead is not None:
-            self._ahead.end()
+        if self._aot_compile is not None:
+            self._aot_compile.end()
         self.file.close()
         self._report(with_pictures=True)
         for verdict in verdicts(self.rows, self.plan):

@@ -13,13 +13,13 @@ from benchmarks.gpu.measurements.memory import memory_units
 from benchmarks.gpu.measurements.steps import step_units
 from benchmarks.gpu.measurements.tune import fallback_rows, tune_units
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, cpu_plan, gpu_plan
-from benchmarks.gpu.session.work import Row, Unit
 from benchmarks.gpu.session.worker import Bench
+from benchmarks.gpu.work import Row, Unit
 
 SECTIONS = ("layers", "host", "memory", "steps", "tune")
-"""Those that can be left out. In this order within a tier, after the gate and the ceilings."""
+"""Those that can be left out. In this order within a tier, after the checks and the ceilings."""
 
-_ORDER = ("ceilings", "gate", *SECTIONS)
+_ORDER = ("ceilings", "correctness", *SECTIONS)
 
 
 def make_units(sections: tuple[str, ...], device: str) -> tuple[Plan, list[Unit]]:
@@ -33,11 +33,11 @@ def units_of(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
     units = [*layer_units(plan), *memory_units(plan), *step_units(plan), *tune_units(plan)]
     units = [unit for unit in units if unit.section in sections]
     ceilings = [Unit(0, "ceilings", "copy and products", 5.0, lambda bench: ceiling_rows(plan))]
-    units += ceilings + gate_units(plan, sections)
+    units += ceilings + check_units(plan, sections)
     return sorted(units, key=lambda unit: (unit.tier, _ORDER.index(unit.section)))
 
 
-def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
+def check_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
     """One unit for each implementation and precision, before the first that times either."""
     tiers: dict[tuple[str, str], int] = {}
 
@@ -60,7 +60,7 @@ def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
     if "tune" in sections:
         need((), [(tier, name) for tier, _, name in plan.tuned])
     return [
-        Unit(tier, "gate", f"{name}, {precision}", 5.0, partial(_run_gate, name, PRECISIONS[precision]))
+        Unit(tier, "correctness", f"{name}, {precision}", 5.0, partial(_run_check, name, PRECISIONS[precision]))
         for (name, precision), tier in sorted(tiers.items(), key=lambda item: item[1])
     ]
 
@@ -68,11 +68,11 @@ def gate_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
 _FALLBACK = "shipped tiles"
 
 
-def _run_gate(name: str, precision: Precision, bench: Bench) -> list[Row]:
+def _run_check(name: str, precision: Precision, bench: Bench) -> list[Row]:
     if name == _FALLBACK:
-        return fallback_rows(bench.plan, bench.gate, precision)
-    bench.gate.check(name, precision)
-    return []  # the gate keeps its own
+        return fallback_rows(bench.plan, bench.checks, precision)
+    bench.checks.check(name, precision)
+    return []  # the bench adds the rows of its checks
 
 
 def default_device() -> str:

@@ -18,24 +18,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.correctness.check import Gate
-from benchmarks.gpu.measurements.baselines import peft_module
+from benchmarks.baselines import peft_module
+from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.measurements.ceilings import ceilings_of
-from benchmarks.gpu.measurements.timing import ContextLost, describe, explain, release
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.session.work import Row, Unit, listen
-from benchmarks.model.layers import Ceilings
+from benchmarks.gpu.timing import ContextLost, describe, explain, release
+from benchmarks.gpu.work import Row, Unit, listen
+from benchmarks.model.launches import Ceilings
 
 MakeUnits = Callable[[], tuple[Plan, list[Unit]]]
 """Gives the same units in every process; picklable."""
 
 
 class Bench:
-    """What the units of a process share: the plan, the gate, and what earlier rows say, other processes' too."""
+    """What the units of a process share: the plan, the checks, and what earlier rows say, other processes' too."""
 
     def __init__(self, plan: Plan, earlier: list[Row]) -> None:
         self.plan = plan
-        self.gate = Gate(plan, earlier)
+        self.checks = Checks(plan, earlier)
         self._rows = list(earlier)
 
     @property
@@ -45,7 +45,7 @@ class Bench:
 
     def run(self, unit: Unit) -> tuple[list[Row], bool]:
         """The rows of a unit, or one that says why it has none; and whether the device still answers."""
-        known, answers = len(self.gate.rows), True
+        known, answers = len(self.checks.rows), True
         try:
             rows = unit.run(self)
         except Exception as error:
@@ -56,7 +56,7 @@ class Bench:
             rows = [{"section": unit.section, "label": unit.label, "error": reason}]
         if answers:
             release(self.plan.device)
-        rows = [*self.gate.rows[known:], *rows]
+        rows = [*self.checks.rows[known:], *rows]
         self._rows += rows
         return rows, answers
 

@@ -1,58 +1,26 @@
-"""The rivals on one layer: what a user could pick instead, each as a step on given tensors."""
+"""What is timed on one layer: ours and what a user could pick instead, each as a step on given tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.baselines import PEFT, peft_config, peft_module
 from benchmarks.common import Forward, Step, formula, forward_of
-from benchmarks.gpu.measurements.estimates import ESTIMATES, estimate_forward
+from benchmarks.gpu.estimates import ESTIMATES, estimate_forward
 from benchmarks.gpu.plan import Precision
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
 
 OURS = ("triton.one_pass", "triton.merge", "auto", "torch")
 PLAIN = ("reference", "frozen", "merged", "floor")
-PEFT = ("hira", "dora", "lora")
 
 Tensors = dict[str, Tensor]
-
-
-@functools.cache
-def peft_module() -> ModuleType | None:
-    """PEFT, or None where it is not installed; imported at first use, because it takes seconds."""
-    try:
-        import peft
-    except ImportError:
-        return None
-    return peft
-
-
-def peft_reason(method: str) -> str | None:
-    """Why a method of :data:`PEFT` cannot be had here; None when it can."""
-    peft = peft_module()
-    if peft is None:
-        return "peft is not installed"
-    if method == "hira" and not hasattr(peft, "HiraConfig"):
-        return f"peft {peft.__version__} has no HiRA; 0.20 brought it"
-    return None
-
-
-def peft_config(method: str, targets: str) -> Any:
-    """HiRA of rank 1, or LoRA or DoRA of rank 8, on the layers whose names match the expression ``targets``.
-
-    The start is random, not zero: products with zeros can run faster than real ones.
-    """
-    peft = peft_module()
-    if method == "hira":
-        return peft.HiraConfig(r=1, target_modules=targets, init_weights=False)
-    return peft.LoraConfig(r=8, target_modules=targets, use_dora=method == "dora", init_lora_weights=False)
 
 
 class _Layers(nn.Module):
@@ -65,8 +33,8 @@ def peft_forwards(method: str, tensors: list[Tensors]) -> list[tuple[Forward, li
     """One PEFT layer per set of tensors, sharing their W and bias, and the leaves of its gradients, x first."""
     linears = []
     for t in tensors:
-        rows, cols = t["weight"].shape
-        linear = nn.Linear(cols, rows, device="meta")
+        n, k = t["weight"].shape
+        linear = nn.Linear(k, n, device="meta")
         linear.weight = nn.Parameter(t["weight"], requires_grad=False)
         linear.bias = nn.Parameter(t["bias"].detach().to(t["weight"].dtype), requires_grad=False)
         linears.append(linear)
@@ -95,7 +63,7 @@ def compiled_formula(mode: str, options: dict[str, Any]) -> Callable[..., Tensor
 
 
 def forwards(name: str, tensors: list[Tensors], compiled: Callable[..., Tensor] | None = None):
-    """(forward, leaves of its gradients) of a rival for every set of tensors."""
+    """(forward, leaves of its gradients) of a implementation for every set of tensors."""
     if name in PEFT:
         return peft_forwards(name, tensors)
     if name == "compiled":

@@ -1,4 +1,4 @@
-"""The gate of the GPU command: it finds kernels that are wrong, unrepeatable or write where they must not."""
+"""The GPU command's correctness checks find kernels that are wrong, unrepeatable or write where they must not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.common import Problem
-from benchmarks.gpu.correctness import check as gate_module
+from benchmarks.gpu.correctness import check as check_module
 from benchmarks.gpu.correctness.check import FEW_VALUES_RATIO, draw, flaws, flaws_on, subject
 from benchmarks.gpu.correctness.guard import PAD_BYTES, GuardedMemory, guarded
 from benchmarks.gpu.measurements.layers import AGAIN, layer_rows
 from benchmarks.gpu.plan import PRECISIONS, cpu_plan
-from benchmarks.model import layers as model
+from benchmarks.model import launches as model
 from rlrr_kernels import backends, numerics, rlrr_linear
 
 pytestmark = pytest.mark.interpreted
@@ -26,15 +26,15 @@ DTYPES = (torch.float32, torch.float16) if backends.INTERPRETING else (torch.flo
 
 @not_interpreted
 def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gate_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
-    gate = gate_module.Gate(PLAN)
-    rows = layer_rows(PLAN, gate, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward")
-    wrong = next(row for row in rows if row["rival"] == "torch")
+    monkeypatch.setattr(check_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
+    checks = check_module.Checks(PLAN)
+    rows = layer_rows(PLAN, checks, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward")
+    wrong = next(row for row in rows if row["implementation"] == "torch")
     assert "error rule" in wrong["skipped"]
     assert "wall_us" not in wrong
-    assert layer_rows(PLAN, gate, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward", AGAIN)[0]["skipped"]
-    assert next(row for row in rows if row["rival"] == "floor")["wall_us"] > 0
-    assert not next(row for row in gate.rows if row["backend"] == "torch")["passed"]
+    assert layer_rows(PLAN, checks, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward", AGAIN)[0]["skipped"]
+    assert next(row for row in rows if row["implementation"] == "floor")["wall_us"] > 0
+    assert not next(row for row in checks.rows if row["backend"] == "torch")["passed"]
 
 
 @not_interpreted
@@ -42,11 +42,11 @@ def test_an_error_on_the_timed_problem_alone_is_found(monkeypatch: pytest.Monkey
     def wrong_for_five_rows(x, *args, **options):
         return rlrr_linear(x, *args, **options) * (1.01 if x.shape[0] == 5 else 1.0)
 
-    monkeypatch.setattr(gate_module, "rlrr_linear", wrong_for_five_rows)
-    gate = gate_module.Gate(PLAN)
+    monkeypatch.setattr(check_module, "rlrr_linear", wrong_for_five_rows)
+    checks = check_module.Checks(PLAN)
     for count, wrong in ((5, True), (6, False)):
-        rows = layer_rows(PLAN, gate, CEILINGS, SHAPE, count, PRECISIONS["fp32"], "forward")
-        assert ("skipped" in next(row for row in rows if row["rival"] == "torch")) == wrong
+        rows = layer_rows(PLAN, checks, CEILINGS, SHAPE, count, PRECISIONS["fp32"], "forward")
+        assert ("skipped" in next(row for row in rows if row["implementation"] == "torch")) == wrong
 
 
 # ---------------------------------------------------------------- memory that shows misuse
@@ -114,7 +114,7 @@ def test_memory_made_in_a_backward_is_guarded_too():
 
 
 def flaws_of(run, dtype=torch.float32, rows=40, **options) -> str:
-    problem = Problem(rows, 70, 66, dtype, False, "cpu", None, 2, 3)
+    problem = Problem(rows, 66, 70, dtype, False, "cpu", None, 2, 3)
     what = subject("torch")
     return "; ".join(flaws(what._replace(ours=lambda t: run(what.ours, t)), draw("torch", problem), **options))
 
@@ -132,10 +132,10 @@ def damaged(name: str, index: tuple, factor: float = 1.0, offset: float = 0.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(40, 67, 66, 1, 3), (1, 70, 33, 4, 1), (130, 48, 64, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 66, 67, 1, 3), (1, 33, 70, 4, 1), (130, 64, 48, 1, 1)], ids=str)
 def test_kernels_have_none(dtype: torch.dtype, backend: str, sizes: tuple):
-    rows, in_features, out_features, rank, groups = sizes
-    problem = Problem(rows, in_features, out_features, dtype, False, "cpu", None, rank, groups)
+    m, n, k, rank, groups = sizes
+    problem = Problem(m, n, k, dtype, False, "cpu", None, rank, groups)
     assert flaws_on(backend, problem) == []
 
 
@@ -152,7 +152,7 @@ def test_other_kernels_have_none(name: str):
 
 def test_one_draw_on_which_eager_is_lucky_is_no_flaw():
     """With few values the ratio of two equally exact results comes to 2 on one draw in a thousand."""
-    problem, what = Problem(1, 70, 33, torch.float32, False, "cpu", None, 4, 1), subject("torch")
+    problem, what = Problem(1, 33, 70, torch.float32, False, "cpu", None, 4, 1), subject("torch")
     draws = [draw("torch", problem, seed) for seed in range(numerics.SEEDS)]
 
     def worse(tensors):
@@ -228,15 +228,15 @@ def test_tf32_is_held_to_eager_but_not_to_the_bound():
 
 @not_interpreted
 def test_what_passed_or_failed_is_known_to_a_later_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gate_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
-    gate = gate_module.Gate(PLAN)
-    reason = gate.check("torch", PRECISIONS["fp32"])
+    monkeypatch.setattr(check_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
+    checks = check_module.Checks(PLAN)
+    reason = checks.check("torch", PRECISIONS["fp32"])
     assert "error rule" in reason
-    monkeypatch.setattr(gate_module.Gate, "_check_cases", lambda *arguments: pytest.fail("checked again"))
-    later = gate_module.Gate(PLAN, gate.rows)
+    monkeypatch.setattr(check_module.Checks, "_check_cases", lambda *arguments: pytest.fail("checked again"))
+    later = check_module.Checks(PLAN, checks.rows)
     assert later.reason_against("torch", PRECISIONS["fp32"]) == reason
-    good = [row | {"passed": True, "reason": None} for row in gate.rows]
-    assert gate_module.Gate(PLAN, good).check("torch", PRECISIONS["fp32"]) is None
+    good = [row | {"passed": True, "reason": None} for row in checks.rows]
+    assert check_module.Checks(PLAN, good).check("torch", PRECISIONS["fp32"]) is None
 
 
 def test_the_gates_tensors_of_one_problem_do_not_depend_on_the_host():

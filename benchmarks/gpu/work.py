@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.session.worker import Bench
+from benchmarks.common import Problem
 
 Row = dict[str, Any]
+
+
+def sizes_of(problem: Problem) -> Row:
+    """M, N and K of a row."""
+    return {"M": problem.m, "N": problem.n, "K": problem.k}
 
 
 class Unit(NamedTuple):
     """Some rows of one section. ``tier``: lower is more valuable; ``seconds``: an estimate, to stop in time.
 
-    ``limit``: seconds after which its process is killed; None for a few times the estimate.
+    ``run`` is given the :class:`benchmarks.gpu.session.worker.Bench` of its process. ``limit``: seconds after which
+    the process is killed; None for a few times the estimate.
     """
 
     tier: int
     section: str
     label: str
     seconds: float
-    run: Callable[[Bench], list[Row]]
+    run: Callable[[Any], list[Row]]
     limit: float | None = None
 
 

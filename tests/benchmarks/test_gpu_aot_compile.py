@@ -1,4 +1,4 @@
-"""Compiling ahead of the GPU: every kernel that is measured, under the keys of the just-in-time compiler."""
+"""AOT compilation: every kernel that is measured, under the keys of the just-in-time compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs Triton")
 from benchmarks.common import Problem
 from benchmarks.gpu.plan import PRECISIONS, Shape, gpu_plan
-from benchmarks.gpu.session import aot_compile as ahead
+from benchmarks.gpu.session import aot_compile
 from benchmarks.host_overhead.fake_cuda import fake_cuda
 from rlrr_kernels import backends, devices, rlrr_linear
 from rlrr_kernels.ops.host.launch import Plan
@@ -42,12 +42,12 @@ def compiled(folder: Path) -> set[str]:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_what_was_compiled_ahead_is_found_by_the_launches(cache: Path):
-    problem = Problem(24, 64, 48, torch.float32, True, "cpu", None, 1, 3)
+def test_what_was_compiled_is_found_by_the_launches(cache: Path):
+    problem = Problem(24, 48, 64, torch.float32, True, "cpu", None, 1, 3)
     arch = mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90"))
-    with arch, mock.patch.object(Plan, "run", ahead._compile_only):
-        triton.runtime.driver.set_active(ahead.Driver(90))
-        for job in ahead.linear_jobs(problem, PRECISIONS["fp32"]):
+    with arch, mock.patch.object(Plan, "run", aot_compile._compile_only):
+        triton.runtime.driver.set_active(aot_compile.Driver(90))
+        for job in aot_compile.linear_jobs(problem, PRECISIONS["fp32"]):
             job()
     before = compiled(cache)
     assert len(before) >= 5  # forward, ∂x, scale gradients, their sum, the merge
@@ -65,14 +65,14 @@ def test_what_was_compiled_ahead_is_found_by_the_launches(cache: Path):
 
 def test_every_job_of_the_plan_can_be_compiled(monkeypatch: pytest.MonkeyPatch):
     launched = []
-    monkeypatch.setattr(ahead, "_compile_only", lambda plan, *tensors: launched.append(plan.kernel.__name__))
+    monkeypatch.setattr(aot_compile, "_compile_only", lambda plan, *tensors: launched.append(plan.kernel.__name__))
     monkeypatch.setattr(triton.runtime.driver, "set_active", lambda driver: None)
     plan = gpu_plan()
     for parts in (1, 5):
         launched.clear()
-        counts = [ahead.compile_part(90, part, parts, plan) for part in range(parts)]
+        counts = [aot_compile.compile_part(90, part, parts, plan) for part in range(parts)]
         assert sum(count["failed"] for count in counts) == 0
-        assert sum(count["done"] for count in counts) == len(ahead.jobs(plan, "sm_90"))
+        assert sum(count["done"] for count in counts) == len(aot_compile.jobs(plan, "sm_90"))
     assert {name.removeprefix("_").removeprefix("rlrr_linear_") for name in launched} >= {
         "fwd_kernel", "bwd_dx_kernel", "bwd_scales_kernel", "bwd_reduce_kernel", "merge_kernel", "sum_splits_kernel",
         "bwd_sampled_scales_kernel", "norm_rescale_fwd_kernel", "norm_rescale_bwd_kernel", "activation_bwd_kernel",
@@ -82,20 +82,20 @@ def test_every_job_of_the_plan_can_be_compiled(monkeypatch: pytest.MonkeyPatch):
 def test_the_first_jobs_are_those_needed_first():
     shape = Shape("it", 64, 64)
     plan = gpu_plan()._replace(
-        layers=[(3, shape, 99, "bf16"), (1, shape, 16, "bf16")], tuned=[], gate=[], models=[]
+        layers=[(3, shape, 99, "bf16"), (1, shape, 16, "bf16")], tuned=[], check_cases=[], models=[]
     )  # fmt: skip
     seen = []
-    with mock.patch.object(ahead, "linear_jobs", lambda problem, *rest: iter([lambda: seen.append(problem.rows)])):
-        for job in ahead.jobs(plan, "sm_90"):
+    with mock.patch.object(aot_compile, "linear_jobs", lambda problem, *rest: iter([lambda: seen.append(problem.m)])):
+        for job in aot_compile.jobs(plan, "sm_90"):
             job()
     assert seen == [16, 99]
 
 
 def test_without_a_gpu_nothing_is_started_and_with_one_it_ends(monkeypatch: pytest.MonkeyPatch):
-    assert ahead.Ahead()._processes == []
+    assert aot_compile.AotCompile()._processes == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    started = ahead.Ahead(processes=2)
+    started = aot_compile.AotCompile(processes=2)
     assert len(started._processes) == 2
     started.end()
     assert all(process.returncode is not None for process in started._processes)
@@ -103,18 +103,18 @@ def test_without_a_gpu_nothing_is_started_and_with_one_it_ends(monkeypatch: pyte
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(
-    "sizes", [(2**21 + 64, 1024, 64), (50_000_000, 16, 16), (64, 64, 2_000_000), (64, 2_000_000, 64)], ids=str
+    "sizes", [(2**21 + 64, 64, 1024), (50_000_000, 16, 16), (64, 2_000_000, 64), (64, 64, 2_000_000)], ids=str
 )
 def test_no_launch_is_larger_than_a_gpu_allows(sizes: tuple[int, int, int], precision: str):
-    rows, in_features, out_features = sizes
+    m, n, k = sizes
     case = PRECISIONS[precision]
     launched = []
-    problem = Problem(rows, in_features, out_features, case.dtype, True, "meta")
+    problem = Problem(m, n, k, case.dtype, True, "meta")
     with (
         mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90")),
         mock.patch.object(Plan, "run", lambda plan, *tensors: launched.append(plan)),
     ):
-        for job in ahead.linear_jobs(problem, case, 0.25):
+        for job in aot_compile.linear_jobs(problem, case, 0.25):
             job()
     assert len({plan.kernel.__name__ for plan in launched}) >= 5
     for plan in launched:

@@ -1,4 +1,4 @@
-"""Timing: CUDA-graph replay for the kernels, eager wall time beside it, rivals interleaved, medians."""
+"""Timing: CUDA-graph replay for the kernels, eager wall time beside it, interleaved, medians."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def copies_for(problem: Problem) -> int:
     if problem.device == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(problem.device).L2_cache_size
-    m, n, k = problem.rows, problem.out_features, problem.in_features
-    size = problem.dtype.itemsize * (m * k + m * n) + (problem.weight_dtype or problem.dtype).itemsize * n * k
+    tensors = problem.empty("meta")
+    size = sum(tensors[name].nbytes for name in ("x", "weight", "grad_y"))
     return max(1, min(MAX_COPIES, -(-2 * cache // size)))
 
 
@@ -64,33 +64,34 @@ def capture(steps: list[Step], pool: object | None, repeats: int = 1) -> torch.c
 
 
 def interleave(
-    rivals: dict[str, list[Step]],
+    implementations: dict[str, list[Step]],
     device: str,
     seconds: float,
     graphs: bool,
     starting: Callable[[str], object] = lambda name: None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times every rival: its steps (one per set of rotating tensors) once a round, rivals in turn.
+    """Times every implementation: its steps (one per set of rotating tensors) once a round, all of them in turn.
 
     Args:
-        rivals: name → steps.
+        implementations: name → steps.
         device: ``cpu`` or ``cuda``.
         seconds: for all rounds; at least 7 are made, at most 60.
         graphs: whether steps are also replayed from a CUDA graph.
-        starting: told the name of each rival before its first call.
+        starting: told the name of each implementation before its first call.
 
     Returns:
-        Timings, and for every rival that raised its error. One that cannot be captured is timed eagerly, with a note.
+        Timings, and the error of every implementation that raised. What cannot be captured is timed eagerly, with a
+        note.
 
     Raises:
-        ContextLost: a rival broke the device's context.
+        ContextLost: an implementation broke the device's context.
     """
     failures: dict[str, str] = {}
     notes: dict[str, str] = {}
     captured: dict[str, torch.cuda.CUDAGraph] = {}
     calls: dict[str, int] = {}  # in a graph
     pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no graph's results are read
-    for name, steps in rivals.items():
+    for name, steps in implementations.items():
         starting(name)
         try:
             for step in steps[:2] * 2:  # compilation and first-touch costs are no one's run time
@@ -110,7 +111,7 @@ def interleave(
                 calls[name] = repeats * len(steps)
             except Exception as error:
                 notes[name] = f"no CUDA graph: {explain(error, device)}"
-    running = {name: steps for name, steps in rivals.items() if name not in failures}
+    running = {name: steps for name, steps in implementations.items() if name not in failures}
     wall: dict[str, list[float]] = {name: [] for name in running}
     replay: dict[str, list[float]] = {name: [] for name in captured}
     for graph in captured.values():

@@ -1,4 +1,4 @@
-"""The estimates of the scale gradients as rivals: ``scale_grad_rows`` of 1/2, 1/4 and 1/8, drawing included."""
+"""Estimates of the scale gradients to be timed: ``scale_grad_rows`` of 1/2, 1/4 and 1/8, drawing included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlrr_kernels import RowSample, rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
 
 ESTIMATES = {"rows 1/2": 1 / 2, "rows 1/4": 1 / 4, "rows 1/8": 1 / 8}
-"""Share of the rows by the rival's name. Class tokens are always among them."""
+"""Share of the rows by the implementation's name. Class tokens are always among them."""
 
 
 def estimate_forward(name: str, t: dict[str, Tensor]) -> tuple[Forward, list[Tensor]]:
@@ -21,8 +21,8 @@ def estimate_forward(name: str, t: dict[str, Tensor]) -> tuple[Forward, list[Ten
     """
     leaves = [t[key] for key in ("x", "scale_row", "scale_col", "bias")]
     x, weight = t["x"], t["weight"]
-    rows, cols = x.shape
-    shape = torch.Size((rows // TOKENS, TOKENS, cols)) if rows % TOKENS == 0 else x.shape
+    m, k = x.shape
+    shape = torch.Size((m // TOKENS, TOKENS, k)) if m % TOKENS == 0 else x.shape
 
     def forward() -> Tensor:
         sample = sample_rows(shape, ESTIMATES[name], 1, x.device)
@@ -37,9 +37,9 @@ def exact_by_sampling(x, weight, scale_row, scale_col, bias=None, *, residual=Tr
     Three quarters of the rows count once, each of the others comes twice and counts half. More copies would be more
     additions than an exact gradient has, with their roundings.
     """
-    rows = x.numel() // x.shape[-1]
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(x.device)
-    once = rows - rows // 4
+    m = x.numel() // x.shape[-1]
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(0)).to(x.device)
+    once = m - m // 4
     sample = RowSample(torch.cat([order, order[once:]]), once, 0.5)
     return rlrr_linear(x, weight, scale_row, scale_col, bias, residual=residual, scale_grad_rows=sample)
 
@@ -50,15 +50,15 @@ def estimate_by_images(x, weight, scale_row, scale_col, bias=None, *, residual=T
     An estimate: to be compared with itself on another backend. Up to eight images of at least eight rows; exact where
     there are fewer rows.
     """
-    rows = x.numel() // x.shape[-1]
-    if rows < 8:
+    m = x.numel() // x.shape[-1]
+    if m < 8:
         return rlrr_linear(x, weight, scale_row, scale_col, bias, residual=residual, backend=backend)
-    images = next(count for count in range(8, 0, -1) if rows % count == 0 and (count == 1 or rows // count >= 8))
-    tokens, generator = rows // images, torch.Generator().manual_seed(0)
+    images = next(count for count in range(8, 0, -1) if m % count == 0 and (count == 1 or m // count >= 8))
+    tokens, generator = m // images, torch.Generator().manual_seed(0)
     others = tokens - 1
     drawn = max(2, others // 3)
     picked = torch.stack([1 + torch.randperm(others, generator=generator)[:drawn] for _ in range(images)])
-    first = torch.arange(0, rows, tokens)
+    first = torch.arange(0, m, tokens)
     index = torch.cat([first, (picked + first[:, None]).flatten()]).to(x.device)
     sample = RowSample(index, images, (others - 1) / (drawn - 1), images)
     return rlrr_linear(
