@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from rlrr_kernels.adapt.modules import named_modules
+
 _METADATA = {"device", "dtype", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_meta"}
 """What may be asked of a weight without computing with it."""
 
@@ -24,7 +26,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def find_bypassed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Maps the name of each bypassed layer among ``names`` to a sentence that says who bypasses it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     found = {}
     for name in names:
         parts = name.split(".")
@@ -48,7 +50,7 @@ def qkv_bias_switches(model: nn.Module, names: Iterable[str]) -> dict[str, bool]
     Returns:
         Name → whether the switch has to be turned on for it; not so without these biases, or where it is on.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     found = {}
     for name in names:
         parent, _, child = name.rpartition(".")

@@ -18,6 +18,7 @@ from rlrr_kernels.ops.sampling.row_sample import check_fraction
 SCHEMA_VERSION = 1
 """Version of what :meth:`RLRRConfig.to_dict` writes; raised when an older reader would misread it."""
 
+WITH_BIAS = "with_bias"
 RECIPES = ("paper",)
 FORMS = ("rescaled", "additive")
 
@@ -55,7 +56,8 @@ class RLRRConfig:
     Args:
         rank: r of every layer, 1 to 64; 1 is the paper's RLRR.
         groups: G of every layer, or a mapping pattern → G (first match wins, others 1). None: 1, or the recipe's.
-        shift: whether every layer trains a shift f [N], also where it has no bias.
+        shift: whether every layer trains a shift f [N], also where it has no bias. ``with_bias``: only where it has
+            one, so that merged layers gain no bias that plain timm does not know.
         residual: ``False`` gives W' = W ⊙ (s_r s_c) without the 1.
         sides: ``both`` scales, or ``left`` (s_r alone, s_c = 1) or ``right`` (s_c alone, s_r = 1) with rank 1.
         form: ``rescaled``, or ``additive``: W' = W + s_r s_c, without the ⊙ W (:class:`rlrr_kernels.AdditiveLinear`; on
@@ -84,7 +86,7 @@ class RLRRConfig:
 
     rank: int = 1
     groups: int | Mapping[str, int] | None = None
-    shift: bool = True
+    shift: bool | str = True
     residual: bool = True
     sides: str = "both"
     form: str = "rescaled"
@@ -110,9 +112,10 @@ class RLRRConfig:
             object.__setattr__(self, "groups", dict(self.groups))
         elif self.groups is not None:
             _check_groups("groups", self.groups)
-        for name in ("shift", "residual"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if not isinstance(self.residual, bool):
+            raise TypeError(f"residual must be True or False; got {self.residual!r}")
+        if not isinstance(self.shift, bool) and self.shift != WITH_BIAS:
+            raise TypeError(f"shift must be True, False or {WITH_BIAS!r}; got {self.shift!r}")
         check_sides(self.sides, self.rank)
         _check_choice("form", self.form, FORMS)
         _check_choice("init", self.init, INITS)

@@ -1,44 +1,54 @@
 """Adapter folders: ``adapter.safetensors`` (trained tensors only), ``config.json`` and a model card.
 
 ``adapter.safetensors`` carries a copy of ``config.json`` in its header and is replaced last, in one step. So whenever
-a save ends early, the folder holds the whole old adapter; and the copy is what counts where the two differ.
+a save ends early, the folder holds the whole old adapter; and the copy is what counts where the two differ. The copy
+has a digest of every tensor and one of itself; folders from before there were digests are read without.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.card import model_card
 from rlrr_kernels.adapt.config import RLRRConfig, check_schema_version
+from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.model import (
     adapt_report,
     adaptation_of,
     adapter_parameters,
     apply_adaptation,
+    check_not_distributed,
     head_tensors,
     is_adapted,
     plan_adaptation,
     planned_shapes,
-    unwrap,
 )
+from rlrr_kernels.adapt.modules import named_modules, named_tensors, plain_name, unwrap
 from rlrr_kernels.adapt.report import AdaptReport
+from rlrr_kernels.nn.rescaled import Rescaled
 
 TENSORS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 
 ADAPTER_FORMAT = "rlrr_adapter"
 _HEADER_KEY = "rlrr_config"
+_TENSOR_DIGESTS, _DIGEST = "tensor_digests", "digest"
+
+_T = TypeVar("_T")
 
 _SAMPLES = 4
 _SAMPLE_TOLERANCE = 0.02
@@ -94,8 +104,12 @@ def save_adapter(
     Other files in the folder are left alone. An adapter that lies there is replaced in one step at the very end: when
     the save fails (no space left, killed), it is still there and whole.
 
+    Names in the files are those of the plain model, whatever wraps it or parts of it (``torch.compile``, activation
+    checkpointing, DDP, FSDP). Of weights that FSDP shards every process must save, FSDP1's inside
+    ``FullyShardedDataParallel.summon_full_params(model)``.
+
     Args:
-        model: after :func:`rlrr_kernels.adapt_model` (or inside the wrappers of ``torch.compile`` or DDP).
+        model: after :func:`rlrr_kernels.adapt_model`.
         folder: made with its parents when missing.
         metadata: JSON types (class names, metrics, ...) kept in ``config.json`` and shown on the card.
         usage: Python on the card that makes the model again and loads the adapter from "path/to/this/folder"; None:
@@ -105,13 +119,18 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or on the meta device.
+        ValueError: the model is not adapted, or on the meta device, sharded by FSDP1, or a trained parameter is not
+            finite (named).
         TypeError: ``metadata`` holds something that JSON does not know.
         OSError: the folder cannot be written; names it.
         ImportError: safetensors is not installed.
     """
+    _check_not_sharded(model)
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
     tensors, also_trained = _trained_tensors(model)
+    broken = _not_finite({n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)})
+    if broken:
+        raise ValueError(f"trained parameters that are not finite cannot be saved: {', '.join(broken)}")
     config = adaptation.config.to_dict()
     document = {
         "schema_version": config.pop("schema_version"),
@@ -137,12 +156,14 @@ def write_folder(
     on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if on_meta:
         raise ValueError(f"model has tensors on the meta device, which hold no values to save: {on_meta[0]}")
-    try:
-        text = json.dumps(document, indent=2)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must hold JSON types only: {error}") from error
     # Copied: safetensors refuses tensors that share memory, as tied weights do. One header entry: it shuffles several.
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    copies = {name: _whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    try:
+        document = json.loads(json.dumps(document))
+        document[_TENSOR_DIGESTS] = {name: _tensor_digest(tensor) for name, tensor in copies.items()}
+        text = json.dumps({**document, _DIGEST: _document_digest(document)}, indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"metadata must hold JSON types only: {error}") from error
     data = save(copies, {_HEADER_KEY: text})
     contents = {
         CONFIG: text.encode(),
@@ -197,8 +218,47 @@ def _sync_directory(folder: Path) -> None:
 def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors to save by state-dict name, and which of them are neither adapter nor head."""
     tensors: dict[str, Tensor] = {**adapter_parameters(model), **head_tensors(model, adaptation_of(model).heads)}
-    also_trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in tensors}
+    known = set(map(id, tensors.values()))
+    also_trained = {}
+    for name, tensor in named_tensors(model):
+        if tensor.requires_grad and id(tensor) not in known:
+            known.add(id(tensor))
+            also_trained[name] = tensor
     return {**tensors, **also_trained}, list(also_trained)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [n for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered from all processes where FSDP2 shards it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":
+            raise ValueError(
+                f"the weights of {name or 'the model'} are sharded by FullyShardedDataParallel; save inside "
+                "`with FullyShardedDataParallel.summon_full_params(model):`, in every process"
+            )
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """Of dtype, shape and values of a contiguous tensor on the CPU."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    if tensor.nbytes:
+        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()[:16]
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in document.items() if k != _DIGEST})).hexdigest()[:16]
+
+
+def _canonical(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True).encode()
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -213,9 +273,9 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def sample_backbone(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[float]]:
     """Layer → a few elements of its weight [N, K], to recognise a checkpoint by."""
-    sample = {}
+    sample, modules = {}, dict(named_modules(model))
     for name in layers:
-        weight = model.get_submodule(name).weight.detach()
+        weight = _whole(modules[name].weight.detach())
         if weight.numel() and not weight.is_meta:
             index = torch.linspace(0, weight.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(weight.device)
             sample[name] = [float(f"{w:.6g}") for w in weight[torch.unravel_index(index, weight.shape)].tolist()]
@@ -230,7 +290,7 @@ def adapter_info(folder: str | os.PathLike[str]) -> AdapterInfo:
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is truncated or not ours, or ``schema_version`` is not this version's.
+        ValueError: a file is truncated, damaged or not ours, or ``schema_version`` is not this version's.
     """
     return read_adapter(Path(folder), with_tensors=False)[0]
 
@@ -239,22 +299,68 @@ def read_adapter(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, 
     """What :func:`adapter_info` says about ``folder``, raising alike, and its tensors, none unless asked for."""
     document, tensors, shapes = read_folder(folder, (ADAPTER_FORMAT,), with_tensors)
     source = folder / CONFIG
+    # Versions that took names from wrapped modules wrote torch's parts of them.
+    tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
+    shapes = {plain_name(name): shape for name, shape in shapes.items()}
     try:
         config = RLRRConfig.from_dict({"schema_version": document["schema_version"], **document["adaptation"]})
         info = AdapterInfo(
             folder=folder,
             config=config,
-            base_model=dict(document["base_model"]),
-            metadata=dict(document["metadata"]),
-            also_trained=tuple(document["also_trained"]),
+            base_model=_entry(document, "base_model", dict),
+            metadata=_entry(document, "metadata", dict),
+            also_trained=_also_trained(_entry(document, "also_trained", list), shapes),
             shapes=shapes,
-            backbone_sample=dict(document["backbone_sample"]),
+            backbone_sample=as_sample(_entry(document, "backbone_sample", dict)),
         )
     except KeyError as error:
         raise ValueError(f"{source} misses the entry {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {error}") from error
     return info, tensors
+
+
+_JSON_NAMES = {dict: "an object", list: "an array", str: "a string"}
+
+
+def _entry(document: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
+    value = document[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {_JSON_NAMES[kind]}; got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
+def _also_trained(names: list[Any], shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    for name in names:
+        if not isinstance(name, str) or plain_name(name) not in shapes:
+            raise ValueError(f"also_trained must name tensors of {TENSORS}; got {_short(name)}")
+    return tuple(dict.fromkeys(map(plain_name, names)))
+
+
+def as_sample(sample: Mapping[str, Any]) -> dict[str, list[float]]:
+    """``sample`` as :func:`sample_backbone` made it.
+
+    Raises:
+        ValueError: an entry is no list of so many finite numbers.
+    """
+    for name, values in sample.items():
+        if not (isinstance(values, list) and len(values) == _SAMPLES and all(map(_is_finite, values))):
+            raise ValueError(f"backbone_sample must hold {_SAMPLES} numbers of {name}; got {_short(values)}")
+    return {name: [float(value) for value in values] for name, values in sample.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def read_folder(
@@ -264,22 +370,40 @@ def read_folder(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is truncated or not ours, ``format`` is not among ``formats``, or ``schema_version`` is not
-            one this package reads.
+        ValueError: a file is truncated, damaged or not ours, ``format`` is not among ``formats``, or ``schema_version``
+            is not one this package reads.
     """
     _check_files(folder)
-    document = _parse(folder / CONFIG, (folder / CONFIG).read_bytes(), formats)
+    source = folder / CONFIG
+    document = _parse(source, source.read_bytes(), formats)
     tensors, shapes, copy = _read_tensors(folder / TENSORS, with_tensors)
     if copy is not None:
-        inner = _parse(folder / TENSORS, copy.encode(), formats)
-        if inner != document:
+        source = folder / TENSORS
+        inner = _parse(source, copy.encode(), formats)
+        if _canonical(inner) != _canonical(document):
             warnings.warn(
                 f"{folder / CONFIG} differs from its copy inside {TENSORS}, which is used: a save was interrupted, or "
                 "the file was edited",
                 stacklevel=5,
             )
         document = inner
+    _check_digests(source, document, folder / TENSORS, tensors)
     return document, tensors, shapes
+
+
+def _check_digests(source: Path, document: Mapping[str, Any], file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` that names what differs from what was saved; without digests nothing is checked."""
+    if _DIGEST in document and document[_DIGEST] != _document_digest(document):
+        raise ValueError(f"{source} is damaged or was edited: its settings do not have the digest they were saved with")
+    digests = document.get(_TENSOR_DIGESTS)
+    if not tensors or digests is None:
+        return
+    if not isinstance(digests, dict):
+        raise ValueError(f"{source}: {_TENSOR_DIGESTS} must be an object; got {_short(digests)}")
+    damaged = [name for name, tensor in tensors.items() if digests.get(name) != _tensor_digest(tensor)]
+    damaged += [f"{name} (missing)" for name in digests if name not in tensors]
+    if damaged:
+        raise ValueError(f"{file} is damaged: tensors without the digest they were saved with: {some(damaged)}")
 
 
 def _check_files(folder: Path) -> None:
@@ -298,7 +422,8 @@ def _check_files(folder: Path) -> None:
 def _parse(path: Path, data: bytes, formats: tuple[str, ...]) -> dict[str, Any]:
     try:
         document = json.loads(data)
-    except ValueError as error:
+        _canonical(document)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no JSON: {error}") from error
     if not isinstance(document, dict) or "schema_version" not in document:
         raise ValueError(f"{path} was not written by save_adapter: it has no schema_version")
@@ -308,7 +433,7 @@ def _parse(path: Path, data: bytes, formats: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
     if document.get("format") not in formats:
         expected = " or ".join(map(repr, formats))
-        raise ValueError(f"{path}: format must be {expected}; got {document.get('format')!r}")
+        raise ValueError(f"{path}: format must be {expected}; got {_short(document.get('format'))}")
     return document
 
 
@@ -319,7 +444,7 @@ def _read_tensors(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], di
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in shapes} if with_tensors else {}
             return tensors, shapes, (file.metadata() or {}).get(_HEADER_KEY)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # safetensors and torch have one each for what a header can say
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
@@ -340,17 +465,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is truncated or foreign; the adapter does not fit the model (every missing, unexpected and
-            wrongly shaped tensor is named); the model is on the meta device.
+        ValueError: a file is truncated, damaged or foreign; the adapter does not fit the model (every missing,
+            unexpected and wrongly shaped tensor is named); a tensor is not finite; the model is on the meta device,
+            sharded by FSDP, or not adapted yet inside DDP.
         ImportError: safetensors is not installed.
 
     Warns:
         UserWarning: the shapes fit but frozen weights differ from those the adapter was trained on.
     """
+    adapted = is_adapted(model)
+    if not adapted:
+        check_not_distributed(model)
     model, folder = unwrap(model), Path(folder)
     info, tensors = read_adapter(folder)
     plan = None
-    if is_adapted(model):
+    if adapted:
         _check_same_config(folder, info.config, adaptation_of(model).config)
         expected = {name: tuple(tensor.shape) for name, tensor in _trained_tensors(model)[0].items()}
     else:
@@ -359,20 +488,40 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         except ValueError as error:
             raise ValueError(misfit(folder, model, [str(error), *_missing_modules(model, info.shapes)])) from error
         expected = planned_shapes(model, plan)
-    parameters = dict(model.named_parameters())
-    expected |= {name: tuple(parameters[name].shape) for name in info.also_trained if name in parameters}
+    present = dict(named_tensors(model))
+    expected |= {n: tuple(present[n].shape) for n in info.also_trained if isinstance(present.get(n), nn.Parameter)}
     problems = differences(info.shapes, expected)
     if problems:
         raise ValueError(misfit(folder, model, problems))
-    if any(parameter.is_meta for parameter in parameters.values()):
+    if any(tensor.is_meta for tensor in present.values()):
         raise ValueError("model is on the meta device; give it values before loading an adapter")
+    if any(hasattr(present.get(name), "full_tensor") for name in tensors):
+        raise ValueError("model is sharded by FSDP; load the adapter first, then shard it")
+    _check_values(folder / TENSORS, tensors, present)
     warn_other_weights(folder, model, info.backbone_sample, stacklevel=3)
     if plan is not None:
         apply_adaptation(model, plan)
+        present = dict(named_tensors(model))
     for name in info.also_trained:
-        model.get_parameter(name).requires_grad_(True)
-    model.load_state_dict(tensors, strict=False)
+        present[name].requires_grad_(True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            present[name].copy_(tensor)
+    for _, module in named_modules(model):
+        if isinstance(module, Rescaled) and module.merged:
+            module.merge()
     return adapt_report(model)
+
+
+def _check_values(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for a tensor of another kind than the model's, or a parameter that is not finite."""
+    for name, tensor in tensors.items():
+        kind = present[name].dtype if name in present else torch.float32  # an adapter's own are floating-point
+        if tensor.is_floating_point() != kind.is_floating_point or tensor.is_complex() != kind.is_complex:
+            raise ValueError(f"{path}: {name} must be of the kind of {kind}; got {tensor.dtype}")
+    broken = _not_finite({n: t for n, t in tensors.items() if isinstance(present.get(n), nn.Parameter | None)})
+    if broken:
+        raise ValueError(f"{path}: tensors that are not finite: {some(broken)}")
 
 
 def _check_same_config(folder: Path, saved: RLRRConfig, present: RLRRConfig) -> None:
@@ -395,7 +544,7 @@ def differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
 
 
 def _missing_modules(model: nn.Module, names: Mapping[str, Any]) -> list[str]:
-    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    present = {name for name, _ in named_modules(model)}
     needed = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return [f"not in the model: {name}" for name in needed if name not in present]
 
@@ -406,12 +555,24 @@ def misfit(folder: Path, model: nn.Module, problems: list[str]) -> str:
 
 
 def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list[float]], *, stacklevel: int) -> None:
-    """Warns where the weights of ``model`` differ from ``sample``, which :func:`sample_backbone` took."""
+    """Warns where the weights of ``model`` differ from ``sample``, which :func:`sample_backbone` took.
+
+    Raises:
+        ValueError: ``sample`` is none, or names a layer that the model does not have.
+    """
+    modules = dict(named_modules(model))
+    try:
+        sample = as_sample(sample)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    unknown = [name for name in sample if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
+    if unknown:
+        raise ValueError(f"{folder / CONFIG}: backbone_sample names layers that are not in the model: {some(unknown)}")
     present = sample_backbone(model, tuple(sample))
     differing = []
     for name, values in sample.items():
         saved = torch.tensor(values, dtype=torch.float64)
-        distance = (torch.tensor(present[name], dtype=torch.float64) - saved).norm()
+        distance = (torch.tensor(present.get(name, [math.nan]), dtype=torch.float64) - saved).norm()
         if not distance <= _SAMPLE_TOLERANCE * saved.norm():
             differing.append(name)
     if differing:

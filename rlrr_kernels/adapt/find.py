@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from rlrr_kernels.adapt.config import RLRRConfig, matches, pattern_of
+from rlrr_kernels.adapt.modules import named_modules, unwrap
+from rlrr_kernels.nn.rescaled import unfit_reason
 
 _HEAD_NAMES = ("head", "head_dist", "heads", "fc", "classifier", "classification_head")
-
-_PLAIN_LINEARS = {"timm.layers.linear.Linear"}
 
 
 def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
@@ -20,7 +20,7 @@ def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
     Raises:
         ValueError: a pattern of ``config.heads`` matches no module.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     if config.heads is not None:
         for pattern in config.heads:
             if not any(name and fnmatchcase(name, pattern) for name in modules):
@@ -34,6 +34,7 @@ def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
         classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
+        classifiers = [unwrap(head) for head in classifiers if isinstance(head, nn.Module)]
         found = [name for name, module in modules.items() if any(module is head for head in classifiers)]
     else:
         found = [name for name in _HEAD_NAMES if name in modules]
@@ -67,7 +68,7 @@ def find_linears(modules: dict[str, nn.Module], heads: list[str], config: RLRRCo
     idle = [p for p in config.include if not any(matches(name, (p,)) for name in linears)]
     if idle and not optional:
         raise ValueError(f"include patterns match no linear layer: {', '.join(idle)}; these are {some(linears)}")
-    _check_plain(modules, layers, "nn.Linear", _is_plain_linear)
+    _check_plain(modules, layers, "nn.Linear")
     return layers
 
 
@@ -88,37 +89,18 @@ def find_convs(modules: dict[str, nn.Module], heads: list[str], config: RLRRConf
         these = f"these are {some(convs)}" if convs else "the model has none beside its head"
         raise ValueError(f"convs patterns match no nn.Conv2d: {', '.join(idle)}; {these}")
     layers = [name for name in convs if matches(name, config.convs) and not matches(name, config.exclude)]
-    _check_plain(modules, layers, "nn.Conv2d", _is_plain_conv)
+    _check_plain(modules, layers, "nn.Conv2d")
     return layers
 
 
-def _check_plain(
-    modules: dict[str, nn.Module], layers: list[str], kind: str, is_plain: Callable[[nn.Module], bool]
-) -> None:
-    strange = [name for name in layers if not is_plain(modules[name])]
-    if strange:
-        kinds = ", ".join(sorted({type(modules[name]).__name__ for name in strange}))
+def _check_plain(modules: dict[str, nn.Module], layers: list[str], kind: str) -> None:
+    reasons = {name: reason for name in layers if (reason := unfit_reason(modules[name])) is not None}
+    if reasons:
+        kinds = ", ".join(sorted({type(modules[name]).__name__ for name in reasons}))
         raise ValueError(
-            f"only a plain floating-point {kind} can be adapted; {some(strange)} are of type {kinds}. "
-            f"Leave them alone with {exclude_hint(strange)}"
+            f"only a plain floating-point {kind} can be adapted; {some(reasons)} are of type {kinds}: "
+            f"{'; '.join(dict.fromkeys(reasons.values()))}. Leave them alone with {exclude_hint(reasons)}"
         )
-
-
-def _is_plain_linear(module: nn.Linear) -> bool:
-    kind = type(module)
-    plain = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__name__}" in _PLAIN_LINEARS
-    return plain and _has_plain_weight(module, dimensions=2)
-
-
-def _is_plain_conv(module: nn.Conv2d) -> bool:
-    kind = type(module)
-    plain = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return plain and _has_plain_weight(module, dimensions=4)
-
-
-def _has_plain_weight(module: nn.Module, dimensions: int) -> bool:
-    weight = module._parameters.get("weight")  # a parametrised weight is a property instead
-    return weight is not None and weight.dim() == dimensions and weight.is_floating_point()
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:

@@ -7,7 +7,16 @@ import dataclasses
 import torch
 from torch import nn
 
-from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, forget_adaptation, replace_submodules, unwrap
+from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.model import Adaptation, adaptation_of, adapter_parameters, check_forwards, forget_adaptation
+from rlrr_kernels.adapt.modules import (
+    find_module,
+    named_modules,
+    named_tensors,
+    replace_submodules,
+    unwrap,
+    wrappers,
+)
 from rlrr_kernels.adapt.recompute import recompute_activations
 from rlrr_kernels.adapt.report import describe_keys
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
@@ -40,7 +49,8 @@ class MergeReport:
             parts.append(f"{len(self.norms)} norms")
         if self.tokens:
             parts.append(self.tokens)
-        return f"{self.model}: adapter merged into {', '.join(parts)}\n{describe_keys(self.gained)}"
+        hint = "\nRLRRConfig(shift='with_bias') trains no shift where a layer has no bias" if self.gained else ""
+        return f"{self.model}: adapter merged into {', '.join(parts)}\n{describe_keys(self.gained)}{hint}"
 
 
 @torch.no_grad()
@@ -51,33 +61,50 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     (γ ⊙ w, γ ⊙ b + β) and that of patch tokens into the patch projection. Sums are fp32 and each tensor is rounded once
     to its own dtype, so logits agree with the adapted model's within rounding. Nothing is left to pay at inference. For
     a ViT the state dict then loads strictly into the plain timm model. All merged tensors are frozen; the head keeps
-    its ``requires_grad``.
+    its ``requires_grad``. Hooks on adapted modules stay on the plain ones, wrapped modules stay wrapped.
 
     Returns:
         What was folded, and the keys that were gained.
 
     Raises:
-        ValueError: the model is not adapted, or an adapter parameter is not finite (named); nothing is changed.
+        ValueError: the model is not adapted, or an adapter parameter is not finite (named), or weights are sharded by
+            FSDP, or the forward of an adapted module was replaced (accelerate's hooks); nothing is changed.
     """
-    adaptation, model = adaptation_of(model), unwrap(model)
+    adaptation = adaptation_of(model)
+    _check_whole(model, adaptation)
+    model = unwrap(model)
     broken = [n for n, p in adapter_parameters(model).items() if not p.is_meta and not p.isfinite().all()]
     if broken:
         raise ValueError(f"adapter parameters that are not finite cannot be merged: {', '.join(broken)}")
     recompute_activations(model, False)
-    before = set(model.state_dict())
+    before = {name for name, _ in named_tensors(model)}
     replace_submodules(model, adaptation.layers, lambda _, layer: _merged_layer(layer))
     for name in adaptation.patched:
-        attention = model.get_submodule(name.rpartition(".")[0])
+        attention = find_module(model, name.rpartition(".")[0])
         attention.qkv_bias_separate = attention.qkv.bias is not None
     norms, tokens = list(adaptation.norms), adaptation.tokens
-    if tokens is not None and isinstance(model.get_submodule(tokens), ChannelRescale):
+    if tokens is not None and isinstance(find_module(model, tokens), ChannelRescale):
         tokens = _merge_into_projection(model, tokens)
     elif tokens is not None:
         norms.append(tokens)
     replace_submodules(model, norms, lambda _, norm: norm.to_layer_norm().requires_grad_(False))
     forget_adaptation(model)
-    gained = tuple(name for name in model.state_dict() if name not in before)
+    gained = tuple(name for name, _ in named_tensors(model) if name not in before)
     return MergeReport(type(model).__name__, adaptation.layers, adaptation.norms, tokens, gained)
+
+
+def _check_whole(model: nn.Module, adaptation: Adaptation) -> None:
+    """Raises ``ValueError`` where the values of weights are elsewhere: sharded by FSDP, or offloaded by a hook."""
+    modules = dict(named_modules(model))
+    adapted = [*adaptation.layers, *adaptation.norms, *([adaptation.tokens] if adaptation.tokens else [])]
+    sharded = wrappers(model, ("FullyShardedDataParallel",))
+    sharded += [name for name in adapted if any(hasattr(p, "full_tensor") for p in modules[name].parameters())]
+    if sharded:
+        raise ValueError(
+            f"weights sharded by FSDP cannot be merged in place: {some(sharded)}; save_adapter(model, folder), then "
+            "load_adapter and merge_adapter on a model that is not sharded"
+        )
+    check_forwards(modules, adapted)
 
 
 def _merged_layer(layer: Rescaled) -> nn.Module:
@@ -90,14 +117,13 @@ def _merged_layer(layer: Rescaled) -> nn.Module:
 
 def _merge_into_projection(model: nn.Module, name: str) -> str:
     """γ ⊙ (C x + c) + β = (γ ⊙ C) x + (γ ⊙ c + β), C [D, ...] being the patch projection; returns its name."""
-    parent, _, child = name.rpartition(".")
-    embedding = model.get_submodule(parent)
-    rescale, proj = getattr(embedding, child), embedding.proj
+    parent = name.rpartition(".")[0]
+    rescale, proj = find_module(model, name), find_module(model, f"{parent}.proj")
     scale, bias = fold_norm(None, proj.bias, rescale.scale, rescale.shift)
     weight = proj.weight.to(torch.promote_types(scale.dtype, proj.weight.dtype)) * scale.view(
         -1, *[1] * (proj.weight.dim() - 1)
     )
     proj.weight = nn.Parameter(weight.to(proj.weight.dtype), requires_grad=False)
     proj.bias = nn.Parameter(bias.to(proj.weight.dtype), requires_grad=False)
-    setattr(embedding, child, nn.Identity())
+    replace_submodules(model, [name], lambda _, rescale: nn.Identity())
     return f"{parent}.proj"

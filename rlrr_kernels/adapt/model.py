@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
-from rlrr_kernels.adapt.config import RLRRConfig, matches
+from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig, matches
 from rlrr_kernels.adapt.find import exclude_hint, find_convs, find_heads, find_linears, some
+from rlrr_kernels.adapt.modules import (
+    find_module,
+    named_modules,
+    named_tensors,
+    replace_submodules,
+    unwrap,
+    wrappers,
+)
 from rlrr_kernels.adapt.recipe import Recipe, paper_recipe, with_recipe
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
 from rlrr_kernels.nn.additive import AdditiveLinear
@@ -19,17 +27,19 @@ from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
-from rlrr_kernels.nn.rescaled import Rescaled
+from rlrr_kernels.nn.rescaled import REPLACED_FORWARD, Rescaled
 from rlrr_kernels.ops.conv import matrix_shape
 
 PLAIN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
 
 _ATTRIBUTE = "rlrr_adaptation"
+_ROLE = "rlrr_role"
+"""On modules whose class does not say what they are to the adaptation: ``head``, ``tokens``, ``patched``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What was done to a model, by name; kept on the model by :func:`adapt_model`, see :func:`adaptation_of`.
+    """What is done to a model, by name; see :func:`plan_adaptation` and :func:`adaptation_of`.
 
     Attributes:
         config: as given. layers: adapted linear layers and convolutions. norms: norms with SSF. tokens: the SSF of the
@@ -64,26 +74,15 @@ def adapt_model(model: nn.Module, config: RLRRConfig | None = None) -> AdaptRepo
     Raises:
         TypeError: ``model`` is no module or ``config`` no :class:`RLRRConfig`.
         ValueError: the model is adapted already; no layer, head or group pattern matches; G does not divide N; the
-            forward of a matched layer is bypassed (named); a matched layer is no plain ``nn.Linear`` or ``nn.Conv2d``;
-            the recipe is not defined for the model.
+            forward of a matched layer is bypassed (named); a matched layer is no plain ``nn.Linear`` or ``nn.Conv2d``,
+            or its ``forward`` was replaced (accelerate's hooks); the recipe is not defined for the model; the model is
+            wrapped by DDP or FSDP, which would not know the new parameters.
     """
-    model = unwrap(model)
-    plan = plan_adaptation(model, RLRRConfig() if config is None else config)
-    apply_adaptation(model, plan)
-    return adapt_report(model)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s and ``DistributedDataParallel``'s wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
+    plain = unwrap(model)
+    check_not_distributed(model)
+    plan = plan_adaptation(plain, RLRRConfig() if config is None else config)
+    apply_adaptation(plain, plan)
+    return adapt_report(plain)
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -92,19 +91,51 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adaptation_of(model: nn.Module) -> Adaptation:
-    """What :func:`adapt_model` did to ``model``.
+    """What :func:`adapt_model` did to ``model``, by the names that its modules have now.
+
+    A pruned or renamed block takes its layers along: they are known by what they are, not by what they were called.
 
     Raises:
         ValueError: the model is not adapted.
     """
-    adaptation = getattr(unwrap(model), _ATTRIBUTE, None)
-    if adaptation is None:
+    record = getattr(unwrap(model), _ATTRIBUTE, None)
+    if record is None:
         raise ValueError(f"model ({type(model).__name__}) is not adapted; call adapt_model or load_adapter first")
-    return adaptation
+    found: dict[str, list[str]] = {"layer": [], "norm": [], "tokens": [], "head": [], "patched": []}
+    for name, module in named_modules(model):
+        role = vars(module).get(_ROLE)
+        if isinstance(module, Rescaled):
+            found["layer"].append(name)
+        elif role is None and isinstance(module, NormRescale | ChannelRescale):
+            found["norm"].append(name)
+        if role is not None:
+            found[role].append(name)
+    return Adaptation(
+        config=record.config,
+        layers=tuple(found["layer"]),
+        norms=tuple(found["norm"]),
+        tokens=next(iter(found["tokens"]), None),
+        heads=tuple(found["head"] or _new_heads(model, record.heads)),
+        patched=tuple(found["patched"]),
+    )
+
+
+def _new_heads(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that call a trained module again, where ``reset_classifier`` has replaced the heads."""
+    modules = dict(named_modules(model))
+    return [
+        name
+        for name in names
+        if name in modules
+        and any(p.requires_grad for p in modules[name].parameters())
+        and not any(isinstance(module, Rescaled) for module in modules[name].modules())
+    ]
 
 
 def forget_adaptation(model: nn.Module) -> None:
     """Drops the record of :func:`adapt_model`, once nothing of it is left in the model."""
+    for module in unwrap(model).modules():
+        vars(module).pop(_ROLE, None)
     delattr(unwrap(model), _ATTRIBUTE)
 
 
@@ -115,7 +146,7 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     """What :func:`adapt_model` would do to ``model``, which is not changed; raises what :func:`adapt_model` raises."""
     if not isinstance(config, RLRRConfig):
         raise TypeError(f"config must be an RLRRConfig; got {type(config).__name__}")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model))
     _check_fresh(model, modules)
     recipe = paper_recipe(model) if config.recipe == "paper" else None
     resolved = with_recipe(config, recipe)
@@ -130,7 +161,25 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     _check_called(find_bypassed(model, [name for name in layers if name not in switches]))
     patched = [name for name, needed in switches.items() if needed]
     norms, tokens = _find_norms(modules, recipe)
+    check_forwards(modules, [*norms, *([tokens] if tokens else [])])
     return Adaptation(config, tuple(layers), tuple(norms), tokens, tuple(heads), tuple(patched))
+
+
+def check_not_distributed(model: nn.Module) -> None:
+    """Raises ``ValueError`` where DDP or FSDP wraps the model or a part: they know the parameters of that moment."""
+    found = wrappers(model, ("DistributedDataParallel", "FullyShardedDataParallel"))
+    if found:
+        raise ValueError(
+            f"{some(found)} is wrapped by DistributedDataParallel or FullyShardedDataParallel, which would not "
+            "exchange new parameters; adapt the model first, then wrap it"
+        )
+
+
+def check_forwards(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
+    """Raises ``ValueError`` where a forward was replaced on the module itself: another module would not have it."""
+    found = [name for name in names if "forward" in vars(modules[name])]
+    if found:
+        raise ValueError(f"{some(found)} cannot be replaced: {REPLACED_FORWARD}")
 
 
 def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -187,15 +236,21 @@ def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[l
         raise ValueError(f"recipe='paper' needs block norms called {' or '.join(recipe.norms[:2])}; the model has none")
     tokens = recipe.tokens
     if tokens is not None:
-        parent = modules.get(tokens.rpartition(".")[0])
-        if tokens not in modules or not isinstance(getattr(parent, "proj", None), nn.Conv2d):
+        embedding = tokens.rpartition(".")[0]
+        if tokens not in modules or not isinstance(modules.get(f"{embedding}.proj"), nn.Conv2d):
             raise ValueError(
-                f"recipe='paper' needs a patch embedding with proj (Conv2d) and norm; got {type(parent).__name__}"
+                f"recipe='paper' needs a patch embedding with proj (Conv2d) and norm; got "
+                f"{type(modules.get(embedding)).__name__}"
             )
     for name in [*norms, *([tokens] if tokens and not isinstance(modules[tokens], nn.Identity) else [])]:
         kind = type(modules[name])
         if f"{kind.__module__}.{kind.__name__}" not in PLAIN_NORMS:
             raise ValueError(f"recipe='paper' puts scale and shift on LayerNorms; {name} is {kind.__name__}")
+        if len(modules[name].normalized_shape) != 1:
+            raise ValueError(
+                f"recipe='paper' puts scale and shift on norms of one dimension; {name} has normalized_shape "
+                f"{tuple(modules[name].normalized_shape)}"
+            )
     return norms, tokens
 
 
@@ -223,7 +278,7 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
 
     def rescaled(name: str, norm: nn.Module) -> nn.Module:
         if isinstance(norm, nn.Identity):
-            proj = model.get_submodule(name.rpartition(".")[0]).proj
+            proj = find_module(model, f"{name.rpartition('.')[0]}.proj")
             return ChannelRescale(proj.out_channels, device=proj.weight.device, **ssf_options)
         device = next(model.parameters()).device if norm.weight is None else norm.weight.device
         return NormRescale(norm, device=device, **ssf_options)
@@ -231,33 +286,23 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     replace_submodules(model, plan.layers, adapted)
     replace_submodules(model, [*plan.norms, *([plan.tokens] if plan.tokens else [])], rescaled)
     for name in plan.patched:
-        model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
+        find_module(model, name.rpartition(".")[0]).qkv_bias_separate = True
     for name in plan.heads:
-        head = model.get_submodule(name).requires_grad_(True)
+        head = find_module(model, name).requires_grad_(True)
         if config.recipe == "paper":
             zero_linears(head)
+    roles = {"tokens": (plan.tokens,) if plan.tokens else (), "head": plan.heads, "patched": plan.patched}
+    for role, names in roles.items():
+        for name in names:
+            setattr(find_module(model, name), _ROLE, role)
     setattr(model, _ATTRIBUTE, plan)
 
 
 def _has_shift(layer: nn.Module, config: RLRRConfig) -> bool:
     # A batch norm follows a convolution without bias: one that it gained would keep plain timm from loading it.
-    return config.shift and not (isinstance(layer, nn.Conv2d) and layer.bias is None)
-
-
-def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
-    """Puts ``make(name, module)`` in place of each named submodule.
-
-    A module that has several names, itself or through a shared parent, is replaced by one module.
-    """
-    aliases: dict[int, list[str]] = {}
-    for name in names:
-        aliases.setdefault(id(model.get_submodule(name)), []).append(name)
-    for same in aliases.values():
-        old = model.get_submodule(same[0])
-        made = make(same[0], old).train(old.training)
-        for name in same:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
+    if layer.bias is None and (isinstance(layer, nn.Conv2d) or config.shift == WITH_BIAS):
+        return False
+    return config.shift is not False
 
 
 @torch.no_grad()
@@ -275,27 +320,22 @@ def zero_linears(head: nn.Module) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by state-dict name: scales, shifts and SSF, without the head's."""
-    adaptation, model = adaptation_of(model), unwrap(model)
+    adaptation, modules = adaptation_of(model), dict(named_modules(model))
     found = {}
     for name in adaptation.layers:
-        layer = model.get_submodule(name)
+        layer = modules[name]
         for key in ("scale_row", "scale_col", "shift"):
             if getattr(layer, key) is not None:
                 found[f"{name}.{key}"] = getattr(layer, key)
     for name in [*adaptation.norms, *([adaptation.tokens] if adaptation.tokens else [])]:
-        module = model.get_submodule(name)
+        module = modules[name]
         found[f"{name}.scale"], found[f"{name}.shift"] = module.scale, module.shift
     return found
 
 
 def head_tensors(model: nn.Module, heads: Iterable[str]) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the heads by state-dict name, sharing memory with the model."""
-    model = unwrap(model)
-    return {
-        f"{name}.{key}": tensor
-        for name in heads
-        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items()
-    }
+    return {key: tensor for name in heads for key, tensor in named_tensors(find_module(model, name), name)}
 
 
 def planned_shapes(model: nn.Module, plan: Adaptation) -> dict[str, tuple[int, ...]]:
@@ -305,8 +345,9 @@ def planned_shapes(model: nn.Module, plan: Adaptation) -> dict[str, tuple[int, .
 
 def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, tuple[int, ...]]]:
     config = with_recipe(plan.config, paper_recipe(model) if plan.config.recipe else None)
+    modules = dict(named_modules(model))
     for name in plan.layers:
-        layer = model.get_submodule(name)
+        layer = modules[name]
         conv = isinstance(layer, nn.Conv2d)
         rows, cols = matrix_shape(layer.weight.shape, config.conv_layout) if conv else layer.weight.shape
         if config.sides != "right":
@@ -316,10 +357,10 @@ def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, t
         if _has_shift(layer, config):
             yield f"{name}.shift", (layer.weight.shape[0],)
     for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
-        norm = model.get_submodule(name)
+        norm = modules[name]
         identity = isinstance(norm, nn.Identity)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        shape = (parent.proj.out_channels,) if identity else tuple(norm.normalized_shape)
+        proj = modules.get(f"{name.rpartition('.')[0]}.proj")
+        shape = (proj.out_channels,) if identity else tuple(norm.normalized_shape)
         yield f"{name}.scale", shape
         yield f"{name}.shift", shape
     for name, tensor in head_tensors(model, plan.heads).items():
@@ -333,14 +374,14 @@ def adapt_report(model: nn.Module) -> AdaptReport:
         ValueError: the model is not adapted.
     """
     adaptation, model = adaptation_of(model), unwrap(model)
-    layers = []
+    modules, layers = dict(named_modules(model)), []
     for name in adaptation.layers:
-        layer = model.get_submodule(name)
+        layer = modules[name]
         trained = sum(p.numel() for p in (layer.scale_row, layer.scale_col, layer.shift) if p is not None)
         scale_row, scale_col = layer.scales()
         groups, rank, cols = scale_col.shape
         layers.append(LayerReport(name, scale_row.shape[0], cols, rank, groups, layer.shift is not None, trained))
-    head = {id(p): p for name in adaptation.heads for p in model.get_submodule(name).parameters()}
+    head = {id(p): p for name in adaptation.heads for p in modules[name].parameters()}
     adapter = {id(p): p for p in adapter_parameters(model).values()}
     return AdaptReport(
         model=type(model).__name__,

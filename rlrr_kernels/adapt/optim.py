@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters, unwrap
+from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters
+from rlrr_kernels.adapt.modules import named_modules
+
+_MATRIX_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -32,17 +35,18 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
-    tokens, adapter = adaptation_of(model).tokens, adapter_parameters(model)
-    decay, no_decay = [], []
-    for name, parameter in unwrap(model).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        module, _, key = name.rpartition(".")
-        if name in adapter:
-            decays = key in ("scale_row", "scale_col") or module == tokens
-        else:
-            decays = key == "weight" and parameter.dim() > 1
-        (decay if decays else no_decay).append(parameter)
+    tokens, adapter = adaptation_of(model).tokens, {id(p) for p in adapter_parameters(model).values()}
+    decay, no_decay, seen = [], [], set()
+    for module, owner in named_modules(model):
+        for key, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if id(parameter) in adapter:
+                decays = key in ("scale_row", "scale_col") or module == tokens
+            else:  # by the layer where it has one: FSDP shards a weight into pieces of one dimension
+                decays = key == "weight" and (parameter.dim() > 1 or isinstance(owner, _MATRIX_LAYERS))
+            (decay if decays else no_decay).append(parameter)
     if not decay and not no_decay:
         raise ValueError("model has no parameter with requires_grad=True, so there is nothing to train")
     groups = [

@@ -6,7 +6,8 @@ import sys
 
 from torch import nn
 
-from rlrr_kernels.adapt.model import adaptation_of, unwrap
+from rlrr_kernels.adapt.model import adaptation_of
+from rlrr_kernels.adapt.modules import named_modules
 from rlrr_kernels.nn.norm_rescale import NormRescale
 
 
@@ -33,7 +34,7 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> tuple[str, 
     """
     adaptation_of(model)
     found = []
-    for name, module in unwrap(model).named_modules():
+    for name, module in {id(module): (name, module) for name, module in named_modules(model)}.values():
         if isinstance(module, NormRescale):
             module.keep_output = not enabled
         elif not _switch_mlp(module, enabled):

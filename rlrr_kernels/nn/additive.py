@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import Rescaled
+from rlrr_kernels.nn.rescaled import Rescaled, check_plain
 from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 
@@ -27,7 +27,8 @@ class AdditiveLinear(Rescaled):
         scale_row: [N, r] or None. scale_col: [G, r, K] or None. shift: [N] or None. (trained)
 
     Raises:
-        TypeError: ``linear`` is not an ``nn.Linear``, or scale_dtype is not a floating-point dtype.
+        TypeError: ``linear`` is not a plain ``nn.Linear`` (see :meth:`rlrr_kernels.RLRRLinear.from_linear`), or
+            scale_dtype is not a floating-point dtype.
         ValueError: as for :class:`rlrr_kernels.RLRRLinear`.
     """
 
@@ -43,8 +44,7 @@ class AdditiveLinear(Rescaled):
         scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear; got {type(linear).__name__}")
+        check_plain("linear", linear, nn.Linear)
         rows, cols = linear.weight.shape
         if groups < 1 or rows % groups:
             raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
@@ -75,6 +75,8 @@ class AdditiveLinear(Rescaled):
         inner = torch.einsum("...k,grk->...gr", x, scale_col)
         outer = scale_row.unflatten(0, (scale_col.shape[0], -1))  # [G, N / G, r]
         return y + torch.einsum("...gr,gnr->...gn", inner, outer).flatten(-2)
+
+    _formula = _rescaled
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import Rescaled
+from rlrr_kernels.nn.rescaled import Rescaled, check_plain, frozen
+from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.conv import CONV_LAYOUTS, matrix_shape, merge_kernel, rlrr_conv2d
+from rlrr_kernels.reference import rlrr_conv2d_reference
 
 _ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -97,11 +99,11 @@ class RLRRConv2d(Rescaled):
         """Wraps ``conv``: its parameter objects become this layer's (and are frozen); nothing is copied.
 
         Raises:
-            TypeError: ``conv`` is not an ``nn.Conv2d``.
+            TypeError: ``conv`` is not an ``nn.Conv2d``, or not a plain one: its class has a forward of its own, or
+                its weight or bias is parametrized, pruned, quantised or sharded.
             ValueError: as for the class.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be an nn.Conv2d; got {type(conv).__name__}")
+        check_plain("conv", conv, nn.Conv2d)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt_conv(
@@ -125,7 +127,7 @@ class RLRRConv2d(Rescaled):
     def _rescaled(self, x: Tensor) -> Tensor:
         return rlrr_conv2d(
             self._padded(x),
-            self.weight,
+            frozen(self.weight) if self.weight.requires_grad else self.weight,
             *self.scales(),
             self._total_bias(),
             stride=self.stride,
@@ -135,6 +137,12 @@ class RLRRConv2d(Rescaled):
             layout=self.layout,
             residual=self.residual,
         )
+
+    def _formula(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x)[0])
+        scales, bias, options = self.scales(), self._total_bias(), {"layout": self.layout, "residual": self.residual}
+        convolution = {"stride": self.stride, "padding": self._zeros, "dilation": self.dilation, "groups": self.groups}
+        return rlrr_conv2d_reference(self._padded(x), self.weight, *scales, bias, **options, **convolution)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(self._padded(x), weight, bias, self.stride, self._zeros, self.dilation, self.groups)

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import Rescaled
+from rlrr_kernels.nn.rescaled import Rescaled, check_plain, frozen
+from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_fraction, sample_rows
+from rlrr_kernels.reference import rlrr_linear_reference
 
 
 class RLRRLinear(Rescaled):
@@ -96,11 +98,11 @@ class RLRRLinear(Rescaled):
         """Wraps ``linear``: its parameter objects become this layer's (and are frozen); nothing is copied.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is not an ``nn.Linear``, or not a plain one: its class has a forward of its own, or
+                its weight or bias is parametrized, pruned, quantised or sharded.
             ValueError: as for the class.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear; got {type(linear).__name__}")
+        check_plain("linear", linear, nn.Linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt_linear(
@@ -122,10 +124,17 @@ class RLRRLinear(Rescaled):
         self._adopt(linear, rows, cols, col_groups=groups, **options)
 
     def _rescaled(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.requires_grad:
+            weight = frozen(weight)
         return rlrr_linear(
-            x, self.weight, *self.scales(), self._total_bias(),
+            x, weight, *self.scales(), self._total_bias(),
             residual=self.residual, scale_grad_rows=self._draw_rows(x),
         )  # fmt: skip
+
+    def _formula(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x)[0])
+        return rlrr_linear_reference(x, self.weight, *self.scales(), self._total_bias(), residual=self.residual)
 
     def _draw_rows(self, x: Tensor) -> RowSample | None:
         """The rows that the gradients of this forward of x [..., K] are estimated from; None where they are exact."""

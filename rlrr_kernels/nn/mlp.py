@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import Mlp
 from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.nn.rescaled import is_proxy
 from rlrr_kernels.ops.mlp import rlrr_mlp
 
 
@@ -15,7 +18,8 @@ class RLRRMlp(Mlp):
 
     Modules, parameters and state dict are timm's own, so an ``Mlp`` becomes one by its ``__class__`` alone. Where the
     operator does not do the same, timm's forward runs: while a dropout between the layers is active, with another
-    activation than GELU or a norm, with merged layers, and with hooks on a module inside.
+    activation than GELU or a norm, with merged layers, with hooks on a module inside or on all modules, and while
+    ``torch.fx`` or ``torch.jit`` traces.
     """
 
     fc1: RLRRLinear  # type: ignore[assignment]  # what an adapted Mlp holds in place of its nn.Linear
@@ -24,7 +28,7 @@ class RLRRMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]."""
         activation = fused_activation(self)
-        if activation is None or not self._undisturbed():
+        if activation is None or is_proxy(x) or not self._undisturbed():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         y = rlrr_mlp(
@@ -36,6 +40,10 @@ class RLRRMlp(Mlp):
 
     def _undisturbed(self) -> bool:
         """Whether nothing happens between the layers, for now, that the operator would leave out."""
+        if _has_any_global_hook() or torch._C._get_tracing_state() is not None:
+            return False
+        if self.fc1.weight.requires_grad or self.fc2.weight.requires_grad:  # FSDP1's: the layers know
+            return False
         if self.fc1.merged or self.fc2.merged or (self.training and self.drop1.p > 0):
             return False
         return not any(map(_has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlrr_kernels.nn.rescaled import call_in_graph, frozen, is_proxy
 from rlrr_kernels.ops.norm_rescale.public import fold_norm, norm_rescale
 
 SSF_INITS = ("paper", "identity")
@@ -40,7 +42,7 @@ class NormRescale(nn.Module):
         keep_output: as in :func:`rlrr_kernels.norm_rescale`; :func:`rlrr_kernels.recompute_activations` sets it.
 
     Raises:
-        TypeError: ``norm`` is not an ``nn.LayerNorm``.
+        TypeError: ``norm`` is not an ``nn.LayerNorm``, or its weight or bias is parametrized.
         ValueError: ``norm`` normalises more than one dimension, or init is unknown.
     """
 
@@ -55,6 +57,8 @@ class NormRescale(nn.Module):
         super().__init__()
         if not isinstance(norm, nn.LayerNorm):
             raise TypeError(f"norm must be an nn.LayerNorm; got {type(norm).__name__}")
+        if "weight" not in norm._parameters or "bias" not in norm._parameters:
+            raise TypeError("norm must have a weight and bias of its own; they are computed from other tensors")
         if len(norm.normalized_shape) != 1:
             raise ValueError(f"norm must normalise one dimension; got normalized_shape {tuple(norm.normalized_shape)}")
         self.normalized_shape, self.eps, self.init = tuple(norm.normalized_shape), norm.eps, init
@@ -73,7 +77,16 @@ class NormRescale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] to y [..., D]; dtypes as in :func:`rlrr_kernels.norm_rescale`."""
-        return norm_rescale(x, self.weight, self.bias, self.scale, self.shift, self.eps, keep_output=self.keep_output)
+        if type(x) is not Tensor and is_proxy(x):
+            return call_in_graph(self, x)
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.requires_grad:
+            weight, bias = frozen(weight), None if bias is None else frozen(bias)
+        return norm_rescale(x, weight, bias, self.scale, self.shift, self.eps, keep_output=self.keep_output)
+
+    def _slow_forward(self, x: Tensor) -> Tensor:  # while torch.jit.trace records, see Rescaled
+        y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return (self.scale * y + self.shift).to(y.dtype)
 
     @torch.no_grad()
     def to_layer_norm(self) -> nn.LayerNorm:

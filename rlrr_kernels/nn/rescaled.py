@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,78 @@ def check_sides(sides: str, rank: int) -> None:
         raise ValueError(
             f"rank must be 1 for sides={sides!r}: beside ones, several vectors act as their sum; got {rank}"
         )
+
+
+_PLAIN_SUBCLASSES = {"timm.layers.linear.Linear"}
+"""Classes whose forward is another one that computes the same."""
+
+
+REPLACED_FORWARD = (
+    "its forward was replaced on the module itself, as accelerate's hooks do, and would be lost: take that off "
+    "(remove_hook_from_submodules) and put it on again afterwards"
+)
+
+
+def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
+    """Why ``layer`` does not compute with frozen floating-point tensors of its own alone; None where it does.
+
+    Its class or somebody else has another forward for it, or its weight or bias is computed from other tensors
+    (parametrized, spectral- or weight-normed, pruned), quantised, sharded or not there yet.
+    """
+    kind = type(layer)
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    methods = ("forward", "_conv_forward") if plain is nn.Conv2d else ("forward",)
+    if "forward" in vars(layer):
+        return REPLACED_FORWARD
+    tensors = [key for key in ("weight", "bias") if key not in layer._parameters]
+    if tensors:
+        sources = [key for key in (*layer._parameters, *layer._buffers) if key.startswith(tuple(tensors))]
+        made = f" from {', '.join(sources)}" if sources else ""
+        return (
+            f"its {' and '.join(tensors)} is computed{made}: make it a plain tensor first, by "
+            "torch.nn.utils.parametrize.remove_parametrizations, prune.remove or remove_spectral_norm"
+        )
+    if f"{kind.__module__}.{kind.__name__}" not in _PLAIN_SUBCLASSES and any(
+        getattr(kind, method) is not getattr(plain, method) for method in methods
+    ):
+        return f"{kind.__name__} has a forward of its own"
+    for key in ("weight", "bias"):
+        parameter = layer._parameters[key]
+        if parameter is not None and not _is_plain(parameter):
+            return f"its {key} is a {type(parameter).__name__} of {parameter.dtype}, not a plain floating-point tensor"
+    if layer.weight is None or layer.weight.dim() != (4 if plain is nn.Conv2d else 2):
+        return "its weight is not there, or of other dimensions"
+    return None
+
+
+def check_plain(argument: str, layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises ``TypeError`` unless ``layer`` is a plain one of ``kind``, ``nn.Linear`` or ``nn.Conv2d``."""
+    if not isinstance(layer, kind):
+        raise TypeError(f"{argument} must be an nn.{kind.__name__}; got {type(layer).__name__}")
+    reason = unfit_reason(layer)
+    if reason is not None:
+        raise TypeError(f"{argument} must be a plain nn.{kind.__name__}, but {reason}")
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Not so for the classes of quantised, sharded and uninitialised tensors; fake tensors stand for plain ones."""
+    kind = type(parameter)
+    return (kind is nn.Parameter or kind.__module__.startswith("torch._subclasses.")) and parameter.is_floating_point()
+
+
+def frozen(parameter: Tensor) -> Tensor:
+    """``parameter`` without the gradient that FSDP1 asks for: its views of a flat one require it, trained or not."""
+    return parameter.detach() if getattr(parameter._base, "_is_flat_param", False) else parameter
+
+
+def is_proxy(x: Any) -> bool:
+    """Whether ``torch.fx`` traces: ``x`` stands for a tensor."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def call_in_graph(module: nn.Module, x: Any) -> Any:
+    """A node of the graph that ``torch.fx`` records which calls ``module``, as it has them for ``torch.nn``'s own."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 class Rescaled(nn.Module):
@@ -156,9 +230,18 @@ class Rescaled(nn.Module):
         """The layer's result for ``x``, differentiable in the scales and the shift."""
         raise NotImplementedError
 
+    def _formula(self, x: Tensor) -> Tensor:
+        """The same as :meth:`_rescaled` in PyTorch's own operations."""
+        raise NotImplementedError
+
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The frozen layer's operation with another weight and bias."""
         raise NotImplementedError
+
+    def _slow_forward(self, x: Tensor) -> Tensor:
+        # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
+        # move what an autograd.Function does.
+        return self._formula(x) if self._merged is None else self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The rescaled layer, or the merged one after :meth:`merge`.
@@ -166,6 +249,8 @@ class Rescaled(nn.Module):
         Raises:
             RuntimeError: the layer is merged and in training mode with gradients on: nothing would be trained.
         """
+        if type(x) is not Tensor and is_proxy(x):
+            return call_in_graph(self, x)
         if self._merged is None:
             return self._rescaled(x)
         if self.training and torch.is_grad_enabled():
@@ -223,6 +308,20 @@ class Rescaled(nn.Module):
         plain.weight = nn.Parameter(weight)
         plain.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         return plain.train(self.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rescaled:
+        # fuse_linear_bn_eval and fuse_conv_bn_eval set another weight and bias on a copy, under scales and a shift that
+        # they do not know. They ask the layer nothing before that.
+        fusion, caller = sys.modules.get("torch.nn.utils.fusion"), sys._getframe(1).f_back
+        if fusion is not None and caller is not None and caller.f_code.co_filename == fusion.__file__:
+            raise TypeError(
+                f"{type(self).__name__} cannot be fused with a batch norm before it is merged; merge_adapter(model) "
+                "first, or pass its to_linear() or to_conv()"
+            )
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rescaled:
         super()._apply(fn, recurse)

@@ -22,7 +22,7 @@ from rlrr_kernels.adapt.config import SCHEMA_VERSION, matches, pattern_of
         ({"groups": {"*.qkv": -3}}, ValueError, r"groups\['\*\.qkv'\] must be at least 1; got -3"),
         ({"groups": {3: 3}}, TypeError, "groups must map name patterns"),
         ({"groups": "3"}, TypeError, "groups must be an integer; got '3'"),
-        ({"shift": 1}, TypeError, "shift must be True or False; got 1"),
+        ({"shift": 1}, TypeError, "shift must be True, False or 'with_bias'; got 1"),
         ({"init": "zeros"}, ValueError, "init must be one of paper, identity, normal; got 'zeros'"),
         ({"recipe": "papr"}, ValueError, "recipe must be one of paper; got 'papr'"),
         ({"scale_dtype": "int8"}, ValueError, "scale_dtype must be one of float32"),

@@ -315,6 +315,12 @@ def edit(**changes):
     return lambda data: json.dumps({**json.loads(data), **changes}).encode()
 
 
+def without_digests(data):
+    """What a version wrote that had no digests."""
+    document = json.loads(data)
+    return json.dumps({name: document[name] for name in document if "digest" not in name}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
@@ -364,6 +370,7 @@ def test_a_wrong_entry_is_named(changes, message, tmp_path):
 
     save_adapter(trained(), tmp_path)
     save_file(load_file(tmp_path / "adapter.safetensors"), tmp_path / "adapter.safetensors")  # without its copy
+    damage(tmp_path, "config.json", without_digests)
     damage(tmp_path, "config.json", edit(**changes))
     with pytest.raises(ValueError, match=message):
         load_adapter(tiny_model("vit"), tmp_path)

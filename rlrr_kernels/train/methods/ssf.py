@@ -8,7 +8,8 @@ from torch import nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed
 from rlrr_kernels.adapt.find import under
-from rlrr_kernels.adapt.model import PLAIN_NORMS, replace_submodules
+from rlrr_kernels.adapt.model import PLAIN_NORMS
+from rlrr_kernels.adapt.modules import replace_submodules
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.nn.output_rescale import OutputRescale
 

@@ -1,0 +1,166 @@
+"""A model's modules and tensors by the names they have without wrappers, and how a module is put in another's place.
+
+``torch.compile``, activation checkpointing, FSDP and DDP wrap a module in one of their own, at any depth: every name
+below gains a part such as ``_orig_mod``. Here wrappers are looked through, so names are those of the plain model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor, nn
+
+from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.norm_rescale import NormRescale
+from rlrr_kernels.nn.output_rescale import OutputRescale
+from rlrr_kernels.nn.rescaled import Rescaled
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch's wrappers call the module inside."""
+
+_FUSING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods that ``timm.utils.reparameterize_model`` and its like call, to compute new weights from those of layers."""
+
+_ADAPTED = (Rescaled, NormRescale, ChannelRescale, OutputRescale)
+
+
+def _wrapped_key(module: nn.Module) -> str | None:
+    for key in _WRAPPED:
+        if key in module._modules:
+            return key
+    return "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of ``torch.compile``, activation checkpointing, FSDP and DDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    while (key := _wrapped_key(model)) is not None:
+        model = model._modules[key]
+    return model
+
+
+def plain_name(name: str) -> str:
+    """``name`` of a state dict without the parts that wrappers add, but DDP's ``module``, which may be the model's."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As ``model.named_modules(remove_duplicate=False)``, without wrappers: a module stands for what wraps it."""
+    model = unwrap(model)
+    yield prefix, model
+    for key, child in model._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{key}" if prefix else key)
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that :func:`named_modules` calls ``name``.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = unwrap(model)
+    for key in name.split(".") if name else ():
+        if module._modules.get(key) is None:
+            raise AttributeError(f"{type(model).__name__} has no module {name}")
+        module = unwrap(module._modules[key])
+    return module
+
+
+def named_tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers as ``model.state_dict(keep_vars=True)`` names them, without wrappers."""
+    for name, module in named_modules(model, prefix):
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                yield (f"{name}.{key}" if name else key), tensor
+
+
+def wrappers(model: nn.Module, kinds: tuple[str, ...]) -> list[str]:
+    """Names of the modules in ``model`` that are wrapped by a class whose name is among ``kinds``."""
+    return [name or "the model" for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+# ---------------------------------------------------------------- replacing
+
+
+def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Puts ``make(name, module)`` in place of each named submodule, inside its wrappers, with its hooks.
+
+    A module that has several names, itself or through a shared parent, is replaced by one module. Modules around that
+    compute new weights from those of the layers inside (timm's ``fuse`` and ``reparameterize``) refuse to while what
+    they would read is adapted.
+    """
+    modules = dict(named_modules(model))
+    aliases: dict[int, list[str]] = {}
+    for name in names:
+        aliases.setdefault(id(modules[name]), []).append(name)
+    gained = []
+    for same in aliases.values():
+        old = modules[same[0]]
+        had_bias = getattr(old, "bias", None) is not None
+        made = make(same[0], old).train(old.training)
+        _move_hooks(old, made)
+        for name in same:
+            parent, _, child = name.rpartition(".")
+            _put(modules[parent], child, made)
+        if not had_bias and not isinstance(made, _ADAPTED) and getattr(made, "bias", None) is not None:
+            gained += same
+    _guard_fusing(modules, [name for same in aliases.values() for name in same], gained)
+
+
+def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
+    holder, key = parent, child
+    while (inner := _wrapped_key(holder._modules[key])) is not None:
+        holder, key = holder._modules[key], inner
+    setattr(holder, key, module)
+    if key == "_orig_mod":
+        holder._initialize()  # torch.compile's wrapper calls what it was made for
+
+
+def _move_hooks(old: nn.Module, made: nn.Module) -> None:
+    """Gives ``made`` the hooks of ``old``: the same dictionaries, so that their handles still remove them."""
+    for name, empty in vars(nn.Module()).items():
+        if "hook" in name and name in vars(old):
+            setattr(made, name, getattr(old, name))
+            setattr(old, name, empty)
+    for hook in made._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(made)
+
+
+class _Refusal:
+    """Stands in for a method that must not be called; ``lasting`` after the adapter is merged, too."""
+
+    def __init__(self, message: str, lasting: bool) -> None:
+        self.message, self.lasting = message, lasting
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError(self.message)
+
+
+def _guard_fusing(modules: dict[str, nn.Module], names: list[str], gained: list[str]) -> None:
+    """Has the fusing methods of all modules around ``names`` refuse where they would compute something else."""
+    around = {name[:dot] for name in names for dot, letter in enumerate(name) if letter == "."} | {""}
+    for name in around:
+        module = modules[name]
+        for method in _FUSING:
+            if not callable(getattr(type(module), method, None)):
+                continue
+            called, present = f"{name or type(module).__name__}.{method}()", vars(module).get(method)
+            without_bias = [layer for layer in gained if not name or layer.startswith(f"{name}.")]
+            if without_bias:
+                message = (
+                    f"{called} would lose the bias that {without_bias[0]} has gained from a trained shift; "
+                    "RLRRConfig(shift='with_bias') trains none where a layer has no bias"
+                )
+                setattr(module, method, _Refusal(message, lasting=True))
+            elif isinstance(present, _Refusal) and present.lasting:
+                continue
+            elif any(isinstance(inside, _ADAPTED) for inside in module.modules()):
+                message = f"{called} would read the frozen weights and lose the adapter; merge_adapter(model) first"
+                setattr(module, method, _Refusal(message, lasting=False))
+            elif isinstance(present, _Refusal):
+                delattr(module, method)
