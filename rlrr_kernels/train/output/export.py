@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train.methods.baselines import BaselineMergeReport, merge_baseline
 from rlrr_kernels.train.models.task import Task, load_task
+from rlrr_kernels.train.output.folder import remove_leftovers, write_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     report = merge_adapter(model) if is_adapted(model) else merge_baseline(model)
     after = logits(model, images)
     file = Path(file)
+    remove_leftovers(file.parent, file.name, older_than_minutes=60)
     try:
-        write_together(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
+        write_files(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
     except OSError as error:
         message = f"the merged model could not be written ({error.strerror}); a file that was there is untouched"
         raise OSError(error.errno, message, str(file)) from error

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
@@ -98,7 +99,11 @@ class TrainProgress:
 
     def warn(self, message: str) -> None:
         """Prints a warning above the bars."""
-        self._print(f"[yellow]warning:[/yellow] {message}")
+        self._print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bars."""
+        self._print(escape(message))
 
     def _print(self, line: str) -> None:
         if self._enabled:
