@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from torch import nn
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
 from rlrr_kernels.adapt.config import LAYER_KINDS
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
-from rlrr_kernels.train.config.files import read_config, write_config
+from rlrr_kernels.train.config.files import check_types, read_config, write_config
 from rlrr_kernels.train.config.settings import settings_of
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import (
@@ -57,7 +56,7 @@ from rlrr_kernels.train.output.board import require_tensorboard
 from rlrr_kernels.train.output.environment import add_session, environment
 from rlrr_kernels.train.output.folder import check_free, hold, remove_leftovers, write_files
 from rlrr_kernels.train.output.plot import learning_curve
-from rlrr_kernels.train.output.progress import console, track
+from rlrr_kernels.train.output.progress import say, track
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,6 +161,7 @@ class FinetuneConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if str(self.weights) not in (HUB, NO_WEIGHTS):
             object.__setattr__(self, "weights", Path(self.weights))
         allowed = {"method": METHODS, "recipe": RECIPES, "augment": AUGMENTATIONS, "epoch_chosen_on": CHOSEN_ON}
@@ -170,9 +170,12 @@ class FinetuneConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a finite number of at least 0; got {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1; got {self.image_size}")
         if self.preprocessing is not None and self.image_size not in (None, self.preprocessing.image_size):
             raise ValueError(
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
@@ -377,7 +380,6 @@ def _introduce(
     found: bool,
     resume: bool,
 ) -> None:
-    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
     say(f"{task.model}, weights {task.weights}, {size} x {size} px")

@@ -177,6 +177,28 @@ def split_folders(folder: str | Path) -> dict[str, Path]:
     return places
 
 
+def scored_folder(folder: str | Path, split: str | None = None) -> Path:
+    """Which images of ``folder`` are scored: those of the folder called ``split``, or like it (:func:`split_of`);
+    None: those of its test split, or all of them where there are no splits.
+
+    Raises:
+        FileNotFoundError: ``folder`` does not exist, or has no such split.
+        ValueError: as for :func:`split_folders`.
+    """
+    folder = Path(folder)
+    places = split_folders(folder)
+    if split is None:
+        wanted = places.get("test") if places else folder
+    else:
+        wanted = folder / split if (folder / split).is_dir() else places.get(split_of(split))
+    if wanted is None:
+        raise FileNotFoundError(
+            f"{folder} holds no split {split or 'test'}; "
+            + (f"there are {shorten([place.name for place in places.values()])}" if places else "there are no splits")
+        )
+    return wanted
+
+
 def find_splits(folder: str | Path, *, val_fraction: float = 0.2, seed: int = 0) -> dict[str, Samples]:
     """The splits of an image folder: ``train`` and ``val``, and ``test`` where there is one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -18,11 +19,21 @@ error_console = Console(stderr=True)
 """Where the program's errors and warnings go."""
 
 
+def say(text: str) -> None:
+    """Prints ``text`` as it is: brackets in a path or a class name are no markup, long lines are not broken."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def program() -> str:
     """How the command-line program was started, for commands to try next."""
     if Path(sys.argv[0]).name != "rlrr":
         return "python -m rlrr_kernels.cli"
-    return "rlrr" if shutil.which("rlrr") == sys.argv[0] else sys.argv[0]
+    return "rlrr" if shutil.which("rlrr") == sys.argv[0] else shlex.quote(sys.argv[0])
+
+
+def command(*arguments: object) -> str:
+    """A command of the program that can be pasted into a shell, whatever the arguments hold."""
+    return f"{program()} {shlex.join(map(str, arguments))}"
 
 
 def make_progress(*, enabled: bool = True) -> Progress:
