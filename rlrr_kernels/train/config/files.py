@@ -54,7 +54,7 @@ def _is_of(kind: Any, value: Any) -> bool:
         number = isinstance(value, int) or (kind is float and isinstance(value, float))
         return number and not isinstance(value, bool) and abs(value) < _LARGEST
     kind = typing.get_origin(kind) or kind
-    return kind is Any or isinstance(value, Path if kind is Path else kind)
+    return kind is Any or (isinstance(value, kind) and not (isinstance(value, str | Path) and "\0" in str(value)))
 
 
 _LARGEST = 2**63
