@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 try:
     import typer
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
@@ -17,7 +22,7 @@ except ImportError as error:
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.train.config.options import Cpu, takes_options_of
 from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.output.progress import console, error_console, program
+from rlrr_kernels.train.output.progress import command, console, error_console, say
 
 app = typer.Typer(
     help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
@@ -74,22 +79,18 @@ def finetune(
         if scores is not None:
             table.add_row(name, f"{scores.accuracy:.4f}", f"{scores.macro_f1:.4f}", f"{scores.loss:.4f}")
     console.print(table)
-    console.print(
+    say(
         f"epoch {result.fit.best_epoch} of {config.train.epochs}, chosen on the {config.epoch_chosen_on} images; "
         f"{result.fit.seconds:.0f} s, peak memory {result.fit.peak_memory / 2**30:.2f} GiB\n"
-        f"learning curve: {config.out / CURVE}\nadapter: {result.adapter}",
-        highlight=False,
-        soft_wrap=True,
+        f"learning curve: {config.out / CURVE}\nadapter: {result.adapter}"
     )
     if result.fit.exchanged is not None:
-        console.print(
+        say(
             f"exchanged a step: {result.fit.exchanged['gradients']:,} bytes of gradients, of {result.report.trained:,} "
-            f"trained parameters; {result.fit.exchanged['weights']:,} bytes of weights",
-            highlight=False,
-            soft_wrap=True,
+            f"trained parameters; {result.fit.exchanged['weights']:,} bytes of weights"
         )
-    hint = f" --weights {config.weights}" if result.task.weights not in ("hub", "none") else ""
-    console.print(f"next: {program()} merge {result.adapter}{hint}", highlight=False, soft_wrap=True)
+    hint = ("--weights", config.weights) if result.task.weights not in ("hub", "none") else ()
+    say(f"next: {command('merge', result.adapter, *hint)}")
 
 
 @app.command()
@@ -99,42 +100,45 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Folder in DATA; default: test where there is one")] = None,
     weights: AdapterWeights = None,
     batch_size: BatchSize = 64,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; default: what the adapter was trained at")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
     cpu: Cpu = False,
 ) -> None:
     """Score an adapter on a folder of images."""
     import dataclasses
     import json
+    from collections import Counter
 
     from rlrr_kernels.train.config.train_config import TrainConfig
-    from rlrr_kernels.train.data.folders import ImageDataset, check_images, find_samples, make_loader
+    from rlrr_kernels.train.data.folders import ImageDataset, check_images, find_samples, make_loader, scored_folder
     from rlrr_kernels.train.evaluate import evaluate as score
     from rlrr_kernels.train.loop.distributed import make_accelerator
     from rlrr_kernels.train.models.task import Task, load_task
+    from rlrr_kernels.train.output.folder import write_files
     from rlrr_kernels.train.output.progress import track
 
     task = Task.of_adapter(adapter)
-    folder = data / split if split else data / "test" if (data / "test").is_dir() else data
+    folder = scored_folder(data, split)
     samples = find_samples(folder, task.classes)
     check_images(samples.paths, lambda items, total: track(items, total, "checking images"))
-    model, task = load_task(adapter, weights)
+    model, task = load_task(adapter, weights, image_size=image_size)
     accelerator = make_accelerator(TrainConfig(), cpu=cpu)
     model, loader = accelerator.prepare(
         model, make_loader(ImageDataset(samples, task.preprocessing.transform()), batch_size)
     )
     scores = score(model, loader, len(task.classes), accelerator, lambda items: track(items, len(loader), "scoring"))
-    table = Table("class", "images", "recognised")
+    table, counts = Table("class", "images", "recognised"), Counter(samples.labels)
     for label, name in enumerate(task.classes):
         recall = scores.recall[label]
-        table.add_row(name, str(samples.labels.count(label)), "-" if recall is None else f"{recall:.4f}")
+        table.add_row(escape(name), str(counts[label]), "-" if recall is None else f"{recall:.4f}")
     console.print(table)
-    console.print(
+    say(
         f"{folder}: accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
-        f"{scores.count} images",
-        highlight=False,
+        f"{scores.count} images"
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
+        text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
+        write_files(json_file.parent, {json_file.name: text.encode()})
 
 
 @app.command()
@@ -153,23 +157,10 @@ def merge(
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; replace it with --overwrite, or name another file with --output")
     merged = merge_to_file(adapter, output, weights)
-    task = merged.task
-    console.print(str(merged.report), highlight=False, markup=False)
-    console.print(
-        f"logits differ from the adapted model's by at most {merged.difference:.1e} (they reach {merged.largest:.2g})",
-        highlight=False,
-    )
-    arguments = f'"{task.model}", num_classes={len(task.classes)}'
-    if merged.image_size_argument:
-        arguments += f", img_size={task.preprocessing.image_size}"
-    console.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False)
-    if not merged.report.gained:
-        console.print(
-            f'next: timm.create_model({arguments}, checkpoint_path="{output}")',
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+    say(str(merged.report))
+    say(f"logits differ from the adapted model's by at most {merged.difference:.1e} (they reach {merged.largest:.2g})")
+    say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+    say(f"next: {merged.loading(output)}")
 
 
 @app.command()
@@ -205,9 +196,7 @@ def tune(
     def show(found: Tuned) -> None:
         kept = f"{tuple(found.tiles)}, kept" if found.kept else "the shipped tiles stay"
         limit = f"M <= {found.limit}" if found.limit else "larger M"
-        console.print(
-            f"{found.kernel}, {limit}: {found.us:.1f} µs, shipped {found.shipped_us:.1f} µs: {kept}", highlight=False
-        )
+        say(f"{found.kernel}, {limit}: {found.us:.1f} µs, shipped {found.shipped_us:.1f} µs: {kept}")
 
     options = {}
     if shape:
@@ -225,8 +214,8 @@ def tune(
         if merges.kept
         else "where the model says, as shipped"
     )
-    console.print(f"merges: {merges.us:.1f} µs, shipped {merges.shipped_us:.1f} µs: {kept}", highlight=False)
-    console.print(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it", highlight=False)
+    say(f"merges: {merges.us:.1f} µs, shipped {merges.shipped_us:.1f} µs: {kept}")
+    say(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it")
 
 
 @app.command()
@@ -264,23 +253,51 @@ app.command()(export_adapter)
 
 def main() -> None:
     """Runs the program; an error that names its cause is printed without a traceback unless RLRR_TRACEBACK is set."""
-    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes one prints
-    warnings.showwarning = lambda message, *_, **__: _complain("[yellow]warning:[/yellow]", message)
+    console.quiet = not _speaks()
+    warnings.showwarning = _show_warning
+    logging.getLogger("timm").setLevel(logging.ERROR)  # its notes on what this program asked it to do
     try:
         app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("RLRR_TRACEBACK"):
             raise
+        if not _speaks():
+            time.sleep(_PATIENCE)  # a launcher ends this process as soon as the one that speaks has failed, too
         _complain("[bold red]error:[/bold red]", error)
+        _tell_launcher(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         error_console.print("stopped; go on with the same command and --resume")
         sys.exit(130)
 
 
+_PATIENCE = 5
+"""Seconds."""
+
+
+def _speaks() -> bool:
+    """Of several processes one prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    # Pillow does not say which image is large; the check of the images does.
+    if _speaks() and category.__name__ != "DecompressionBombWarning":
+        _complain("[yellow]warning:[/yellow]", message)
+
+
 def _complain(kind: str, message: object) -> None:
     error_console.print(kind, end=" ")
     error_console.print(str(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell_launcher(message: str) -> None:
+    """Has torchrun's own report of the failure hold the message in place of advice on tracebacks."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        document = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
+import shutil
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +19,18 @@ from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
 from rlrr_kernels.adapt.config import LAYER_KINDS
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
-from rlrr_kernels.train.config.files import write_config
+from rlrr_kernels.train.config.files import check_types, read_config, write_config
 from rlrr_kernels.train.config.train_config import CHANGES_NO_NUMBER, TrainConfig
-from rlrr_kernels.train.data.folders import ImageDataset, Samples, check_images, find_splits, make_loader
+from rlrr_kernels.train.data.folders import (
+    ImageDataset,
+    Samples,
+    check_images,
+    find_splits,
+    fingerprint,
+    make_loader,
+    shared_images,
+)
 from rlrr_kernels.train.data.preprocessing import AUGMENTATIONS, Preprocessing
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop import checkpoint
@@ -38,12 +48,13 @@ from rlrr_kernels.train.methods.baselines import (
     recipe_of,
 )
 from rlrr_kernels.train.methods.files import save_trained
-from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name, create_model
+from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, backbone_digest, check_model_name, create_model
 from rlrr_kernels.train.models.drop import check_drop, set_drop
 from rlrr_kernels.train.models.task import Task
 from rlrr_kernels.train.output.board import require_tensorboard
 from rlrr_kernels.train.output.environment import add_session, environment
-from rlrr_kernels.train.output.progress import console, track
+from rlrr_kernels.train.output.folder import check_free, hold, remove_leftovers, write_files
+from rlrr_kernels.train.output.progress import say, track
 from rlrr_kernels.train.plot import learning_curve
 
 if TYPE_CHECKING:
@@ -69,6 +80,9 @@ _CHANGES_NO_NUMBER = ("out", "check", "cpu", "recompute", *(f"train.{name}" for 
 
 ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
 RESULT, CURVE = "result.json", "learning_curve.png"
+
+_FEW = 4
+"""How many of many classes are named at either end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +162,7 @@ class FinetuneConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if str(self.weights) not in (HUB, NO_WEIGHTS):
             object.__setattr__(self, "weights", Path(self.weights))
         allowed = {"method": METHODS, "recipe": RECIPES, "augment": AUGMENTATIONS, "epoch_chosen_on": CHOSEN_ON}
@@ -156,9 +171,12 @@ class FinetuneConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a finite number of at least 0; got {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1; got {self.image_size}")
         if self.preprocessing is not None and self.image_size not in (None, self.preprocessing.image_size):
             raise ValueError(
                 f"image_size must be that of the preprocessing, {self.preprocessing.image_size}; got {self.image_size}"
@@ -229,11 +247,13 @@ def finetune(
     Args:
         config: the run.
         splits: the images in place of a folder: ``train``, and ``val`` or ``test`` as ``config.epoch_chosen_on`` needs.
-        resume: go on from the checkpoint in ``config.out`` where there is one.
+        resume: go on from the checkpoint in ``config.out`` where there is one. A run that has ended may get more
+            epochs that way; else every setting that changes a number, the images (names, sizes, labels) and the
+            backbone's weights have to be the same.
         quiet: print nothing.
 
     Raises:
-        ValueError: bad input; or ``config.out`` holds a run and ``resume`` is not set.
+        ValueError: bad input; or ``config.out`` holds a run and ``resume`` is not set, or another process is at it.
         FileNotFoundError, ConnectionError, OSError: as for what this function calls; where the adapter cannot be saved,
             the message says where it was saved instead, or how to get it out of the checkpoint.
     """
@@ -243,7 +263,8 @@ def finetune(
     if config.train.tensorboard:
         require_tensorboard()
     accelerator = make_accelerator(config.train, cpu=config.cpu)
-    resume = from_main(accelerator, lambda: _look_for_run(out, resume))
+    from_main(accelerator, lambda: check_free(out))
+    found = from_main(accelerator, lambda: _look_for_run(out, resume))
     talk = accelerator.is_main_process and not quiet
     splits = _splits(config, splits)
     torch.manual_seed(config.train.seed)
@@ -253,6 +274,7 @@ def finetune(
         image_size=config.preprocessing.image_size if config.preprocessing else config.image_size,
         weights=config.weights,
     )
+    digests = {"images_digest": fingerprint(splits), "backbone_digest": backbone_digest(model)}
     preprocessing = config.preprocessing or preprocessing
     if config.drop is not None:
         set_drop(model, config.drop, config.drop_kind)
@@ -263,45 +285,46 @@ def finetune(
     if config.recompute:
         recompute_activations(model)
     if config.check:  # last: it may take minutes, what comes before takes seconds
-        paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
-        follow = functools.partial(track, description="checking images", enabled=talk)
-        from_main(accelerator, lambda: check_images(paths, follow))
+        from_main(accelerator, lambda: _check(splits, talk))
     if talk:
-        _introduce(config, task, splits, report, resume)
-    from_main(accelerator, lambda: out.mkdir(parents=True, exist_ok=True))
-    sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
-    sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
-    result = fit(
-        model,
-        optimizer_groups(model, config.lr, config.weight_decay),
-        sets["train"],
-        sets[_deciding(config)],
-        config.train,
-        out,
-        identity={
-            "method": config.method,
-            "task": task.to_dict(),
-            "adaptation": method.to_dict(),
-            "epoch_chosen_on": config.epoch_chosen_on,
-            **_settings(config),
-        },
-        accelerator=accelerator,
-        chosen_on=config.epoch_chosen_on,
-        resume=resume,
-        started=lambda: from_main(accelerator, lambda: _describe_run(out, config, accelerator, resume)),
-        quiet=quiet,
-    )
-    adapter = out / ADAPTER
-    if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
-        _save(model, adapter, task, _metadata(config, task, accelerator, result, None), out)
-    if config.epoch_chosen_on == "test":
-        test = result.best
-    else:
-        test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
-    if accelerator.is_main_process:
-        if test is not None:
-            _save(model, adapter, task, _metadata(config, task, accelerator, result, test), out)
-        _write_result(config, _metadata(config, task, accelerator, result, test), report, result, talk)
+        _introduce(config, task, splits, report, found, resume)
+    with contextlib.ExitStack() as held:
+        from_main(accelerator, lambda: _take_folder(out, held))
+        found = from_main(accelerator, lambda: _look_for_run(out, resume))  # another run may just have ended there
+        sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
+        sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
+        result = fit(
+            model,
+            optimizer_groups(model, config.lr, config.weight_decay),
+            sets["train"],
+            sets[_deciding(config)],
+            config.train,
+            out,
+            identity={
+                "method": config.method,
+                "task": task.to_dict(),
+                "adaptation": method.to_dict(),
+                "epoch_chosen_on": config.epoch_chosen_on,
+                **digests,
+                **_settings(config),
+            },
+            accelerator=accelerator,
+            chosen_on=config.epoch_chosen_on,
+            resume=found,
+            started=lambda: from_main(accelerator, lambda: _describe_run(out, config, accelerator, found)),
+            quiet=quiet,
+        )
+        adapter = out / ADAPTER
+        if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
+            _save(model, adapter, task, _metadata(config, task, accelerator, result, None), out)
+        if config.epoch_chosen_on == "test":
+            test = result.best
+        else:
+            test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
+        if accelerator.is_main_process:
+            if test is not None:
+                _save(model, adapter, task, _metadata(config, task, accelerator, result, test), out)
+            _write_result(config, _metadata(config, task, accelerator, result, test), report, result, talk)
     return FinetuneResult(model, adapter, task, report, result, test)
 
 
@@ -341,6 +364,27 @@ def _look_for_run(out: Path, resume: bool) -> bool:
     return True
 
 
+def _take_folder(out: Path, held: contextlib.ExitStack) -> None:
+    """Makes the run folder, and keeps other runs out of it until ``held`` is closed."""
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold(out))
+    remove_leftovers(out / ADAPTER)
+
+
+def _check(splits: Mapping[str, Samples], talk: bool) -> None:
+    """Decodes all images once; warns of what is in two splits."""
+    paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
+    check_images(paths, functools.partial(track, description="checking images", enabled=talk))
+    shared = shared_images(splits)
+    if shared:
+        first, second = shared[0]
+        warnings.warn(
+            f"{len(shared)} images are, byte for byte, in two splits, such as {first} and {second}: scores on them are "
+            "too good",
+            stacklevel=2,
+        )
+
+
 def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
     if config.method != "rlrr":
         return Baseline(config.method, config.rank)
@@ -359,13 +403,14 @@ def _introduce(
     task: Task,
     splits: Mapping[str, Samples],
     report: AdaptReport | BaselineReport,
+    found: bool,
     resume: bool,
 ) -> None:
-    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
-    say(f"[bold]{task.model}[/bold], weights {task.weights}, {size} x {size} px")
+    say(f"{task.model}, weights {task.weights}, {size} x {size} px")
     say(f"{'' if config.data is None else f'{config.data}: '}{len(task.classes)} classes, {counts} images")
+    say(f"training images by class: {_by_class(splits['train'])}")
     if config.epoch_chosen_on == "test":
         say("the epoch is chosen on the test images: an optimistic score")
     where = f" on {len(report.layers)} layers" if report.layers else ""
@@ -373,8 +418,19 @@ def _introduce(
         f"{TITLES[config.method]}{where}: {report.trained:,} of {report.total:,} parameters trained "
         f"({report.share:.2%})"
     )
-    if resume:
+    if found:
         say(f"going on from {Path(config.out) / checkpoint.NAME}")
+    elif resume:
+        say(f"{config.out} holds no run to go on with: one is started there")
+
+
+def _by_class(samples: Samples) -> str:
+    """How many images each class has: of all classes, or of the first and last few of many."""
+    counts = Counter(samples.labels)
+    shown = [f"{name} {counts[label]:,}" for label, name in enumerate(samples.classes)]
+    if len(shown) > 2 * _FEW + 1:
+        shown[_FEW:-_FEW] = ["..."]
+    return ", ".join(shown)
 
 
 def _settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -413,10 +469,13 @@ def _save(model: nn.Module, folder: Path, task: Task, metadata: dict[str, Any], 
     try:
         save_trained(model, folder, metadata=metadata, usage=task.usage())
     except OSError as error:
-        elsewhere = Path(tempfile.gettempdir()) / f"rlrr-adapter-{out.resolve().name}"
+        elsewhere = None
         try:
+            elsewhere = Path(tempfile.mkdtemp(prefix=f"rlrr-adapter-{out.resolve().name}-"))  # nobody else's
             save_trained(model, elsewhere, metadata=metadata, usage=task.usage())
         except OSError:
+            if elsewhere is not None:
+                shutil.rmtree(elsewhere, ignore_errors=True)
             rescue = f"make room and run the same command with --resume: {out / checkpoint.NAME} holds the training"
         else:
             rescue = f"it was saved to {elsewhere} instead"
@@ -425,9 +484,16 @@ def _save(model: nn.Module, folder: Path, task: Task, metadata: dict[str, Any], 
 
 def _describe_run(out: Path, config: FinetuneConfig, accelerator: Accelerator, resume: bool) -> None:
     files = {ENVIRONMENT: add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)}
-    if not (resume and (out / CONFIG).exists()):
+    if not resume or _epochs_of(out / CONFIG) != config.train.epochs:  # a run may be given more epochs
         files[CONFIG] = write_config(config)
-    write_together(out, files)
+    write_files(out, files)
+
+
+def _epochs_of(file: Path) -> int | None:
+    try:
+        return read_config(FinetuneConfig, file).train.epochs
+    except (OSError, ValueError):
+        return None
 
 
 def _write_result(
@@ -445,11 +511,12 @@ def _write_result(
         "seconds": result.seconds,
         "peak_memory_bytes": result.peak_memory,
         "exchanged_bytes_per_step": result.exchanged,
+        "extended_from_epochs": list(result.extended),
         "history": result.history,
     }
     try:
-        write_together(out, {RESULT: json.dumps(document, indent=2).encode()})
+        write_files(out, {RESULT: json.dumps(document, indent=2).encode()})
         learning_curve(result, out / CURVE, title, chosen_on=metadata["epoch_chosen_on"])
     except OSError as error:  # the adapter is safe already
         if talk:
-            console.print(f"[yellow]warning:[/yellow] {error}", highlight=False)
+            warnings.warn(f"not all of the results could be written: {error}", stacklevel=2)

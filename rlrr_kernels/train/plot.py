@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train.loop.record import FitResult
+from rlrr_kernels.train.output.folder import write_files
 
 
 def learning_curve(
@@ -63,5 +63,5 @@ def learning_curve(
         axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_together(path.parent, {path.name: buffer.getvalue()})
+    write_files(path.parent, {path.name: buffer.getvalue()})
     return path

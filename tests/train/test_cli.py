@@ -1,26 +1,36 @@
 """The program ``rlrr``: what it writes, what it prints, and the errors it gives in place of tracebacks."""
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from tests.support.image_folders import make_images, make_splits
+from tests.support.paths import ROOT
+from tests.support.tiny_models import SIZES, disturb, tiny_images, tiny_model
 
 timm = pytest.importorskip("timm", reason="the program needs timm")
 pytest.importorskip("accelerate", reason="the program needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
+from rlrr_kernels.train.output.export import Merged, load_merged
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rlrr_kernels
-from rlrr_kernels import RLRRLinear, adapter_info
+from rlrr_kernels import RLRRConfig, RLRRLinear, adapt_model, adapter_info, merge_adapter
 from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data.folders import ImageDataset, find_samples
-from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.data.preprocessing import Preprocessing
+from rlrr_kernels.train.models.task import Task, load_task
+
+SQUARE = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture
@@ -225,7 +235,11 @@ def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path)
     run, options = tmp_path / "run", ("--model", "test_resnet", "--epochs", 1, "--warmup-epochs", 0)
     status, printed = rlrr(*arguments(images, run), *options)
     assert status == 1
-    assert "the model has none beside its head; convs=['*'] adapts its convolutions" in printed
+    assert "ResNet has no linear layer beside its head; adapt its convolutions with convs='*' (--convs '*')" in printed
+    for method in ("lora", "ssf"):
+        status, printed = rlrr(*arguments(images, run), *options, "--method", method)
+        assert status == 1
+        assert f"method {method} adapts linear layers; ResNet has none beside its head" in printed
     layout = ("--conv-layout", "out*kh,in*kw")
     status, printed = rlrr(*arguments(images, run), *options, "--convs", "*", *layout, "--rank", 10)
     assert status == 0, printed
@@ -238,3 +252,152 @@ def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path)
     batch = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(batch), model.eval()(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_user_named_is_printed_as_it_is(rlrr, images, tmp_path):
+    (images / "train" / "red").rename(images / "train" / "[bold]red")
+    for split in ("val", "test"):
+        (images / split / "red").rename(images / split / "[bold]red")
+    run = tmp_path / "vit[lr=3e-3] a"
+    status, printed = rlrr(*arguments(images, run), "--epochs", 1)
+    assert status == 0, printed
+    assert "training images by class: [bold]red 12, blue 12" in printed
+    adapter = run / "adapter"
+    assert f"learning curve: {run / 'learning_curve.png'} adapter: {adapter} next:" in printed
+    command = shlex.split(printed.partition("next: ")[2])
+    assert command[-2:] == ["merge", str(adapter)]
+    status, printed = rlrr("evaluate", adapter, "--data", images)
+    assert "[bold]red" in printed
+    assert f"{images / 'test'}: accuracy" in printed
+    status, printed = rlrr("merge", adapter)
+    assert f'checkpoint_path="{run / "merged.safetensors"}")' in printed
+
+
+def test_many_classes_are_shown_by_the_first_and_last(rlrr, tmp_path):
+    data = make_images(tmp_path / "images", {f"class {i:02}": 2 for i in range(40)}, size=8)
+    _, printed = rlrr(*arguments(data, tmp_path / "run"), "--epochs", 1)
+    assert "by class: class 00 1, class 01 1, class 02 1, class 03 1, ..., class 36 1, class 37 1" in printed
+
+
+def test_a_run_goes_on_with_its_own_images_and_weights_alone(rlrr, images, tmp_path):
+    weights = tmp_path / "a" / "weights.safetensors"
+    weights.parent.mkdir()
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    run = tmp_path / "run"
+    options = (*arguments(images, run), "--epochs", 2, "--weights")
+    status, printed = rlrr(*options, weights, "--resume")
+    assert status == 0
+    assert f"{run} holds no run to go on with: one is started there" in printed
+    saved = (run / "adapter" / "config.json").read_bytes()
+    other = tmp_path / "b" / "weights.safetensors"  # of the same name
+    other.parent.mkdir()
+    torch.manual_seed(2)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), other)
+    status, printed = rlrr(*options, other, "--resume")
+    assert status == 1
+    assert "run with other settings: the weights of the backbone are not the same" in printed
+    assert (run / "adapter" / "config.json").read_bytes() == saved
+    shutil.copytree(images, tmp_path / "moved")
+    assert rlrr(*options, weights, "--resume", "--data", tmp_path / "moved")[0] == 0
+    with open(tmp_path / "moved" / "train" / "red" / "003.png", "ab") as file:
+        file.write(b"0")
+    status, printed = rlrr(*options, weights, "--resume", "--data", tmp_path / "moved")
+    assert status == 1
+    assert "the images are not the same (their names, sizes in bytes, labels or splits)" in printed
+    status, printed = rlrr(*options, weights, "--resume", "--lr", 0.1)
+    assert printed.endswith("other settings: lr was 0.01, is 0.1")
+
+
+def test_a_finished_run_gets_more_epochs(rlrr, images, tmp_path):
+    run = tmp_path / "run"
+    assert rlrr(*arguments(images, run), "--epochs", 2)[0] == 0
+    status, printed = rlrr(*arguments(images, run), "--epochs", 3, "--resume")
+    assert status == 0
+    assert "the finished run of 2 epochs gets 1 more, at the learning rates of a run of 3" in printed
+    assert "epoch 3/3" in printed
+    result = json.loads((run / "result.json").read_text())
+    assert (len(result["history"]), result["extended_from_epochs"]) == (3, [2])
+    assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 3
+
+
+def test_evaluate_finds_the_split_and_takes_a_size(rlrr, images, tmp_path):
+    run = tmp_path / "run"
+    assert rlrr(*arguments(images, run), "--epochs", 1)[0] == 0
+    (images / "test").rename(images / "Testing")
+    status, printed = rlrr("evaluate", run / "adapter", "--data", images, "--image-size", 48)
+    assert status == 0, printed
+    assert f"{images / 'Testing'}: accuracy" in printed
+    assert f"{images / 'val'}: accuracy" in rlrr("evaluate", run / "adapter", "--data", images, "--split", "valid")[1]
+    status, printed = rlrr("evaluate", run / "adapter", "--data", images, "--image-size", 40)
+    assert status == 1
+    assert "the image size must be a multiple of 16" in printed
+    status, printed = rlrr("evaluate", run / "adapter", "--data", images / "Testing", "--split", "dev")
+    assert "holds no split dev; there are no splits" in printed
+
+
+def test_equal_images_in_two_splits_are_warned_of(rlrr, images, tmp_path):
+    shutil.copy(images / "train" / "red" / "000.png", images / "test" / "red" / "copy.png")
+    status, printed = rlrr(*arguments(images, tmp_path / "run"), "--epochs", 1)
+    assert status == 0
+    assert "warning: 1 images are, byte for byte, in two splits, such as" in printed
+    assert "copy.png: scores on them are too good" in printed
+
+
+def test_one_bad_image_ends_a_run_in_a_line(rlrr, images, tmp_path):
+    (images / "train" / "red" / "000.png").write_bytes(b"none")
+    status, printed = rlrr(*arguments(images, tmp_path / "run"), "--no-check", "--workers", 1)
+    assert status == 1
+    assert re.search(r"error: cannot read the image \S*000\.png: cannot identify image file \S+$", printed), printed
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_one_speaks(rlrr, tmp_path, monkeypatch, rank):
+    """A launcher ends the others while they wait; one that fails alone speaks after a while."""
+    from rlrr_kernels import cli
+
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    status, printed = rlrr("merge", tmp_path / "none")
+    assert status == 1
+    assert printed.startswith("error: adapter folder")
+    assert bool(waited) == (rank == "1")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].startswith("adapter folder")
+
+
+@pytest.mark.slow
+def test_an_input_error_under_torchrun_is_one_line_of_ours(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "rlrr_kernels.cli", "finetune", "--model", "test_vitt", "--data", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert ours == ["error: timm has no model 'test_vitt'; did you mean test_vit or test_vit4 or test_vit3?"]
+    assert "traceback : timm has no model 'test_vitt'" in done.stderr  # torchrun's own report says why
+
+
+@pytest.mark.parametrize("family", ["swin", "eva02"])
+def test_a_merged_file_that_gained_biases_is_loaded_by_the_line_that_merge_prints(tmp_path, family):
+    model, images = tiny_model(family), tiny_images(family)
+    adapt_model(model, RLRRConfig(recipe="paper") if family == "swin" else RLRRConfig())
+    disturb(model)
+    report = merge_adapter(model)
+    assert report.gained
+    file = tmp_path / "merged.safetensors"
+    save_file(model.state_dict(), file)
+    name, options = SIZES[family]
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        timm.create_model(name, num_classes=5, **options).load_state_dict(load_file(file))
+    plain = load_merged(file, name, num_classes=5, **options).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images), model.eval()(images))
+    merged = Merged(Task(name, "none", ("a", "b"), preprocessing=SQUARE), report, 0.0, 0.0, True)
+    assert merged.loading(file) == (
+        f'from rlrr_kernels.train.output.export import load_merged; load_merged("{file}", "{name}", num_classes=2, '
+        "img_size=32)"
+    )
+    with pytest.raises(ValueError, match=r"merged\.safetensors is no merged model of test_vit"):
+        load_merged(file, "test_vit")

@@ -21,11 +21,14 @@ from typer.testing import CliRunner
 import rlrr_kernels
 from rlrr_kernels.cli import app
 from rlrr_kernels.paper.reproduce import ReproduceConfig
-from rlrr_kernels.train.config.files import read_config, write_config
+from rlrr_kernels.train.config.files import config_from_dict, read_config, write_config
 from rlrr_kernels.train.config.options import config_of_options, describe_arguments, options_of
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.output.environment import add_session
+
+PREPROCESSING = {"image_size": 32, "crop": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def small_run(data, out):
@@ -119,8 +122,67 @@ def test_a_truncated_or_missing_config_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         read_config(FinetuneConfig, file)
     file.write_bytes(write_config(small_run(tmp_path, tmp_path / "run"))[:-20])
-    with pytest.raises(ValueError, match="is no configuration of a run"):
+    with pytest.raises(ValueError, match=r"config\.json is truncated or no JSON"):
         read_config(FinetuneConfig, file)
+    file.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is truncated or no JSON: maximum recursion depth"):
+        read_config(FinetuneConfig, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"batch_size": 2.5}}, "batch_size must be a whole number; got 2.5"),
+        ({"train": {"workers": -3}}, "workers must be 0 or more; got -3"),
+        ({"train": {"workers": "2"}}, "workers must be a whole number or left out; got '2'"),
+        ({"train": {"seed": 10**30}}, "seed must be a whole number; got 1000"),
+        ({"train": {"clip_grad": 0}}, "clip_grad must be above 0; got 0"),
+        ({"train": None}, "train must be TrainConfig; got None"),
+        ({"recompute": "false"}, "recompute must be true or false; got 'false'"),
+        ({"check": 0}, "check must be true or false; got 0"),
+        ({"val_fraction": 7}, "val_fraction must lie between 0 and 1; got 7"),
+        ({"lr": float("nan")}, "lr must be a number; got nan"),
+        ({"lr": True}, "lr must be a number; got True"),
+        ({"model": 3.5}, "model must be a text; got 3.5"),
+        ({"data": 1}, "data must be a path or left out; got 1"),
+        ({"weights": ["hub"]}, r"weights must be a text or a path; got \['hub'\]"),
+        ({"image_size": 0}, "image_size must be at least 1; got 0"),
+        (
+            {"preprocessing": {"image_size": 32}},
+            "Preprocessing needs the setting 'crop', 'interpolation', 'mean', 'std'",
+        ),
+        (
+            {"preprocessing": PREPROCESSING | {"interpolation": "cubic"}},
+            "interpolation must be one of nearest, bilinear",
+        ),
+        ({"preprocessing": PREPROCESSING | {"std": [1, 1, 0]}}, "std above 0; got"),
+    ],
+)
+def test_settings_are_checked_whoever_makes_them(tmp_path, change, message):
+    file = tmp_path / "config.json"
+    good = json.loads(write_config(dataclasses.replace(small_run(tmp_path, tmp_path / "run"), image_size=None)))
+    nested = {name: good[name] | value for name, value in change.items() if isinstance(good[name], dict) and value}
+    file.write_text(json.dumps(good | change | nested))
+    with pytest.raises(ValueError, match=f"config.json is no configuration of a run: .*{message}"):
+        read_config(FinetuneConfig, file)
+    kinds = {"train": TrainConfig, "preprocessing": Preprocessing}
+    ((name, value),) = change.items()
+    kind, values = (kinds[name], value) if name in kinds and value else (FinetuneConfig, {"model": "test_vit"} | change)
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(kind, values)
+
+
+def test_texts_stand_for_paths_and_lists_for_tuples(tmp_path):
+    config = FinetuneConfig(model="test_vit", data=str(tmp_path), out="run", lr=1)
+    assert (config.data, config.out) == (tmp_path, Path("run"))
+    assert Preprocessing(**PREPROCESSING).mean == (0.5, 0.5, 0.5)
+
+
+def test_a_damaged_record_of_earlier_sessions_does_not_stop_the_run(tmp_path):
+    document = tmp_path / "environment.json"
+    for text in ('{"sessions": null}', "[]", "3", '{"sessions": 3}', "[" * 100_000, ""):
+        document.write_text(text)
+        assert json.loads(add_session(document, {"x": 1}, resumed=True)) == {"sessions": [{"x": 1}]}
 
 
 def test_every_option_has_its_help():

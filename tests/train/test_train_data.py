@@ -1,6 +1,9 @@
 """Image folders: layouts, splits, bad input, and augmentation that a resumed run repeats."""
 
+import hashlib
 import random
+import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -18,10 +21,13 @@ from rlrr_kernels.train.data.folders import (
     check_images,
     find_samples,
     find_splits,
+    fingerprint,
     make_loader,
-    read_image,
+    shared_images,
+    split_of,
     stratified_split,
 )
+from rlrr_kernels.train.data.images import read_image
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 
 
@@ -148,3 +154,169 @@ def test_a_label_outside_the_classes_is_named_with_its_image(tmp_path):
         Samples(paths, (0, 3, 1, -1), ("a", "b", "c"))
     with pytest.raises(ValueError, match="got 4 images and 3 labels"):
         Samples(paths, (0, 1, 2), ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Val", "Test"),
+        ("train_set", "valid-set", "test_set"),
+        ("TRAINING", "dev", "testing"),
+        ("training_data", "Validation", "holdout"),
+        ("train2017", "val2017", "test2017"),
+    ],
+)
+def test_splits_go_by_their_common_names_in_any_case(tmp_path, train, val, test):
+    for name, count in ((train, 3), (val, 2), (test, 1)):
+        make_images(tmp_path / name, {"cat": count, "dog": count})
+    splits = find_splits(tmp_path)
+    assert {split: len(samples) for split, samples in splits.items()} == {"train": 6, "val": 4, "test": 2}
+    assert splits["train"].classes == ("cat", "dog")
+
+
+def test_folders_that_could_be_splits_or_classes_are_refused(tmp_path):
+    for name in ("val", "test"):
+        make_images(tmp_path / "a" / name, {"cat": 2, "dog": 2})
+    with pytest.raises(ValueError, match=r"holds test and val, which are called like splits, but none to train on"):
+        find_splits(tmp_path / "a")
+    for name in ("Train", "training"):
+        make_images(tmp_path / "b" / name, {"cat": 2, "dog": 2})
+    with pytest.raises(ValueError, match="two folders that are called like the split train: Train and training"):
+        find_splits(tmp_path / "b")
+    make_images(tmp_path / "c", {"bus": 2, "train": 2, "tram": 2})
+    with pytest.raises(
+        ValueError, match=r"train is called like a split, .* if it is a class beside bus, tram, give it"
+    ):
+        find_splits(tmp_path / "c")
+    make_images(tmp_path / "d" / "train", {"train": 2, "test": 2})
+    with pytest.raises(ValueError, match="must hold a folder a class; its folders are called like splits: test, train"):
+        find_splits(tmp_path / "d")
+    make_images(tmp_path / "e" / "train", {"bus": 2, "train": 2})  # in a split, a class may be called so
+    assert find_splits(tmp_path / "e")["train"].classes == ("bus", "train")
+    assert [split_of(name) for name in ("trains", "contest", "valley", "latest", "device")] == [None] * 5
+
+
+def test_what_is_not_used_is_told(tmp_path):
+    make_images(tmp_path / "train", {"cat": 3, "dog": 3})
+    make_images(tmp_path / "val", {"cat": 1})
+    make_images(tmp_path / "extra", {"cat": 1})
+    for name in ("a.heic", "b.HEIC", "notes.txt", "README"):
+        (tmp_path / "train" / "cat" / name).touch()
+    (tmp_path / "train" / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning, match="not used") as caught:
+        find_splits(tmp_path)
+    told = "\n".join(str(warning.message) for warning in caught)
+    assert "the folders beside the splits are not used: extra" in told
+    assert "train: 5 files are not used: 2 .heic, " in told
+    for kind in ("1 .txt", "1 without an ending", "1 broken links"):
+        assert kind in told
+    assert "val has no image of 1 of 2 classes: dog" in told
+
+
+def test_hidden_files_and_folders_are_skipped_at_any_depth(tmp_path):
+    make_images(tmp_path, {"cat": 4, "dog": 4})
+    make_images(tmp_path / "cat" / "sub", {".ipynb_checkpoints": 2, "more": 1})
+    make_images(tmp_path, {".cache": 2})
+    (tmp_path / "dog" / "._000.png").write_bytes(b"a Mac's")
+    paths = find_samples(tmp_path).paths
+    assert len(paths) == 9
+    assert not any(part.startswith(".") for path in paths for part in path.relative_to(tmp_path).parts)
+
+
+def test_equal_images_in_two_splits_are_found(tmp_path):
+    make_images(tmp_path / "train", {"cat": 4, "dog": 4})
+    make_images(tmp_path / "test", {"cat": 2, "dog": 2})
+    splits = find_splits(tmp_path, val_fraction=0.5)
+    assert shared_images(splits) == []
+    data = splits["train"].paths[0].read_bytes()
+    (copy := splits["test"].paths[3]).write_bytes(data)
+    twice = tmp_path / "train" / "cat" / "twice.png"
+    twice.write_bytes(data)
+    alike = bytearray(data)  # of the same size
+    alike[-1] ^= 1
+    splits["test"].paths[1].write_bytes(alike)
+    splits = {"train": find_samples(tmp_path / "train"), "test": find_samples(tmp_path / "test")}
+    ((first, second),) = shared_images(splits)
+    assert second == copy
+    assert first.read_bytes() == data
+
+
+def test_the_fingerprint_knows_names_sizes_and_labels_but_not_the_place(tmp_path):
+    def fingerprint_of(folder):
+        return fingerprint(find_splits(folder))
+
+    before = fingerprint_of(make_images(tmp_path / "a", {"cat": 4, "dog": 4}))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert fingerprint_of(tmp_path / "b") == before
+    (tmp_path / "b" / "cat" / "000.png").rename(tmp_path / "b" / "cat" / "0.png")
+    assert fingerprint_of(tmp_path / "b") != before
+    with open(tmp_path / "a" / "cat" / "000.png", "ab") as file:
+        file.write(b"0")
+    assert fingerprint_of(tmp_path / "a") != before
+
+
+def write_12_bits(path, values):
+    """A grey TIFF file of 12 bits a pixel, packed; Pillow writes none."""
+    height, width = values.shape
+    bits = "".join(f"{value:012b}" for value in values.ravel())
+    pixels = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = ((256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height))
+    tags = (*tags, (279, len(pixels)))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory + bytes(4))
+
+
+def test_deep_pixels_keep_their_range_or_are_refused_by_mode(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes()).save(tmp_path / "big_endian.tif")
+    Image.fromarray(values).save(tmp_path / "little_endian.tif")
+    (tmp_path / "deep.ppm").write_bytes(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+    for name in ("big_endian.tif", "little_endian.tif", "deep.ppm"):
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / name))[..., 1], values >> 8)
+    turned = Image.fromarray(values)
+    turned.save(tmp_path / "turned.tif", tiffinfo={274: 3})  # upside down
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.tif"))[..., 0], values[::-1, ::-1] >> 8)
+    write_12_bits(tmp_path / "twelve.tif", values >> 4)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "twelve.tif"))[..., 0], values >> 8)
+    for name, array, mode in (("float", values / 65535, "F"), ("int", values, "I")):
+        Image.fromarray(array.astype(np.float32 if mode == "F" else np.int32)).save(tmp_path / f"{name}.tif")
+        with pytest.raises(ValueError, match=rf"cannot read the image .*{name}\.tif: its pixels are .*\(mode {mode}\)"):
+            read_image(tmp_path / f"{name}.tif")
+
+
+def test_large_images_are_warned_of_by_name(tmp_path, monkeypatch):
+    make_images(tmp_path, {"cat": 1, "dog": 1})
+    Image.new("RGB", (60, 60)).save(tmp_path / "cat" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.warns(UserWarning, match=r"1 images have more than 0 megapixels, .*: .*large\.png"):
+        check_images(find_samples(tmp_path).paths)
+
+
+def test_a_bad_image_in_a_loader_s_process_is_told_in_a_line(tmp_path):
+    make_images(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "cat" / "001.png").write_bytes(b"none")
+    dataset = ImageDataset(find_samples(tmp_path), preprocessing().transform())
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"cannot read the image .*001\.png") as caught:
+            list(make_loader(dataset, 2, workers=workers))
+        assert str(caught.value).startswith("cannot read the image")
+        assert "Traceback" not in str(caught.value)
+
+
+def test_splitting_compares_each_label_a_few_times_whatever_the_classes():
+    compared = 0
+
+    class Label(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == int(other)
+
+        __hash__ = int.__hash__
+
+    rest, chosen = stratified_split([Label(i % 300) for i in range(3000)], 0.2, seed=0)
+    assert (len(rest), len(chosen)) == (2400, 600)
+    assert compared < 4 * 3000
+    # Numbers in the results depend on which are chosen.
+    _, few = stratified_split([i % 30 for i in range(600)], 0.2, seed=0)
+    assert hashlib.sha256(str(few).encode()).hexdigest()[:16] == "54ab5e45be6afb95"

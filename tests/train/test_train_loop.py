@@ -26,6 +26,7 @@ from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop import fit as loop
 from rlrr_kernels.train.loop.fit import fit
 from rlrr_kernels.train.models.backbones import create_model
+from rlrr_kernels.train.output import folder as folder_module
 from tests.support.fitting import CONFIG, Stop, assert_same, numbers, train, trained
 
 
@@ -79,21 +80,53 @@ def test_training_learns_and_leaves_the_backbone_alone(images, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(images, tmp_path):
-    train(images, tmp_path / "run", identity={"model": "a"})
-    with pytest.raises(ValueError, match="other settings: epochs was 4, is 5"):
-        train(images, tmp_path / "run", dataclasses.replace(CONFIG, epochs=5), resume=True, identity={"model": "a"})
-    with pytest.raises(ValueError, match="model was a, is b"):
-        train(images, tmp_path / "run", resume=True, identity={"model": "b"})
-    with pytest.raises(ValueError, match="groups was"):
-        train(images, tmp_path / "run", resume=True, lr=1e-3, identity={"model": "a"})
+    with pytest.raises(Stop):
+        train(images, tmp_path / "run", reads=24 + 12 + 10, identity={"model": "a"})
+    cases = {
+        "epochs was 4, is 5$": {"config": dataclasses.replace(CONFIG, epochs=5)},
+        "model was a, is b$": {"identity": {"model": "b"}},
+        "other settings: lr was 0.01, is 0.001$": {"lr": 1e-3},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            train(images, tmp_path / "run", resume=True, **{"identity": {"model": "a"}} | change)
+
+
+def test_a_finished_run_gets_more_epochs(images, tmp_path):
+    two, four = (dataclasses.replace(CONFIG, epochs=epochs) for epochs in (2, 4))
+    _, short = train(images, tmp_path / "run", two)
+    _, longer = train(images, tmp_path / "run", four, resume=True)
+    assert numbers(longer)[:2] == numbers(short)
+    assert [entry["epoch"] for entry in longer.history] == [1, 2, 3, 4]
+    assert (short.extended, longer.extended) == ((), (2,))
+    _, straight = train(images, tmp_path / "straight", four)
+    assert [entry["lr"] for entry in longer.history[2:]] == [entry["lr"] for entry in straight.history[2:]]
+    with pytest.raises(ValueError, match="epochs was 4, is 2"):
+        train(images, tmp_path / "run", two, resume=True)
+
+
+def test_checkpoints_of_before_the_digests_are_gone_on_with(images, tmp_path):
+    _, result = train(images, tmp_path / "run", identity={"model": "a"})
+    _, again = train(images, tmp_path / "run", resume=True, identity={"model": "a", "images_digest": "0"})
+    assert numbers(again) == numbers(result)
 
 
 def test_a_damaged_checkpoint_is_named(images, tmp_path):
     train(images, tmp_path / "run")
     path = tmp_path / "run" / checkpoint.NAME
+    state = checkpoint.load_checkpoint(tmp_path / "run")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint: it is truncated"):
         train(images, tmp_path / "run", resume=True)
+    checkpoint.save_checkpoint(tmp_path / "run", {name: value for name, value in state.items() if name != "tensors"})
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint that this version wrote: KeyError"):
+        train(images, tmp_path / "run", resume=True)
+    checkpoint.save_checkpoint(tmp_path / "run", {"value": torch.zeros(1000)})
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(1000))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint: it is damaged: the checksum of"):
+        checkpoint.load_checkpoint(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         train(images, tmp_path / "other", resume=True)
 
@@ -108,13 +141,14 @@ def test_a_full_disk_in_mid_run_does_not_end_it(images, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(folder, contents)
 
-    original = checkpoint.write_together
-    monkeypatch.setattr(checkpoint, "write_together", write)
+    original = folder_module.write_together
+    monkeypatch.setattr(folder_module, "write_together", write)
     warnings = []
     monkeypatch.setattr(loop.TrainProgress, "warn", lambda self, message: warnings.append(message))
     _, result = train(images, tmp_path / "run")
     assert numbers(result) == numbers(expected)
     assert "could not be written, the one before stays: [Errno 28] No space left" in warnings[0]
+    assert str(tmp_path / "run" / checkpoint.NAME) in warnings[0]
     assert checkpoint.load_checkpoint(tmp_path / "run")["updates"] == 2
 
 
@@ -147,7 +181,9 @@ def finetune_config(images, out):
 
 
 def test_an_adapter_that_cannot_be_saved_is_saved_elsewhere(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(finetune.tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere" / "rlrr-adapter-run").touch()
     out = tmp_path / "run"
     original = finetune.save_trained
 
@@ -157,9 +193,12 @@ def test_an_adapter_that_cannot_be_saved_is_saved_elsewhere(images, tmp_path, mo
         return original(model, folder, **options)
 
     monkeypatch.setattr(finetune, "save_trained", save)
-    with pytest.raises(OSError, match=r"it was saved to .*elsewhere/rlrr-adapter-run instead"):
+    with pytest.raises(OSError, match=r"it was saved to .*elsewhere/rlrr-adapter-run-.* instead"):
         finetune.finetune(finetune_config(images, out), quiet=True)
-    saved = load_file(tmp_path / "elsewhere" / "rlrr-adapter-run" / "adapter.safetensors")
+    (rescued,) = (tmp_path / "elsewhere").glob(
+        "rlrr-adapter-run-*"
+    )  # of this run alone: another folder's name may be the same
+    saved = load_file(rescued / "adapter.safetensors")
     monkeypatch.setattr(finetune, "save_trained", original)
     result = finetune.finetune(finetune_config(images, out), quiet=True, resume=True)
     again = load_file(result.adapter / "adapter.safetensors")

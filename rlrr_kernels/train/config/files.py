@@ -1,4 +1,4 @@
-"""Configurations as JSON files."""
+"""Configurations: their values against their types, whoever makes them, and as JSON files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,53 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+
+
+def check_types(config: Any) -> None:
+    """Checks every setting of a frozen dataclass, in its ``__post_init__``, against the type it is declared with.
+
+    A whole number may stand for a float, a text for a path (which it becomes), a list for a tuple; nothing else may
+    stand for anything: neither 2.5 for a whole number nor "false" or 0 for a truth value.
+
+    Raises:
+        ValueError: names the setting, what it must be, and what it is.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), alternatives(hint)
+        if isinstance(value, str) and Path in kinds and str not in kinds:
+            value = Path(value)
+        elif isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
+            value = tuple(value)
+        if not any(_is_of(kind, value) for kind in kinds):
+            expected = " or ".join(_NAMES.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+            raise ValueError(f"{name} must be {expected}; got {value!r}")
+        object.__setattr__(config, name, value)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+    types.NoneType: "left out",
+    tuple[str, ...]: "texts",
+    tuple[float, ...]: "numbers",
+}
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(typing.get_args(kind)[0], entry) for entry in value)
+    if kind in (int, float):
+        number = isinstance(value, int) or (kind is float and isinstance(value, float))
+        return number and not isinstance(value, bool) and abs(value) < _LARGEST
+    kind = typing.get_origin(kind) or kind
+    return kind is Any or (isinstance(value, kind) and not (isinstance(value, str | Path) and "\0" in str(value)))
+
+
+_LARGEST = 2**63
+"""Beyond it, a whole number is none that the machine computes with; infinity and NaN are no numbers either."""
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -45,6 +92,19 @@ def config_from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{name: _restored(hints[name], value) for name, value in values.items()})
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is truncated, no JSON, or nested deeper than can be read; names it.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is truncated or no JSON: {error}") from error
+
+
 def _restored(hint: Any, value: Any) -> Any:
     kinds = alternatives(hint)
     nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
@@ -52,7 +112,7 @@ def _restored(hint: Any, value: Any) -> Any:
         return config_from_dict(nested, value)
     if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
         return tuple(value)
-    return Path(value) if Path in kinds and str not in kinds and value is not None else value
+    return Path(value) if Path in kinds and str not in kinds and isinstance(value, str) else value
 
 
 def write_config(config: Any) -> bytes:
@@ -70,8 +130,8 @@ def read_config(kind: type, file: str | Path) -> Any:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"the configuration file {file} does not exist")
+    values = read_json(file)
     try:
-        values = json.loads(file.read_bytes())
         if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
             raise ValueError(f"it has no schema_version {SCHEMA_VERSION}")
         return config_from_dict(kind, values)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+
+from rlrr_kernels.train.config.files import check_types
 
 METRICS = ("accuracy", "macro_f1")
 PRECISIONS = ("auto", "no", "fp16", "bf16")
@@ -90,13 +91,19 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("epochs", "batch_size", "accumulate", "restart_factor", "choose_from"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("seed", "workers", "checkpoint_minutes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"clip_grad must be above 0; got {self.clip_grad}")
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(1, self.epochs / 2))
         for name in ("warmup_epochs", "cooldown_epochs", "schedule_lag", "min_lr", "warmup_lr", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
         if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
             raise ValueError(
@@ -105,7 +112,7 @@ class TrainConfig:
             )
         if self.choose_from > self.epochs:
             raise ValueError(f"choose_from must be one of the {self.epochs} epochs; got {self.choose_from}")
-        if not 0 < self.restart_epochs < math.inf:
+        if self.restart_epochs <= 0:
             raise ValueError(f"restart_epochs must be above 0; got {self.restart_epochs}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be from 0 to 1; got {self.label_smoothing}")

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rlrr_kernels.train.data.images import is_large, read_image
+
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+_SPLIT_WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev", "devel", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst", "holdout", "heldout"),
+}
+
+_BEGINNING = 4096
+"""Bytes of a file that are compared before all of it."""
 
 _SHOWN = 10
 """How many offending files a message names before it counts the rest."""
@@ -55,7 +68,8 @@ class Samples:
 
 
 def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Samples:
-    """Reads ``folder/<class>/**/<image>``; classes in alphabetical order unless given.
+    """Reads ``folder/<class>/**/<image>``; classes in alphabetical order unless given. Hidden files and folders (those
+    that begin with a dot) are skipped at any depth.
 
     Args:
         folder: holds one folder a class.
@@ -63,19 +77,28 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
 
     Raises:
         FileNotFoundError: ``folder`` does not exist.
-        ValueError: fewer than two classes, a class folder without an image, or a class not in ``classes``.
+        ValueError: fewer than two classes, a class folder without an image, or a class not in ``classes``; or the
+            folders are called like splits.
+
+    Warns:
+        UserWarning: files in the class folders that are no images by their endings, or broken links: how many.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the image folder {folder} does not exist")
-    found = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    found = _folders_in(folder)
     if not found:
         raise ValueError(f"{folder} holds no class folders; expected {folder}/<class>/<image>")
     if classes is None:
         if len(found) == 1:
             raise ValueError(f"{folder} holds one class folder only, {found[0]!r}; a classifier needs at least two")
+        if all(split_of(name) for name in found):
+            raise ValueError(
+                f"{folder} must hold a folder a class; its folders are called like splits: {shorten(found)}"
+            )
         classes = found
-    unknown = [name for name in found if name not in classes]
+    label_of = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in found if name not in label_of]
     if unknown:
         raise ValueError(
             f"{folder} holds classes that the model does not have: {shorten([*map(repr, unknown)])}; it has "
@@ -83,26 +106,105 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
         )
     paths: list[Path] = []
     labels: list[int] = []
+    skipped: Counter[str] = Counter()
     for name in found:
-        images = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        images, others = _images_in(folder / name)
         if not images:
             raise ValueError(
                 f"the class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or remove it"
             )
         paths += images
-        labels += [classes.index(name)] * len(images)
+        labels += [label_of[name]] * len(images)
+        skipped += others
+    if skipped:
+        kinds = [f"{count:,} {kind}" for kind, count in skipped.most_common()]
+        warnings.warn(f"{folder}: {skipped.total():,} files are not used: {shorten(kinds)}", stacklevel=2)
     return Samples(tuple(paths), tuple(labels), tuple(classes))
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The images at any depth, sorted, and how many other files there are, by kind."""
+    images, others = [], Counter()
+    for base, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others["links to folders"] += sum(os.path.islink(os.path.join(base, name)) for name in folders)
+        for path in (Path(base, name) for name in files if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if not path.is_file():
+                others["broken links"] += 1
+            elif suffix in SUFFIXES:
+                images.append(path)
+            else:
+                others[suffix or "without an ending"] += 1
+    return sorted(images), +others
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder's name says it is, ``train``, ``val`` or ``test``; None for other names.
+
+    In any case, with or without ``set``, ``split``, ``data`` or ``images`` behind it, and a number: ``Training``,
+    ``dev``, ``test_set``, ``val2017``.
+    """
+    word = re.sub(r"[^a-z]", "", name.lower())
+    word = re.sub(r"(set|split|data|images?)$", "", word)
+    return next((split for split, words in _SPLIT_WORDS.items() if word in words), None)
+
+
+def split_folders(folder: str | Path) -> dict[str, Path]:
+    """The folders in ``folder`` that are called like splits, by split; empty where it holds classes.
+
+    Raises:
+        FileNotFoundError: ``folder`` does not exist.
+        ValueError: two folders are called like the same split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the image folder {folder} does not exist")
+    places: dict[str, Path] = {}
+    for name in _folders_in(folder):
+        split = split_of(name)
+        if split in places:
+            raise ValueError(
+                f"{folder} holds two folders that are called like the split {split}: "
+                f"{places[split].name} and {name}; keep one"
+            )
+        if split is not None:
+            places[split] = folder / name
+    return places
+
+
+def scored_folder(folder: str | Path, split: str | None = None) -> Path:
+    """Which images of ``folder`` are scored: those of the folder called ``split``, or like it (:func:`split_of`);
+    None: those of its test split, or all of them where there are no splits.
+
+    Raises:
+        FileNotFoundError: ``folder`` does not exist, or has no such split.
+        ValueError: as for :func:`split_folders`.
+    """
+    folder = Path(folder)
+    places = split_folders(folder)
+    if split is None:
+        wanted = places.get("test") if places else folder
+    else:
+        wanted = folder / split if (folder / split).is_dir() else places.get(split_of(split))
+    if wanted is None:
+        raise FileNotFoundError(
+            f"{folder} holds no split {split or 'test'}; "
+            + (f"there are {shorten([place.name for place in places.values()])}" if places else "there are no splits")
+        )
+    return wanted
 
 
 def find_splits(folder: str | Path, *, val_fraction: float = 0.2, seed: int = 0) -> dict[str, Samples]:
     """The splits of an image folder: ``train`` and ``val``, and ``test`` where there is one.
 
     Two layouts: ``folder/<class>/<image>``, and ``folder/{train,val,test}/<class>/<image>`` where ``val`` and ``test``
-    may be missing. Without a ``val`` a share of the training images, the same in every class, is set aside for it.
+    may be missing and the splits may have other common names (:func:`split_of`). Without a ``val`` a share of the
+    training images, the same in every class, is set aside for it.
 
     Args:
         folder: the image folder.
@@ -111,28 +213,48 @@ def find_splits(folder: str | Path, *, val_fraction: float = 0.2, seed: int = 0)
 
     Raises:
         FileNotFoundError: ``folder`` does not exist.
-        ValueError: as for :func:`find_samples`; or a class has one image only and a validation image is needed.
+        ValueError: as for :func:`find_samples` and :func:`split_folders`; there are splits but none to train on; or a
+            class has one image only and a validation image is needed.
+
+    Warns:
+        UserWarning: as for :func:`find_samples`; folders beside the splits, and classes without an image in a split.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} does not exist")
-    places = {
-        split: next((folder / name for name in names if (folder / name).is_dir()), None)
-        for split, names in _SPLIT_NAMES.items()
-    }
-    train = find_samples(places["train"] or folder)
+    places = split_folders(folder)
+    if places and "train" not in places:
+        named = " and ".join(place.name for place in places.values())
+        raise ValueError(
+            f"{folder} holds {named}, which are called like splits, but none to train on, such as {folder}/train; "
+            "classes must have other names"
+        )
+    unused = [name for name in _folders_in(folder) if places and folder / name not in places.values()]
+    if unused and not _folders_in(places["train"]):
+        raise ValueError(
+            f"{places['train']} is called like a split, but holds no class folders; if it is a class beside "
+            f"{shorten(unused)}, give it another name"
+        )
+    if unused:
+        warnings.warn(f"{folder}: the folders beside the splits are not used: {shorten(unused)}", stacklevel=2)
+    train = find_samples(places.get("train", folder))
     splits = {"train": train}
     for split in ("val", "test"):
-        if places["train"] and places[split]:
+        if split in places:
             splits[split] = find_samples(places[split], train.classes)
+            absent = [train.classes[label] for label in sorted({*train.labels} - {*splits[split].labels})]
+            if absent:
+                warnings.warn(
+                    f"{places[split]} has no image of {len(absent)} of {len(train.classes)} classes: {shorten(absent)}",
+                    stacklevel=2,
+                )
     if "val" not in splits:
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1; got {val_fraction}")
         rest, chosen = stratified_split(train.labels, val_fraction, seed)
-        lonely = [name for label, name in enumerate(train.classes) if train.labels.count(label) == 1]
+        counts = Counter(train.labels)
+        lonely = [name for label, name in enumerate(train.classes) if counts[label] == 1]
         if lonely:
             raise ValueError(
-                f"the class {', '.join(map(repr, lonely))} has one image only; without a folder {folder}/val every "
+                f"the class {shorten([*map(repr, lonely)])} has one image only; without a folder {folder}/val every "
                 "class needs at least two, one of them to choose the epoch by"
             )
         splits["train"], splits["val"] = train.subset(rest), train.subset(chosen)
@@ -144,10 +266,12 @@ def stratified_split(keys: Sequence, fraction: float, seed: int) -> tuple[list[i
 
     A key with a single item keeps it in the first part. Sorted; the same on every platform.
     """
+    members_of: dict = {}
+    for i, key in enumerate(keys):
+        members_of.setdefault(key, []).append(i)
     rest: list[int] = []
     chosen: list[int] = []
-    for key in sorted(set(keys)):
-        members = [i for i, other in enumerate(keys) if other == key]
+    for key, members in sorted(members_of.items()):
         random.Random(f"{seed} {key}").shuffle(members)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen += members[:count]
@@ -155,20 +279,44 @@ def stratified_split(keys: Sequence, fraction: float, seed: int) -> tuple[list[i
     return sorted(rest), sorted(chosen)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Opens an image as RGB, turned as its EXIF data say; 16-bit grey keeps its upper 8 bits.
+def shared_images(splits: Mapping[str, Samples]) -> list[tuple[Path, Path]]:
+    """Pairs of files of two splits, equal byte for byte; for each file the first of another split before it.
 
-    Raises:
-        ValueError: the file cannot be read as an image; the message names it and the reason.
+    Files of one size are compared by a digest, first of their beginnings: what is read twice is little.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda value: value / 256).convert("L")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise almost anything: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    places = {path: split for split, samples in splits.items() for path in samples.paths}
+    groups = [[*places]]
+    for key in (lambda path: path.stat().st_size, lambda path: _digest(path, _BEGINNING), _digest):
+        finer: dict = {}
+        for number, group in enumerate(groups):
+            for path in group:
+                finer.setdefault((number, key(path)), []).append(path)
+        groups = [group for group in finer.values() if len({places[path] for path in group}) > 1]
+    pairs = []
+    for group in groups:
+        for i, path in enumerate(group):
+            other = next((earlier for earlier in group[:i] if places[earlier] != places[path]), None)
+            if other is not None:
+                pairs.append((other, path))
+    return pairs
+
+
+def _digest(path: Path, length: int = -1) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(length), digest_size=16).digest()
+
+
+def fingerprint(splits: Mapping[str, Samples]) -> str:
+    """A digest of the images of all ``splits``: names below their common folder, sizes in bytes, labels, order."""
+    paths = [path for samples in splits.values() for path in samples.paths]
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    digest = hashlib.sha256()
+    for split, samples in splits.items():
+        digest.update(repr((split, samples.classes)).encode())
+        for path, label in zip(samples.paths, samples.labels, strict=True):
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            digest.update(f"{name}\0{path.stat().st_size}\0{label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def unreadable_images(
@@ -182,17 +330,28 @@ def unreadable_images(
         paths: the images.
         track: wraps the results to show progress; gets the iterable and its length.
         threads: how many are decoded at once; None: one a processor.
+
+    Warns:
+        UserWarning: images so large that Pillow warns of them, which does not say which.
     """
 
-    def problem(path: Path) -> str | None:
+    def look(path: Path) -> tuple[str | None, bool]:
         try:
             read_image(path)
         except ValueError as error:
-            return str(error)
-        return None
+            return str(error), False
+        return None, is_large(path)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        return [found for found in track(pool.map(problem, paths), len(paths)) if found]
+        found = list(track(pool.map(look, paths), len(paths)))
+    large = [str(path) for path, (_, is_so) in zip(paths, found, strict=True) if is_so]
+    if large:
+        warnings.warn(
+            f"{len(large)} images have more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, which are decoded in "
+            f"every epoch: {shorten(large)}",
+            stacklevel=2,
+        )
+    return [problem for problem, _ in found if problem]
 
 
 def check_images(

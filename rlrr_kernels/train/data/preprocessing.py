@@ -8,9 +8,13 @@ from collections.abc import Callable
 from PIL import Image
 from torch import Tensor
 
+from rlrr_kernels.train.config.files import check_types
+
 AUGMENTATIONS = ("none", "flip", "crop", "timm")
 
 RESIZES = ("center", "squash")
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Preprocessing:
         resize: ``center`` keeps the aspect ratio (the shorter side becomes ``image_size / crop``), ``squash`` does not.
 
     Raises:
-        ValueError: ``resize`` is another word, or ``crop`` is not in (0, 1].
+        ValueError: a value is of another type or not allowed.
     """
 
     image_size: int
@@ -36,12 +40,17 @@ class Preprocessing:
     resize: str = "center"
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1; got {self.image_size}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std must be three numbers each, std above 0; got {self.mean} and {self.std}")
         if self.resize not in RESIZES:
             raise ValueError(f"resize must be one of {', '.join(RESIZES)}; got {self.resize!r}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1; got {self.crop}")
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
 
     def transform(self, augment: str | None = None) -> Callable[[Image.Image], Tensor]:
         """An image to [3, image_size, image_size] float32.

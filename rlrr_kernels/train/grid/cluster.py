@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlrr_kernels.train.grid.runs import GridRun, check_names, finished_result, run_grid
-from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.output.progress import say
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -96,7 +96,7 @@ def submit_grid(
         on_result(name, result)
     waiting = [run for run in runs if run.name not in results]
     if not quiet:
-        console.print(f"{len(results)} of {len(runs)} runs are finished, {len(waiting)} to do", highlight=False)
+        say(f"{len(results)} of {len(runs)} runs are finished, {len(waiting)} to do")
     running: dict[str, Job] = {}
     failed: dict[str, str] = {}
     while waiting or running:
@@ -113,7 +113,7 @@ def submit_grid(
                 results[name] = result
                 on_result(name, result)
             if not quiet:
-                console.print(f"{name}: {failed.get(name, 'done')}", highlight=False, soft_wrap=True)
+                say(f"{name}: {failed.get(name, 'done')}")
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from rich.markup import escape
 
+from rlrr_kernels.train.config.files import read_json
 from rlrr_kernels.train.data.folders import Samples
 from rlrr_kernels.train.finetune import RESULT, FinetuneConfig, finetune
 from rlrr_kernels.train.loop import checkpoint
@@ -99,13 +100,13 @@ def run_grid(
             continue
         if not quiet:
             console.rule(
-                f"run {number} of {len(runs)}: {run.name}{_time_left(started, done, len(runs) - len(results))}"
+                f"run {number} of {len(runs)}: {escape(run.name)}{_time_left(started, done, len(runs) - len(results))}"
             )
         folder = out / run.name
         finetune(
             dataclasses.replace(run.config, out=folder),
             splits=None if run.splits is None else run.splits(),
-            resume=True,
+            resume=(folder / checkpoint.NAME).exists(),
             quiet=quiet,
         )
         if torch.distributed.is_initialized():
@@ -132,17 +133,26 @@ def finished_result(run: GridRun, out: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
-        written = result["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        result = _checked(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no result of this version: {error!r}; remove it to repeat the run"
         ) from error
-    differing = run.config.differing_settings(written)
+    differing = run.config.differing_settings(result["settings"])
     if differing:
         raise ValueError(
             f"{path} is of a run with other settings: {'; '.join(differing)}. Choose another folder, or remove this one"
         )
+    return result
+
+
+def _checked(result: Any) -> dict[str, Any]:
+    """``result``, if it holds what is made of results: the settings, and scores or None where :data:`METRICS` are."""
+    if not isinstance(result["settings"], dict):
+        raise TypeError("settings must be a mapping")
+    for part, key in METRICS.values():
+        if result[part] is not None and not isinstance(result[part][key], float | int):
+            raise TypeError(f"{part}: {key} must be a number")
     return result
 
 

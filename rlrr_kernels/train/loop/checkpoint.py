@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.train.models.weights import read_tensors
+from rlrr_kernels.train.output.folder import write_files
 
 FORMAT = 1
 
@@ -26,13 +27,7 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_together(Path(folder), {NAME: buffer.getvalue()})
-
-
-def remove_partial(folder: str | Path) -> None:
-    """Removes what a process that was killed while it wrote a checkpoint has left in ``folder``."""
-    for path in Path(folder).glob(f".{NAME}.*.tmp"):
-        path.unlink(missing_ok=True)
+    write_files(Path(folder), {NAME: buffer.getvalue()})
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -46,9 +41,9 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint to resume from: {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever pickle and zip do
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+        state = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version: expected format {FORMAT}")
     return state

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from rlrr_kernels.train.loop.record import FitResult, Record
 from rlrr_kernels.train.loop.schedule import Schedule
 from rlrr_kernels.train.loop.trained import is_frozen, trained_tensors
 from rlrr_kernels.train.output.board import Board
+from rlrr_kernels.train.output.folder import remove_leftovers
 from rlrr_kernels.train.output.progress import TrainProgress
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def fit(
             it differs.
         accelerator: default: :func:`rlrr_kernels.train.loop.distributed.make_accelerator`.
         chosen_on: what the images of ``val_set`` are, for the lines and logs: ``validation`` or ``test``.
-        resume: go on from the checkpoint in ``folder``.
+        resume: go on from the checkpoint in ``folder``. A run that has ended may get more epochs, by ``config.epochs``.
         started: called once nothing speaks against the run any more, before its first step.
         quiet: no progress bars and no line an epoch.
 
@@ -117,7 +118,7 @@ class _Run:
         if config.activation_checkpointing:
             set_activation_checkpointing(model, True)
         if accelerator.is_main_process:
-            checkpoint.remove_partial(folder)
+            remove_leftovers(folder)
         self.sampler = EpochShuffle(len(train_set), config.seed)
         workers = config.workers
         if workers is None:
@@ -148,6 +149,7 @@ class _Run:
         self.point_count = 0  # images since the last point of the curve
         self.session_updates = 0
         self.checked_gradients = False
+        self.extended: int | None = None  # epochs of the finished run that this one adds to
         torch.manual_seed(config.seed + accelerator.process_index)
         self.record = Record(batches)
 
@@ -158,6 +160,11 @@ class _Run:
             progress.warn(
                 f"ema_decay = {decay} is slow for {updates} updates: the last average will still hold "
                 f"{decay**updates:.0%} of the initial values"
+            )
+        if self.extended is not None:
+            progress.say(
+                f"the finished run of {self.extended} epochs gets {self.config.epochs - self.extended} more, at the "
+                f"learning rates of a run of {self.config.epochs}"
             )
         if self.config.tensorboard and self.accelerator.is_main_process:
             self.board = Board(self.folder, self.record.steps, progress.warn)
@@ -323,15 +330,25 @@ class _Run:
     def load(self) -> None:
         """Goes back to where the checkpoint was written."""
         state = from_main(self.accelerator, lambda: checkpoint.load_checkpoint(self.folder))
+        try:
+            self._go_back_to(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            path = self.folder / checkpoint.NAME
+            raise ValueError(f"{path} is no checkpoint that this version wrote: {error!r}") from error
+
+    def _go_back_to(self, state: dict[str, Any]) -> None:
         # A setting that did not exist when the checkpoint was written had what is now its default.
         ours, theirs = self._settings(), dataclasses.asdict(TrainConfig()) | state["settings"]
+        ours = {name: value for name, value in ours.items() if name in theirs or name not in _ADDED}
         differing = [name for name in ours if ours[name] != theirs.get(name)]
-        if differing:
-            details = "; ".join(
-                name if name == "parameters" else f"{name} was {theirs.get(name)}, is {ours[name]}"
-                for name in differing
+        before = theirs["epochs"]
+        if set(differing) <= {"epochs", "warmup_epochs"} and state["epoch"] == before < self.config.epochs:
+            self.extended = before
+        elif differing:
+            details = dict.fromkeys(text for name in differing for text in _difference(name, theirs, ours))
+            raise ValueError(
+                f"the checkpoint in {self.folder} belongs to a run with other settings: {'; '.join(details)}"
             )
-            raise ValueError(f"the checkpoint in {self.folder} belongs to a run with other settings: {details}")
         self._put(state["tensors"])
         if self.average is not None:
             self.average.load(state["average"])
@@ -340,6 +357,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpoint.set_rng_state(state["random"][self.accelerator.process_index])
         self.record.load_state_dict(state)
+        if self.extended is not None:
+            self.record.extended.append(self.extended)
         self.schedule.set(self.record.updates)
 
     @torch.no_grad()
@@ -371,6 +390,35 @@ def set_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
         model.set_grad_checkpointing(enabled)
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"activation_checkpointing: a {type(model).__name__} has no checkpointing") from error
+
+
+_ADDED = {
+    "images_digest": "the images are not the same (their names, sizes in bytes, labels or splits)",
+    "backbone_digest": "the weights of the backbone are not the same",
+}
+"""Parts of a run's identity that older checkpoints do not have, and what to say where they differ."""
+
+_GROUP = ("lr", "weight_decay", "parameters in a group")
+
+
+def _difference(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    """What to say of a setting called ``name`` that is not the same."""
+    was, now = theirs.get(name), ours[name]
+    if name == "parameters":
+        yield "the trained tensors are others"
+    elif name in _ADDED:
+        yield _ADDED[name]
+    elif name == "groups" and was:
+        columns = zip(_GROUP, zip(*was, strict=True), zip(*now, strict=True), strict=True)
+        for what, before, after in columns:
+            if before != after:
+                yield f"{what} was {_distinct(before)}, is {_distinct(after)}"
+    else:
+        yield f"{name} was {was}, is {now}"
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return " and ".join(map(str, dict.fromkeys(values)))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class FitResult:
         peak_memory: bytes; see :func:`rlrr_kernels.train.output.memory.peak_memory`.
         exchanged: bytes a process exchanges with the others for one optimizer update, see
             :class:`rlrr_kernels.train.loop.distributed.Exchange`; None in a single process.
+        extended: lengths in epochs at which the run had ended before it was given more.
     """
 
     best_epoch: int
@@ -35,6 +36,7 @@ class FitResult:
     seconds: float
     peak_memory: int
     exchanged: dict[str, int] | None
+    extended: tuple[int, ...] = ()
 
 
 class Record:
@@ -51,6 +53,7 @@ class Record:
         self.seconds = 0.0
         self.peak_memory = 0
         self.exchanged: dict[str, int] | None = None
+        self.extended: list[int] = []
         self.clock = time.monotonic()
         reset_peak_memory()
 
@@ -123,6 +126,7 @@ class Record:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "exchanged": self.exchanged,
+            "extended": self.extended,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,6 +136,7 @@ class Record:
         self.best, self.history, self.loss_curve = state["best"], state["history"], state["loss_curve"]
         self.seconds, self.peak_memory = state["seconds"], state["peak_memory"]
         self.exchanged = state["exchanged"]
+        self.extended = list(state.get("extended", ()))
         self.clock = time.monotonic()
 
     def result(self) -> FitResult:
@@ -145,4 +150,5 @@ class Record:
             seconds=self.seconds,
             peak_memory=self.peak_memory,
             exchanged=self.exchanged,
+            extended=tuple(self.extended),
         )

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_model, adapt_report, is_adapted, parameter_groups
-from rlrr_kernels.adapt.find import find_heads
+from rlrr_kernels.adapt.find import find_heads, under
 from rlrr_kernels.adapt.model import plan_adaptation, unwrap, zero_linears
 from rlrr_kernels.adapt.recipe import paper_recipe
 from rlrr_kernels.adapt.report import ParameterCounts, describe_keys
@@ -151,6 +151,7 @@ def apply_method(model: nn.Module, method: RLRRConfig | Baseline) -> AdaptReport
         ImportError: peft is missing.
     """
     if isinstance(method, RLRRConfig):
+        _require_layers(model, method)
         adapt_model(model, method)
         for name in find_heads(model, method):
             zero_linears(model.get_submodule(name))
@@ -159,6 +160,17 @@ def apply_method(model: nn.Module, method: RLRRConfig | Baseline) -> AdaptReport
     applied = _plan(model, method)
     _apply(model, applied)
     return baseline_report(model)
+
+
+def _require_layers(model: nn.Module, config: RLRRConfig) -> None:
+    """Raises ``ValueError`` where all that could be adapted are convolutions, and these were not asked for."""
+    heads = find_heads(model, config)
+    kinds = [type(module) for name, module in model.named_modules() if not under(name, heads)]
+    if nn.Conv2d in kinds and not any(issubclass(kind, nn.Linear) for kind in kinds) and not config.convs:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer beside its head; adapt its convolutions with convs='*' "
+            "(--convs '*')"
+        )
 
 
 def recipe_of(model: nn.Module) -> str | None:
@@ -182,6 +194,11 @@ def _plan(model: nn.Module, baseline: Baseline) -> AppliedBaseline:
     )
     layers = patched = ()
     places = None
+    if baseline.method in (*RANKS, "ssf") and not linears:
+        raise ValueError(
+            f"method {baseline.method} adapts linear layers; {type(model).__name__} has none beside its head. Its "
+            "convolutions can be trained by rlrr with convs='*' (--convs '*'), or by full or bias"
+        )
     if baseline.method in (*RANKS, "ssf"):
         plan = plan_adaptation(model, config)
         layers, patched = plan.layers, plan.patched

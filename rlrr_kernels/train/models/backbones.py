@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import json
 import re
 import socket
 import urllib.parse
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlrr_kernels.adapt.config import RLRRConfig
+from rlrr_kernels.adapt.files import sample_backbone
+from rlrr_kernels.adapt.find import find_heads, under
 from rlrr_kernels.train.data.folders import shorten
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.models.npz import check_npz
@@ -185,6 +190,14 @@ def _condensed(message: str) -> str:
         (mismatches if line.strip().startswith("size mismatch for") else lines).append(line)
     more = [f"\tand {len(mismatches) - SHOWN} more of another size"] if len(mismatches) > SHOWN else []
     return "\n".join([*lines, *mismatches[:SHOWN], *more])
+
+
+def backbone_digest(model: nn.Module) -> str:
+    """A digest of a few elements of every linear layer and convolution but the head's, to tell other weights by."""
+    heads = find_heads(model, RLRRConfig())
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds) and not under(name, heads)]
+    return hashlib.sha256(json.dumps(sample_backbone(model, tuple(layers))).encode()).hexdigest()
 
 
 def _check_image_size(model: nn.Module, name: str, size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.methods.files import folder_info, load_trained
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
@@ -22,12 +23,20 @@ class Task:
         weights: where its weights came from: ``hub``, ``none``, or the name of a file.
         classes: names, in label order.
         preprocessing: of its images.
+
+    Raises:
+        ValueError: a value is of another type, or two classes have one name.
     """
 
     model: str
     weights: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if len(self.classes) < 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes must be different names, at least one; got {', '.join(self.classes) or 'none'}")
 
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON types."""
@@ -45,6 +54,8 @@ class Task:
         try:
             preprocessing = Preprocessing(**values["preprocessing"])
             return cls(values["model"], values["weights"], tuple(values["classes"]), preprocessing)
+        except ValueError as error:
+            raise ValueError(f"the task of the adapter in {folder} is damaged: {error}") from error
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"the adapter in {folder} does not say which model and classes it is for: it was not written by "
@@ -84,16 +95,26 @@ class Task:
         return create_model(self.model, len(self.classes), image_size=size, weights=weights)[0]
 
 
-def load_task(folder: str | Path, weights: str | Path | None = None) -> tuple[nn.Module, Task]:
+def load_task(
+    folder: str | Path, weights: str | Path | None = None, *, image_size: int | None = None
+) -> tuple[nn.Module, Task]:
     """The model of a folder written by ``rlrr finetune``, adapted by RLRR or a baseline, and its task.
 
     Full fine-tuning left nothing of the backbone's weights: ``weights`` are not read for it.
+
+    Args:
+        folder: the adapter's.
+        weights: as for :meth:`Task.backbone`.
+        image_size: pixels; None: those it was trained at.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: as for :meth:`Task.of_adapter`, :meth:`Task.backbone` and
             :func:`rlrr_kernels.train.methods.files.load_trained`.
     """
     task = Task.of_adapter(folder)
+    if image_size is not None:
+        preprocessing = dataclasses.replace(task.preprocessing, image_size=image_size)
+        task = dataclasses.replace(task, preprocessing=preprocessing)
     model = task.backbone(NO_WEIGHTS if folder_info(folder).method == "full" else weights)
     load_trained(model, folder)
     return model, task

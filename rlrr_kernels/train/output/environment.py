@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlrr_kernels.backends import backend_report
+from rlrr_kernels.train.config.files import read_json
 from rlrr_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def add_session(document: Path, session: dict[str, Any], *, resumed: bool) -> by
     sessions = []
     if resumed and document.exists():
         try:
-            sessions = json.loads(document.read_bytes())["sessions"]
+            sessions = read_json(document)["sessions"]
         except (KeyError, TypeError, ValueError):
+            sessions = None
+        if not isinstance(sessions, list):
             sessions = []  # a damaged record of earlier sessions must not stop the run
     return json.dumps({"sessions": [*sessions, session]}, indent=2).encode()
 

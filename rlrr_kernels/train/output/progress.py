@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
@@ -17,11 +19,21 @@ error_console = Console(stderr=True)
 """Where the program's errors and warnings go."""
 
 
+def say(text: str) -> None:
+    """Prints ``text`` as it is: brackets in a path or a class name are no markup, long lines are not broken."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def program() -> str:
     """How the command-line program was started, for commands to try next."""
     if Path(sys.argv[0]).name != "rlrr":
         return "python -m rlrr_kernels.cli"
-    return "rlrr" if shutil.which("rlrr") == sys.argv[0] else sys.argv[0]
+    return "rlrr" if shutil.which("rlrr") == sys.argv[0] else shlex.quote(sys.argv[0])
+
+
+def command(*arguments: object) -> str:
+    """A command of the program that can be pasted into a shell, whatever the arguments hold."""
+    return f"{program()} {shlex.join(map(str, arguments))}"
 
 
 def make_progress(*, enabled: bool = True) -> Progress:
@@ -98,7 +110,11 @@ class TrainProgress:
 
     def warn(self, message: str) -> None:
         """Prints a warning above the bars."""
-        self._print(f"[yellow]warning:[/yellow] {message}")
+        self._print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bars."""
+        self._print(escape(message))
 
     def _print(self, line: str) -> None:
         if self._enabled:

@@ -1,0 +1,53 @@
+"""Reading images: every mode that has one meaning becomes RGB of 8 bits, the others are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_WITHOUT_RANGE = {"F": "32-bit floating-point", "I": "32-bit integer"}
+_BITS_PER_SAMPLE = 258
+"""Tag of a TIFF file."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read. Raised in a process of a loader, it arrives without that process's traceback."""
+
+    def __init__(self, message: str) -> None:
+        # PyTorch makes the error anew from "Caught ImageError in ...\nOriginal Traceback ...\n...ImageError: message".
+        super().__init__(message.rpartition(f"{ImageError.__name__}: ")[2].strip())
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Opens an image as RGB, turned as its EXIF data say; grey of 16 or 12 bits keeps its upper 8 bits.
+
+    Raises:
+        ImageError: a ``ValueError``: the file cannot be read as an image, or has pixels (32-bit numbers of a TIFF file)
+            that do not say what is black and white. The message names the file and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            bits = 12 if kind == "TIFF" and tuple(image.tag_v2.get(_BITS_PER_SAMPLE, ())) == (12,) else 16
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+                image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+            if image.mode in _WITHOUT_RANGE:
+                raise ValueError(
+                    f"its pixels are {_WITHOUT_RANGE[image.mode]} numbers (mode {image.mode}), which do not say what "
+                    "is black and what is white; convert it to 8 or 16 bits"
+                )
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything: OSError, SyntaxError, struct.error, ...
+        raise ImageError(f"cannot read the image {path}: {error}") from error
+
+
+def is_large(path: str | Path) -> bool:
+    """Whether the image has more pixels than Pillow takes without a warning; no pixel is decoded."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf"))
+    except Exception:  # as above
+        return False

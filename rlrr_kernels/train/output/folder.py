@@ -1,0 +1,124 @@
+"""A run's folder: held by one process at a time, written in one step, and swept of what killed processes left."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rlrr_kernels.adapt.files import write_together
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
+"""What :func:`rlrr_kernels.adapt.files.write_together` calls a file that is not complete yet."""
+
+_held: set[str] = set()
+"""Folders that runs of this process hold: a lock of POSIX keeps out other processes alone."""
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds ``folder``, which exists, for one run of this process; on Windows nothing keeps others out.
+
+    The lock is the system's, on ``folder/.lock``: it ends with its process, however that ends, and a copy of the folder
+    is not locked.
+
+    Raises:
+        ValueError: another run holds the folder; says which process, on which machine, since when.
+        OSError: the folder cannot be written.
+
+    Warns:
+        UserWarning: its file system knows no locks; the run goes on without.
+    """
+    key = os.path.realpath(folder)
+    if key in _held:
+        raise ValueError(f"{folder} is in use by another run of this process")
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            stack.enter_context(_locked(folder))
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ``ValueError``, as :func:`hold`, where a run holds ``folder``."""
+    if (folder / LOCK).exists():
+        with hold(folder):
+            pass
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    path = folder / LOCK
+    while True:
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closing it ends the lock)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by {holder}; wait for it, stop it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            warnings.warn(f"{path} cannot be locked ({error.strerror}): start no second run in {folder}", stacklevel=4)
+            break
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the run before removed the file that was opened
+    try:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        who = f"process {os.getpid()} on {socket.gethostname()} since {now}: {shlex.join(sys.argv)}"
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            file.truncate(0)
+            file.write(who.encode(errors="replace"))
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files to ``folder`` as :func:`rlrr_kernels.adapt.files.write_together` does.
+
+    Raises:
+        OSError: they cannot be written; names the first of them.
+    """
+    try:
+        write_together(folder, contents)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / next(iter(contents)))) from error
+
+
+def remove_leftovers(folder: Path, name: str | None = None, older_than_minutes: float = 0) -> None:
+    """Removes the incomplete files in ``folder`` that a process killed while writing has left.
+
+    Args:
+        folder: nobody else may be writing there, unless an age says that the file is not being written any more.
+        name: of the file that was to be written; None: any.
+        older_than_minutes: since the last byte was written.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and name in (None, match["name"]):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= 60 * older_than_minutes:
+                    path.unlink()
