@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test test-all matrix test-gpu gpu lint extension bench sanitize demo demo-seeds evidence
+.PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize demo demo-seeds evidence
 
 setup: $(STAMP)
 
@@ -26,12 +26,17 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
+# The pages under docs/ and an API reference as one site, in site/: a link or reference that leads nowhere is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-test: lint
+test: lint docs
 	$(PY) -m pytest tests -q -n 2 -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n 2 -m "interpreted and not slow"
 
