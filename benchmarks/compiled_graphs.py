@@ -27,9 +27,9 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
 
 from benchmarks.baselines import use_reference
+from benchmarks.fake_cuda import Driver
 from rlrr_kernels import RLRRConfig, adapt_model, backends, recompute_activations
 
 VARIANTS = ("reference", "rlrr", "recompute", "frozen")
@@ -43,16 +43,6 @@ class Scheduled(NamedTuple):
     fused_bytes: int
     calls: int
     call_bytes: int
-
-
-class _Driver:
-    """What tracing asks Triton's driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 def build(variant: str, depth: int, **overrides: int) -> nn.Module:
@@ -76,7 +66,7 @@ def scheduled(model: nn.Module, batch: int) -> Scheduled:
     torch._dynamo.reset()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "INTERPRETING", True))  # lets CPU tensors take the road
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver()))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver()))
         stack.enter_context(config.patch(cpu_backend="triton"))
         stack.enter_context(backends.use_backend("triton"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -5,7 +5,7 @@
 
 Only Python functions of ``rlrr_kernels`` count, as ``sys.setprofile`` reports them; comprehensions are part of the
 function around them. A call of another layout has run before, so that imports are not traced. The Triton backend runs
-on a CUDA driver that does nothing (``host_overhead/fake_cuda.py``), which needs a C compiler.
+on a CUDA driver that does nothing (``fake_cuda.py``), which needs a C compiler.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def cpu_tensors_for(backend: str) -> Iterator[None]:
     if backend != "triton" or backends.INTERPRETING:
         yield
         return
-    from benchmarks.host_overhead.fake_cuda import fake_cuda
+    from benchmarks.fake_cuda import fake_cuda
 
     with fake_cuda(), mock.patch.object(backends, "INTERPRETING", True):
         yield

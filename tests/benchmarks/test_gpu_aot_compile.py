@@ -11,9 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from benchmarks.common import Problem
+from benchmarks.fake_cuda import fake_cuda
 from benchmarks.gpu.plan import PRECISIONS, Shape, gpu_plan
 from benchmarks.gpu.session import aot_compile
-from benchmarks.host_overhead.fake_cuda import fake_cuda
 from rlrr_kernels import backends, devices, rlrr_linear
 from rlrr_kernels.ops.host.launch import Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from benchmarks.model import launches as model
 from rlrr_kernels import backends
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from tests.support.paths import ROOT
-from tests.support.pretended_gpu import Event
+from tests.support.pretended_gpu import pretended_gpu
 
 CEILINGS = model.Ceilings(4e12, {"bf16": 8e14, "fp16": 8e14, "fp32": 5e13, "tf32": 4e14})
 PLAN = cpu_plan()
@@ -199,51 +200,11 @@ def test_the_file_of_rows_is_whole_after_every_write(tmp_path: Path):
     file.close()
 
 
-class Graph:
-    """Stands for a CUDA graph: replays the steps that ran while it was captured."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-
-class Stream:
-    def wait_stream(self, other: object) -> None:
-        pass
-
-
-class Within:
-    """Stands for ``torch.cuda.stream``."""
-
-    def __init__(self, stream: Stream) -> None:
-        pass
-
-    __enter__ = __exit__ = lambda self, *error: None
-
-
 @pytest.fixture
-def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Stand-ins for CUDA's graphs, streams and events; not empty while a graph is being captured."""
-    active: list[bool] = []
-
-    class Capture:
-        def __init__(self, graph: Graph, pool: object) -> None:
-            assert pool == "pool"
-
-        def __enter__(self) -> None:
-            active.append(True)
-
-        def __exit__(self, *error: object) -> None:
-            active.pop()
-
-    for name, value in {
-        "Stream": Stream, "current_stream": Stream, "stream": Within, "CUDAGraph": Graph, "graph": Capture,
-        "Event": Event, "graph_pool_handle": lambda: "pool", "_sleep": lambda cycles: None,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    return active
+def capturing() -> Iterator[list[bool]]:
+    """Not empty while a graph is being captured, on a pretended GPU."""
+    with pretended_gpu() as capturing:
+        yield capturing
 
 
 def test_replays_are_timed_by_events_and_a_step_that_cannot_be_captured_says_so(capturing: list[bool]):

@@ -16,19 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support.tiny_models import tiny_model
 
 triton = pytest.importorskip("triton", reason="needs Triton")
-from triton.backends.compiler import GPUTarget
-
+from benchmarks.fake_cuda import Driver
 from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, backends, recompute_activations
-
-
-class Driver:
-    """Answers what tracing may ask Triton's driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def launch_of(kernel: str, rows=300, n=2304, k=768, groups=3, tiles: Tiles | Non
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_driver_is_given_the_matrices_and_their_blocks(kernel: str):
-    from benchmarks.host_overhead.fake_cuda import fake_cuda
+    from benchmarks.fake_cuda import fake_cuda
 
     launch, draw = launch_of(kernel)
     with fake_cuda() as cuda:

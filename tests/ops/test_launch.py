@@ -21,8 +21,8 @@ from triton import knobs
 from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.host_overhead import overhead as host_overhead
-from benchmarks.host_overhead.fake_cuda import FakeCuda, fake_cuda
+from benchmarks import host_overhead
+from benchmarks.fake_cuda import FakeCuda, fake_cuda
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear.tiles import Tiles

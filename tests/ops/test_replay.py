@@ -24,18 +24,11 @@ if not backends.INTERPRETING:
 
 import triton
 
+from benchmarks.fake_cuda import Driver
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.replay import Replay
 
 pytestmark = pytest.mark.interpreted
-
-
-class Driver:
-    """As much of Triton's driver as a replay asks for."""
-
-    @staticmethod
-    def get_current_stream(device: int) -> int:
-        return 0
 
 
 def at_address(address: int, like: Tensor) -> Tensor:

@@ -67,8 +67,18 @@ class Event:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Makes every use of ``cuda`` within the block the CPU's."""
+def pretended_gpu() -> Iterator[list[bool]]:
+    """Makes every use of ``cuda`` within the block the CPU's; yields what is not empty while a graph is captured."""
+    capturing: list[bool] = []
+
+    @contextmanager
+    def capture(graph: Graph, pool: object = None) -> Iterator[None]:
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.pop()
+
     properties = SimpleNamespace(
         L2_cache_size=1 << 16, major=9, minor=0, multi_processor_count=132, name="Pretended", gcnArchName="",
     )  # fmt: skip
@@ -79,7 +89,7 @@ def pretended_gpu() -> Iterator[None]:
         "current_device": lambda: 0, "memory_allocated": lambda device=None: next(memory),
         "max_memory_allocated": lambda device=None: next(memory), "reset_peak_memory_stats": lambda device=None: None,
         "Stream": Stream, "current_stream": lambda device=None: Stream(), "stream": lambda stream: nullcontext(),
-        "CUDAGraph": Graph, "graph": lambda graph, pool=None: nullcontext(), "Event": Event,
+        "CUDAGraph": Graph, "graph": capture, "Event": Event,
         "graph_pool_handle": lambda: (0, 1), "_sleep": lambda cycles: None,
         "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
@@ -92,4 +102,4 @@ def pretended_gpu() -> Iterator[None]:
         mock.patch.object(torch, "Generator", _Generator),
         _DevicesOnCpu(),
     ):
-        yield
+        yield capturing

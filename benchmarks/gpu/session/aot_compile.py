@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from benchmarks.common import Problem
+from benchmarks.fake_cuda import Driver
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, gpu_plan, vit_layers
 from rlrr_kernels import devices
@@ -37,22 +37,6 @@ SPARE_CORES = 4
 
 Job = Callable[[], object]
 WIDTHS = {"base": 768, "large": 1024, "huge": 1280}
-
-
-class Driver:
-    """Answers what Triton asks a GPU's driver when it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 def _compile_only(plan: launch_module.Plan, *tensors: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""A CUDA driver that does nothing, so that Triton's own launcher runs without a GPU: real but for the driver's call.
+"""The stand-ins for Triton's driver where there is no GPU.
 
-Kernels are compiled for sm_90 and CPU tensors stand for those of a GPU: nothing is computed. Used by the tests of the
-launch path and by ``python -m benchmarks.host_overhead.overhead``. Needs a C compiler.
+:class:`Driver` answers what is asked while kernels are traced or compiled. Under :func:`fake_cuda`, which needs a C
+compiler, Triton's own launcher runs too, real but for the driver's call: kernels are compiled for sm_90, CPU tensors
+stand for those of a GPU, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,27 @@ from pathlib import Path
 from unittest import mock
 
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 SOURCE = Path(__file__).with_name("fake_libcuda.c")
 _SIZES = {"*": 8, "i32": 4, "i64": 8, "fp32": 4, "tensordesc": 128}
+
+
+class Driver:
+    """Answers what Triton asks a GPU's driver when it compiles."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
 
 
 class Recorded(ctypes.Structure):
@@ -71,15 +89,14 @@ def _library() -> tuple[ctypes.CDLL, str]:
     return ctypes.CDLL(path, ctypes.RTLD_GLOBAL), folder
 
 
-class _Driver(nvidia.CudaDriver):
+class _LaunchingDriver(Driver, nvidia.CudaDriver):
     """Triton's driver for NVIDIA GPUs, with the answers torch would give beside one H200."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.utils = nvidia.CudaUtils()
         self.launcher_cls = nvidia.CudaLauncher
         self.get_device_capability = lambda device=0: (9, 0)
-        self.get_current_stream = lambda device=0: 0
-        self.get_current_device = lambda: 0
         self.set_current_device = lambda device: None
 
 
@@ -94,7 +111,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
     library, folder = _library()
     active = triton.runtime.driver._active
     with mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir, folder]):
-        triton.runtime.driver.set_active(_Driver())
+        triton.runtime.driver.set_active(_LaunchingDriver())
         try:
             yield FakeCuda(library)
         finally:

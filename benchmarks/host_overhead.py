@@ -1,6 +1,6 @@
 """What a call of ``rlrr_linear`` costs the host beyond ``F.linear``, in microseconds; needs a C compiler but no GPU.
 
-    python -m benchmarks.host_overhead.overhead
+    python -m benchmarks.host_overhead
 
 The tensors are tiny and on the CPU; they stand for a GPU's. The Triton backend runs for real, kernels compiled for
 sm_90 and Triton's launcher included, on a CUDA driver that does nothing (``fake_cuda.py``): what is missing
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 
 from benchmarks.baselines import peft_config, peft_module, peft_reason
-from benchmarks.host_overhead.fake_cuda import fake_cuda
+from benchmarks.fake_cuda import fake_cuda
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear
 from rlrr_kernels.ops.host import launch
 
