@@ -19,7 +19,7 @@ timm = pytest.importorskip("timm", reason="the program needs timm")
 pytest.importorskip("accelerate", reason="the program needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
-from rlrr_kernels.train.output.export import Merged, load_merged
+from rlrr_kernels.train.export import Merged, load_merged
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -396,7 +396,7 @@ def test_a_merged_file_that_gained_biases_is_loaded_by_the_line_that_merge_print
         torch.testing.assert_close(plain(images), model.eval()(images))
     merged = Merged(Task(name, "none", ("a", "b"), preprocessing=SQUARE), report, 0.0, 0.0, True)
     assert merged.loading(file) == (
-        f'from rlrr_kernels.train.output.export import load_merged; load_merged("{file}", "{name}", num_classes=2, '
+        f'from rlrr_kernels.train.export import load_merged; load_merged("{file}", "{name}", num_classes=2, '
         "img_size=32)"
     )
     with pytest.raises(ValueError, match=r"merged\.safetensors is no merged model of test_vit"):
