@@ -19,7 +19,6 @@ timm = pytest.importorskip("timm", reason="the program needs timm")
 pytest.importorskip("accelerate", reason="the program needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
-from rlrr_kernels.train.export import Merged, load_merged
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -28,6 +27,7 @@ from rlrr_kernels import RLRRConfig, RLRRLinear, adapt_model, adapter_info, merg
 from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data.folders import ImageDataset, find_samples
 from rlrr_kernels.train.data.preprocessing import Preprocessing
+from rlrr_kernels.train.export import Merged, load_merged
 from rlrr_kernels.train.models.task import Task, load_task
 
 SQUARE = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)

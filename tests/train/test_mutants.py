@@ -23,7 +23,6 @@ from tests.support.image_folders import make_splits
 timm = pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 
-from rlrr_kernels.train.config.settings import settings_of
 from safetensors.torch import save
 
 from rlrr_kernels.train.config.files import config_to_dict, read_config, write_config
@@ -108,7 +107,7 @@ def results(folder: Path) -> tuple[bytes, Path, Callable]:
     run = GridRun("run", FinetuneConfig(model=VIT, data=folder))
     scores = {"loss": 0.5, "accuracy": 0.9, "macro_f1": 0.8, "recall": [0.9, None], "count": 12}
     document = {
-        "settings": settings_of(run.config),
+        "settings": run.config.settings(),
         "validation": scores,
         "test": None,
         "history": [{"epoch": 1, "val_loss": 0.5}],
