@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rlrr_kernels import devices
+
 ENVIRONMENT_VARIABLE = "RLRR_BACKEND"
 
 BACKENDS = ("auto", "triton", "triton.one_pass", "triton.merge", "cpp", "torch")
@@ -85,12 +87,23 @@ CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets of the C++ operators, poorest first; ``RLRR_CPU_LEVEL`` caps the one found at import."""
 
 
-def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
+@torch.compiler.assume_constant_result
+def distrust_of_triton(index: int | None = None) -> str | None:
+    """Why ``auto`` leaves a GPU to the library's products; None where it takes Triton's kernels.
+
+    Args:
+        index: of the CUDA device; default: the current one.
+    """
+    index = torch.cuda.current_device() if index is None else index
+    return devices.distrust_of_triton(devices.gpu_of(torch.device("cuda", index)).name)
+
+
+def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that serves a call: never ``auto``.
 
     Args:
         name: the ``backend`` argument of the call.
-        device_type: ``x.device.type``.
+        device: that of x; the type alone stands for the current device.
         dtype: compute dtype of the call.
 
     Raises:
@@ -98,10 +111,12 @@ def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
     """
     if name == "auto":
         name = default_backend()
+    device_type = device if isinstance(device, str) else device.type
     if name == "auto":
         # fp64 has no tensor-core path worth a kernel: cuBLAS on merged blocks is faster.
         if device_type == "cuda" and dtype != torch.float64 and HAS_TRITON:
-            return "triton"
+            distrust = distrust_of_triton(None if isinstance(device, str) else device.index)
+            return "triton" if distrust is None else "torch"
         return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
     if name == "torch":
         return name
@@ -137,10 +152,12 @@ def cpu_level() -> str:
 def backend_report() -> dict[str, Any]:
     """What each backend could do on this machine and what ``auto`` chooses, as plain data.
 
-    ``cpu_level`` is the instruction set of the C++ operators in use, None where they cannot be used.
+    ``cpu_level`` is the instruction set of the C++ operators in use, None where they cannot be used. ``distrusted``
+    says why ``auto`` does not take a backend that can be asked for.
     """
     cuda = torch.cuda.is_available()
-    devices = ["cpu"] + (["cuda"] if cuda else [])
+    kinds = ["cpu"] + (["cuda"] if cuda else [])
+    distrust = distrust_of_triton() if cuda and HAS_TRITON else None
     cpp = None if CPP_FAILURE is not None else cpu_level()
     return {
         "torch": torch.__version__,
@@ -152,7 +169,8 @@ def backend_report() -> dict[str, Any]:
                 "unavailable": {
                     name: reason for name in ("triton", "cpp") if (reason := unavailable(name, device)) is not None
                 },
+                "distrusted": {} if device == "cpu" or distrust is None else {"triton": distrust},
             }
-            for device in devices
+            for device in kinds
         },
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import host_overhead
 from benchmarks.fake_cuda import FakeCuda, fake_cuda
 from rlrr_kernels.ops.host import launch as launching
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
@@ -222,6 +225,66 @@ def test_an_unknown_triton_launches_its_own_way(cuda: FakeCuda, monkeypatch: pyt
     assert starts(launch) == 0
 
 
+def test_the_one_switch_leaves_everything_to_tritons_launcher(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
+    launch, known = every_launch(count=52)[0], every_launch(count=53)[0]
+    known.run()
+    assert starts(known) == 1
+    monkeypatch.setattr(launching, "_direct", None)
+    monkeypatch.setenv(launching.LAUNCH_VARIABLE, "triton")
+    assert not launching.direct_allowed()
+    assert sent(cuda, launch) == sent(cuda, launch, by_triton)
+    assert starts(launch) == 0
+    monkeypatch.setitem(known.plan._starts, known.plan.key(known.tensors), (None, pytest.fail))
+    assert sent(cuda, known) == sent(cuda, known, by_triton)
+    assert known.plan.known_start(known.tensors) is None, "nor is it replayed"
+    monkeypatch.setattr(launching, "_direct", None)
+    monkeypatch.setenv(launching.LAUNCH_VARIABLE, "quickly")
+    with pytest.raises(ValueError, match="RLRR_LAUNCH must be direct or triton; got 'quickly'"):
+        launch.run()
+
+
+def older(plan, compiled):
+    """The start of a nightly that passes for its release: its C function takes other arguments."""
+
+    def start(stream: int, pointers) -> None:
+        compiled.run.launch(stream, *pointers)
+
+    return start
+
+
+def unlike(plan, compiled):
+    raise AttributeError("'CudaLauncher' object has no attribute 'launch_pdl'")
+
+
+@pytest.mark.parametrize(("maker", "reason"), [(older, "function takes|function missing"), (unlike, "launch_pdl")])
+def test_what_goes_wrong_past_tritons_launcher_is_left_to_it_with_one_warning(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, maker, reason: str
+):
+    monkeypatch.setattr(launching, "_direct", True)
+    monkeypatch.setattr(launching, "_make_start", maker)
+    launch, other = every_launch(count=60 + (maker is older))[:2]
+    expected = sent(cuda, launch, by_triton)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert sent(cuda, launch) == expected
+        assert sent(cuda, other) == sent(cuda, other, by_triton)
+    (warning,) = caught
+    assert re.search(f"by Triton's own launcher from now on.*({reason})", str(warning.message))
+    assert not launching.direct_allowed()
+    assert launch.plan.known_start(launch.tensors) is None
+
+
+@pytest.mark.parametrize("version", ["3.9.0", "3.9.0.dev20260901", "3.7.0+git1a2b3c", "3.5.1"])
+def test_a_nightly_or_local_build_passes_for_its_release(version: str):
+    assert private.start_maker(version) is private.start_maker(".".join(version.split(".")[:2]) + ".0") is not None
+
+
+@pytest.mark.parametrize("version", ["3.10.0", "4.0.0", "main", ""])
+def test_a_version_that_is_not_known_launches_its_own_way(version: str):
+    assert private.start_maker(version) is None
+
+
 def test_another_driver_is_not_sent_this_ones_kernels(cuda: FakeCuda):
     launch = every_launch(count=44)[0]
     launch.run()
@@ -278,7 +341,9 @@ def test_a_whole_call_is_started_past_everything(cuda: FakeCuda, monkeypatch: py
 
 
 def test_the_installed_triton_is_known():
-    assert launching._make_start is not None, f"the launcher of Triton {triton.__version__} is not in ops/launch.py"
+    assert launching._make_start is not None, (
+        f"the launcher of Triton {triton.__version__} is not in ops/host/private.py"
+    )
 
 
 def test_the_host_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

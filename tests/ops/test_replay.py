@@ -43,6 +43,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.fault: Callable[[Sequence[int], list[Tensor]], object] | None = None
 
     def known_start(self, plan: launching.Plan, tensors: Sequence[Tensor]) -> Callable:
         """Stands for ``Plan.known_start``."""
@@ -53,6 +54,8 @@ class Recorder:
             assert len(pointers) == len(like)
             given = [at_address(*pair) for pair in zip(pointers, like, strict=True)]
             plan.kernel[plan.grid](*given, *plan.numbers, **plan.meta)
+            if self.fault is not None:
+                self.fault(pointers, like)
 
         return start
 
@@ -409,3 +412,46 @@ def test_compiled_code_replays_too(recorder: Recorder, frozen: tuple[str, ...]):
             assert len(recorder.started) - started >= 3 + (not frozen)
         for name, value in {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}.items():
             assert torch.equal(value, expected[name]), name
+
+
+# ---------------------------------------------------------------- the first replay
+
+
+def test_a_replays_first_bits_are_those_of_the_call_that_it_repeats(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """A start that writes something else ends all replays, with the right results and one warning."""
+    monkeypatch.setenv("RLRR_CHECK", "on")
+    monkeypatch.setattr(launching, "_direct", True)
+    for seed in range(3):
+        run(problem(seed))
+    recorder.started.clear()
+    tensors = problem(3)
+    same(run(tensors), expected(monkeypatch, tensors))
+    assert recorder.started.count("rlrr_linear_fwd_kernel") == 1, "what was checked once is not computed twice"
+
+    recorder.fault = lambda pointers, like: at_address(pointers[-1], like[-1]).add_(1)
+    tensors = problem(4, n=28)
+    run(tensors)
+    with pytest.warns(UserWarning, match="a replayed call gave other bits than the call that it repeats") as caught:
+        same(run(tensors), expected(monkeypatch, tensors))
+    assert len(caught) == 1
+    recorder.started.clear()
+    same(run(tensors), expected(monkeypatch, tensors))
+    assert not recorder.started
+    assert not launching.direct_allowed()
+
+
+def test_a_replay_that_fails_is_computed_anew(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "_direct", True)
+    tensors = problem()
+    run(tensors)
+
+    def fault(pointers: Sequence[int], like: list[Tensor]) -> None:
+        raise TypeError("function takes exactly 16 arguments (38 given)")
+
+    recorder.fault = fault
+    with pytest.warns(UserWarning, match=r"by Triton's own launcher from now on.*exactly 16 arguments") as caught:
+        same(run(tensors), expected(monkeypatch, tensors))
+    assert len(caught) == 1
+    same(run(tensors), expected(monkeypatch, tensors))

@@ -82,7 +82,7 @@ class Plan:
     number, so a CUDA graph keeps it as it keeps the pointers of others.
     """
 
-    __slots__ = ("_starts", "blocks", "compiled", "grid", "kernel", "meta", "numbers", "trusted")
+    __slots__ = ("_starts", "blocks", "compiled", "grid", "kernel", "meta", "numbers", "verdicts")
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Plan:
         self.numbers = numbers
         self.meta = meta
         self.compiled: Any = None  # what Triton's launcher last ran; None from its interpreter
-        self.trusted: set[tuple] = set()  # keys of launches of which rlrr_kernels.ops.host.guard has a verdict
+        self.verdicts: dict[tuple, bool] = {}  # of rlrr_kernels.ops.host.guard, by key: whether the kernel may serve
         self._starts: dict[tuple, tuple[Any, StartKernel]] = {}
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Tensor | TensorDescriptor | int | float, ...]:

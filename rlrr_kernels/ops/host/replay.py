@@ -91,10 +91,23 @@ class Replays:
         if replay is not None and replay.ready():
             results = allocate()
             if replay.run([tensor for tensor in (*tensors, *results) if tensor is not None]):
-                return results
+                return results if replay.checked else self._checked(key, results, compute)
         elif replay is None or replay.outdated():
             return self._recorded(key, tensors, compute)
         return compute()
+
+    def _checked(self, key: tuple, results: tuple[Tensor | None, ...], compute: Callable) -> tuple[Tensor | None, ...]:
+        """The results of a first replay, if they are those of the call that it repeats; else these."""
+        from rlrr_kernels.ops.host import guard
+
+        replay = self._replays[key]
+        if not guard.enabled(next(result for result in results if result is not None).device):
+            replay.checked = True
+        elif not guard.capturing():
+            expected = compute()
+            replay.checked = guard.same_bits(results, expected)
+            return expected
+        return results
 
     def _recorded(self, key: tuple, tensors: Sequence[Tensor | None], compute: Callable) -> tuple[Tensor | None, ...]:
         from rlrr_kernels.ops.host import launch
@@ -122,7 +135,7 @@ class Replay:
 
     __slots__ = (
         *("_changes", "_device", "_driver", "_drivers", "_host", "_kernels", "_offsets"),
-        *("_precision", "_scratch", "_steps", "_store"),
+        *("_precision", "_scratch", "_steps", "_store", "checked"),
     )
 
     def __init__(self, launches: Sequence[Launch], positions: dict[int, int], starts: Sequence[StartKernel]) -> None:
@@ -132,6 +145,7 @@ class Replay:
         from rlrr_kernels.ops.host import launch as host
         from rlrr_kernels.ops.tuning import store
 
+        self.checked = False  # whether its first results were those of the call that it repeats
         positions, self._offsets, self._scratch = dict(positions), [], 0
         self._steps: list[tuple[StartKernel, Callable]] = []
         for launch, start in zip(launches, starts, strict=True):
@@ -176,6 +190,7 @@ class Replay:
         return not (
             self.outdated()
             or self._host.is_recording()
+            or not self._host.direct_allowed()
             or self._host.watched(*self._kernels)
             or (device >= 0 and device != self._host.current_device())
         )
@@ -193,6 +208,10 @@ class Replay:
         if reduce(operator.or_, pointers) & 15:
             return False
         stream = self._driver.get_current_stream(self._device)
-        for start, taken in self._steps:
-            start(stream, taken(pointers))
+        try:
+            for start, taken in self._steps:
+                start(stream, taken(pointers))
+        except Exception as error:  # what ran of it wrote to results and scratch alone: the call is made anew
+            self._host.give_up_direct(f"a replay failed with {type(error).__name__}: {error}")
+            return False
         return True

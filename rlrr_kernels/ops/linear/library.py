@@ -36,7 +36,7 @@ def _linear_op(
     x, weight, scale_row, scale_col, bias=None, residual=True, backend="auto", input_activation=None, *sample
 ):
     _check_canonical(x, weight, scale_row, scale_col, bias, input_activation, *sample)
-    backend = resolve(backend, x.device.type, x.dtype)
+    backend = resolve(backend, x.device, x.dtype)
     return dispatch.forward(x, weight, scale_row, scale_col, bias, residual, backend, input_activation)
 
 
@@ -100,7 +100,7 @@ def _call_for(residual, input_activation, backend, *tensors: Tensor | None, chec
         if check:
             _check_canonical(*tensors, input_activation)
         first = tensors[0]
-        call = Call(resolve(backend, first.device.type, first.dtype), residual, input_activation, None, key is not None)
+        call = Call(resolve(backend, first.device, first.dtype), residual, input_activation, None, key is not None)
         _calls.keep(key, call)
     return call
 
@@ -118,7 +118,7 @@ def _linear_autocast(device_type: str):
 def _linear_backward_op(
     grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None, *sample
 ):
-    backend = resolve(backend, grad_y.device.type, grad_y.dtype)
+    backend = resolve(backend, grad_y.device, grad_y.dtype)
     grads = dispatch.backward(
         grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation,
         unflatten_sample(*sample),

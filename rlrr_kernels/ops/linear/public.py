@@ -79,7 +79,7 @@ def rlrr_linear(
         check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast)
         check_input(x, weight)
         check_parameters(weight, scale_row, scale_col, bias)
-        resolved = backends.resolve(backend, x.device.type, dtype)
+        resolved = backends.resolve(backend, x.device, dtype)
         call = Call(resolved, residual, input_activation, None if dtype == x.dtype else dtype, key is not None)
         _calls.keep(key, call)
     if call.dtype is not None:

@@ -1,4 +1,8 @@
-"""``rlrr_linear`` in Triton: which launches a forward and a backward need, and the tensors they write."""
+"""``rlrr_linear`` in Triton: which launches a forward and a backward need, and the tensors they write.
+
+Where a kernel gives way (:mod:`rlrr_kernels.ops.host.guard`) the vendor library's products are taken, with W' by the
+merge's kernel or, where that gives way as well, by plain torch. A caller's ``path`` forces the kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from torch import Tensor
 
 from rlrr_kernels.devices import gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype
-from rlrr_kernels.ops.host.launch import check_interpreter
+from rlrr_kernels.ops.host import guard
+from rlrr_kernels.ops.host.launch import Launch, check_interpreter
+from rlrr_kernels.ops.linear import first_use
+from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
 from rlrr_kernels.ops.linear.triton.launches import (
     forward_launches,
@@ -21,12 +28,16 @@ from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 
 def merge(
-    weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, dtype: torch.dtype | None = None
-) -> Tensor:
+    weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, dtype: torch.dtype | None = None,
+    path: str | None = None,
+) -> Tensor:  # fmt: skip
     """W' [N, K] as a new tensor, rounded once to ``dtype`` (default: W's), in one elementwise pass."""
     merged = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     if merged.numel():
-        merge_launch(weight, scale_row.contiguous(), scale_col.contiguous(), residual, merged).run()
+        given = weight, scale_row.contiguous(), scale_col.contiguous(), residual
+        launches = (merge_launch(*given, merged),)
+        if not guard.ran(launches, path is not None, lambda: first_use.merge_error(*given, merged)):
+            return linear_torch.merge(*given, dtype)
     return merged
 
 
@@ -46,16 +57,26 @@ def forward(
     check_interpreter(x.dtype, weight.dtype)
     count, gpu = x.shape[0], gpu_of(x.device)
     if (path or tuned_tiles.path_for(gpu, x, weight, scale_row.shape[1])) == "merge":
-        merged = merge(weight, scale_row, scale_col, residual, x.dtype)
-        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+        return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     y = x.new_empty(count, weight.shape[0])
     if y.numel():
         tiles = tuned_tiles.choose_tiles("forward", gpu, x, weight, weight, scale_col.shape[1], len(scale_col))
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-        for launch in forward_launches(x, weight, scale_row, scale_col, bias, residual, y, gpu, tiles):
-            launch.run()
+        given = x, weight, scale_row, scale_col, bias, residual, y
+        launches = forward_launches(*given, gpu, tiles)
+        if not guard.ran(launches, path is not None, lambda: first_use.forward_error(*given, _tf32(launches))):
+            return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     return y
+
+
+def _merged_forward(x, weight, scale_row, scale_col, bias, residual, path) -> Tensor:
+    merged = merge(weight, scale_row, scale_col, residual, x.dtype, path)
+    return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+
+def _tf32(launches: tuple[Launch, ...]) -> bool:
+    return launches[0].plan.meta.get("PRECISION") == "tf32"
 
 
 def backward(
@@ -88,26 +109,33 @@ def backward(
     )
     groups, rank, _ = scale_col.shape
     tiles = tuned_tiles.choose_tiles("grad_scales", gpu, x, grad_y, weight, rank, groups, sample is not None)
+    find_error = None
     if sample is None:
-        launches = grad_scales_launches(grad_y, x, weight, scale_row, scale_col, grads, gpu, tiles)
+        given = grad_y, x, weight, scale_row, scale_col, grads
+        launches = grad_scales_launches(*given, gpu, tiles)
+        if x.numel() and weight.numel():
+            find_error = lambda: first_use.grad_scales_error(*given, _tf32(launches))  # noqa: E731
     else:
         launches = linear_rows_triton.grad_scales_launches(
             grad_y, x, sample, weight, scale_row, scale_col, grads, gpu, tiles
         )
-    for launch in launches:
-        launch.run()
+    if not guard.ran(launches, path is not None, find_error):
+        needs = False, need_row, need_col, need_bias
+        _, *grads = linear_torch.backward(grad_y, x, weight, scale_row, scale_col, residual, needs, sample)
     return grad_x, *grads
 
 
 def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu) -> Tensor:
     count = grad_y.shape[0]
     if (path or tuned_tiles.path_for(gpu, grad_y, weight, scale_row.shape[1])) == "merge":
-        return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype)
+        return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
     if weight.shape[0] == 0:
         return grad_y.new_zeros(count, weight.shape[1])
     grad_x = grad_y.new_empty(count, weight.shape[1])
     if grad_x.numel():
         tiles = tuned_tiles.choose_tiles("grad_x", gpu, grad_y, weight, weight, scale_col.shape[1], len(scale_col))
-        for launch in grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, gpu, tiles):
-            launch.run()
+        given = grad_y, weight, scale_row, scale_col, residual, grad_x
+        launches = grad_x_launches(*given, gpu, tiles)
+        if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, _tf32(launches))):
+            return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
     return grad_x

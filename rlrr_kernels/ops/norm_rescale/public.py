@@ -113,7 +113,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def _implementation(x: Tensor) -> ModuleType:
     """The module that computes: Triton's where the linear operator would take Triton's too, else plain torch."""
-    if backends.resolve("auto", x.device.type, x.dtype).startswith("triton"):
+    if backends.resolve("auto", x.device, x.dtype).startswith("triton"):
         triton = importlib.import_module("rlrr_kernels.ops.norm_rescale.triton_backend")
         if x.shape[-1] <= triton.MAX_SIZE:
             return triton

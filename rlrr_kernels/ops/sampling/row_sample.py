@@ -137,7 +137,9 @@ def _draw(images: int, others: int, drawn: int, prefix: int, device: torch.devic
     """Index of a sample: ``prefix`` rows an image, then the ``drawn`` of its ``others`` with the smallest keys."""
     if _has_kernel(others, device):
         keys = torch.rand(images, others, device=device)
-        return importlib.import_module("rlrr_kernels.ops.sampling.triton_draw").smallest_keys(keys, drawn, prefix)
+        triton_draw = importlib.import_module("rlrr_kernels.ops.sampling.triton_draw")
+        if (index := triton_draw.smallest_keys(keys, drawn, prefix)) is not None:
+            return index
     first = torch.arange(0, images * (prefix + others), prefix + others, device=device).unsqueeze(1)
     # rand_like, as torch.compile knows it for random: it is never drawn anew for the backward.
     keys = torch.rand_like(first.expand(images, others), dtype=torch.float32)
@@ -148,7 +150,7 @@ def _has_kernel(others: int, device: torch.device) -> bool:
     """Whether a kernel finds the smallest keys: not while tracing, whose compiler fuses the torch operators."""
     return (
         others <= MOST_KEYS
-        and backends.resolve("auto", device.type, torch.float32).startswith("triton")
+        and backends.resolve("auto", device, torch.float32).startswith("triton")
         and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         and torch._C._len_torch_dispatch_stack() == 0
     )

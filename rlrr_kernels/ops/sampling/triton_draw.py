@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import Launch, Plan
 
 
@@ -48,8 +49,7 @@ def smallest_keys_launch(keys: Tensor, drawn: int, prefix: int, index: Tensor) -
     return Launch(_plan(images, others, drawn, prefix), (keys, index))
 
 
-def smallest_keys(keys: Tensor, drawn: int, prefix: int) -> Tensor:
-    """As :func:`rlrr_kernels.ops.sampling.row_sample.smallest_keys`, with a new index."""
+def smallest_keys(keys: Tensor, drawn: int, prefix: int) -> Tensor | None:
+    """As :func:`rlrr_kernels.ops.sampling.row_sample.smallest_keys`, with a new index; None where it gives way."""
     index = torch.empty(keys.shape[0] * (prefix + drawn), dtype=torch.int64, device=keys.device)
-    smallest_keys_launch(keys, drawn, prefix, index).run()
-    return index
+    return index if guard.ran((smallest_keys_launch(keys, drawn, prefix, index),), forced=False) else None

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +22,11 @@ from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.dtypes import matmul_precision
+from rlrr_kernels.ops.host.cache import cache_folder, gpu_name, switched_on, write_json
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Operand, Product, Tiles
 
-DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
 SWITCH_VARIABLE = "RLRR_TUNING"
 EXPERIMENTAL_VARIABLE = "RLRR_EXPERIMENTAL"
 """Says whether tiles in the file whose schedule no GPU has proven are used: "off" unless it is set."""
@@ -40,38 +37,12 @@ FORMAT = 2
 
 def cache_file() -> Path:
     """Where the tuned tiles of this user lie, whether or not the file exists."""
-    if directory := os.environ.get(DIRECTORY_VARIABLE):
-        return Path(directory) / "tiles.json"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "rlrr_kernels" / "tiles.json"
-
-
-def switched_on(variable: str, default: str = "on") -> bool:
-    """Whether an environment variable says "on".
-
-    Raises:
-        ValueError: it is neither "on" nor "off".
-    """
-    value = os.environ.get(variable, default).lower()
-    if value not in ("on", "off"):
-        raise ValueError(f"environment {variable} must be on or off; got {value!r}")
-    return value == "on"
+    return cache_folder() / "tiles.json"
 
 
 def enabled() -> bool:
     """Whether tuned tiles are used; raises as :func:`switched_on` does."""
     return switched_on(SWITCH_VARIABLE)
-
-
-@functools.cache
-def gpu_name(device: torch.device) -> str:
-    """The name a GPU's entries go by; "interpreter" on the CPU."""
-    return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
@@ -157,16 +128,7 @@ def write(path: Path, changes: dict[str, dict[str, Any] | None]) -> None:
         warnings.warn(f"{error}; it is replaced", stacklevel=2)
         entries = {}
     entries = {name: entry for name, entry in (entries | changes).items() if entry is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, "entries": dict(sorted(entries.items()))}, indent=1) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_json(path, {"format": FORMAT, "entries": dict(sorted(entries.items()))})
     forget()
 
 

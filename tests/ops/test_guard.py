@@ -1,0 +1,275 @@
+"""Kernels that do not compile, are compiled badly or are wrong give way to the library's products, with one warning.
+
+The kernels are Triton's interpreter's, with wrong results and errors planted.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlrr_kernels import NormRescale, backends, numerics, rlrr_linear, rlrr_mlp, use_backend
+from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.host import cache
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from rlrr_kernels.ops.host import guard
+from rlrr_kernels.ops.host import launch as launching
+from rlrr_kernels.ops.linear import first_use
+
+pytestmark = pytest.mark.interpreted
+needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs the kernels")
+
+
+@pytest.fixture(autouse=True)
+def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Checks that are on, with nothing known of any kernel; the file of their verdicts."""
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(guard.VARIABLE, "on")
+    # Plans are kept, and with them their verdicts: every test has its own.
+    monkeypatch.setattr(launching.Plan, "key", lambda plan, tensors: (str(tmp_path), *_key(plan, tensors)))
+    guard.forget()
+    yield tmp_path / "checks.json"
+    guard.forget()
+
+
+_key = launching.Plan.key
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, fault: Callable[[Tensor], object]) -> list[str]:
+    """Lets ``fault`` have its way with the last tensor of every launch of a kernel; gives the kernels that ran."""
+    run, ran = launching.Launch.run, []
+
+    def run_wrongly(launch: launching.Launch) -> None:
+        name = launch.plan.kernel.fn.__name__
+        ran.append(name)
+        run(launch)
+        if name == kernel:
+            fault(launch.tensors[-1])
+
+    monkeypatch.setattr(launching.Launch, "run", run_wrongly)
+    return ran
+
+
+def fail(tensor: Tensor) -> None:
+    raise RuntimeError("PassManager::run failed\nand more lines")
+
+
+def outputs(tensors: dict[str, Tensor], backend: str = "triton") -> dict[str, Tensor]:
+    return numerics.outputs(lambda *args, **options: rlrr_linear(*args, backend=backend, **options), tensors, True)
+
+
+def check(tensors: dict[str, Tensor]) -> None:
+    numerics.check_bound(lambda *args, **options: rlrr_linear(*args, backend="triton", **options), tensors)
+
+
+FORWARD, GRAD_X, SCALES = "rlrr_linear_fwd_kernel", "rlrr_linear_bwd_dx_kernel", "rlrr_linear_bwd_scales_kernel"
+CASES = [Case(40, 48, 72, 1, 3), Case(20, 48, 72, 4, 1, dtype=torch.float16), Case(19, 34, 51, 2, 2, bias=False)]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_kernels_pass_and_are_looked_at_once(case: Case, checks: Path, monkeypatch: pytest.MonkeyPatch):
+    looked_at = []
+    for name in ("forward_error", "grad_x_error", "grad_scales_error"):
+        check = getattr(first_use, name)
+        monkeypatch.setattr(first_use, name, lambda *args, n=name, c=check: looked_at.append(n) or c(*args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            outputs(case.draw(0))
+    assert sorted(looked_at) == ["forward_error", "grad_scales_error", "grad_x_error"]
+    assert set(guard.verdicts().values()) == {guard.RIGHT}
+    assert not guard.given_up()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kernel", [FORWARD, GRAD_X, SCALES])
+@pytest.mark.parametrize("fault", [lambda tensor: tensor.mul_(1.01), lambda tensor: tensor.fill_(torch.nan), fail])
+def test_a_wrong_kernel_gives_way_with_one_warning(kernel: str, fault: Callable, monkeypatch: pytest.MonkeyPatch):
+    ran = plant(monkeypatch, kernel, fault)
+    tensors = Case(40, 48, 72, 1, 3).draw(0)
+    with pytest.warns(UserWarning, match="gives way to the library's products") as caught:
+        check(tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(tensors)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert kernel in message
+    assert "BLOCK_M=" in message
+    assert "float32" in message
+    assert ran.count(kernel) == 1, "it is not run again"
+    reason = "RuntimeError: PassManager::run failed" if fault is fail else "unit roundoffs of its bound"
+    assert all(reason in why for why in guard.given_up().values())
+
+
+@needs_interpreter
+def test_one_wrong_element_of_a_column_that_is_looked_at_shows(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, FORWARD, lambda y: y[-1, -1].add_(1.0))
+    with pytest.warns(UserWarning, match="gives way"):
+        outputs(Case(40, 48, 72).draw(0))
+
+
+@needs_interpreter
+def test_what_is_forced_by_name_is_run_whatever_is_known(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, FORWARD, lambda tensor: tensor.fill_(7.0))
+    tensors = Case(40, 48, 72).draw(0)
+    with pytest.warns(UserWarning, match="gives way"):
+        outputs(tensors)
+    assert (outputs(tensors, "triton.one_pass")["y"] == 7.0).all()
+
+
+@needs_interpreter
+def test_the_switch(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, FORWARD, lambda tensor: tensor.fill_(7.0))
+    tensors = Case(40, 48, 72).draw(0)
+    monkeypatch.setenv(guard.VARIABLE, "off")
+    assert (outputs(tensors)["y"] == 7.0).all()
+    monkeypatch.setenv(guard.VARIABLE, "sometimes")
+    with pytest.raises(ValueError, match="RLRR_CHECK must be on or off; got 'sometimes'"):
+        outputs(tensors)
+
+
+def test_gpus_are_checked_and_the_interpreter_is_not_unless_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(guard.VARIABLE)
+    assert guard.enabled(torch.device("cuda"))
+    assert not guard.enabled(torch.device("cpu"))
+
+
+def of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are what only a GPU's are: of a named GPU, with a source that has a hash."""
+    monkeypatch.setattr(guard, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(guard.private, "source_hash", lambda kernel: "0123abcd")
+
+
+@needs_interpreter
+def test_verdicts_are_kept_for_later_processes(checks: Path, monkeypatch: pytest.MonkeyPatch):
+    of_a_compiled_kernel(monkeypatch)
+    plant(monkeypatch, GRAD_X, lambda tensor: tensor.mul_(1.01))
+    tensors = Case(40, 48, 72, 1, 3).draw(0)
+    with pytest.warns(UserWarning, match="gives way"):
+        outputs(tensors)
+    kept = json.loads(checks.read_text())["verdicts"]
+    wrong = [name for name, verdict in kept.items() if verdict != guard.RIGHT]
+    assert len(wrong) == 1
+    assert wrong[0].startswith("a GPU | triton ")
+    assert GRAD_X in wrong[0]
+    # Another process, in which nothing is wrong any more: it believes what is kept, and looks at nothing.
+    monkeypatch.undo()
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(checks.parent))
+    monkeypatch.setenv(guard.VARIABLE, "on")
+    of_a_compiled_kernel(monkeypatch)
+    monkeypatch.setattr(launching.Plan, "key", lambda plan, tensors: ("another process", *_key(plan, tensors)))
+    monkeypatch.setattr(first_use, "_error", lambda *args: pytest.fail("it was looked at again"))
+    guard.forget()
+    with pytest.warns(UserWarning, match="when it was first used here"):
+        outputs(tensors)
+    checks.write_text("{")
+    guard.forget()
+    assert guard.verdicts() == {}, "a damaged file is as good as none"
+
+
+@needs_interpreter
+def test_a_merge_that_fails_is_plain_torchs(monkeypatch: pytest.MonkeyPatch):
+    ran = plant(monkeypatch, "merge_kernel", fail)
+    tensors = Case(200, 48, 72, 1, 3).draw(0)  # the interpreter merges from 97 rows on
+    with pytest.warns(UserWarning, match="gives way"):
+        check(tensors)
+    assert "merge_kernel" in ran
+
+
+@needs_interpreter
+def test_the_other_operators_give_way_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching.Launch, "run", lambda launch: fail(launch.tensors[0]))
+    norm, x = NormRescale(torch.nn.LayerNorm(32)), torch.randn(6, 32, requires_grad=True)
+    results = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore" if backend == "triton" else "error")
+            y = norm(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, norm.scale, norm.shift])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    drawn = numerics.MlpCase(6, 24, 40, 32).draw(0)
+    grad_y = drawn.pop("grad_y")
+    leaves = [t.requires_grad_() for name, t in drawn.items() if not name.endswith("weight")]
+    results = []
+    for backend in ("triton", "torch"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if backend == "triton" else "error")
+            results.append(torch.autograd.grad(rlrr_mlp(**drawn, backend=backend), leaves, grad_y))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+# ---------------------------------------------------------------- eyes on the compiler
+
+TTIR = (
+    "%29 = tt.dot %27, %28, %arg9, inputPrecision = tf32 : tensor<64x32x{0}> * tensor<32x64x{0}> -> tensor<64x64xf32>"
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "texts", "spilled", "fault"),
+    [
+        ("bf16", {"ptx": "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"}, 0, None),
+        ("f16", {"ptx": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {"}, 0, None),
+        ("bf16", {"ptx": "tcgen05.mma.cta_group::1.kind::f16 [%r1]"}, 16, None),
+        ("bf16", {"ptx": "fma.rn.f32 %f1, %f2, %f3, %f4;"}, 0, "without matrix instructions"),
+        ("f32", {"ptx": "fma.rn.f32 %f1, %f2, %f3, %f4;"}, 0, None),
+        ("bf16", {"amdgcn": "v_mfma_f32_32x32x8_bf16 a[0:15]"}, 0, None),
+        ("f16", {"amdgcn": "v_wmma_f32_16x16x16_f16 v[0:7]"}, 0, None),
+        ("f16", {"amdgcn": "v_fma_f32 v0, v1, v2, v3"}, 0, "without matrix instructions"),
+        ("bf16", {}, 0, None),
+        ("f32", {"ptx": ""}, 17, "spills 17 registers"),
+    ],
+)
+def test_what_the_compiler_made_of_a_kernel(dtype: str, texts: dict[str, str], spilled: int, fault: str | None):
+    compiled = SimpleNamespace(n_spills=spilled, asm={"ttir": TTIR.format(dtype), **texts})
+    found = guard.compiler_fault(compiled)
+    assert found is None if fault is None else fault in found
+    assert guard.compiler_fault(None) is None
+    assert guard.compiler_fault(SimpleNamespace()) is None, "names that a new Triton lacks are no fault"
+
+
+@pytest.mark.skipif(backends.INTERPRETING, reason="with Triton's interpreter on, nothing compiles")
+@pytest.mark.parametrize(("arch", "fault"), [("sm_75", True), ("sm_80", False), ("sm_90", False), ("gfx942", False)])
+def test_the_compilers_own_output_is_understood(arch: str, fault: bool):
+    """Turing's tensor cores are none that Triton knows."""
+    from benchmarks import compile_report
+    from rlrr_kernels.ops.linear.tiles import Tiles
+    from rlrr_kernels.ops.linear.triton.launches import grad_x_launches
+
+    x, y, weight = (torch.empty(64, 64, dtype=torch.float16, device="meta") for _ in range(3))
+    row, col = torch.empty(64, 1, device="meta"), torch.empty(1, 1, 64, device="meta")
+    launch, *_ = grad_x_launches(y, weight, row, col, True, x, arch, Tiles(64, 32, 64, 4, 2, max_splits=1))
+    compiled = compile_report.compile_launch(launch, arch)
+    assert (guard.compiler_fault(compiled) is not None) is fault
+
+
+@needs_interpreter
+def test_a_badly_compiled_kernel_gives_way_from_its_second_call_on(monkeypatch: pytest.MonkeyPatch):
+    ran = plant(monkeypatch, "", lambda tensor: None)
+    monkeypatch.setattr(guard, "compiler_fault", lambda compiled: "the compiler spills 99 registers")
+    tensors = Case(40, 48, 72, 1, 3).draw(0)
+    with pytest.warns(UserWarning, match="spills 99 registers"):
+        first = outputs(tensors)
+    assert {FORWARD, GRAD_X, SCALES} <= set(ran)
+    ran.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the merge's kernel, which has its first call now
+        outputs(tensors)
+        ran.clear()
+        again = outputs(tensors)
+    assert not ran
+    for name, value in first.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-4)
