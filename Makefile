@@ -27,9 +27,10 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 # The pages under docs/ and an API reference as one site, in site/: a link or reference that leads nowhere is an error.
+# Not --quiet: it drops the warnings that --strict counts.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/mkdocs build --strict
 
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
