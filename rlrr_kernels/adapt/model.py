@@ -27,7 +27,7 @@ from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
-from rlrr_kernels.nn.rescaled import REPLACED_FORWARD, Rescaled
+from rlrr_kernels.nn.rescaled import REPLACED_FORWARD, Rescaled, has_replaced_forward
 from rlrr_kernels.ops.conv import matrix_shape
 
 PLAIN_NORMS = {"torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"}
@@ -177,7 +177,7 @@ def check_not_distributed(model: nn.Module) -> None:
 
 def check_forwards(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
     """Raises ``ValueError`` where a forward was replaced on the module itself: another module would not have it."""
-    found = [name for name in names if "forward" in vars(modules[name])]
+    found = [name for name in names if has_replaced_forward(modules[name])]
     if found:
         raise ValueError(f"{some(found)} cannot be replaced: {REPLACED_FORWARD}")
 

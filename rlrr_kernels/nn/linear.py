@@ -133,8 +133,8 @@ class RLRRLinear(Rescaled):
         )  # fmt: skip
 
     def _formula(self, x: Tensor) -> Tensor:
-        x = x.to(compute_dtype(x)[0])
-        return rlrr_linear_reference(x, self.weight, *self.scales(), self._total_bias(), residual=self.residual)
+        x, tensors = x.to(compute_dtype(x)[0]), self._wide_tensors()
+        return rlrr_linear_reference(x, *tensors, self._total_bias(), residual=self.residual)
 
     def _draw_rows(self, x: Tensor) -> RowSample | None:
         """The rows that the gradients of this forward of x [..., K] are estimated from; None where they are exact."""

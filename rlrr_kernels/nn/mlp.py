@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from rlrr_kernels.nn.linear import RLRRLinear
-from rlrr_kernels.nn.rescaled import is_proxy
+from rlrr_kernels.nn.rescaled import has_replaced_forward, is_proxy
 from rlrr_kernels.ops.mlp import rlrr_mlp
 
 
@@ -70,5 +70,5 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or has_replaced_forward(module)
     )

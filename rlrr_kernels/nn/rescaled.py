@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.ops.checks import MAX_RANK
+from rlrr_kernels.ops.dtypes import accumulate_dtype
 
 INITS = ("paper", "identity", "normal")
 SIDES = ("both", "left", "right")
@@ -38,6 +39,12 @@ REPLACED_FORWARD = (
 )
 
 
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether somebody set another ``forward`` than that of its class on the object ``module``."""
+    forward = vars(module).get("forward")  # its own, bound, is what accelerate leaves behind
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
     """Why ``layer`` does not compute with frozen floating-point tensors of its own alone; None where it does.
 
@@ -47,7 +54,7 @@ def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
     kind = type(layer)
     plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
     methods = ("forward", "_conv_forward") if plain is nn.Conv2d else ("forward",)
-    if "forward" in vars(layer):
+    if has_replaced_forward(layer):
         return REPLACED_FORWARD
     tensors = [key for key in ("weight", "bias") if key not in layer._parameters]
     if tensors:
@@ -237,6 +244,11 @@ class Rescaled(nn.Module):
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The frozen layer's operation with another weight and bias."""
         raise NotImplementedError
+
+    def _wide_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W, s_r and s_c in the dtype in which W' is computed before it is rounded."""
+        wide = accumulate_dtype(self.weight.dtype)
+        return self.weight.to(wide), *(scale.to(wide) for scale in self.scales())
 
     def _slow_forward(self, x: Tensor) -> Tensor:
         # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
