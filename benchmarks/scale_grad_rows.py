@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import kept_bytes
-from benchmarks.evidence.trial import limited_run
+from benchmarks.common import kept_bytes, markdown_table
+from benchmarks.evidence.report import SCORES
+from benchmarks.evidence.runs import limited_run, result_row
 from rlrr_kernels import RLRRLinear, RowSample
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
@@ -32,8 +33,8 @@ from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits, make_loader
-from rlrr_kernels.train.finetune import ADAPTER, ENVIRONMENT, FinetuneConfig
-from rlrr_kernels.train.grid.runs import METRICS, GridRun, Spread, finished_result, run_grid
+from rlrr_kernels.train.finetune import ADAPTER, FinetuneConfig
+from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 from rlrr_kernels.train.models.task import load_task
 from rlrr_kernels.train.output.progress import console
 
@@ -71,16 +72,11 @@ class Study:
         name = f"rows-{share:g}/seed-{seed}"
         return limited_run(name, config, self.limit)
 
-    def results(self, share: float) -> list[dict[str, Any]]:
-        """Results of the finished runs of one share, with the machine's description."""
-        found = []
-        for seed in self.seeds:
-            run = self.run(share, seed)
-            result = finished_result(run, self.out)
-            if result is not None:
-                session = json.loads((self.out / run.name / ENVIRONMENT).read_bytes())["sessions"][-1]
-                found.append(result | {"session": session})
-        return found
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a finished run."""
+        runs = [(share, self.run(share, seed)) for share in SHARES for seed in self.seeds]
+        rows = ((share, result_row(run, self.out)) for share, run in runs)
+        return [{"scale_grad_rows": share, "lr": self.lr, **row} for share, row in rows if row is not None]
 
 
 # ---------------------------------------------------------------- the noise of the gradient
@@ -158,73 +154,49 @@ def gradient_noise(study: Study) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the report
 
 
-def rows_of(study: Study) -> list[dict[str, Any]]:
-    """One row a finished run."""
-    return [
-        {
-            "scale_grad_rows": share,
-            "seed": result["settings"]["train.seed"],
-            "epochs": result["settings"]["train.epochs"],
-            "lr": study.lr,
-            "epoch": result["epoch"],
-            "trial": study.limit is not None,
-            **{name: result[part][key] for name, (part, key) in METRICS.items()},
-            "test_images": result["test"]["count"],
-            "seconds": result["seconds"],
-            "precision": result["precision"],
-            **{key: result["session"][key] for key in ("processor", "device")},
-        }
-        for share in SHARES
-        for result in study.results(share)
-    ]
-
-
 def markdown(study: Study, rows: list[dict[str, Any]], noise: list[dict[str, Any]]) -> str:
     """The tables."""
-    lines = []
-    if rows:
-        first = rows[0]
-        count, precision = first["test_images"], first["precision"]
-        error = math.sqrt(first["test_accuracy"] * (1 - first["test_accuracy"]) / count)
-        lines += [
-            f"DINOv2 ViT-S/14 on solar cells, {study.image_size} px, {first['epochs']} epochs, learning rate "
-            f"{study.lr:g}, precision {precision}, {first['processor']}. Mean and standard deviation over seeds; the "
-            f"standard error of one accuracy from its {count} test images alone is {error:.3f}. The epoch is chosen on "
-            "validation images.",
-            "",
-            *(["**A trial on few images: its scores mean nothing.**", ""] if first["trial"] else []),
-            "| scale_grad_rows | seeds | val. accuracy | test accuracy | test macro-F1 | time |",
-            "|---|---|---|---|---|---|",
-        ]
+    lines, table = [], []
     for share in SHARES:
         here = [row for row in rows if row["scale_grad_rows"] == share]
         if here:
-            scores = [str(Spread.of(row[key] for row in here)) for key in ("val_accuracy", "test_accuracy")]
-            scores.append(str(Spread.of(row["test_macro_f1"] for row in here)))
+            scores = [str(Spread.of(row[key] for row in here)) for key in SCORES]
             seconds = Spread.of(row["seconds"] for row in here).mean
-            label = "1 (exact)" if share == 1 else f"{share:g}"
-            lines.append(f"| {label} | {len(here)} | {' | '.join(scores)} | {seconds:.0f} s |")
+            table.append(["1 (exact)" if share == 1 else f"{share:g}", len(here), *scores, f"{seconds:.0f} s"])
+    if rows:
+        first = rows[0]
+        count, accuracy = first["test_images"], first["test_accuracy"]
+        lines += [
+            f"DINOv2 ViT-S/14 on solar cells, {study.image_size} px, {first['epochs']} epochs, learning rate "
+            f"{study.lr:g}, precision {first['precision']}, {first['cpu']}. Mean and standard deviation over seeds; "
+            f"the standard error of one accuracy from its {count} test images alone is "
+            f"{math.sqrt(accuracy * (1 - accuracy) / count):.3f}. The epoch is chosen on validation images.",
+            "",
+            *(["**A trial on few images: its scores mean nothing.**", ""] if first["trial"] else []),
+        ]
+        heads = ["scale_grad_rows", "seeds", "val. accuracy", "test accuracy", "test macro-F1", "time"]
+        lines += markdown_table(heads, table)
     if noise:
         lines += [
-            "",
             f"Noise of the gradient of all s_r and s_c, {noise[0]['batches']} minibatches of {noise[0]['batch_size']}: "
             "variance that the draw adds, over the minibatch gradient's own, and cosine to the exact gradient. A step "
             f"in float32 keeps {noise[0]['kept_bytes_exact'] / 2**20:.0f} MiB for its backward with exact gradients.",
             "",
-            "| scale_grad_rows | kept |" + "".join(f" {name}added variance | cosine |" for name in SCHEMES.values()),
-            "|---|---|" + "---|---|" * len(SCHEMES),
         ]
+        table = []
         for share in SHARES[1:]:
             here = {row["scheme"]: row for row in noise if row["scale_grad_rows"] == share}
-            cells = [f"{here[name]['added_variance']:.2f} | {here[name]['cosine']:.3f}" for name in SCHEMES]
-            kept = here[next(iter(SCHEMES))]["kept_bytes"]
-            lines.append(f"| {share:g} | {kept / 2**20:.0f} MiB | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            kept = f"{next(iter(here.values()))['kept_bytes'] / 2**20:.0f} MiB"
+            pairs = ((f"{here[name]['added_variance']:.2f}", f"{here[name]['cosine']:.3f}") for name in SCHEMES)
+            table.append([f"{share:g}", kept, *(cell for pair in pairs for cell in pair)])
+        heads = [head for name in SCHEMES.values() for head in (f"{name}added variance", "cosine")]
+        lines += markdown_table(["scale_grad_rows", "kept", *heads], table)
+    return "\n".join(lines)
 
 
 def write_report(study: Study, folder: Path, noise: list[dict[str, Any]]) -> str:
     """Writes the tables and all rows to ``folder``; returns the tables."""
-    rows = rows_of(study)
+    rows = study.rows()
     text = markdown(study, rows, noise)
     document = json.dumps({"runs": rows, "noise": noise}, indent=1)
     write_together(folder, {f"{NAME}.md": text.encode(), f"{NAME}.json": document.encode()})

@@ -1,22 +1,21 @@
-"""The report of ``benchmarks.evidence.runs``: a table, its rows as JSON, and a picture with a dot for every seed."""
+"""The report of ``python -m benchmarks.evidence``: a table, its rows as JSON, a picture with a dot for every seed."""
 
 from __future__ import annotations
 
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.common import markdown_table
+from benchmarks.evidence.runs import ARMS, Evidence
 from rlrr_kernels.adapt.files import write_together
-from rlrr_kernels.train.finetune import ENVIRONMENT
-from rlrr_kernels.train.grid.runs import METRICS, Spread
-
-if TYPE_CHECKING:
-    from benchmarks.evidence.runs import Evidence
+from rlrr_kernels.train.grid.runs import Spread
 
 NAME = "evidence"
 
-_COLUMNS = ("method", "lr", "trained parameters", "seeds", "val. accuracy", "test accuracy", "test macro-F1", "time")
+SCORES = ("val_accuracy", "test_accuracy", "test_macro_f1")
+_COLUMNS = ["method", "lr", "trained parameters", "seeds", "val. accuracy", "test accuracy", "test macro-F1", "time"]
 
 
 def write_report(evidence: Evidence, folder: Path) -> str:
@@ -32,71 +31,28 @@ def write_report(evidence: Evidence, folder: Path) -> str:
 
 def rows_of(evidence: Evidence) -> list[dict[str, Any]]:
     """One row a finished run, with what it ran on."""
-    rows = []
-    for dataset, method in evidence.cells():
-        lr, results, _ = evidence.finished(dataset, method)
-        for result in results:
-            session = json.loads((result["folder"] / ENVIRONMENT).read_bytes())["sessions"][-1]
-            rows.append(
-                {
-                    "dataset": dataset,
-                    "method": method,
-                    "seed": result["settings"]["train.seed"],
-                    "lr": lr,
-                    "lr_candidates": list(evidence.rates(method)[1]),
-                    "epochs": result["settings"]["train.epochs"],
-                    "epoch": result["epoch"],
-                    "epoch_chosen_on": result["epoch_chosen_on"],
-                    "image_size": result["task"]["preprocessing"]["image_size"],
-                    "trial": evidence.limit is not None,
-                    **{name: result[part][key] for name, (part, key) in METRICS.items()},
-                    "test_images": result["test"]["count"],
-                    "trained_parameters": result["trained_parameters"],
-                    "adapter_parameters": result["adapter_parameters"],
-                    "seconds": result["seconds"],
-                    "peak_memory_bytes": result["peak_memory_bytes"],
-                    "precision": result["precision"],
-                    "cpu": session["processor"],
-                    "device": session["device"],
-                    "threads": session["threads"],
-                    "torch": session["versions"]["torch"],
-                    "commit": session["commit"],
-                }
-            )
-    return rows
+    return [row for cell in evidence.cells() for row in evidence.rows(*cell)]
 
 
 def markdown(evidence: Evidence, rows: list[dict[str, Any]]) -> str:
     """One table a dataset, a line a method, mean ± standard deviation over the seeds; and what was not run."""
-    from benchmarks.evidence.runs import ARMS
-
     lines, missing = [], []
     if evidence.limit is not None:
         lines += [f"**A trial on about {evidence.limit} images a split: the scores mean nothing.**", ""]
     for dataset in evidence.datasets:
-        here = [row for row in rows if row["dataset"] == dataset]
-        if here:
-            lines += [f"## {dataset}, {here[0]['test_images']} test images", ""]
-            lines += [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+        table = []
         for _, method in (cell for cell in evidence.cells() if cell[0] == dataset):
-            runs = [row for row in here if row["method"] == method]
-            left = len(evidence.seeds) - len(runs)
-            if left:
+            runs = [row for row in rows if (row["dataset"], row["method"]) == (dataset, method)]
+            if left := len(evidence.seeds) - len(runs):
                 missing.append(f"{ARMS[method].title} on {dataset} ({left} of {len(evidence.seeds)} seeds)")
-            if not runs:
-                continue
-            spreads = [
-                Spread.of(row[name] for row in runs) for name in ("val_accuracy", "test_accuracy", "test_macro_f1")
-            ]
-            seconds = Spread.of(row["seconds"] for row in runs).mean
-            cells = (
-                ARMS[method].title,
-                _rate(evidence, method, runs[0]),
-                f"{runs[0]['trained_parameters']:,}",
-                str(len(runs)),
-            )
-            lines.append(f"| {' | '.join([*cells, *map(_cell, spreads), f'{seconds:.0f} s'])} |")
-        lines += [""] if here else []
+            if runs:
+                spreads = [_cell(Spread.of(row[name] for row in runs)) for name in SCORES]
+                seconds = f"{Spread.of(row['seconds'] for row in runs).mean:.0f} s"
+                head = ARMS[method].title, _rate(evidence, method, runs[0]), f"{runs[0]['trained_parameters']:,}"
+                table.append([*head, len(runs), *spreads, seconds])
+        if table:
+            count = next(row["test_images"] for row in rows if row["dataset"] == dataset)
+            lines += [f"## {dataset}, {count} test images", "", *markdown_table(_COLUMNS, table)]
     if rows:
         ran_on = sorted({(row["cpu"], row["device"], row["torch"], row["precision"]) for row in rows})
         where = "; ".join(f"{cpu}, {device}, torch {torch}, {precision}" for cpu, device, torch, precision in ran_on)
@@ -126,8 +82,6 @@ def _cell(spread: Spread) -> str:
 def picture(rows: list[dict[str, Any]]) -> bytes:
     """PNG: test accuracy, a dot a seed and a bar at the mean, one panel a dataset."""
     from matplotlib.figure import Figure
-
-    from benchmarks.evidence.runs import ARMS
 
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     methods = [method for method in ARMS if any(row["method"] == method for row in rows)]

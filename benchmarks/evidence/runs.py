@@ -1,30 +1,20 @@
-"""RLRR beside what it is compared with, on two real datasets that come with installable packages.
-
-    python -m benchmarks.evidence.runs --cache .cache --out runs/evidence
-
-DINOv2 ViT-S/14 is fine-tuned by every method under the same command and budget. Each method's learning rate is chosen
-among the rates of its grid on validation images of the first seed, then kept for the other seeds; ablations of RLRR
-keep the rate of RLRR. The epoch is chosen on validation images, test images are scored once a run. The command goes on
-where it was stopped and rewrites its report (``evidence.md``, ``.json``, ``.png``) after every run.
-"""
+"""The runs of the comparison on real data: methods, datasets, learning rates."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.report import write_report
-from benchmarks.evidence.trial import limited_run
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.data.folders import stratified_split
-from rlrr_kernels.train.finetune import FinetuneConfig
-from rlrr_kernels.train.grid.runs import GridRun, finished_result, run_grid
+from rlrr_kernels.train.data.folders import Samples, find_splits, stratified_split
+from rlrr_kernels.train.finetune import ENVIRONMENT, FinetuneConfig
+from rlrr_kernels.train.grid.runs import METRICS, GridRun, finished_result, run_grid
 from rlrr_kernels.train.output.progress import console
 
 LEARNING_RATES = (1e-3, 3e-3)
@@ -112,6 +102,45 @@ DATASETS = {
 }
 
 
+def limited_run(name: str, config: FinetuneConfig, limit: int | None) -> GridRun:
+    """The run ``name``; with a ``limit`` a trial on about so many images of every split, in a folder of its own."""
+    if limit is None:
+        return GridRun(name, config)
+
+    def first_images() -> dict[str, Samples]:
+        return {
+            split: samples.subset(range(0, len(samples), max(1, len(samples) // limit)))
+            for split, samples in find_splits(config.data).items()
+        }
+
+    return GridRun(f"trial-{limit}/{name}", dataclasses.replace(config, data=None), first_images)
+
+
+def result_row(run: GridRun, out: Path) -> dict[str, Any] | None:
+    """What a report needs of a finished run, with what it ran on; None where it is not finished."""
+    result = finished_result(run, out)
+    if result is None:
+        return None
+    session = json.loads((out / run.name / ENVIRONMENT).read_bytes())["sessions"][-1]
+    return {
+        "seed": result["settings"]["train.seed"],
+        "epochs": result["settings"]["train.epochs"],
+        "epoch": result["epoch"],
+        "epoch_chosen_on": result["epoch_chosen_on"],
+        "image_size": result["task"]["preprocessing"]["image_size"],
+        "trial": run.splits is not None,
+        **{name: result[part][key] for name, (part, key) in METRICS.items()},
+        "test_images": result["test"]["count"],
+        **{key: result[key] for key in ("trained_parameters", "adapter_parameters", "seconds", "peak_memory_bytes")},
+        "precision": result["precision"],
+        "cpu": session["processor"],
+        "device": session["device"],
+        "threads": session["threads"],
+        "torch": session["versions"]["torch"],
+        "commit": session["commit"],
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """The grid: which arms on which datasets and seeds, and the budget of every run."""
@@ -166,25 +195,22 @@ class Evidence:
             scored.append((result["validation"]["accuracy"], -result["validation"]["loss"], lr))
         return max(scored)[2]
 
-    def finished(self, dataset: str, method: str) -> tuple[float | None, list[dict[str, Any]], int]:
-        """The chosen rate, the finished runs' results with it, with their ``folder``; and how many are to come."""
+    def rows(self, dataset: str, method: str) -> list[dict[str, Any]]:
+        """A row for every finished run with the chosen rate; none while that is not chosen."""
         lr = self.chosen_lr(dataset, method)
-        if lr is None:
-            return None, [], len(self.seeds)
-        runs = [self.run(dataset, method, lr, seed) for seed in self.seeds]
-        found = [(run, result) for run in runs if (result := finished_result(run, self.out)) is not None]
-        results = [result | {"folder": self.out / run.name} for run, result in found]
-        return lr, results, len(runs) - len(results)
+        head = {"dataset": dataset, "method": method, "lr": lr, "lr_candidates": list(self.rates(method)[1])}
+        runs = [] if lr is None else [self.run(dataset, method, lr, seed) for seed in self.seeds]
+        return [head | row for run in runs if (row := result_row(run, self.out)) is not None]
 
 
-def run_evidence(evidence: Evidence, report: Path) -> None:
-    """Does what is not done of ``evidence``, most wanted first, and keeps the report up to date."""
+def run_evidence(evidence: Evidence, report: Callable[[], object]) -> None:
+    """Does what is not done of ``evidence``, most wanted first, and calls ``report`` after every run."""
 
     def do(runs: list[GridRun]) -> None:
         for run in runs:
             if finished_result(run, evidence.out) is None:
                 run_grid([run], evidence.out, keep_checkpoints=False)
-                write_report(evidence, report)
+                report()
 
     cells = list(evidence.cells())
     for number, (dataset, method) in enumerate(cells, 1):
@@ -194,34 +220,3 @@ def run_evidence(evidence: Evidence, report: Path) -> None:
         lr = evidence.chosen_lr(dataset, method)
         console.print(f"learning rate {lr:g}, best on validation images of seed {evidence.seeds[0]}", highlight=False)
         do([evidence.run(dataset, method, lr, seed) for seed in evidence.seeds])
-
-
-def main() -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where backbone and images are kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where the runs are kept")
-    parser.add_argument("--report", type=Path, help="where the report goes (default: OUT)")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--methods", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--image-size", type=int, default=112, help="pixels, a multiple of 14")
-    parser.add_argument("--limit", type=int, help="about so many images a split: a trial, its scores mean nothing")
-    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
-    arguments = vars(parser.parse_args())
-    report, report_only = arguments.pop("report"), arguments.pop("report_only")
-    for name in ("datasets", "methods", "seeds"):
-        arguments[name] = tuple(dict.fromkeys(arguments[name]))
-    evidence = Evidence(**arguments)
-    report = report or evidence.out
-    try:
-        if not report_only:
-            run_evidence(evidence, report)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on")
-    console.print(write_report(evidence, report), highlight=False, markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 
 from safetensors.torch import save_file
 
+from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import report as evidence_report
 from benchmarks.evidence import runs as evidence
 from rlrr_kernels.train.grid import runs as grid
@@ -36,6 +37,9 @@ def command(tmp_path, monkeypatch):
     for name in ("MAIN", "ABLATIONS", "ARMS"):
         part = {"MAIN": ("probe", "rlrr"), "ABLATIONS": ("rlrr-layers",), "ARMS": tuple(ARMS)}[name]
         monkeypatch.setattr(evidence, name, {arm: ARMS[arm] for arm in part})
+    for module in (program, evidence_report):
+        monkeypatch.setattr(module, "ARMS", ARMS)
+    monkeypatch.setattr(program, "DATASETS", evidence.DATASETS)
     trained, original = [], grid.finetune
     monkeypatch.setattr(
         grid,
@@ -48,7 +52,7 @@ def command(tmp_path, monkeypatch):
         arguments = ("--cache", tmp_path, "--out", tmp_path / "runs", "--datasets", "tiny", "--image-size", 32)
         arguments += ("--epochs", 2, "--seeds", 1, 2)
         monkeypatch.setattr(sys, "argv", ["evidence", *map(str, (*arguments, *options))])
-        evidence.main()
+        program.main()
         return [name.removeprefix("runs/") for name in trained]
 
     return run
