@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --quiet "torch>=2.10"
+	$(PY) -m pip install --quiet "torch>=2.9"
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
 	touch $@
 

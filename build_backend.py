@@ -19,6 +19,7 @@ if int(setuptools.__version__.partition(".")[0]) < 77:  # an isolated build has 
 
 
 def _torch() -> list[str]:
+    """What compiles the extension; the package itself runs on an older one too."""
     return [] if os.environ.get("RLRR_BUILD_CPP") == "0" else ["torch>=2.10"]
 
 

@@ -56,7 +56,7 @@ class FakeCuda:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._launch = Recorded.in_dll(library, "fake_launch")
         self._sizes = (ctypes.c_int * 128).in_dll(library, "fake_sizes")
-        self._recorded = 0
+        self.record([])  # what an earlier user asked for and did not launch
 
     @property
     def count(self) -> int:
@@ -86,6 +86,7 @@ def _library() -> tuple[ctypes.CDLL, str]:
     include = Path(nvidia.__file__).parent / "include"
     command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}", str(SOURCE), "-o", path]
     subprocess.run(command, check=True, capture_output=True, text=True)
+    Path(folder, "libcuda.so").symlink_to(path)  # by which Triton before 3.6 links
     return ctypes.CDLL(path, ctypes.RTLD_GLOBAL), folder
 
 

@@ -4,7 +4,7 @@ A compiler's register allocation changes from version to version, so the few byt
 data: ``accepted.json`` has, for each minor version of Triton and each architecture, the rows that spill and how much,
 as they were when somebody last looked. :data:`LIMITS` says what nobody may accept, and why. With a Triton or for an
 architecture without figures nothing is wrong: what would be is said, for somebody to look at and to record by
-``python -m benchmarks.compile_report --accept``.
+``python -m benchmarks.compile_report --accept``. Nor for a GPU that ``auto`` does not trust Triton with.
 """
 
 from __future__ import annotations
@@ -26,37 +26,24 @@ Figures = dict[str, dict[str, int]]
 
 
 class Limit(NamedTuple):
-    """Bytes a thread that a row may spill; the first limit that names the row holds. An empty tuple names all."""
+    """Bytes a thread that a row of these types may spill, of any where there are none; the first one holds."""
 
     bytes: int
     reason: str
-    archs: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
 
 
 LIMITS = (
     Limit(
-        1 << 20,
-        "Triton has no matrix instruction for Turing: fp32 units do its products, and any tile spills",
-        ("sm_75",),
-    ),
-    Limit(
-        64,
-        "a step of these products takes hundreds of clocks, a few loads hide behind it",
-        (),
-        ("fp32", "tf32", "fp64"),
+        64, "a step of these products takes hundreds of clocks, a few loads hide behind it", ("fp32", "tf32", "fp64")
     ),
     Limit(0, "a step of a 16-bit product takes so few clocks that each access to local memory is seen"),
 )
 
 
-def limit(row: Row) -> Limit:
-    """The limit that holds for a row."""
-    return next(
-        limit
-        for limit in LIMITS
-        if row["arch"] in (limit.archs or (row["arch"],)) and row["dtype"] in (limit.dtypes or (row["dtype"],))
-    )
+def limit(dtype: str) -> Limit:
+    """The limit that holds for rows of a type."""
+    return next(limit for limit in LIMITS if dtype in (limit.dtypes or (dtype,)))
 
 
 def version() -> str:
@@ -80,7 +67,7 @@ def accept(rows: Iterable[Row]) -> None:
     figures = everything.setdefault(version(), {})
     rows = list(rows)
     for arch in {row["arch"] for row in rows}:
-        kept = (row for row in rows if row["arch"] == arch and 0 < row["spills"] <= limit(row).bytes)
+        kept = (row for row in rows if row["arch"] == arch and 0 < row["spills"] <= limit(row["dtype"]).bytes)
         figures[arch] = {name(row): row["spills"] for row in kept}
     ordered = {
         key: dict(sorted(everything[key].items()))
@@ -94,7 +81,7 @@ def problems(row: Row, figures: Figures | None = None) -> list[str]:
 
     Without ``figures`` any spill up to its limit is let pass, with them only one that was accepted.
     """
-    found, most = [], limit(row)
+    found, most = [], limit(row["dtype"])
     if row["spills"] > most.bytes:
         found.append(f"spills {row['spills']} bytes a thread, over {most.bytes}: {most.reason}")
     elif figures is not None and row["spills"] > (was := figures.get(row["arch"], {}).get(name(row), 0)):
@@ -103,7 +90,7 @@ def problems(row: Row, figures: Figures | None = None) -> list[str]:
     if row["shared_bytes"] > min(device, row["shared_bound"] or device):
         bound = f"of {device}, and at most {row['shared_bound']} by the sum"
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, {bound}")
-    if row["dtype"].split("/")[0] in ("bf16", "fp16") and row["uses_dot"] and row["arch"] != "sm_75":
+    if row["dtype"].split("/")[0] in ("bf16", "fp16") and row["uses_dot"]:
         if row["matrix_instruction"] is None:
             found.append("uses no matrix instruction")
         elif row["arch"] == "sm_90" and row["matrix_instruction"] != "wgmma":
@@ -114,13 +101,15 @@ def problems(row: Row, figures: Figures | None = None) -> list[str]:
 
 
 def judge(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what somebody should look at, a line each: the latter where nothing was accepted yet."""
+    """What is wrong, and what somebody should look at, a line each.
+
+    The latter where nothing was accepted yet, and for GPUs that ``auto`` leaves to the library's products.
+    """
     figures, wrong, remarks = accepted(), [], []
     for row in rows:
-        lines = wrong if row["arch"] in figures else remarks
+        served = devices.distrust_of_triton(row["arch"]) is None
+        lines = wrong if served and row["arch"] in figures else remarks
         lines += [f"{row['arch']} {name(row)}: {problem}" for problem in problems(row, figures)]
     if remarks:
-        remarks.insert(
-            0, f"Of Triton {version()} nothing was accepted for some architectures; to look at, {len(remarks)}:"
-        )
+        remarks.insert(0, f"Triton {version()}, to look at, {len(remarks)}:")
     return wrong, remarks

@@ -86,15 +86,16 @@ def test_a_new_triton_or_architecture_has_remarks_and_accepting_makes_them_rules
     assert ["over 0" in line for line in wrong] == [True], "what costs cannot be accepted"
     assert not remarks
     assert len(verdict.judge([small | {"arch": "sm_80"}])[1]) == 2
+    verdict.accept([large | {"arch": "sm_75"}])
+    assert not verdict.judge([large | {"arch": "sm_75"}])[0], "auto does not choose Triton there"
 
 
 def test_what_was_accepted_is_within_the_limits():
     for figures in json.loads(verdict.ACCEPTED.read_text(encoding="utf-8")).values():
         for arch, rows in figures.items():
             for name, spills in rows.items():
-                assert (
-                    0 < spills <= verdict.limit({"arch": arch, "dtype": re.match(r"[^,]*, ([^:]*):", name)[1]}).bytes
-                ), name
+                dtype = re.match(r"[^,]*, ([^:]*):", name)[1]
+                assert 0 < spills <= verdict.limit(dtype).bytes, (arch, name)
 
 
 def test_arithmetic_beside_a_product_is_counted_up_to_its_wait():

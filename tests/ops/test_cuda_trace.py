@@ -19,6 +19,9 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 from benchmarks.fake_cuda import Driver
 from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, backends, recompute_activations
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+    pytest.skip("the compiler of PyTorch 2.9 takes no fake tensors that it did not make", allow_module_level=True)
+
 
 @pytest.fixture(autouse=True)
 def triton_on_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
