@@ -214,6 +214,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   return {grad_x, row.result(), col.result(), grad_bias};
 }
 
+// The way that is taken with x or g [M, ...] and a weight [N, K] under scales of a rank.
+int64_t path(const Tensor& rows, const Tensor& weight_, int64_t rank, bool backward) {
+  const Type type = type_of(rows, "x");
+  Weight weight{};
+  weight.type = type_of(weight_, "weight");
+  weight.rows = weight_.size(0), weight.cols = weight_.size(1), weight.rank = rank;
+  const auto choose = backward ? choose_backward : choose_forward;
+  const int64_t count = rows.size(0);
+  return static_cast<int64_t>(checked(0, choose(current_level(), type, weight, count), weight, type, count));
+}
+
 int64_t cpu_level(int64_t number) {
   STD_TORCH_CHECK(number <= best_level(), "rlrr_kernels_cpp: this processor reaches level ", best_level(), "; got ",
                   number);
@@ -231,12 +242,14 @@ STABLE_TORCH_LIBRARY(rlrr_kernels_cpp, m) {
   m.def(
       "linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor scale_row, Tensor scale_col, bool residual, "
       "bool need_x, bool need_row, bool need_col, bool need_bias, int path=0) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("path(Tensor rows, Tensor weight, int rank, bool backward) -> int");
   m.def("cpu_level(int number=-1) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CPU, m) {
   m.impl("linear", TORCH_BOX(&rlrr::linear));
   m.impl("linear_backward", TORCH_BOX(&rlrr::linear_backward));
+  m.impl("path", TORCH_BOX(&rlrr::path));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CompositeExplicitAutograd, m) {

@@ -17,6 +17,7 @@ from rlrr_kernels.adapt import (
     save_adapter,
 )
 from rlrr_kernels.backends import backend_report, use_backend
+from rlrr_kernels.explain import Explanation, explain
 from rlrr_kernels.nn.additive import AdditiveLinear
 from rlrr_kernels.nn.conv import RLRRConv2d
 from rlrr_kernels.nn.linear import RLRRLinear
@@ -31,6 +32,7 @@ __all__ = [
     "AdaptReport",
     "AdapterInfo",
     "AdditiveLinear",
+    "Explanation",
     "MergeReport",
     "NormRescale",
     "RLRRConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "adapter_info",
     "backend_report",
     "check_gradients",
+    "explain",
     "is_adapted",
     "load_adapter",
     "merge_adapter",

@@ -42,8 +42,10 @@ def switched_on(variable: str, default: str = "on") -> bool:
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    """The name a GPU's entries go by; "interpreter" on the CPU."""
-    return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    """The name a GPU's entries go by; "interpreter" on the CPU, and the device's type where there is no GPU."""
+    if device.type != "cuda":
+        return "interpreter" if device.type == "cpu" else device.type
+    return torch.cuda.get_device_name(device)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

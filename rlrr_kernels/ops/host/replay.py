@@ -70,6 +70,9 @@ class Replays:
         self._replays: dict[Any, Replay] = {}
         self._attempts: dict[Any, tuple[int, int]] = {}
 
+    def __len__(self) -> int:
+        return len(self._replays)
+
     def run(
         self,
         key: tuple | None,

@@ -48,6 +48,11 @@ class Call:
         self.dtype, self.eager = dtype, eager
         self._forward, self._backward = Replays(), Replays()
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the next forward is a replay."""
+        return len(self._forward) > 0
+
     def forward(self, x: Tensor, weight: Tensor, scale_row, scale_col, bias: Tensor | None) -> Tensor:
         """y [..., N] of an x [..., K] that was cast."""
         tensors = x, weight, scale_row, scale_col, bias

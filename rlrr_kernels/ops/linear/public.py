@@ -89,6 +89,14 @@ def rlrr_linear(
     return linear(x, weight, scale_row, scale_col, bias, call, scale_grad_rows, recompute)
 
 
+def known_call(
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
+    *, residual: bool = True, input_activation: str | None = None, backend: str = "auto",
+) -> Call | None:  # fmt: skip
+    """What earlier calls of :func:`rlrr_linear` with arguments in this layout share; None before the first."""
+    return _calls.get(_key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend))
+
+
 _calls = CallCache()
 
 

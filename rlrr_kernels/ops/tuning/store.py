@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -223,19 +223,32 @@ def _own(product: Product, device: torch.device) -> Tiles | None:
     return tiles if asked_for and rows >= linear_configs.TMA_MIN_ROWS else None
 
 
-def path_for(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> str:
-    """``one_pass`` or ``merge`` for a product of x [M, K] or g [M, N] and a rescaled weight [N, K]."""
+class PathChoice(NamedTuple):
+    """``path`` is "merge" where a merge saves ``gain`` times its cost, and that is more than ``least_gain`` times."""
+
+    path: str
+    gain: float
+    least_gain: float
+
+
+def path_choice(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> PathChoice:
+    """Which path a product of x [M, K] or g [M, N] and a rescaled weight [N, K] takes, and why."""
     return _path(gpu, x.device, x.dtype, weight.dtype, matmul_precision(), x.shape[0], weight.shape, rank)
 
 
+def path_for(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> str:
+    """``one_pass`` or ``merge``: :func:`path_choice`."""
+    return path_choice(gpu, x, weight, rank).path
+
+
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _path(gpu, device, dtype, weight_dtype, precision, rows, weight_shape, rank) -> str:
+def _path(gpu, device, dtype, weight_dtype, precision, rows, weight_shape, rank) -> PathChoice:
     gain = linear_paths.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
     least_gain = 1.0
     if entries := _entries():
         name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
         least_gain = entries.get(name, least_gain)
-    return linear_paths.choose_path(gain, least_gain)
+    return PathChoice(linear_paths.choose_path(gain, least_gain), gain, least_gain)
 
 
 def forget() -> None:

@@ -1,0 +1,264 @@
+"""``explain``: which backend, path, tiles and kernels a call takes, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels import backends, devices
+from rlrr_kernels.devices import Gpu
+from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.ops.checks import (
+    canonical,
+    check_dtypes,
+    check_input,
+    check_parameters,
+    check_tensors,
+    compute_dtype,
+)
+from rlrr_kernels.ops.linear.public import known_call
+
+_ARGUMENTS = ("weight", "scale_row", "scale_col", "bias")
+_OPTIONS = ("residual", "input_activation", "backend")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One of the computations of a call.
+
+    Attributes:
+        name: ``forward``, ``grad_x`` or ``grad_scales`` (∂s_r, ∂s_c and ∂b).
+        path: ``fused`` (W is rescaled on its way into the product), ``merge`` (W' in scratch, then the library's
+            product); of the C++ operator ``one_pass``, ``panels`` or ``library``.
+        why: what decided it.
+        launches: the kernels in their order.
+        schedule: how the programs of the first kernel share its work; None without one of ours.
+        tiles: block sizes, warps, stages and splits of the first kernel; None without one of ours.
+    """
+
+    name: str
+    path: str
+    why: str
+    launches: tuple[str, ...]
+    schedule: str | None = None
+    tiles: dict[str, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call does; prints as a few lines.
+
+    Attributes:
+        problem: M, N, K, r, G and the dtypes.
+        device: what runs it.
+        backend: never ``auto``.
+        why: what decided the backend.
+        steps: forward, ∂x and the scale gradients.
+        replayed: whether the next forward of this layout starts its kernels past all that chose them.
+        gave_way: kernels that gave way to the library's products in this process, and why.
+    """
+
+    problem: dict[str, int | str]
+    device: str
+    backend: str
+    why: str
+    steps: tuple[Step, ...]
+    replayed: bool
+    gave_way: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            ", ".join(f"{name} {value}" for name, value in self.problem.items()),
+            f"on {self.device} by backend {self.backend}: {self.why}",
+        ]
+        for step in self.steps:
+            lines.append(f"  {step.name}: {step.path}, {step.why}")
+            if step.tiles is not None:
+                sizes = ", ".join(f"{name} {value}" for name, value in step.tiles.items())
+                lines.append(f"    {step.schedule} tiles: {sizes}")
+            lines.append(f"    launches: {', '.join(step.launches)}")
+        if self.backend.startswith("triton"):
+            lines.append(f"  the next call of this layout is {'' if self.replayed else 'not '}replayed")
+        lines += [f"  gave way: {name}: {reason}" for name, reason in self.gave_way.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    layer: RLRRLinear | Mapping[str, Any], x: Tensor, *, gpu: str | None = None, backend: str | None = None
+) -> Explanation:
+    """Says what a call of a layer, or of :func:`rlrr_kernels.rlrr_linear`, does with an x of this layout, and why.
+
+    Nothing is computed. The values in the tensors do not matter, so tensors on ``meta`` serve as well.
+
+    Args:
+        layer: an ``RLRRLinear``, or the arguments of ``rlrr_linear`` by name: ``weight``, ``scale_row``, ``scale_col``
+            and, where given, ``bias``, ``residual``, ``input_activation`` and ``backend``.
+        x: [..., K].
+        gpu: what a GPU of this name would do, such as "sm_90" or "gfx942", instead of the device of x.
+        backend: instead of the one of the call.
+
+    Raises:
+        TypeError, ValueError: as ``rlrr_linear``; or ``layer`` is neither, or holds an unknown name.
+    """
+    given = _arguments(layer)
+    if backend is not None:
+        given["backend"] = backend
+    tensors = {name: given[name] for name in _ARGUMENTS}
+    check_tensors(x, **tensors)
+    dtype, autocast = compute_dtype(x)
+    weight, others = tensors["weight"], (tensors["scale_row"], tensors["scale_col"], tensors["bias"])
+    check_dtypes(dtype, weight.dtype, *others, autocast)
+    check_input(x, weight)
+    check_parameters(weight, *others)
+
+    call = None if gpu is not None else known_call(x, **tensors, **{name: given[name] for name in _OPTIONS})
+    if gpu is not None:
+        x, tensors = _meta(x), {name: _meta(tensor) for name, tensor in tensors.items()}
+    x = x.to(dtype)
+    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    row, col = canonical(tensors["scale_row"], tensors["scale_col"], tensors["weight"])
+    name, why = _backend(given["backend"], x, dtype, gpu)
+    groups, rank, K = col.shape
+    kind = {"x": dtype, "W": weight.dtype}
+    return Explanation(
+        problem={
+            "M": flat.shape[0], "N": weight.shape[0], "K": K, "r": rank, "G": groups,
+            **{name: str(value).removeprefix("torch.") for name, value in kind.items()},
+        },
+        device=gpu or str(x.device),
+        backend=name,
+        why=why,
+        steps=_steps(name, gpu, flat, tensors["weight"], row, col, tensors["bias"]),
+        replayed=call is not None and call.replayed,
+        gave_way=_gave_way(name),
+    )  # fmt: skip
+
+
+def _arguments(layer: RLRRLinear | Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {"bias": None, "residual": True, "input_activation": None, "backend": "auto"}
+    if isinstance(layer, RLRRLinear):
+        row, col = layer.scales()
+        bias = layer._total_bias()
+        return defaults | {
+            "weight": layer.weight, "scale_row": row, "scale_col": col, "bias": bias, "residual": layer.residual,
+        }  # fmt: skip
+    if not isinstance(layer, Mapping):
+        raise TypeError(f"layer must be an RLRRLinear or the arguments of rlrr_linear; got {type(layer).__name__}")
+    if unknown := sorted(set(layer) - {*_ARGUMENTS, *_OPTIONS}):
+        raise ValueError(f"layer must hold {', '.join((*_ARGUMENTS, *_OPTIONS))} alone; got {', '.join(unknown)}")
+    if "weight" not in layer:
+        raise ValueError(f"layer must hold a weight; got {', '.join(layer) or 'nothing'}")
+    return {"scale_row": None, "scale_col": None} | defaults | dict(layer)
+
+
+def _meta(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple[str, str]:
+    asked = name if name != "auto" else backends.default_backend()
+    if asked != "auto":
+        how = "asked for by the call" if name != "auto" else "use_backend or RLRR_BACKEND asks for it"
+        return (asked if gpu is not None else backends.resolve(asked, x.device, dtype)), how
+    if gpu is not None:
+        if distrust := devices.distrust_of_triton(gpu):
+            return "torch", distrust
+        if dtype == torch.float64:
+            return "torch", "float64 has no matrix instructions worth a kernel"
+        return "triton", "the fastest there"
+    found = backends.resolve("auto", x.device, dtype)
+    report = backends.backend_report()["devices"].get(x.device.type, {})
+    reasons = {**report.get("unavailable", {}), **report.get("distrusted", {})}
+    first = "cpp" if x.device.type == "cpu" else "triton"
+    return found, f"not {first}: {reasons[first]}" if first in reasons else "the fastest that runs here"
+
+
+def _steps(name: str, gpu_name: str | None, x, weight, row, col, bias) -> tuple[Step, ...]:
+    kind, _, forced = name.partition(".")
+    if kind == "cpp":
+        return _cpp_steps(x, weight, row.shape[1])
+    if kind == "torch":
+        library = "W' in scratch, then the library's product"
+        blocks = "G a block of rows at a time, by the library's product"
+        return (
+            Step("forward", "merge", library, ("merge", "library product")),
+            Step("grad_x", "merge", library, ("merge", "library product")),
+            Step("grad_scales", "library", blocks, ("library product", "sums")),
+        )
+    gpu = devices.gpu(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
+    return _triton_steps(gpu, forced, x, weight, row.contiguous(), col.contiguous(), bias)
+
+
+def _cpp_steps(x: Tensor, weight: Tensor, rank: int) -> tuple[Step, ...]:
+    from rlrr_kernels.ops.linear import cpp_backend
+
+    paths = {number: path for path, number in cpp_backend.PATHS.items()}
+    steps = []
+    for name, backward in (("forward", False), ("grad_x and grad_scales", True)):
+        path = paths[torch.ops.rlrr_kernels_cpp.path(x, weight, rank, backward)]
+        why = f"the crossovers of csrc/dispatch.h for M = {x.shape[0]} at level {backends.cpu_level()}"
+        launches = ("merge", "library product") if path == "library" else (f"{path} loop",)
+        steps.append(Step(name, path, why, launches))
+    return tuple(steps)
+
+
+def _triton_steps(gpu: Gpu, forced: str, x, weight, row, col, bias) -> tuple[Step, ...]:
+    from rlrr_kernels.ops.linear.triton import launches
+    from rlrr_kernels.ops.tuning import store
+
+    groups, rank, _ = col.shape
+    grad_y = x.new_empty(x.shape[0], weight.shape[0])
+    given, grad_x = (weight, row, col), torch.empty_like(x)
+    products = {
+        "forward": (x, lambda tiles: launches.forward_launches(x, *given, bias, True, grad_y, gpu, tiles)),
+        "grad_x": (
+            grad_y,
+            lambda tiles: launches.grad_x_launches(grad_y, *given, True, grad_x, gpu, tiles),
+        ),
+    }
+    steps = []
+    for name, (first, build) in products.items():
+        choice = store.path_choice(gpu, first, weight, rank)
+        path = {"one_pass": "fused", "fused": "fused"}.get(forced or choice.path, forced or choice.path)
+        why = (
+            "asked for by the call" if forced else
+            f"a merge saves {choice.gain:.2f} times what it costs, and pays above {choice.least_gain:.2f}"
+        )  # fmt: skip
+        if path == "merge":
+            merge = launches.merge_launch(*given, True, torch.empty_like(weight, dtype=first.dtype))
+            steps.append(Step(name, path, why, (_kernel_name(merge), "library product")))
+            continue
+        tiles = store.choose_tiles(name, gpu, first, weight, weight, rank, groups)
+        steps.append(_fused(name, why, tiles, build(tiles)))
+    tiles = store.choose_tiles("grad_scales", gpu, x, grad_y, weight, rank, groups)
+    grads = (torch.empty_like(row), torch.empty_like(col), x.new_empty(weight.shape[0]))
+    found = launches.grad_scales_launches(grad_y, x, *given, grads, gpu, tiles)
+    return (*steps, _fused("grad_scales", "sums leave the tiles of G, and G never reaches memory", tiles, found))
+
+
+def _fused(name: str, why: str, tiles: Any, launches: tuple[Any, ...]) -> Step:
+    sizes = {field: value for field, value in tiles._asdict().items() if field != "schedule"}
+    return Step(name, "fused", why, tuple(map(_kernel_name, launches)), tiles.schedule, sizes)
+
+
+def _kernel_name(launch: Any) -> str:
+    grid = " x ".join(map(str, launch.plan.grid))
+    return f"{launch.plan.kernel.fn.__name__} ({grid} programs)"
+
+
+def _gave_way(backend: str) -> dict[str, str]:
+    if not backend.startswith("triton"):
+        return {}
+    from rlrr_kernels.ops.host import guard
+
+    return guard.given_up()

@@ -1,0 +1,87 @@
+"""``explain``: what it says of a call is what the call then does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rlrr_kernels import RLRRLinear, backends, explain, rlrr_linear, use_backend
+from rlrr_kernels.numerics import Case
+
+pytestmark = pytest.mark.interpreted
+
+
+def arguments(**changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    tensors = Case(**({"rows": 12, "out_features": 24, "in_features": 20} | changes)).draw(0)
+    tensors.pop("grad_y")
+    return tensors, tensors.pop("x")
+
+
+def test_it_is_data_and_prints():
+    layer, x = RLRRLinear(20, 24, groups=3, rank=2), torch.randn(3, 4, 20)
+    found = explain(layer, x)
+    assert json.loads(json.dumps(found.as_dict()))["problem"] == {
+        "M": 12, "N": 24, "K": 20, "r": 2, "G": 3, "x": "float32", "W": "float32"
+    }  # fmt: skip
+    assert found.backend == backends.resolve("auto", x.device, x.dtype)
+    lines = str(found).splitlines()
+    assert lines[0] == "M 12, N 24, K 20, r 2, G 3, x float32, W float32"
+    assert all(f"  {step.name}: {step.path}, {step.why}" in lines for step in found.steps)
+
+
+@pytest.mark.skipif(backends.CPP_FAILURE is not None, reason="the C++ operator is not built")
+@pytest.mark.parametrize(("rows", "path"), [(1, "one_pass"), (2000, "panels")])
+def test_the_path_of_the_cpp_operator(rows: int, path: str):
+    if backends.cpu_level() == "portable":
+        pytest.skip("few instructions, other crossovers")
+    tensors, x = arguments(rows=rows)
+    found = explain({**tensors, "backend": "cpp"}, x)
+    assert [step.path for step in found.steps] == [path, path]
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    assert {step.path for step in explain({**half, "backend": "cpp"}, x.half()).steps} == {"library"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "backend"), [("sm_75", "torch"), ("sm_80", "triton"), ("sm_90", "triton"), ("gfx1100", "torch")]
+)
+def test_a_gpu_that_is_not_here(gpu: str, backend: str):
+    pytest.importorskip("triton", reason="needs Triton")
+    tensors, x = arguments(rows=4096, out_features=768, in_features=768, dtype=torch.bfloat16)
+    found = explain(tensors, x, gpu=gpu)
+    assert (found.device, found.backend) == (gpu, backend)
+    assert not found.replayed
+    few = explain(tensors, x[:16], gpu=gpu)
+    if backend == "triton":
+        assert [step.path for step in found.steps] == ["merge", "merge", "fused"]
+        assert [step.path for step in few.steps] == ["fused"] * 3
+        assert few.steps[0].tiles["block_m"] == 16
+        assert found.steps[2].schedule == ("persistent" if gpu == "sm_90" else "tiled")
+
+
+@pytest.mark.skipif(not backends.INTERPRETING, reason="set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("rows", [3, 300])
+def test_the_kernels_are_those_that_run(rows: int):
+    from rlrr_kernels.ops.host.launch import recorded
+
+    tensors, x = arguments(rows=rows)
+    scales = [tensors[name].requires_grad_() for name in ("scale_row", "scale_col", "bias")]
+    with use_backend("triton"):
+        found = explain(tensors, x)
+        with recorded() as launches:
+            y = rlrr_linear(x.requires_grad_(), **tensors)
+            torch.autograd.grad(y.sum(), [x, *scales])
+    said = [name.split(" ")[0] for step in found.steps for name in step.launches if "library" not in name]
+    assert said == [launch.plan.kernel.fn.__name__ for launch in launches]
+    assert {step.path for step in found.steps[:2]} == {"merge" if rows == 300 else "fused"}
+
+
+def test_bad_arguments_are_named():
+    tensors, x = arguments()
+    with pytest.raises(TypeError, match=r"layer must be an RLRRLinear or the arguments of rlrr_linear; got Linear"):
+        explain(torch.nn.Linear(20, 24), x)
+    with pytest.raises(ValueError, match=r"layer must hold .* alone; got wieght"):
+        explain(tensors | {"wieght": x}, x)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., K\] with K = 20"):
+        explain(tensors, x[:, 1:])
