@@ -216,6 +216,8 @@ def tune(
     )
     say(f"merges: {merges.us:.1f} µs, shipped {merges.shipped_us:.1f} µs: {kept}")
     say(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it")
+    if experimental:
+        say("tiles with a schedule that no GPU has proven are used under RLRR_EXPERIMENTAL=on alone")
 
 
 @app.command()

@@ -6,8 +6,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from rlrr_kernels import devices
+from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Peaks
 
 
@@ -86,3 +87,38 @@ def test_auto_leaves_other_gpus_to_the_library(name: str, reason: str):
 def test_every_family_ships_tiles_and_every_trusted_amd_gpu_is_compiled_for():
     tiles = pytest.importorskip("rlrr_kernels.ops.linear.tiles")
     assert {devices.family_of(name) for name in devices.SHARED_BYTES} == set(tiles.TABLE)
+    report = pytest.importorskip("benchmarks.compile_report")
+    assert set(devices.COMPILED_AMD) <= set(report.TARGETS)
+
+
+# ---------------------------------------------------------------- what ``auto`` takes
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 and an H200, the T4 the current one."""
+    found = [devices.typical("sm_75"), devices.typical("sm_90")]
+    monkeypatch.setattr(devices, "gpu_of", lambda device: found[device.index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "_default", "auto")
+
+
+@pytest.mark.usefixtures("gpus")
+def test_auto_chooses_for_the_device_of_x():
+    t4, h200 = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert [backends.resolve("auto", device, torch.float16) for device in (t4, h200, "cuda")] == [
+        "torch", "triton", "torch",
+    ]  # fmt: skip
+    assert backends.resolve("auto", h200, torch.float64) == "torch"
+    assert backends.resolve("triton", t4, torch.float16) == "triton", "who asks for it by name gets it"
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_compiler_sees_the_choice_as_a_constant():
+    @torch.compile(backend="eager", fullgraph=True)
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        names = [backends.resolve("auto", torch.device("cuda", index), x.dtype) for index in (0, 1)]
+        return x + (1 if names == ["torch", "triton"] else 100)
+
+    assert chosen(torch.zeros(2)).tolist() == [1, 1]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 
 import torch
 from rich.table import Table
 
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.train.output.environment import versions
 
 
 def report() -> list[Table]:
     """The tables, in the order they are printed."""
-    return [_versions(), _devices(), _backends()]
+    return [_versions(), _devices(), _backends(), *([_kernels()] if backends.HAS_TRITON else [])]
 
 
 def _versions() -> Table:
@@ -54,7 +55,8 @@ def _backends() -> Table:
         table.add_row("all", "", "none", str(error))
         return table
     for device, entry in found["devices"].items():
-        reasons = [f"not {name}: {reason}" for name, reason in entry["unavailable"].items()]
+        why_not = entry["unavailable"] | entry["distrusted"]
+        reasons = [f"not {name}: {reason}" for name, reason in why_not.items()]
         if default != "auto":
             reasons.insert(0, f"chosen by {backends.ENVIRONMENT_VARIABLE}")
         table.add_row("rlrr_linear", device, entry["auto"], "; ".join(reasons) or "the fastest that runs here")
@@ -63,3 +65,66 @@ def _backends() -> Table:
             "norm_rescale", device, "triton" if on_triton else "torch", "triton beside a triton rlrr_linear, else torch"
         )
     return table
+
+
+def _kernels() -> Table:
+    """What decides whether and how Triton's kernels serve: GPUs, the C compiler, switches, verdicts, tuned tiles."""
+    from rlrr_kernels.ops.host import guard, launch
+    from rlrr_kernels.ops.tuning import store
+
+    table = Table("what", "state", title="Triton kernels")
+    gpus = [devices.gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    for index, gpu in enumerate(gpus):
+        state = devices.distrust_of_triton(gpu.name) or "auto takes them"
+        size = f"{gpu.name} with {gpu.multiprocessors} multiprocessors, tiles of {gpu.family}"
+        table.add_row(f"cuda:{index}", f"{size}: {state}")
+    table.add_row("C compiler", c_compiler() or "none: Triton builds its launcher at first use; install gcc, or set CC")
+    for name, state in (
+        (f"launches ({launch.LAUNCH_VARIABLE})", _launches),
+        (f"check at first use ({guard.VARIABLE})", _checks),
+        (f"tuned tiles ({store.SWITCH_VARIABLE})", lambda: _tuned(gpus)),
+    ):
+        try:
+            table.add_row(name, state())
+        except (ValueError, OSError) as error:  # a switch that is neither on nor off, a file that cannot be read
+            table.add_row(name, str(error))
+    return table
+
+
+def c_compiler() -> str | None:
+    """The compiler that Triton would call: ``CC``, else gcc or clang where one is on the path."""
+    return os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang"))), None)
+
+
+def _launches() -> str:
+    from rlrr_kernels.ops.host import launch
+
+    if launch.direct_allowed():
+        return "past Triton's launcher where that is known to do, and replayed"
+    return "by Triton's launcher, never replayed"
+
+
+def _checks() -> str:
+    from rlrr_kernels.ops.host import guard
+
+    state = "on" if guard.enabled(torch.device("cuda")) else "off"
+    found = guard.verdicts()
+    wrong = [f"{name}: {verdict}" for name, verdict in found.items() if verdict != guard.RIGHT]
+    counts = f"{len(found) - len(wrong)} kernels right, {len(wrong)} left to the library"
+    lines = [f"{state}; {guard.checks_file()}: {counts}"]
+    return "\n".join(lines + wrong)
+
+
+def _tuned(gpus: list[devices.Gpu]) -> str:
+    from rlrr_kernels.ops.tuning import store
+
+    path = store.cache_file()
+    entries = store.read(path)
+    lines = [f"{'on' if store.enabled() else 'off'}; {path}: {len(entries)} entries"]
+    unproven = dict.fromkeys(name for gpu in gpus for name in store.unproven(entries, gpu))
+    if unproven:
+        used = (
+            "used, though" if store.experimental_allowed() else f"used under {store.EXPERIMENTAL_VARIABLE}=on alone, as"
+        )
+        lines.append(f"{used} no GPU has proven their schedule: {'; '.join(unproven)}")
+    return "\n".join(lines)

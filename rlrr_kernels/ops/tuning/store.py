@@ -45,6 +45,11 @@ def enabled() -> bool:
     return switched_on(SWITCH_VARIABLE)
 
 
+def experimental_allowed() -> bool:
+    """Whether tuned tiles serve whose schedule no GPU has proven; raises as :func:`switched_on` does."""
+    return switched_on(EXPERIMENTAL_VARIABLE, "off")
+
+
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -219,7 +224,7 @@ def _own(product: Product, device: torch.device) -> Tiles | None:
     tiles = entries.get(entry_name(gpu_name(device), kernel, precision, limit))
     if tiles is None or tiles.schedule == "tiled":
         return tiles
-    asked_for = linear_configs.proven(kernel, tiles.schedule, product.gpu) or switched_on(EXPERIMENTAL_VARIABLE, "off")
+    asked_for = linear_configs.proven(kernel, tiles.schedule, product.gpu) or experimental_allowed()
     return tiles if asked_for and rows >= linear_configs.TMA_MIN_ROWS else None
 
 
