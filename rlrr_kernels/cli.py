@@ -113,6 +113,7 @@ def evaluate(
     from rlrr_kernels.train.data.folders import ImageDataset, check_images, find_samples, make_loader, scored_folder
     from rlrr_kernels.train.evaluate import evaluate as score
     from rlrr_kernels.train.loop.distributed import make_accelerator
+    from rlrr_kernels.train.models.attention import fastest_attention
     from rlrr_kernels.train.models.task import Task, load_task
     from rlrr_kernels.train.output.folder import write_files
     from rlrr_kernels.train.output.progress import track
@@ -123,10 +124,13 @@ def evaluate(
     check_images(samples.paths, lambda items, total: track(items, total, "checking images"))
     model, task = load_task(adapter, weights, image_size=image_size)
     accelerator = make_accelerator(TrainConfig(), cpu=cpu)
-    model, loader = accelerator.prepare(
-        model, make_loader(ImageDataset(samples, task.preprocessing.transform()), batch_size)
-    )
-    scores = score(model, loader, len(task.classes), accelerator, lambda items: track(items, len(loader), "scoring"))
+    with fastest_attention(model, accelerator, task.preprocessing.image_size):
+        model, loader = accelerator.prepare(
+            model, make_loader(ImageDataset(samples, task.preprocessing.transform()), batch_size)
+        )
+        scores = score(
+            model, loader, len(task.classes), accelerator, lambda items: track(items, len(loader), "scoring")
+        )
     table, counts = Table("class", "images", "recognised"), Counter(samples.labels)
     for label, name in enumerate(task.classes):
         recall = scores.recall[label]
@@ -226,7 +230,8 @@ def demo(
     cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
     epochs: Annotated[int, typer.Option(help="Passes over the training images")] = 5,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Repeat for several; validation images choose; default: 1e-3 and 3e-3")
+        list[float] | None,
+        typer.Option(help="Default: 3e-3; repeated, each is trained in full and validation images choose"),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for mean and spread over several")] = None,

@@ -48,6 +48,7 @@ from rlrr_kernels.train.methods.baselines import (
     recipe_of,
 )
 from rlrr_kernels.train.methods.files import save_trained
+from rlrr_kernels.train.models.attention import fastest_attention
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, backbone_digest, check_model_name, create_model
 from rlrr_kernels.train.models.drop import check_drop, set_drop
 from rlrr_kernels.train.models.task import Task
@@ -289,6 +290,7 @@ def finetune(
     if talk:
         _introduce(config, task, splits, report, found, resume)
     with contextlib.ExitStack() as held:
+        held.enter_context(fastest_attention(model, accelerator, preprocessing.image_size))
         from_main(accelerator, lambda: _take_folder(out, held))
         found = from_main(accelerator, lambda: _look_for_run(out, resume))  # another run may just have ended there
         sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}

@@ -274,3 +274,16 @@ def test_a_loss_that_explodes_is_told(images, tmp_path):
 def test_bad_settings_are_named(setting, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**setting)
+
+
+def test_the_time_it_will_take_is_said_after_the_first_steps(images, tmp_path, monkeypatch):
+    read, said, get = [], [], ImageDataset.__getitem__
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 5.0 * len(read))  # five seconds an image
+    monkeypatch.setattr(loop.TrainProgress, "say", lambda self, message: said.append(message))
+    config = dataclasses.replace(CONFIG, epochs=20, batch_size=2, accumulate=1, checkpoint_minutes=1e6)
+    with pytest.raises(Stop):
+        train(images, tmp_path / "run", config, reads=20)
+    # Of 20 epochs of 12 steps, 234 are left after six; and 20 times 6 batches to score, at 0.35 of a step each.
+    assert said == [f"about {10 * (234 + 0.35 * 120) / 60:.0f} min to go"]
+    assert said == ["about 46 min to go"]

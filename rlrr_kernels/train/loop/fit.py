@@ -148,6 +148,7 @@ class _Run:
         self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.point_count = 0  # images since the last point of the curve
         self.session_updates = 0
+        self.session_steps, self.timed_since = 0, 0.0
         self.checked_gradients = False
         self.extended: int | None = None  # epochs of the finished run that this one adds to
         torch.manual_seed(config.seed + accelerator.process_index)
@@ -213,10 +214,27 @@ class _Run:
                     scalars = {"train/loss": record.loss_curve[-1][1], "train/learning_rate": self.lr}
                     self.board.log(scalars, record.steps)
             progress.advance(record.mean_loss, self.lr)
+            self._estimate(progress)
             if accelerator.sync_gradients and self._checkpoint_is_due(saved):
                 self._add_losses(pending)
                 self.save(progress)
                 saved = time.monotonic()
+
+    def _estimate(self, progress: TrainProgress) -> None:
+        """Says, after the first steps of a session, how long the rest will take. A first step is slower than others."""
+        self.session_steps += 1
+        if self.session_steps not in (1, 1 + _TIMED_STEPS):
+            return
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        now = time.monotonic()
+        if self.session_steps == 1:
+            self.timed_since = now
+            return
+        record, step = self.record, (now - self.timed_since) / _TIMED_STEPS
+        left = self.config.epochs * record.batches - record.steps
+        scoring = (self.config.epochs - record.epoch) * len(self.val_loader)
+        progress.expect(step * (left + _SCORING_SHARE * scoring))
 
     def _checkpoint_is_due(self, saved: float) -> bool:
         """Whether it is time, by the main process's clock: all processes take part in a checkpoint."""
@@ -391,6 +409,10 @@ def set_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"activation_checkpointing: a {type(model).__name__} has no checkpointing") from error
 
+
+_TIMED_STEPS = 5
+_SCORING_SHARE = 0.35
+"""Of the time of a training step that a batch of validation images takes, about: a forward, of three like parts."""
 
 _ADDED = {
     "images_digest": "the images are not the same (their names, sizes in bytes, labels or splits)",

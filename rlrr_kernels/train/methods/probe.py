@@ -13,6 +13,7 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, make_loader
 from rlrr_kernels.train.evaluate import Scores, evaluate
 from rlrr_kernels.train.loop.distributed import make_accelerator
+from rlrr_kernels.train.models.attention import fastest_attention
 from rlrr_kernels.train.output.memory import peak_memory, reset_peak_memory
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -83,7 +84,7 @@ def _features(model, dataset, batch_size, accelerator, track, name) -> tuple[Ten
     device = accelerator.device
     pairs = []
     for images, labels in track(loader, len(loader), name):
-        with accelerator.autocast():
+        with fastest_attention(model, accelerator, images.shape[-1]), accelerator.autocast():
             tokens = model.forward_features(images.to(device))
             pairs.append((model.forward_head(tokens, pre_logits=True).float(), labels.to(device)))
     features, labels = zip(*pairs, strict=True)

@@ -87,7 +87,6 @@ def create_model(
     data = resolve_model_data_config(model)
     size = image_size or data["input_size"][-1]
     _check_image_size(model, name, size)
-    _choose_attention(model)
     return model, Preprocessing(size, data["crop_pct"], data["interpolation"], data["mean"], data["std"])
 
 
@@ -211,12 +210,3 @@ def _check_image_size(model: nn.Module, name: str, size: int) -> None:
             f"the image size must be a multiple of {patch}, the patch size of {name}; got {size}, "
             f"the nearest are {below} and {below + patch}"
         )
-
-
-def _choose_attention(model: nn.Module) -> None:
-    """Plain attention where there is no GPU: on a CPU its backward is faster than the fused one's."""
-    if torch.cuda.is_available():
-        return
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False

@@ -91,6 +91,12 @@ class TrainProgress:
         """One batch done; ``loss`` is the epoch's mean so far."""
         self._progress.update(self._batches, advance=1, note=f"loss {loss:.3f}  lr {lr:.1e}")
 
+    def expect(self, seconds: float) -> None:
+        """Prints how long the training will still take, if that is more than a minute."""
+        if seconds > 60:
+            minutes = seconds / 60
+            self.say(f"about {minutes / 60:.1f} h to go" if minutes > 90 else f"about {minutes:.0f} min to go")
+
     def validation(self, batches: Iterable) -> Iterable:
         """Yields from ``batches`` under the batch bar."""
         self._progress.reset(self._batches, total=len(batches), description=self.chosen_on, visible=True)
