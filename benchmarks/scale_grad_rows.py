@@ -35,8 +35,8 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits, make_loader
 from rlrr_kernels.train.finetune import ADAPTER, FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
-from rlrr_kernels.train.models.task import load_task
 from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.task import load_task
 
 NAME = "scale_grad_rows"
 

@@ -114,9 +114,9 @@ def evaluate(
     from rlrr_kernels.train.evaluate import evaluate as score
     from rlrr_kernels.train.loop.distributed import make_accelerator
     from rlrr_kernels.train.models.attention import fastest_attention
-    from rlrr_kernels.train.models.task import Task, load_task
     from rlrr_kernels.train.output.folder import write_files
     from rlrr_kernels.train.output.progress import track
+    from rlrr_kernels.train.task import Task, load_task
 
     task = Task.of_adapter(adapter)
     folder = scored_folder(data, split)

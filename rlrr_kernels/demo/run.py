@@ -22,10 +22,10 @@ from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, Finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
 from rlrr_kernels.train.models.backbones import create_model
-from rlrr_kernels.train.models.task import load_task
 from rlrr_kernels.train.output.folder import hold, write_files
 from rlrr_kernels.train.output.progress import command, console, say, track
 from rlrr_kernels.train.plot import learning_curve
+from rlrr_kernels.train.task import load_task
 
 DEFAULT_LRS = (3e-3,)
 """Of 1e-3 and 3e-3 the one that was best on the validation images; ``--lr 1e-3 --lr 3e-3`` trains both again."""

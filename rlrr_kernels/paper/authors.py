@@ -54,7 +54,7 @@ from rlrr_kernels.adapt.model import apply_adaptation, plan_adaptation, planned_
 from rlrr_kernels.paper.data import preprocessing
 from rlrr_kernels.paper.hyperparameters import dataset_settings
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
-from rlrr_kernels.train.models.task import Task
+from rlrr_kernels.train.task import Task
 
 CONFIG = RLRRConfig(recipe="paper")
 """How a ViT or Swin is adapted that such a file fits."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
 from rlrr_kernels.train.methods.baselines import BaselineMergeReport, merge_baseline
-from rlrr_kernels.train.models.task import Task, load_task
 from rlrr_kernels.train.output.folder import remove_leftovers, write_files
+from rlrr_kernels.train.task import Task, load_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,10 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     Args:
         adapter: written by ``rlrr finetune``.
         file: replaced in one step.
-        weights: of the backbone, as for :meth:`rlrr_kernels.train.models.task.Task.backbone`.
+        weights: of the backbone, as for :meth:`rlrr_kernels.train.task.Task.backbone`.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: as for :func:`rlrr_kernels.train.models.task.load_task`.
+        FileNotFoundError, ValueError, ConnectionError: as for :func:`rlrr_kernels.train.task.load_task`.
         OSError: the file cannot be written; one that was there is untouched.
     """
     from safetensors.torch import save

@@ -28,7 +28,7 @@ from rlrr_kernels.paper.authors import (
     read_authors_file,
     read_names,
 )
-from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.task import load_task
 
 
 @pytest.fixture(scope="module")

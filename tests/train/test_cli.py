@@ -28,7 +28,7 @@ from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data.folders import ImageDataset, find_samples
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.export import Merged, load_merged
-from rlrr_kernels.train.models.task import Task, load_task
+from rlrr_kernels.train.task import Task, load_task
 
 SQUARE = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 

@@ -26,7 +26,7 @@ from rlrr_kernels.train.loop.fit import TrainConfig, fit
 from rlrr_kernels.train.methods import baselines as methods
 from rlrr_kernels.train.methods.baselines import METHODS, Baseline, apply_method, merge_baseline, optimizer_groups
 from rlrr_kernels.train.methods.files import folder_info, load_trained, save_trained
-from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.task import load_task
 
 BASELINES = METHODS[1:]
 

@@ -31,7 +31,7 @@ from rlrr_kernels.train.data.folders import ImageDataset, find_samples, make_loa
 from rlrr_kernels.train.evaluate import evaluate
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
 from rlrr_kernels.train.loop.distributed import make_accelerator
-from rlrr_kernels.train.models.task import load_task
+from rlrr_kernels.train.task import load_task
 
 FOLDERS = ROOT / "tests" / "data" / "version_0.1.0"
 

@@ -68,7 +68,7 @@ class Task:
         weights = f', weights="path/to/{self.weights}"' if file else ""
         return (
             "from rlrr_kernels import merge_adapter\n"
-            "from rlrr_kernels.train.models.task import load_task\n\n"
+            "from rlrr_kernels.train.task import load_task\n\n"
             f'model, task = load_task("path/to/this/folder"{weights})\n'
             "transform = task.preprocessing.transform()  # of a PIL image; task.classes are the names by label\n"
             "merge_adapter(model)  # optional: a plain model, nothing left to pay at inference"
