@@ -39,7 +39,7 @@ def variants() -> dict[str, Callable[[], torch.Tensor]]:
     weight, bias = layer.weight, layer.bias + layer.shift.detach()
     bias.requires_grad_()
     scales = layer.scale_row, layer.scale_col
-    ours = functools.partial(rlrr_linear, x, weight, *scales, bias, backend="triton.one_pass")
+    ours = functools.partial(rlrr_linear, x, weight, *scales, bias, backend="triton.fused")
     calls = {
         "F.linear": lambda: F.linear(x, weight, bias),
         "rlrr_linear, torch": lambda: rlrr_linear(x, weight, *scales, bias, backend="torch"),
@@ -85,7 +85,7 @@ def main() -> None:
     }
     samples: dict[str, list[float]] = {name: [] for name in timed}
     # Pretend that the interpreter is on, so that CPU tensors are accepted.
-    with fake_cuda(), mock.patch.object(backends, "INTERPRETING", True), backends.use_backend("triton.one_pass"):
+    with fake_cuda(), mock.patch.object(backends, "INTERPRETING", True), backends.use_backend("triton.fused"):
         for _ in range(ROUNDS):
             for name, call in timed.items():
                 slow = by_triton() if name.startswith(BY_TRITON) else nullcontext()

@@ -10,14 +10,14 @@
 
 namespace rlrr {
 
-enum class Path : int64_t { automatic = 0, one_pass = 1, panels = 2, library = 3 };
+enum class Path : int64_t { automatic = 0, fused = 1, panels = 2, library = 3 };
 
 // The largest number of rows of x for one pass over W, and for panels; above, the library.
 struct Crossovers {
-  int64_t one_pass, panels;
+  int64_t fused, panels;
 
   Path choose(int64_t count) const {
-    return count <= one_pass ? Path::one_pass : count <= panels ? Path::panels : Path::library;
+    return count <= fused ? Path::fused : count <= panels ? Path::panels : Path::library;
   }
 };
 

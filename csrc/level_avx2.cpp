@@ -20,7 +20,7 @@ namespace {
 
 #include "common.inl"
 #include "elementwise.inl"
-#include "one_pass.inl"
+#include "fused.inl"
 #include "panels.inl"
 
 }  // namespace
@@ -28,9 +28,9 @@ namespace {
 
 const Level level_avx2 = {
     "avx2",
-    avx2::forward_one_pass,
+    avx2::forward_fused,
     avx2::forward_panels,
-    avx2::backward_one_pass,
+    avx2::backward_fused,
     avx2::backward_panels,
     avx2::merge,
     avx2::reduce,

@@ -25,7 +25,7 @@ namespace {
 #include "pairs_dots.inl"
 #include "pairs_backward.inl"
 #include "stacked.inl"
-#include "one_pass.inl"
+#include "fused.inl"
 #include "panels.inl"
 
 }  // namespace
@@ -33,9 +33,9 @@ namespace {
 
 const Level level_avx512 = {
     "avx512",
-    avx512::forward_one_pass,
+    avx512::forward_fused,
     avx512::forward_panels,
-    avx512::backward_one_pass,
+    avx512::backward_fused,
     avx512::backward_panels,
     avx512::merge,
     avx512::reduce,

@@ -13,7 +13,7 @@ namespace {
 
 #include "common.inl"
 #include "elementwise.inl"
-#include "one_pass.inl"
+#include "fused.inl"
 #include "panels.inl"
 
 }  // namespace
@@ -21,9 +21,9 @@ namespace {
 
 const Level level_portable = {
     "portable",
-    portable::forward_one_pass,
+    portable::forward_fused,
     portable::forward_panels,
-    portable::backward_one_pass,
+    portable::backward_fused,
     portable::backward_panels,
     portable::merge,
     portable::reduce,

@@ -12,9 +12,9 @@ namespace rlrr {
 // The code of one instruction set. `forward_*` and `backward_*` serve float32 and bfloat16.
 struct Level {
   const char* name;
-  void (*forward_one_pass)(const Forward&);
+  void (*forward_fused)(const Forward&);
   void (*forward_panels)(const Forward&);
-  void (*backward_one_pass)(const Backward&);
+  void (*backward_fused)(const Backward&);
   void (*backward_panels)(const Backward&);
   // out [rows, cols] = W' rounded once to `type`.
   void (*merge)(const Weight&, Type type, void* out);

@@ -122,7 +122,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, 
                        {x.const_data_ptr(), x.stride(0)},
                        wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr,
                        y.mutable_data_ptr()};
-    (path == Path::one_pass ? level().forward_one_pass : level().forward_panels)(call);
+    (path == Path::fused ? level().forward_fused : level().forward_panels)(call);
     return y;
   }
   Tensor merged = empty({weight.rows, weight.cols}, dtype);
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
                         need_x ? grad_x.mutable_data_ptr() : nullptr,
                         static_cast<float*>(row.data),
                         static_cast<float*>(col.data)};
-    (path == Path::one_pass ? level().backward_one_pass : level().backward_panels)(call);
+    (path == Path::fused ? level().backward_fused : level().backward_panels)(call);
   } else {
     const Tensor scratch = empty({weight.rows, weight.cols}, dtype);  // W', then G
     if (need_x) {

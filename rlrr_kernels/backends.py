@@ -15,12 +15,16 @@ from rlrr_kernels import devices
 
 ENVIRONMENT_VARIABLE = "RLRR_BACKEND"
 
-BACKENDS = ("auto", "triton", "triton.one_pass", "triton.merge", "cpp", "torch")
+BACKENDS = ("auto", "triton", "triton.fused", "triton.merge", "cpp", "torch")
 """``triton`` chooses between its one-pass and its merge-then-GEMM path by shape; the dotted names force one."""
 
 
+_FORMER = {"triton.one_pass": "triton.fused"}
+
+
 def check_name(name: str, source: str) -> str:
-    """Returns ``name`` when it is a backend; raises ``ValueError`` naming ``source`` otherwise."""
+    """Returns ``name``, a former one as it is called now; raises ``ValueError`` naming ``source`` if it is none."""
+    name = _FORMER.get(name, name) if isinstance(name, str) else name
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
     return name
@@ -49,9 +53,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is not a backend.
     """
     global _default
-    check_name(name, "backend")
     before = default_backend()
-    _default = name
+    _default = check_name(name, "backend")
     try:
         yield
     finally:
@@ -120,6 +123,7 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
         return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
     if name == "torch":
         return name
+    name = check_name(name, "backend")
     reason = unavailable(name, device_type)
     if reason:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
@@ -128,7 +132,7 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
 
 def unavailable(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve tensors of ``device_type``; None when it can."""
-    check_name(name, "backend")
+    name = check_name(name, "backend")
     if name == "cpp":
         if CPP_FAILURE is not None:
             return CPP_FAILURE

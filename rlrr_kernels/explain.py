@@ -33,7 +33,7 @@ class Step:
     Attributes:
         name: ``forward``, ``grad_x`` or ``grad_scales`` (∂s_r, ∂s_c and ∂b).
         path: ``fused`` (W is rescaled on its way into the product), ``merge`` (W' in scratch, then the library's
-            product); of the C++ operator ``one_pass``, ``panels`` or ``library``.
+            product); of the C++ operator ``fused``, ``panels`` or ``library``.
         why: what decided it.
         launches: the kernels in their order.
         schedule: how the programs of the first kernel share its work; None without one of ours.
@@ -229,7 +229,7 @@ def _triton_steps(gpu: Gpu, forced: str, x, weight, row, col, bias) -> tuple[Ste
     steps = []
     for name, (first, build) in products.items():
         choice = store.path_choice(gpu, first, weight, rank)
-        path = {"one_pass": "fused", "fused": "fused"}.get(forced or choice.path, forced or choice.path)
+        path = forced or choice.path
         why = (
             "asked for by the call" if forced else
             f"a merge saves {choice.gain:.2f} times what it costs, and pays above {choice.least_gain:.2f}"

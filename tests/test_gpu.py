@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or backends.INTERPRETING, reason="needs a CUDA GPU"),
 ]
 
-BACKENDS = ("triton.one_pass", "triton.merge", "torch")
+BACKENDS = ("triton.fused", "triton.merge", "torch")
 
 
 def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -63,7 +63,7 @@ def test_no_wrong_element_stray_access_or_changing_bit(name: str, dtype: torch.d
         assert flaws_on(name, problem) == []
 
 
-@pytest.mark.parametrize("name", ["triton.one_pass", "triton.merge", "sampled rows"])
+@pytest.mark.parametrize("name", ["triton.fused", "triton.merge", "sampled rows"])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_of_the_largest_batch(name: str, weight_dtype: torch.dtype):
     problem = Problem(50432, 5120, 1280, torch.bfloat16, False, "cuda", weight_dtype)
@@ -71,7 +71,7 @@ def test_the_same_of_the_largest_batch(name: str, weight_dtype: torch.dtype):
         assert flaws_on(name, problem) == []
 
 
-@pytest.mark.parametrize("backend", ["triton.one_pass", "triton.merge"])
+@pytest.mark.parametrize("backend", ["triton.fused", "triton.merge"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("transposed", ["x", "weight", "grad_y"])
 def test_transposed_and_strided_tensors(backend: str, dtype: torch.dtype, transposed: str):
@@ -82,7 +82,7 @@ def test_transposed_and_strided_tensors(backend: str, dtype: torch.dtype, transp
         assert flaws(subject(backend), given) == []
 
 
-@pytest.mark.parametrize("backend", ["triton.one_pass", "triton.merge"])
+@pytest.mark.parametrize("backend", ["triton.fused", "triton.merge"])
 def test_streams_and_threads_do_not_disturb_one_another(backend: str):
     tensors = [Case(777, 768, 768, dtype=torch.bfloat16, device="cuda").draw(seed) for seed in range(2)]
     function = partial(rlrr_linear, backend=backend)
@@ -192,7 +192,7 @@ def test_cuda_graph_capture(backend: str):
     replayed = [t.clone() for t in (y, x.grad, layer.scale_row.grad, layer.scale_col.grad, layer.shift.grad)]
     eager = [step(), x.grad, layer.scale_row.grad, layer.scale_col.grad, layer.shift.grad]
     for a, b in zip(replayed, eager, strict=True):
-        if backend == "triton.one_pass":
+        if backend == "triton.fused":
             assert torch.equal(a, b)
         else:  # the library may take another product in a graph, where it has another workspace
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
@@ -225,7 +225,7 @@ needs_tma = pytest.mark.skipif(
 def test_error_rule_of_persistent_kernels(dtype: torch.dtype, number: int, shape: tuple):
     with persistent(number):
         numerics.check_error_rule(
-            partial(rlrr_linear, backend="triton.one_pass"), Case(*shape, dtype=dtype, device="cuda")
+            partial(rlrr_linear, backend="triton.fused"), Case(*shape, dtype=dtype, device="cuda")
         )
 
 
@@ -235,7 +235,7 @@ def test_descriptors_in_a_cuda_graph_and_same_bits():
     leaves = [tensors[name].requires_grad_() for name in ("x", "scale_row", "scale_col", "bias")]
 
     def step() -> list[torch.Tensor]:
-        y = rlrr_linear(leaves[0], tensors["weight"], *leaves[1:], backend="triton.one_pass")
+        y = rlrr_linear(leaves[0], tensors["weight"], *leaves[1:], backend="triton.fused")
         return [y, *torch.autograd.grad(y, leaves, tensors["grad_y"])]
 
     with persistent(0):
@@ -269,7 +269,7 @@ def test_nothing_but_x_and_the_parameters_is_alive_after_the_forward(backend: st
     assert torch.cuda.memory_allocated() - before == y.nbytes
 
 
-@pytest.mark.parametrize("backend", ["triton.one_pass", "triton.merge"])
+@pytest.mark.parametrize("backend", ["triton.fused", "triton.merge"])
 def test_addresses_beyond_two_to_the_31(backend: str):
     count, cols, rows, last = 2**31 // 1024 + 64, 1024, 64, 256
     layer = RLRRLinear(cols, rows, device="cuda", dtype=torch.bfloat16)
@@ -325,7 +325,7 @@ def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, mon
     assert len(tuned_tiles.read(tuned_tiles.cache_file())) == kept
     for rows in (16, 1576):
         case = Case(rows, 768, 768, dtype=torch.bfloat16, device="cuda")
-        numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), case.draw(0))
+        numerics.check_bound(partial(rlrr_linear, backend="triton.fused"), case.draw(0))
     x, weight = (torch.empty(16, 768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     shipped = linear_configs.tiles_for("forward", devices.gpu_of(x.device), x.dtype, 16)
     for switch in ("on", "off"):

@@ -203,8 +203,8 @@ def merge_crossovers(rows: list[Row]) -> list[tuple[str, str, str, int | None]]:
     """By shape, precision and work: the smallest measured M from which merging W' beats the fused kernel."""
     found: dict[tuple[str, str, str], list[tuple[int, bool]]] = {}
     for head, group in layer_groups(rows):
-        if {"triton.merge", "triton.one_pass"} <= set(group):
-            faster = time_of(group["triton.merge"]) <= time_of(group["triton.one_pass"])
+        if {"triton.merge", "triton.fused"} <= set(group):
+            faster = time_of(group["triton.merge"]) <= time_of(group["triton.fused"])
             found.setdefault((head["shape"], head["precision"], head["work"]), []).append((head["M"], faster))
     result = []
     for key, entries in found.items():

@@ -21,8 +21,8 @@ from benchmarks.model.launches import H200, model_us
 from rlrr_kernels.ops.linear.tiles import KERNELS
 
 IMPLEMENTATIONS = {
-    "forward": ("reference", "merged", "floor", "triton.one_pass", "triton.merge", "auto"),
-    "step": ("reference", "floor", "triton.one_pass", "triton.merge", "auto"),
+    "forward": ("reference", "merged", "floor", "triton.fused", "triton.merge", "auto"),
+    "step": ("reference", "floor", "triton.fused", "triton.merge", "auto"),
     "scales": ("floor", "triton"),
 }
 """By work, as the GPU command names them; ``triton`` is the kernel that the paths share."""
@@ -57,7 +57,7 @@ def _cases(rows: list[Row], plan: Plan, best: bool) -> Iterator[Case]:
     ceilings = [row for row in rows if row["section"] == "ceilings"]
     for head, group in layer_groups(rows):
         if best and "auto" in group:
-            paths = [group[name] for name in ("triton.one_pass", "triton.merge")]
+            paths = [group[name] for name in ("triton.fused", "triton.merge")]
             group = group | {"auto": min(paths, key=lambda row: row["graph_us"]) | {"implementation": "auto"}}
         for verdict in layer_verdicts(ceilings + list(group.values()), plan):
             if verdict.count:

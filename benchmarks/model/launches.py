@@ -165,11 +165,11 @@ class _Layer:
         return [Launch(self.weight + self.merged)] if self.weight != self.merged else []
 
     def product(self, kernel: str, path: str) -> list[Launch]:
-        """y or ∂x: ``library`` with a given W, ``merge``, ``one_pass`` (fused) or ``auto``."""
+        """y or ∂x: ``library`` with a given W, ``merge``, ``fused`` (fused) or ``auto``."""
         if path == "auto":
             dtypes = self.dtype, self.weight_dtype, self.tf32
             path = linear_paths.choose_path(linear_paths.merge_gain(*self.sizes, 1, ARCHITECTURE, *dtypes))
-        if path == "one_pass":
+        if path == "fused":
             return self._fused(kernel)
         merge = [Launch(self.weight + self.merged)] if path == "merge" else []
         sizes = (self.m, self.n, self.k) if kernel == "forward" else (self.m, self.k, self.n)
@@ -237,14 +237,14 @@ def launches(
         forward, grad_x = layer.product("forward", "merge"), layer.product("grad_x", "merge")
         scales = [*layer.library(layer.n, layer.k, layer.m), Launch(layer.merged + 10 * layer.n * layer.k * 4)]
     else:
-        path = {"triton": "one_pass"}.get(name, name.removeprefix("triton."))
+        path = {"triton": "fused"}.get(name, name.removeprefix("triton."))
         forward, grad_x, scales = layer.product("forward", path), layer.product("grad_x", path), layer.scales(share)
         if share < 1:  # rows of x are copied in the forward; the images' means read all of g
             forward, scales = [*forward, Launch(2 * share * layer.x)], [Launch(layer.y + share * layer.x), *scales]
     return {"forward": forward, "scales": scales, "step": forward + grad_x + scales}[work]
 
 
-MODELLED = ("floor", "frozen", "merged", "reference", "triton", "triton.one_pass", "triton.merge", "auto", "torch")
+MODELLED = ("floor", "frozen", "merged", "reference", "triton", "triton.fused", "triton.merge", "auto", "torch")
 
 
 def model_us(

@@ -103,7 +103,7 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors take the Triton road
     monkeypatch.setattr(public, "_calls", autograd.CallCache())
     counts = []
-    with fake_cuda() as cuda, backends.use_backend("triton.one_pass"):
+    with fake_cuda() as cuda, backends.use_backend("triton.fused"):
         for step in range(4):
             monkeypatch.setattr(replay, "_MOST_ATTEMPTS", 0 if step < 2 else 3)
             started.clear()

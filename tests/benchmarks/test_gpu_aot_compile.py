@@ -55,7 +55,7 @@ def test_what_was_compiled_is_found_by_the_launches(cache: Path):
         kernel.device_caches.clear()
     t = problem.tensors()
     with fake_cuda(), arch, mock.patch.object(backends, "INTERPRETING", True):  # CPU tensors stand for a GPU's
-        for path in ("triton.one_pass", "triton.merge"):
+        for path in ("triton.fused", "triton.merge"):
             y = rlrr_linear(t["x"], t["weight"], t["scale_row"], t["scale_col"], t["bias"], backend=path)
             torch.autograd.grad(y, [t["x"], t["scale_row"], t["scale_col"], t["bias"]], t["grad_y"])
         for kernel in KERNELS:

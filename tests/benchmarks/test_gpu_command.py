@@ -65,9 +65,8 @@ def test_every_rival_is_timed_where_it_is_installed(interpreted):
     layers = [row for row in rows if row["section"] == "layers"]
     peft = {"hira", "dora", "lora"}
     expected = {
-        "forward": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "merged", "floor"}
-        | peft,
-        "step": {"triton.one_pass", "triton.merge", "auto", "torch", "reference", "frozen", "floor"}
+        "forward": {"triton.fused", "triton.merge", "auto", "torch", "reference", "frozen", "merged", "floor"} | peft,
+        "step": {"triton.fused", "triton.merge", "auto", "torch", "reference", "frozen", "floor"}
         | peft
         | set(ESTIMATES),
         "scales": {"triton", "torch", "floor"},
@@ -104,7 +103,7 @@ def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
     kept = {row["implementation"]: row["kept_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
     block = {row["implementation"]: row["kept_bytes"] for row in memory if "block" in row["shape"]}
     assert block["rlrr + mlp + norms"] < block["rlrr + mlp"] < block["rlrr"] < block["reference"]
-    assert kept["auto"] == kept["triton.one_pass"] == kept["torch"] == 0
+    assert kept["auto"] == kept["triton.fused"] == kept["torch"] == 0
     assert kept["reference"] > 0
     with_x = {row["implementation"]: row["kept_with_x_bytes"] for row in memory if row["shape"] == "ViT-B fc1"}
     assert with_x["rows 1/8"] < with_x["rows 1/4"] < with_x["rows 1/2"] < with_x["auto"]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.interpreted
 CEILINGS = model.Ceilings(4e12, {"fp32": 5e13})
 PLAN = cpu_plan()
 SHAPE = PLAN.layers[0][1]
-BACKENDS = ("triton.one_pass", "triton.merge") if backends.INTERPRETING else ("torch",)
+BACKENDS = ("triton.fused", "triton.merge") if backends.INTERPRETING else ("torch",)
 not_interpreted = pytest.mark.skipif(backends.INTERPRETING, reason="says nothing about kernels")
 DTYPES = (torch.float32, torch.float16) if backends.INTERPRETING else (torch.float32, torch.float16, torch.bfloat16)
 

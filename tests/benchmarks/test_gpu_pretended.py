@@ -80,7 +80,7 @@ def test_every_unit_runs_as_on_a_gpu(gpu, tmp_path: Path):
         assert row.get("passed", True), row
         assert "peft" in row.get("skipped", "peft") or "tiles" in row["skipped"], row
     timed = targets.measured(rows, "layers")
-    assert {row["implementation"] for row in timed} >= {"auto", "triton.one_pass", "triton.merge", "compiled (default)"}
+    assert {row["implementation"] for row in timed} >= {"auto", "triton.fused", "triton.merge", "compiled (default)"}
     assert all(row["graph_us"] > 0 and row["model_us"] != 0 for row in timed)
     assert all("note" not in row for row in timed)
     memory = targets.measured(rows, "memory")

@@ -38,7 +38,7 @@ def no_memory(bench: Bench) -> list[Row]:
 
 def crash(bench: Bench) -> list[Row]:
     announce("triton.merge", "fp32", **PROBLEM)
-    announce("triton.one_pass", "fp32", **PROBLEM)
+    announce("triton.fused", "fp32", **PROBLEM)
     os.kill(os.getpid(), signal.SIGSEGV)
     return []
 
@@ -77,7 +77,7 @@ def test_a_unit_that_ends_its_process_leaves_a_row_and_the_others_go_on(tmp_path
     errors = {row["label"]: row["error"] for row in rows if "error" in row}
     assert errors == {
         "no_memory": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB.",
-        "crash": "its process died by signal SIGSEGV, running triton.one_pass",
+        "crash": "its process died by signal SIGSEGV, running triton.fused",
         "hang": "killed after 2 s, running sampled rows",
         "lose_the_gpu": "ContextLost: AcceleratorError: CUDA error: an illegal memory access was encountered, "
         "running model",
@@ -96,17 +96,17 @@ def test_a_unit_that_ends_its_process_leaves_a_row_and_the_others_go_on(tmp_path
     for reason in errors.values():
         assert reason in text
     deaths = [row for row in rows if row.get("check") == "survival"]
-    assert [row["backend"] for row in deaths] == ["triton.one_pass", "sampled rows", "model"]
-    assert "running triton.one_pass" in capfd.readouterr().out
+    assert [row["backend"] for row in deaths] == ["triton.fused", "sampled rows", "model"]
+    assert "running triton.fused" in capfd.readouterr().out
 
     # The checks of a later process refuse what was at fault, on that problem, or where it had none everywhere.
     checks = Checks(cpu_plan(), rows)
     fp32, shape = PRECISIONS["fp32"], cpu_plan().layers[0][1]
     problem = cpu_plan().problem(8, shape, fp32)
-    assert "SIGSEGV" in checks.reason_against("triton.one_pass", fp32, problem)
+    assert "SIGSEGV" in checks.reason_against("triton.fused", fp32, problem)
     assert "killed after 2 s" in checks.reason_against("sampled rows", fp32)
     assert "illegal" not in (checks.reason_against("model", PRECISIONS["bf16"]) or "")  # that step is not tried again
-    again = [row for row in deaths if row["backend"] == "triton.one_pass"] * MOST_DEATHS
+    again = [row for row in deaths if row["backend"] == "triton.fused"] * MOST_DEATHS
     assert "ended 2 processes" in Checks(cpu_plan(), again).reason_against("auto", fp32)
 
 

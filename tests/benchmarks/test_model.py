@@ -61,17 +61,17 @@ def test_the_paths_are_charged_what_they_move():
     eager = us("reference", "forward", m, n, k)
     assert math.isclose(eager - us("merged", "forward", m, n, k), 3 * KERNEL_US + 1e6 * 7 * 2 * n * k / BANDWIDTH)
     assert us("auto", "forward", m, n, k) == us("triton.merge", "forward", m, n, k)
-    assert us("auto", "forward", 16, n, k) == us("triton.one_pass", "forward", 16, n, k)
+    assert us("auto", "forward", 16, n, k) == us("triton.fused", "forward", 16, n, k)
     shares = [us("estimate", "step", m, n, k, share=share) for share in (1 / 8, 1 / 4, 1 / 2)]
     assert shares == sorted(shares)
     assert model.model_us("dora", "step", problem(m, n, k), "bf16", CEILINGS) is None
 
 
 def test_split_products_write_and_add_their_partial_results():
-    first, total = model.launches("triton.one_pass", "forward", problem(16, 768, 3072))
+    first, total = model.launches("triton.fused", "forward", problem(16, 768, 3072))
     partial = 8 * 16 * 768 * 4  # 12 tiles of 24 iterations, split 8 ways
     assert (first.bytes, total.bytes) == (2 * (3072 * 768 + 16 * 3072) + partial, partial + 2 * 16 * 768)
-    products, reduction = model.launches("triton.one_pass", "scales", problem(1576, 3072, 768))
+    products, reduction = model.launches("triton.fused", "scales", problem(1576, 3072, 768))
     assert products.bytes == 2 * (1576 * (3072 + 768) + 3072 * 768) + reduction.bytes
 
 

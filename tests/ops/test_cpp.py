@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(bac
 linear_cpp = pytest.importorskip("rlrr_kernels.ops.linear.cpp_backend") if backends.CPP_FAILURE is None else None
 
 LEVELS = () if linear_cpp is None else CPU_LEVELS[: CPU_LEVELS.index(cpu_level()) + 1]
-PATHS = ("one_pass", "panels", "library")
+PATHS = ("fused", "panels", "library")
 
 # Rows, out_features, in_features: nothing a multiple of a vector or tile, and one that fills them.
 SHAPES = ((1, 33, 35), (5, 66, 17), (29, 45, 99), (64, 96, 128), (300, 130, 70))
@@ -74,7 +74,7 @@ def random_arguments(rows=5, out_features=12, in_features=35, rank=2, groups=3, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(level, path, dtype, shape, force_path):
-    if path == "one_pass" and shape[0] > 64:
+    if path == "fused" and shape[0] > 64:
         pytest.skip("one pass sums G over the rows of x in one chain: it is for few rows and never chosen here")
     force_path(path)
     rank, groups, residual = {1: (1, 3, True), 5: (3, 1, False), 29: (2, 5, True)}.get(shape[0], (1, 1, True))
@@ -101,7 +101,7 @@ def test_bfloat16_products_longer_than_a_panel(case, weight_dtype):
 def test_few_rows_of_bfloat16_in_groups(rows, threads, force_path):
     """Groups of an odd number of rows of W, which no block divides; every number of rows of x in a pass."""
     torch.set_num_threads(threads)
-    force_path("one_pass")
+    force_path("fused")
     check_error_rule(cpp_linear, Case(rows, 3 * 37, 99, groups=3, dtype=torch.bfloat16, residual=rows != 2))
 
 
@@ -111,7 +111,7 @@ def test_few_rows_of_bfloat16_in_groups(rows, threads, force_path):
 @pytest.mark.parametrize("shape", [(4, 768, 768), (16, 3072, 768), (64, 768, 3072), (197, 2304, 768)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_rule_at_vit_shapes(level, path, shape, dtype, force_path):
-    if path == "one_pass" and shape[0] > 64:
+    if path == "fused" and shape[0] > 64:
         pytest.skip("never chosen here")
     force_path(path)
     check_error_rule(cpp_linear, Case(*shape, groups=3, dtype=dtype))

@@ -49,9 +49,9 @@ CASES = [  # M, N, K, rank, groups
 @poisoned
 @on_every_arch
 @pytest.mark.parametrize("case", CASES)
-def test_one_pass(arch: str, case: Case):
+def test_fused(arch: str, case: Case):
     with executed(arch):
-        numerics.check_error_rule(partial(rlrr_linear, backend="triton.one_pass"), case, seeds=3)
+        numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case, seeds=3)
 
 
 @poisoned
@@ -78,7 +78,7 @@ def tf32():
 def test_tf32_products(arch: str, sizes: tuple[int, ...], tf32: None):
     """Operands keep 10 bits of fp32's 23; half a unit of these is the roundoff."""
     with executed(arch) as launches:
-        errors = numerics.bound_errors(partial(rlrr_linear, backend="triton.one_pass"), Case(*sizes).draw(0))
+        errors = numerics.bound_errors(partial(rlrr_linear, backend="triton.fused"), Case(*sizes).draw(0))
     assert {launch.plan.meta.get("PRECISION") for launch in launches} >= {"tf32"}
     assert errors["bias"] <= numerics.BOUND
     assert all(error <= numerics.BOUND * 2**13 for error in errors.values()), errors
@@ -91,7 +91,7 @@ def test_the_order_of_warps_does_not_matter():
     found = []
     for seed in (None, 0, 1):
         with executed("sm_80", seed):
-            found.append(numerics.outputs(partial(rlrr_linear, backend="triton.one_pass"), drawn, True))
+            found.append(numerics.outputs(partial(rlrr_linear, backend="triton.fused"), drawn, True))
     for other in found[1:]:
         for name, value in found[0].items():
             assert torch.equal(other[name], value), name

@@ -91,7 +91,7 @@ def test_mlp(arch: str, activation: str, dtype: torch.dtype):
     case = MlpCase(70, 48, 96, 64, 1, 3, dtype=dtype)
     reference = partial(rlrr_mlp_reference, activation=activation)
     with executed(arch) as launches:
-        ours = partial(rlrr_mlp, activation=activation, backend="triton.one_pass")
+        ours = partial(rlrr_mlp, activation=activation, backend="triton.fused")
         numerics.check_error_rule(ours, case, 3, reference)
     assert "_activation_bwd_kernel" in names(launches)
 
@@ -113,7 +113,7 @@ def test_mlp(arch: str, activation: str, dtype: torch.dtype):
 )
 def test_sampled_scales(arch: str, shape: tuple[int, ...], sample, dtype: torch.dtype):
     with executed(arch) as launches:
-        errors = error_rule_of_estimate(Case(*shape, dtype=dtype), sample, "triton.one_pass", 3)
+        errors = error_rule_of_estimate(Case(*shape, dtype=dtype), sample, "triton.fused", 3)
     expected = {"_rlrr_linear_bwd_sampled_scales_kernel", "rlrr_linear_bwd_reduce_kernel"}
     expected |= {"_rlrr_linear_bwd_image_means_kernel"} if sample.images else set()
     assert names(launches) >= expected

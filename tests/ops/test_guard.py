@@ -125,7 +125,7 @@ def test_what_is_forced_by_name_is_run_whatever_is_known(monkeypatch: pytest.Mon
     tensors = Case(40, 48, 72).draw(0)
     with pytest.warns(UserWarning, match="gives way"):
         outputs(tensors)
-    assert (outputs(tensors, "triton.one_pass")["y"] == 7.0).all()
+    assert (outputs(tensors, "triton.fused")["y"] == 7.0).all()
 
 
 @needs_interpreter

@@ -333,7 +333,7 @@ def test_a_whole_call_is_started_past_everything(cuda: FakeCuda, monkeypatch: py
     monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors stand for a GPU's
     layer = RLRRLinear(64, 96, dtype=torch.float16)
     x = torch.zeros(4, 20, 64, dtype=torch.float16, requires_grad=True)
-    with backends.use_backend("triton.one_pass"):
+    with backends.use_backend("triton.fused"):
         launches = []
         for _ in range(3):
             before = cuda.count

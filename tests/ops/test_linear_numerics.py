@@ -87,7 +87,7 @@ def test_products_that_fill_no_gpu_are_computed_in_parts(
     groups = 1 if rows % 3 else 3
     tensors = exact_case(rows=count, out_features=rows, in_features=cols, groups=groups, rank=rank)
     for problem in (tensors, {name: tensor for name, tensor in tensors.items() if name != "bias"}):
-        numerics.check_bound(partial(rlrr_linear, backend="triton.one_pass"), problem)
+        numerics.check_bound(partial(rlrr_linear, backend="triton.fused"), problem)
     assert linear_kernels.sum_splits_kernel in started
 
 
@@ -96,7 +96,7 @@ def test_error_rule_in_parts():
     case = Case(16, 40, 260, dtype=torch.float16)
     tiles = linear_configs.tiles_for("forward", "interpreter", case.dtype, case.rows)
     assert linear_configs.contraction_splits(5, 2, tiles, "interpreter") == 2
-    numerics.check_error_rule(partial(rlrr_linear, backend="triton.one_pass"), case)
+    numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case)
 
 
 @on_every_backend

@@ -382,3 +382,11 @@ def test_tracing_with_symbolic_sizes():
     assert "rlrr_kernels.linear" in graph.code
     x = torch.randn(7, 16)
     torch.testing.assert_close(graph(x), layer(x))
+
+
+def test_a_former_name_of_a_backend_still_chooses_it():
+    assert backends.check_name("triton.one_pass", "backend") == "triton.fused"
+    with use_backend("triton.one_pass"):
+        assert backends.default_backend() == "triton.fused"
+    with pytest.raises(ValueError, match=r"must be one of auto, triton, triton\.fused, "):
+        backends.check_name("triton.two_pass", "backend")

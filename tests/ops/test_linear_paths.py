@@ -22,18 +22,18 @@ def path(rows: int, shape: tuple[int, int] = (768, 768), rank: int = 1, arch: st
 
 
 @pytest.mark.parametrize("arch", [*configs.TABLE, "sm_89", "sm_103", "gfx90a", "unknown"])
-def test_one_pass_for_few_rows_then_merge_and_never_back(arch: str):
+def test_fused_for_few_rows_then_merge_and_never_back(arch: str):
     for shape, rank, dtypes in itertools.product(SHAPES[1:], (1, 2, 4, 64), DTYPES):
         chosen = [path(rows, shape, rank, arch, dtypes) for rows in ROWS]
         assert chosen == sorted(chosen, reverse=True)
-        assert (chosen[0], chosen[-1]) == ("one_pass", "merge")
+        assert (chosen[0], chosen[-1]) == ("fused", "merge")
 
 
 def test_a_product_of_microseconds_is_not_worth_another_kernel():
-    assert path(1576) == "one_pass"  # 2 µs on an H200
+    assert path(1576) == "fused"  # 2 µs on an H200
     assert path(4096, (8192, 8192)) == "merge"
     assert path(12608, (3072, 768)) == "merge"
-    assert {path(rows, shape) for rows in (1, 16, 64, 197) for shape in SHAPES} == {"one_pass"}
+    assert {path(rows, shape) for rows in (1, 16, 64, 197) for shape in SHAPES} == {"fused"}
 
 
 def test_the_arithmetic_of_one_case():
@@ -43,7 +43,7 @@ def test_the_arithmetic_of_one_case():
         assert math.isclose(paths.merge_gain(12608, 3072, 768, 1, "sm_90", *dtypes), saved / cost)
 
 
-def test_what_makes_the_one_pass_kernel_work_more_brings_the_merge_forward():
+def test_what_makes_the_fused_kernel_work_more_brings_the_merge_forward():
     gains = [paths.merge_gain(1576, 768, 768, rank, "sm_90", *DTYPES[0]) for rank in (1, 2, 3, 4, 5)]
     assert gains == sorted(gains)
     assert gains[4] == paths.merge_gain(1576, 768, 768, 64, "sm_90", *DTYPES[0])
@@ -57,7 +57,7 @@ def test_what_makes_the_one_pass_kernel_work_more_brings_the_merge_forward():
 @pytest.mark.parametrize(("rank", "rows"), [(1, 1123), (2, 958), (4, 742), (5, 262)])
 def test_from_which_rows_on_an_h200_merges_fc1_of_vit_b(rank: int, rows: int):
     """Every further rank brings the merge forward, a rank that is looped over most of all."""
-    assert [path(m, (3072, 768), rank) for m in (rows - 1, rows)] == ["one_pass", "merge"]
+    assert [path(m, (3072, 768), rank) for m in (rows - 1, rows)] == ["fused", "merge"]
 
 
 def test_the_crossover_is_the_devices_own():
@@ -74,5 +74,5 @@ def test_the_crossover_is_the_devices_own():
 
 def test_under_the_interpreter_small_tests_meet_both_paths():
     for shape, dtypes in itertools.product(SHAPES, DTYPES):
-        assert path(paths.INTERPRETER_ROWS, shape, 1, "interpreter", dtypes) == "one_pass"
+        assert path(paths.INTERPRETER_ROWS, shape, 1, "interpreter", dtypes) == "fused"
         assert path(paths.INTERPRETER_ROWS + 1, shape, 1, "interpreter", dtypes) == "merge"

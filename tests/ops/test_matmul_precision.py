@@ -36,7 +36,7 @@ def test_the_precision_is_that_of_the_librarys_products(settings: tuple, gpu: st
 
 @pytest.mark.parametrize("switch", TF32_SWITCHES)
 @pytest.mark.parametrize(
-    "backend", [name for name in ("torch", "cpp", "triton.one_pass") if not backends.unavailable(name, "cpu")]
+    "backend", [name for name in ("torch", "cpp", "triton.fused") if not backends.unavailable(name, "cpu")]
 )
 def test_calls_work_under_every_switch(switch: str, backend: str):
     """PyTorch itself refuses to tell the old switch's value once a new one was touched."""

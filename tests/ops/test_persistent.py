@@ -25,7 +25,7 @@ pytestmark = pytest.mark.interpreted
 
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs the kernels")
 
-one_pass = partial(rlrr_linear, backend="triton.one_pass")
+fused = partial(rlrr_linear, backend="triton.fused")
 
 
 def chosen(rows=1576, dtype=torch.bfloat16, gpu="sm_90", offset=0, transposed=False, sampled=False) -> Tiles:
@@ -106,8 +106,8 @@ def test_exact_on_odd_shapes(shape: tuple, tiles: Tiles, monkeypatch: pytest.Mon
     monkeypatch.setattr(Plan, "run", lambda plan, *given: ran.append(plan.kernel.__name__) or run(plan, *given))
     tensors = Case(*shape, dtype=torch.float64).draw(0)
     with persistent(tiles):
-        numerics.check_bound(one_pass, tensors)
-        numerics.check_bound(one_pass, {name: tensor for name, tensor in tensors.items() if name != "bias"})
+        numerics.check_bound(fused, tensors)
+        numerics.check_bound(fused, {name: tensor for name, tensor in tensors.items() if name != "bias"})
     kernels = 3 if shape[3] <= linear_configs.UNROLLED_RANK else 2
     assert sum("persistent" in name for name in ran) == 2 * kernels
 
@@ -117,14 +117,14 @@ def test_exact_on_odd_shapes(shape: tuple, tiles: Tiles, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_error_rule(dtype: torch.dtype):
     with persistent(TILES):
-        numerics.check_error_rule(one_pass, Case(90, 48, 72, 1, 3, dtype=dtype, weight_dtype=torch.float32))
+        numerics.check_error_rule(fused, Case(90, 48, 72, 1, 3, dtype=dtype, weight_dtype=torch.float32))
 
 
 @needs_interpreter
 def test_same_input_same_bits():
     tensors = Case(70, 48, 136, 2, 3).draw(0)
     with persistent(TILES):
-        first, again = (numerics.outputs(one_pass, tensors, True) for _ in range(2))
+        first, again = (numerics.outputs(fused, tensors, True) for _ in range(2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
@@ -133,7 +133,7 @@ def test_what_is_not_finite_stays_in_its_group():
     tensors = Case(40, 96, 72, 1, 3, dtype=torch.float32).draw(0)  # groups of 32 rows, tiles of 64
     tensors["grad_y"][3, 40] = float("nan")
     with persistent(Tiles(32, 64, 32, 4, 1)):
-        grads = numerics.outputs(one_pass, tensors, True)
+        grads = numerics.outputs(fused, tensors, True)
     assert grads["scale_col"].isnan().any(-1).flatten().tolist() == [False, True, False]
     for name in ("scale_row", "bias"):
         assert grads[name].flatten().isnan().nonzero().flatten().tolist() == [40], name
@@ -147,7 +147,7 @@ def test_gradients_that_are_not_needed(needs: tuple[bool, bool, bool]):
     leaves = {name: tensors[name].detach().requires_grad_(need) for name, need in zip(names, needs, strict=True)}
     exact = numerics.exact_outputs(tensors, True)
     with persistent(TILES):
-        one_pass(tensors["x"], tensors["weight"], *leaves.values()).backward(tensors["grad_y"])
+        fused(tensors["x"], tensors["weight"], *leaves.values()).backward(tensors["grad_y"])
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.requires_grad:
@@ -158,7 +158,7 @@ def test_gradients_that_are_not_needed(needs: tuple[bool, bool, bool]):
 def test_operands_that_tma_cannot_load_take_the_tiled_way():
     tensors = Case(50, 51, 70, 1, 3, dtype=torch.float64).draw(0)
     with persistent(TILES):
-        numerics.check_bound(one_pass, tensors)
+        numerics.check_bound(fused, tensors)
         assert "does not serve" in tuning.rejection(
             "grad_scales", tensors, "interpreter", TILES._replace(schedule="persistent")
         )

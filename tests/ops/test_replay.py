@@ -102,7 +102,7 @@ def run(tensors: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
     for tensor in inputs.values():
         if tensor is not None:
             tensor.grad = None
-    y = rlrr_linear(**inputs, **({"backend": "triton.one_pass"} | options))
+    y = rlrr_linear(**inputs, **({"backend": "triton.fused"} | options))
     y.backward(tensors["grad_y"])
     grads = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
     return {"y": y.detach(), **grads}
@@ -276,7 +276,7 @@ def test_the_weight_is_still_checked_after_many_calls(recorder: Recorder):
 def test_autocast_and_its_absence_do_not_share_a_call(recorder: Recorder):
     tensors = problem()
     inputs = {name: tensor for name, tensor in tensors.items() if name != "grad_y"}
-    call = lambda: rlrr_linear(**inputs, backend="triton.one_pass").dtype  # noqa: E731
+    call = lambda: rlrr_linear(**inputs, backend="triton.fused").dtype  # noqa: E731
     for _ in range(3):
         assert call() == torch.float32
         with torch.autocast("cpu", dtype=torch.float16):
@@ -346,7 +346,7 @@ def test_data_may_be_replaced_between_calls(name: str, recorder: Recorder):
         values = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(turn))
         tensors[name].data = MOVES[move](values)
         torch.testing.assert_close(run(tensors), run_torch(tensors))
-        y = rlrr_linear(**{k: t for k, t in tensors.items() if k != "grad_y"}, backend="triton.one_pass")
+        y = rlrr_linear(**{k: t for k, t in tensors.items() if k != "grad_y"}, backend="triton.fused")
         tensors[name].data = MOVES["transposed"](values)  # between forward and backward
         grads = torch.autograd.grad(y, [tensors["scale_row"], tensors["scale_col"]], tensors["grad_y"])
         expected = run_torch(tensors)
@@ -383,7 +383,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
         for _ in range(5):
             call.forward(**inputs)
         assert not recorder.started
-        path = "one_pass"
+        path = "fused"
         for _ in range(2):
             call.forward(**inputs)
         assert not recorder.started  # nobody has said that anything changed
@@ -397,7 +397,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
 def test_compiled_code_replays_too(recorder: Recorder, frozen: tuple[str, ...]):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda tensors: rlrr_linear(**tensors, backend="triton.one_pass"), backend="aot_eager", fullgraph=True
+        lambda tensors: rlrr_linear(**tensors, backend="triton.fused"), backend="aot_eager", fullgraph=True
     )
     for seed in range(3):
         tensors = problem(seed, frozen=frozen)

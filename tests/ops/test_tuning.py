@@ -323,24 +323,24 @@ def path_of(rows: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> str
 @needs_interpreter
 def test_the_measured_path_is_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
     rows, options = [8, 20, 40, 120], {"dtype": torch.float32, "device": "cpu"}
-    assert (path_of(40), path_of(120)) == ("one_pass", "merge")  # the interpreter merges above 96 rows
+    assert (path_of(40), path_of(120)) == ("fused", "merge")  # the interpreter merges above 96 rows
     found = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(30), **options)
     assert found.kept
     assert 20 / 96 < found.least_gain < 40 / 96
     assert round(found.us, 6) < round(found.shipped_us, 6)
-    assert [path_of(count) for count in (20, 40, 120)] == ["one_pass", "merge", "merge"]
-    assert path_of(40, dtype=torch.float16) == "one_pass", "it was measured for float32"
+    assert [path_of(count) for count in (20, 40, 120)] == ["fused", "merge", "merge"]
+    assert path_of(40, dtype=torch.float16) == "fused", "it was measured for float32"
     assert chosen() == chosen(rows=9)  # the tiles stay
     monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, "off")
     tuned_tiles.forget()
-    assert path_of(40) == "one_pass"
+    assert path_of(40) == "fused"
     monkeypatch.delenv(tuned_tiles.SWITCH_VARIABLE)
     found = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(100), **options)
     assert not found.kept, "the model's choice was as fast"
-    assert path_of(40) == "one_pass"
+    assert path_of(40) == "fused"
     never = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(10**9), **options)
     assert never.kept
-    assert path_of(120) == "one_pass"
+    assert path_of(120) == "fused"
     assert path_of(121) == "merge", "what was not measured is the model's"
     assert path_tuning.tune_path([(32, 64)], rows, timer=path_timer(0), **options).least_gain < 8 / 96
 
@@ -351,7 +351,7 @@ def test_a_least_gain_that_is_none_is_damage(folder: Path, value: object):
     (folder / "tiles.json").write_text(json.dumps({"format": 2, "entries": {name: {"least_gain": value}}}))
     tuned_tiles.forget()
     with pytest.warns(UserWarning, match="is damaged"):
-        assert path_of(40) == "one_pass"
+        assert path_of(40) == "fused"
 
 
 def test_wrong_arguments_of_the_path_are_named():

@@ -11,7 +11,7 @@ import torch
 from rlrr_kernels import backends
 
 BACKENDS = (
-    ("triton.one_pass", "triton.merge")
+    ("triton.fused", "triton.merge")
     if backends.INTERPRETING
     else tuple(name for name in ("torch", "cpp") if backends.unavailable(name, "cpu") is None)
 )

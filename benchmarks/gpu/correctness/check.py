@@ -37,9 +37,9 @@ BY_IMAGES = "sampled rows by images"
 
 MLP, NORM = "mlp", "norm"
 
-CHECKED = ("triton.one_pass", "triton.merge", "torch", SAMPLED, BY_IMAGES, MLP, NORM)
+CHECKED = ("triton.fused", "triton.merge", "torch", SAMPLED, BY_IMAGES, MLP, NORM)
 
-_PATHS = ("triton.one_pass", "triton.merge")
+_PATHS = ("triton.fused", "triton.merge")
 
 CHOICES = {
     "auto": _PATHS,
@@ -228,7 +228,7 @@ class Checks:
         announce(f"{kernel} with its shipped tiles", precision.name)
         try:
             with precision.applied():
-                found = flaws_on("triton.one_pass", problem, precision.matmul == "highest")
+                found = flaws_on("triton.fused", problem, precision.matmul == "highest")
         except Exception as error:
             return explain(error, self.plan.device)
         return "; ".join(found) or None

@@ -17,7 +17,7 @@ from benchmarks.gpu.plan import Precision
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
 
-OURS = ("triton.one_pass", "triton.merge", "auto", "torch")
+OURS = ("triton.fused", "triton.merge", "auto", "torch")
 PLAIN = ("reference", "frozen", "merged", "floor")
 
 Tensors = dict[str, Tensor]

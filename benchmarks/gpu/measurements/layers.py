@@ -28,8 +28,8 @@ AGAIN = "again"
 """The mode of a layer that is timed once more, with the tiles the tuner has found meanwhile."""
 
 AGAIN_IMPLEMENTATIONS = {
-    "forward": ("triton.one_pass", "auto", "reference", "merged", "floor"),
-    "step": ("triton.one_pass", "auto", "reference", "floor"),
+    "forward": ("triton.fused", "auto", "reference", "merged", "floor"),
+    "step": ("triton.fused", "auto", "reference", "floor"),
     "scales": ("triton", "floor"),
 }
 """What the tuner changed and what the targets compare it with."""
@@ -40,7 +40,7 @@ def reason_against(checks: Checks, name: str, precision: Precision, problem: Pro
     if name in PEFT:
         return peft_reason(name)
     if name == "triton":
-        name = "triton.one_pass"
+        name = "triton.fused"
     return checks.reason_against(name, precision, problem) if name in (*OURS, *ESTIMATES) else None
 
 

@@ -56,7 +56,7 @@ def linear_jobs(problem: Problem, precision: Precision, share: float | None = No
     def scales(x: Tensor, **options: RowSample) -> None:
         linear_triton.backward(t["grad_y"], x, *given, True, (False, True, True, True), **options)
 
-    jobs = [lambda: paths("one_pass"), lambda: scales(t["x"]), lambda: paths("merge")]
+    jobs = [lambda: paths("fused"), lambda: scales(t["x"]), lambda: paths("merge")]
     if share is not None:
         images = max(1, problem.m // TOKENS)
         kept = images if problem.m % TOKENS == 0 else 0

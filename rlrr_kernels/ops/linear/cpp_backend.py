@@ -16,8 +16,8 @@ from rlrr_kernels.backends import CPP_FAILURE, CPU_LEVELS
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
-PATHS = {"auto": 0, "one_pass": 1, "panels": 2, "library": 3}
-"""``one_pass`` reads W once per few rows, ``panels`` are products on tiles of W' in cache, ``library`` is W' in scratch
+PATHS = {"auto": 0, "fused": 1, "panels": 2, "library": 3}
+"""``fused`` reads W once per few rows, ``panels`` are products on tiles of W' in cache, ``library`` is W' in scratch
 and torch's GEMM. float16 and float64 always take ``library``."""
 
 if CPP_FAILURE is not None:

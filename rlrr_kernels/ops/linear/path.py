@@ -1,4 +1,4 @@
-"""``one_pass`` or ``merge``: when W' in scratch and the library's product beat one pass over W, as pure functions.
+"""``fused`` or ``merge``: when W' in scratch and the library's product beat one pass over W, as pure functions.
 
 Modelled, not measured: datasheet peaks, the shares of them that are reached, and what a kernel costs. ``rlrr tune``
 measures on a GPU above which gain a merge is faster there (:mod:`rlrr_kernels.ops.tuning.path`).
@@ -70,8 +70,8 @@ def merge_gain(
 
 
 def choose_path(gain: float, least_gain: float = 1.0) -> str:
-    """``one_pass`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library's product).
+    """``fused`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library's product).
 
     ``gain`` is :func:`merge_gain`; a merge pays above ``least_gain``, which is 1 unless it was measured.
     """
-    return "merge" if gain > least_gain else "one_pass"
+    return "merge" if gain > least_gain else "fused"

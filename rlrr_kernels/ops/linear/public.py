@@ -49,7 +49,7 @@ def rlrr_linear(
         residual: whether W itself is added; ``False`` gives W' = W ⊙ (s_r s_c).
         input_activation: a function of :data:`rlrr_kernels.ops.activation.functions.ACTIVATIONS` applied to x first:
             y = act(x) W'ᵀ + b. Only x is kept; the backward computes act(x) again. None: x as it is.
-        backend: ``auto``, ``triton``, ``triton.one_pass``, ``triton.merge``, ``cpp`` or ``torch``; ``auto`` asks
+        backend: ``auto``, ``triton``, ``triton.fused``, ``triton.merge``, ``cpp`` or ``torch``; ``auto`` asks
             :func:`rlrr_kernels.use_backend`, then the environment variable ``RLRR_BACKEND``, then the device.
         scale_grad_rows: an estimate instead of the exact ∂s_r and ∂s_c: G from these rows alone, see
             :class:`rlrr_kernels.RowSample`. y, ∂x and ∂b stay exact. Of x only these rows are kept for the backward;

@@ -52,7 +52,7 @@ def forward(
 ) -> Tensor:
     """y [M, N] = x W'ᵀ + b. x [M, K], weight [N, K], scale_row [N, r], scale_col [G, r, K], bias [N].
 
-    ``path`` forces ``one_pass`` or ``merge``.
+    ``path`` forces ``fused`` or ``merge``.
     """
     check_interpreter(x.dtype, weight.dtype)
     count, gpu = x.shape[0], gpu_of(x.device)

@@ -74,7 +74,7 @@ def tune_path(
                 linear_triton.backward, t["grad_y"], None, *given, True, (True, False, False, False)
             )
             for product in (forward, backward):
-                times = [timer(functools.partial(product, path=name)) for name in ("one_pass", "merge")]
+                times = [timer(functools.partial(product, path=name)) for name in ("fused", "merge")]
                 points.append((gain, *map(math.log, times)))
     least_gain = _best_cut(points)
     us, shipped_us = (math.exp(_total(points, cut) / len(points)) for cut in (least_gain, 1.0))
@@ -86,7 +86,7 @@ def tune_path(
 
 
 def _total(points: list[tuple[float, float, float]], least_gain: float) -> float:
-    paths = {"one_pass": 1, "merge": 2}
+    paths = {"fused": 1, "merge": 2}
     return sum(point[paths[linear_paths.choose_path(point[0], least_gain)]] for point in points)
 
 

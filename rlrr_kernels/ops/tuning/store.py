@@ -242,7 +242,7 @@ def path_choice(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> PathChoice:
 
 
 def path_for(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> str:
-    """``one_pass`` or ``merge``: :func:`path_choice`."""
+    """``fused`` or ``merge``: :func:`path_choice`."""
     return path_choice(gpu, x, weight, rank).path
 
 

@@ -155,7 +155,7 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -
             if getattr(compiled, "n_spills", 0):
                 return f"spills {compiled.n_spills} registers"
         with tuned_tiles.only_tiles(kernel, tiles):
-            errors = numerics.bound_errors(_one_pass, t)
+            errors = numerics.bound_errors(_fused, t)
     except Exception as error:  # compilers fail in many ways, and one candidate must not end the tuning
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     # The operands of a TF32 product keep 10 bits of fp32's 23.
@@ -164,8 +164,8 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -
     return f"over {bound} unit roundoffs of the bound: {broken}" if broken else None
 
 
-def _one_pass(*args, **kwargs) -> Tensor:
-    return rlrr_linear(*args, backend="triton.one_pass", **kwargs)
+def _fused(*args, **kwargs) -> Tensor:
+    return rlrr_linear(*args, backend="triton.fused", **kwargs)
 
 
 def microseconds(call: Callable[[], object]) -> float:

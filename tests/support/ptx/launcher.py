@@ -1,7 +1,7 @@
 """Launches of the package, executed: the one place where the machine and the package know of each other.
 
 with executed("sm_90"):
-    y = rlrr_linear(x, weight, scale_row, scale_col, backend="triton.one_pass")
+    y = rlrr_linear(x, weight, scale_row, scale_col, backend="triton.fused")
 """
 
 from __future__ import annotations

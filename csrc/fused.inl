@@ -5,7 +5,7 @@ constexpr int64_t kChain = 128;
 
 // y tile [MR, NR] of rows n.. of W; every row of the tile lies in one group.
 template <int MR, int NR, class W, bool kRankOne>
-INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride, int64_t n, const float* bias, float* y,
+INLINE void fused_tile(const Weight& weight, const float* x, int64_t x_stride, int64_t n, const float* bias, float* y,
                           int64_t y_stride) {
   const int64_t cols = weight.cols, rank = weight.rank;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
@@ -58,7 +58,7 @@ INLINE void one_pass_tile(const Weight& weight, const float* x, int64_t x_stride
 }
 
 template <int MR, class W, bool kRankOne>
-void one_pass_rows(const Forward& p, const float* x, int64_t x_stride, float* y) {
+void fused_rows(const Forward& p, const float* x, int64_t x_stride, float* y) {
   constexpr int kRows = MR == 1 ? kStreamRows : 4;
   const int64_t group_rows = p.weight.group_rows();
   const int64_t blocks = (group_rows + kRows - 1) / kRows;
@@ -68,11 +68,11 @@ void one_pass_rows(const Forward& p, const float* x, int64_t x_stride, float* y)
       int64_t n = first_row + block % blocks * kRows;
       const int64_t last = least(n + kRows, first_row + group_rows);
       if (n + kRows == last) {
-        one_pass_tile<MR, kRows, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
+        fused_tile<MR, kRows, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
         continue;
       }
       for (; n < last; ++n) {
-        one_pass_tile<MR, 1, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
+        fused_tile<MR, 1, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
       }
     }
   };
@@ -80,7 +80,7 @@ void one_pass_rows(const Forward& p, const float* x, int64_t x_stride, float* y)
 }
 
 template <class W, bool kRankOne>
-void one_pass_forward(const Forward& p) {
+void fused_forward(const Forward& p) {
   const Widened x(p.x, p.type, p.count, p.weight.cols);
   const bool rounds = p.type == Type::bf16;
   const Buffer wide(rounds ? p.count * p.weight.rows * sizeof(float) : 0);
@@ -91,13 +91,13 @@ void one_pass_forward(const Forward& p) {
     float* y_m = y + m * p.weight.rows;
     const int64_t left = p.count - m;
     if (left >= 4 && kWidth > 8) {
-      one_pass_rows<4, W, kRankOne>(p, x_m, x.stride, y_m), m += 4;
+      fused_rows<4, W, kRankOne>(p, x_m, x.stride, y_m), m += 4;
     } else if (left >= 3 && kWidth > 8) {
-      one_pass_rows<3, W, kRankOne>(p, x_m, x.stride, y_m), m += 3;
+      fused_rows<3, W, kRankOne>(p, x_m, x.stride, y_m), m += 3;
     } else if (left >= 2) {
-      one_pass_rows<2, W, kRankOne>(p, x_m, x.stride, y_m), m += 2;
+      fused_rows<2, W, kRankOne>(p, x_m, x.stride, y_m), m += 2;
     } else {
-      one_pass_rows<1, W, kRankOne>(p, x_m, x.stride, y_m), m += 1;
+      fused_rows<1, W, kRankOne>(p, x_m, x.stride, y_m), m += 1;
     }
   }
   if (!rounds) return;
@@ -107,15 +107,15 @@ void one_pass_forward(const Forward& p) {
   }
 }
 
-void forward_one_pass(const Forward& p) {
+void forward_fused(const Forward& p) {
   const bool one = p.weight.rank == 1;
 #ifdef RLRR_PAIRS
   if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return forward_stacked(p);
 #endif
   if (p.weight.type == Type::f32) {
-    one ? one_pass_forward<float, true>(p) : one_pass_forward<float, false>(p);
+    one ? fused_forward<float, true>(p) : fused_forward<float, false>(p);
   } else {
-    one ? one_pass_forward<bf16, true>(p) : one_pass_forward<bf16, false>(p);
+    one ? fused_forward<bf16, true>(p) : fused_forward<bf16, false>(p);
   }
 }
 
@@ -261,7 +261,7 @@ void flush_grad_x(const Stream& s, int64_t size) {
 }
 
 template <class W, bool kRankOne>
-void one_pass_backward(const Backward& p) {
+void fused_backward(const Backward& p) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
@@ -317,14 +317,14 @@ void one_pass_backward(const Backward& p) {
   }
 }
 
-void backward_one_pass(const Backward& p) {
+void backward_fused(const Backward& p) {
   const bool one = p.weight.rank == 1;
 #ifdef RLRR_PAIRS
   if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return backward_stacked(p);
 #endif
   if (p.weight.type == Type::f32) {
-    one ? one_pass_backward<float, true>(p) : one_pass_backward<float, false>(p);
+    one ? fused_backward<float, true>(p) : fused_backward<float, false>(p);
   } else {
-    one ? one_pass_backward<bf16, true>(p) : one_pass_backward<bf16, false>(p);
+    one ? fused_backward<bf16, true>(p) : fused_backward<bf16, false>(p);
   }
 }
