@@ -90,9 +90,10 @@ CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets of the C++ operators, poorest first; ``RLRR_CPU_LEVEL`` caps the one found at import."""
 
 
-@torch.compiler.assume_constant_result
 def distrust_of_triton(index: int | None = None) -> str | None:
     """Why ``auto`` leaves a GPU to the library's products; None where it takes Triton's kernels.
+
+    Compilers take the answer as a constant (:mod:`rlrr_kernels.ops.host.private`).
 
     Args:
         index: of the CUDA device; default: the current one.

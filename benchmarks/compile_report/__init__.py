@@ -40,7 +40,7 @@ from rlrr_kernels.ops.tuning import tiles as tuning
 
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 89, 90, 100, 103, 120)},
-    **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")},
     **{name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1201")},
 }
 

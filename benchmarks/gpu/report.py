@@ -56,6 +56,15 @@ def read_rows(path: Path) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
+def proven_lines(rows: list[Row]) -> list[str]:
+    """The lines to write into ``PROVEN`` of ``rlrr_kernels/ops/linear/tiles.py``; none where nothing was faster."""
+    proven = dict.fromkeys(row["proven_row"] for row in measured(rows, "tune") if "proven_row" in row)
+    if not proven:
+        return []
+    heading = "## Schedules that were right and faster here: lines for PROVEN in rlrr_kernels/ops/linear/tiles.py"
+    return [heading, "", *(f"    {line}," for line in proven), ""]
+
+
 def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     """Targets first, then every section's table, then what was skipped and why."""
     lines = ["# GPU benchmarks", "", "; ".join(f"{key} {value}" for key, value in environment.items()), ""]
@@ -104,9 +113,7 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
             if "table_row" in r
         ],
     )  # fmt: skip
-    if proven := dict.fromkeys(row["proven_row"] for row in measured(rows, "tune") if "proven_row" in row):
-        lines += ["## Schedules that were right and faster here: lines for PROVEN in ops/linear/tiles.py", ""]
-        lines += [*(f"    {line}," for line in proven), ""]
+    lines += proven_lines(rows)
     lines += ["## From which M merging W' is faster", ""]
     lines += markdown_table(["shape", "precision", "work", "M"], [list(entry) for entry in merge_crossovers(rows)])
     lines += ["## Not timed, and why", ""]

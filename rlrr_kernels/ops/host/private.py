@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rlrr_kernels import backends
+
 StartKernel = Callable[[int, Sequence[int]], None]
 """Starts one compiled kernel on a stream, given the addresses of its tensors."""
 
@@ -27,6 +29,11 @@ slow."""
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """The current CUDA device, asked at every launch. Without it: the public function, which first looks whether CUDA is
 initialised."""
+
+backends.distrust_of_triton._dynamo_marked_constant = True
+"""Has ``torch.compile`` call the function while it traces, and take what it returns as a constant. So does
+``torch.compiler.assume_constant_result``, but that imports the compiler, which takes a second of every start. Without
+the name: the compiler traces into the function, and may break the graph there."""
 
 # ---------------------------------------------------------------- Triton
 
