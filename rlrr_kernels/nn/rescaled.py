@@ -45,8 +45,8 @@ def has_replaced_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
-    """Why ``layer`` does not compute with frozen floating-point tensors of its own alone; None where it does.
+def unfit_reason(layer: nn.Module) -> str | None:
+    """Why ``layer``, an ``nn.Linear`` or ``nn.Conv2d``, does not compute with frozen tensors of its own alone, or None.
 
     Its class or somebody else has another forward for it, or its weight or bias is computed from other tensors
     (parametrized, spectral- or weight-normed, pruned), quantised, sharded or not there yet.
@@ -72,7 +72,8 @@ def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
         parameter = layer._parameters[key]
         if parameter is not None and not _is_plain(parameter):
             return f"its {key} is a {type(parameter).__name__} of {parameter.dtype}, not a plain floating-point tensor"
-    if layer.weight is None or layer.weight.dim() != (4 if plain is nn.Conv2d else 2):
+    weight = layer._parameters["weight"]
+    if weight is None or weight.dim() != (4 if plain is nn.Conv2d else 2):
         return "its weight is not there, or of other dimensions"
     return None
 
