@@ -249,7 +249,8 @@ class Rescaled(nn.Module):
     def _wide_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """W, s_r and s_c in the dtype in which W' is computed before it is rounded."""
         wide = accumulate_dtype(self.weight.dtype)
-        return self.weight.to(wide), *(scale.to(wide) for scale in self.scales())
+        scale_row, scale_col = self.scales()
+        return self.weight.to(wide), scale_row.to(wide), scale_col.to(wide)
 
     def _slow_forward(self, x: Tensor) -> Tensor:
         # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
