@@ -121,7 +121,8 @@ def explain(
 
     call = None if gpu is not None else known_call(x, **tensors, **{name: given[name] for name in _OPTIONS})
     if gpu is not None:
-        x, tensors = _meta(x), {name: _meta(tensor) for name, tensor in tensors.items()}
+        x = _meta(x)
+        tensors = {name: None if tensor is None else _meta(tensor) for name, tensor in tensors.items()}
     x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     row, col = canonical(tensors["scale_row"], tensors["scale_col"], tensors["weight"])
@@ -159,9 +160,7 @@ def _arguments(layer: RLRRLinear | Mapping[str, Any]) -> dict[str, Any]:
     return {"scale_row": None, "scale_col": None} | defaults | dict(layer)
 
 
-def _meta(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
+def _meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
@@ -183,7 +182,9 @@ def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple
     return found, f"not {first}: {reasons[first]}" if first in reasons else "the fastest that runs here"
 
 
-def _steps(name: str, gpu_name: str | None, x, weight, row, col, bias) -> tuple[Step, ...]:
+def _steps(
+    name: str, gpu_name: str | None, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None
+) -> tuple[Step, ...]:
     kind, _, forced = name.partition(".")
     if kind == "cpp":
         return _cpp_steps(x, weight, row.shape[1])
@@ -212,7 +213,9 @@ def _cpp_steps(x: Tensor, weight: Tensor, rank: int) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _triton_steps(gpu: Gpu, forced: str, x, weight, row, col, bias) -> tuple[Step, ...]:
+def _triton_steps(
+    gpu: Gpu, forced: str, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None
+) -> tuple[Step, ...]:
     from rlrr_kernels.ops.linear.triton import launches
     from rlrr_kernels.ops.tuning import store
 

@@ -32,7 +32,7 @@ def find_bypassed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         parts = name.split(".")
         for depth in range(len(parts)):
             ancestor, path = modules[".".join(parts[:depth])], parts[depth:]
-            kind = type(ancestor)
+            kind: Any = type(ancestor)
             # Also where its source is not at hand: the one bypass every torch user meets.
             if isinstance(ancestor, nn.MultiheadAttention):
                 found[name] = "nn.MultiheadAttention takes its weight as an argument and never calls it"
@@ -53,8 +53,8 @@ def qkv_bias_switches(model: nn.Module, names: Iterable[str]) -> dict[str, bool]
     modules = dict(named_modules(model))
     found = {}
     for name in names:
-        parent, _, child = name.rpartition(".")
-        parent = modules[parent]
+        owner, _, child = name.rpartition(".")
+        parent = modules[owner]
         if child == "qkv" and hasattr(parent, "qkv_bias_separate") and hasattr(parent, "q_bias"):
             found[name] = parent.q_bias is not None and not parent.qkv_bias_separate
     return found
@@ -97,13 +97,15 @@ def _self_chains(member: Any) -> set[tuple[str, ...]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError, ValueError):
         return set()  # no source: a C function, or code typed into a prompt
-    chains, inner = set(), set()
+    chains: set[tuple[str, ...]] = set()
+    inner: set[int] = set()
     for node in ast.walk(tree):  # outer nodes come first
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             inner.update(map(id, ast.walk(node)))
         if id(node) in inner or not isinstance(node, ast.Attribute | ast.Subscript):
             continue
-        chain, base = [], node
+        chain: list[str] = []
+        base: ast.expr = node
         while isinstance(base, ast.Attribute | ast.Subscript):
             inner.add(id(base))
             if isinstance(base, ast.Attribute):

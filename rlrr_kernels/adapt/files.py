@@ -159,9 +159,9 @@ def write_folder(
     # Copied: safetensors refuses tensors that share memory, as tied weights do. One header entry: it shuffles several.
     copies = {name: _whole(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     try:
-        document = json.loads(json.dumps(document))
-        document[_TENSOR_DIGESTS] = {name: _tensor_digest(tensor) for name, tensor in copies.items()}
-        text = json.dumps({**document, _DIGEST: _document_digest(document)}, indent=2)
+        written = json.loads(json.dumps(document))
+        written[_TENSOR_DIGESTS] = {name: _tensor_digest(tensor) for name, tensor in copies.items()}
+        text = json.dumps({**written, _DIGEST: _document_digest(written)}, indent=2)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must hold JSON types only: {error}") from error
     data = save(copies, {_HEADER_KEY: text})
@@ -263,7 +263,7 @@ def _canonical(document: Any) -> bytes:
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """``class``, ``name`` (timm's with the tag of its weights, or None), ``num_classes`` (or None), as JSON types."""
-    config = getattr(model, "pretrained_cfg", None)  # timm's
+    config: Any = getattr(model, "pretrained_cfg", None)  # timm's
     name = config.get("architecture") if isinstance(config, Mapping) else None
     if name and config.get("tag"):
         name = f"{name}.{config['tag']}"
@@ -273,7 +273,8 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def sample_backbone(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[float]]:
     """Layer → a few elements of its weight [N, K], to recognise a checkpoint by."""
-    sample, modules = {}, dict(named_modules(model))
+    modules: dict[str, Any] = dict(named_modules(model))
+    sample = {}
     for name in layers:
         weight = _whole(modules[name].weight.detach())
         if weight.numel() and not weight.is_meta:
@@ -320,7 +321,7 @@ def read_adapter(folder: Path, with_tensors: bool = True) -> tuple[AdapterInfo, 
     return info, tensors
 
 
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string"}
+_JSON_NAMES: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
 
 
 def _entry(document: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
@@ -525,10 +526,10 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor], present: Mapping[st
 
 
 def _check_same_config(folder: Path, saved: RLRRConfig, present: RLRRConfig) -> None:
-    saved, present = saved.to_dict(), present.to_dict()
-    differing = [name for name in saved if name != "init" and saved[name] != present[name]]
+    theirs, ours = saved.to_dict(), present.to_dict()
+    differing = [name for name in theirs if name != "init" and theirs[name] != ours[name]]
     if differing:
-        cases = "; ".join(f"{name}: the adapter has {saved[name]!r}, the model {present[name]!r}" for name in differing)
+        cases = "; ".join(f"{name}: the adapter has {theirs[name]!r}, the model {ours[name]!r}" for name in differing)
         raise ValueError(f"the adapter in {folder} does not fit, the model is adapted with another RLRRConfig: {cases}")
 
 

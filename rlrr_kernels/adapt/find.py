@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +32,9 @@ def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
         return _outermost(
             name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in config.heads)
         )
-    if callable(getattr(model, "get_classifier", None)):
-        classifier = model.get_classifier()
+    get_classifier: Any = getattr(model, "get_classifier", None)  # timm's
+    if callable(get_classifier):
+        classifier = get_classifier()
         classifiers = classifier if isinstance(classifier, tuple | list) else (classifier,)
         classifiers = [unwrap(head) for head in classifiers if isinstance(head, nn.Module)]
         found = [name for name, module in modules.items() if any(module is head for head in classifiers)]
@@ -58,14 +60,15 @@ def find_linears(modules: dict[str, nn.Module], heads: list[str], config: RLRRCo
         ValueError: a pattern or all of them match nothing, or a matched layer is no plain one.
     """
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not under(name, heads)]
-    layers = [name for name in linears if matches(name, config.include) and not matches(name, config.exclude)]
+    include = config.include or ()
+    layers = [name for name in linears if matches(name, include) and not matches(name, config.exclude)]
     if not layers and not optional:
         raise ValueError(
-            f"no linear layer matches include={list(config.include)} and exclude={list(config.exclude)}; "
+            f"no linear layer matches include={list(include)} and exclude={list(config.exclude)}; "
             + (f"the model's linear layers are {some(linears)}" if linears else "the model has none beside its head")
             + ("" if linears or not _convs(modules, heads) else "; convs=['*'] adapts its convolutions")
         )
-    idle = [p for p in config.include if not any(matches(name, (p,)) for name in linears)]
+    idle = [p for p in include if not any(matches(name, (p,)) for name in linears)]
     if idle and not optional:
         raise ValueError(f"include patterns match no linear layer: {', '.join(idle)}; these are {some(linears)}")
     _check_plain(modules, layers, "nn.Linear")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ from rlrr_kernels.adapt.recompute import recompute_activations
 from rlrr_kernels.adapt.report import describe_keys
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.conv import RLRRConv2d
-from rlrr_kernels.nn.rescaled import Rescaled
 from rlrr_kernels.ops.norm_rescale.public import fold_norm
 
 
@@ -87,10 +87,14 @@ def merge_adapter(model: nn.Module) -> MergeReport:
         tokens = _merge_into_projection(model, tokens)
     elif tokens is not None:
         norms.append(tokens)
-    replace_submodules(model, norms, lambda _, norm: norm.to_layer_norm().requires_grad_(False))
+    replace_submodules(model, norms, _merged_norm)
     forget_adaptation(model)
     gained = tuple(name for name, _ in named_tensors(model) if name not in before)
     return MergeReport(type(model).__name__, adaptation.layers, adaptation.norms, tokens, gained)
+
+
+def _merged_norm(_: str, norm: Any) -> nn.Module:
+    return norm.to_layer_norm().requires_grad_(False)
 
 
 def _check_whole(model: nn.Module, adaptation: Adaptation) -> None:
@@ -107,7 +111,7 @@ def _check_whole(model: nn.Module, adaptation: Adaptation) -> None:
     check_forwards(modules, adapted)
 
 
-def _merged_layer(layer: Rescaled) -> nn.Module:
+def _merged_layer(layer: Any) -> nn.Module:
     plain = layer.to_conv() if isinstance(layer, RLRRConv2d) else layer.to_linear()
     plain.requires_grad_(False)
     if layer.bias is None and plain.bias is not None and not plain.bias.is_meta and not plain.bias.any():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ def _check_fresh(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         raise ValueError("model is itself an nn.Linear, which cannot be replaced in place; use RLRRLinear.from_linear")
 
 
-def _check_groups(modules: dict[str, nn.Module], layers: list[str], config: RLRRConfig) -> None:
+def _check_groups(modules: Mapping[str, Any], layers: list[str], config: RLRRConfig) -> None:
     bad = {
         (groups, modules[name].out_features): name
         for name in reversed(layers)
@@ -224,7 +225,7 @@ def _check_called(bypassed: dict[str, str]) -> None:
     )
 
 
-def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[list[str], str | None]:
+def _find_norms(modules: Mapping[str, Any], recipe: Recipe | None) -> tuple[list[str], str | None]:
     if recipe is None:
         return [], None
     norms = [
@@ -246,10 +247,10 @@ def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[l
         kind = type(modules[name])
         if f"{kind.__module__}.{kind.__name__}" not in PLAIN_NORMS:
             raise ValueError(f"recipe='paper' puts scale and shift on LayerNorms; {name} is {kind.__name__}")
-        if len(modules[name].normalized_shape) != 1:
+        shape = tuple(modules[name].normalized_shape)
+        if len(shape) != 1:
             raise ValueError(
-                f"recipe='paper' puts scale and shift on norms of one dimension; {name} has normalized_shape "
-                f"{tuple(modules[name].normalized_shape)}"
+                f"recipe='paper' puts scale and shift on norms of one dimension; {name} has normalized_shape {shape}"
             )
     return norms, tokens
 
@@ -260,23 +261,24 @@ def _find_norms(modules: dict[str, nn.Module], recipe: Recipe | None) -> tuple[l
 def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     """Carries out what :func:`plan_adaptation` planned for ``model``."""
     config = with_recipe(plan.config, paper_recipe(model) if plan.config.recipe else None)
-    ssf_options = {"init": "identity" if config.init == "identity" else "paper", "dtype": config.scale_dtype}
+    ssf_init = "identity" if config.init == "identity" else "paper"
+    ssf_options: dict[str, Any] = {"init": ssf_init, "dtype": config.scale_dtype}
     model.requires_grad_(False)
 
     prefix_tokens = getattr(model, "num_prefix_tokens", 0)  # timm's name; models without tokens have none
-    layer_options = {name: getattr(config, name) for name in ("rank", "sides", "init", "scale_dtype")}
+    layer_options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "sides", "init", "scale_dtype")}
 
-    def adapted(name: str, layer: nn.Module) -> nn.Module:
+    def adapted(name: str, layer: Any) -> nn.Module:
         options = layer_options | {"shift": _has_shift(layer, config)}
         if isinstance(layer, nn.Conv2d):
             return RLRRConv2d.from_conv(layer, layout=config.conv_layout, residual=config.residual, **options)
         options["groups"] = config.groups_of(name)
         if config.form == "additive":
             return AdditiveLinear(layer, **options)
-        estimate = {"scale_grad_rows": config.scale_grad_rows, "prefix_tokens": prefix_tokens}
-        return RLRRLinear.from_linear(layer, residual=config.residual, **estimate, **options)
+        options |= {"scale_grad_rows": config.scale_grad_rows, "prefix_tokens": prefix_tokens}
+        return RLRRLinear.from_linear(layer, residual=config.residual, **options)
 
-    def rescaled(name: str, norm: nn.Module) -> nn.Module:
+    def rescaled(name: str, norm: Any) -> nn.Module:
         if isinstance(norm, nn.Identity):
             proj = find_module(model, f"{name.rpartition('.')[0]}.proj")
             return ChannelRescale(proj.out_channels, device=proj.weight.device, **ssf_options)
@@ -345,7 +347,7 @@ def planned_shapes(model: nn.Module, plan: Adaptation) -> dict[str, tuple[int, .
 
 def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, tuple[int, ...]]]:
     config = with_recipe(plan.config, paper_recipe(model) if plan.config.recipe else None)
-    modules = dict(named_modules(model))
+    modules: dict[str, Any] = dict(named_modules(model))
     for name in plan.layers:
         layer = modules[name]
         conv = isinstance(layer, nn.Conv2d)
@@ -359,8 +361,8 @@ def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, t
     for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
         norm = modules[name]
         identity = isinstance(norm, nn.Identity)
-        proj = modules.get(f"{name.rpartition('.')[0]}.proj")
-        shape = (proj.out_channels,) if identity else tuple(norm.normalized_shape)
+        projection = f"{name.rpartition('.')[0]}.proj"
+        shape = (modules[projection].out_channels,) if identity else tuple(norm.normalized_shape)
         yield f"{name}.scale", shape
         yield f"{name}.shift", shape
     for name, tensor in head_tensors(model, plan.heads).items():
@@ -374,7 +376,8 @@ def adapt_report(model: nn.Module) -> AdaptReport:
         ValueError: the model is not adapted.
     """
     adaptation, model = adaptation_of(model), unwrap(model)
-    modules, layers = dict(named_modules(model)), []
+    modules: dict[str, Any] = dict(named_modules(model))
+    layers = []
     for name in adaptation.layers:
         layer = modules[name]
         trained = sum(p.numel() for p in (layer.scale_row, layer.scale_col, layer.shift) if p is not None)

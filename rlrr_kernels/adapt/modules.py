@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     while (key := _wrapped_key(model)) is not None:
-        model = model._modules[key]
+        model = model.get_submodule(key)
     return model
 
 
@@ -55,17 +56,18 @@ def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield from named_modules(child, f"{prefix}.{key}" if prefix else key)
 
 
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module that :func:`named_modules` calls ``name``.
+def find_module(model: nn.Module, name: str) -> Any:
+    """The module that :func:`named_modules` calls ``name``; which attributes it has, the caller knows.
 
     Raises:
         AttributeError: there is none.
     """
     module = unwrap(model)
     for key in name.split(".") if name else ():
-        if module._modules.get(key) is None:
+        child = module._modules.get(key)
+        if child is None:
             raise AttributeError(f"{type(model).__name__} has no module {name}")
-        module = unwrap(module._modules[key])
+        module = unwrap(child)
     return module
 
 
@@ -112,7 +114,8 @@ def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[s
 
 
 def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
-    holder, key = parent, child
+    holder: Any = parent
+    key = child
     while (inner := _wrapped_key(holder._modules[key])) is not None:
         holder, key = holder._modules[key], inner
     setattr(holder, key, module)
@@ -126,6 +129,7 @@ def _move_hooks(old: nn.Module, made: nn.Module) -> None:
         if "hook" in name and name in vars(old):
             setattr(made, name, getattr(old, name))
             setattr(old, name, empty)
+    hook: Any
     for hook in made._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(made)

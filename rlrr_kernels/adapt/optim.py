@@ -36,7 +36,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
     tokens, adapter = adaptation_of(model).tokens, {id(p) for p in adapter_parameters(model).values()}
-    decay, no_decay, seen = [], [], set()
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    seen: set[int] = set()
     for module, owner in named_modules(model):
         for key, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:

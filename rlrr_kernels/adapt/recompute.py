@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -43,7 +44,7 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> tuple[str, 
     return tuple(found) if enabled else ()
 
 
-def _switch_mlp(module: nn.Module, enabled: bool) -> bool:
+def _switch_mlp(module: Any, enabled: bool) -> bool:
     """Makes a timm ``Mlp`` over two adapted layers an ``RLRRMlp``, or this a timm ``Mlp``; whether it was one."""
     if "timm.layers.mlp" not in sys.modules:
         return False

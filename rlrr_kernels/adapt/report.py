@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from rlrr_kernels.adapt.config import pattern_of
 
@@ -70,8 +71,8 @@ class AdaptReport(ParameterCounts):
     patched: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [("layer", "count", "W", "rank", "groups", "shift", "trained")]
-        kinds: dict[tuple, list[LayerReport]] = {}
+        rows: list[tuple[str, ...]] = [("layer", "count", "W", "rank", "groups", "shift", "trained")]
+        kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
         for layer in self.layers:
             kind = (pattern_of(layer.name), *dataclasses.astuple(layer)[1:])
             kinds.setdefault(kind, []).append(layer)

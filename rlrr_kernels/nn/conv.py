@@ -140,9 +140,11 @@ class RLRRConv2d(Rescaled):
 
     def _formula(self, x: Tensor) -> Tensor:
         x = self._padded(x.to(compute_dtype(x)[0]))
-        convolution = {"stride": self.stride, "padding": self._zeros, "dilation": self.dilation, "groups": self.groups}
-        options = {"layout": self.layout, "residual": self.residual, **convolution}
-        return rlrr_conv2d_reference(x, *self._wide_tensors(), self._total_bias(), **options)
+        return rlrr_conv2d_reference(
+            x, *self._wide_tensors(), self._total_bias(),
+            layout=self.layout, residual=self.residual,
+            stride=self.stride, padding=self._zeros, dilation=self.dilation, groups=self.groups,
+        )  # fmt: skip
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(self._padded(x), weight, bias, self.stride, self._zeros, self.dilation, self.groups)

@@ -45,8 +45,8 @@ def has_replaced_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
-    """Why ``layer`` does not compute with frozen floating-point tensors of its own alone; None where it does.
+def unfit_reason(layer: nn.Module) -> str | None:
+    """Why ``layer``, an ``nn.Linear`` or ``nn.Conv2d``, does not compute with frozen tensors of its own alone, or None.
 
     Its class or somebody else has another forward for it, or its weight or bias is computed from other tensors
     (parametrized, spectral- or weight-normed, pruned), quantised, sharded or not there yet.
@@ -72,7 +72,8 @@ def unfit_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
         parameter = layer._parameters[key]
         if parameter is not None and not _is_plain(parameter):
             return f"its {key} is a {type(parameter).__name__} of {parameter.dtype}, not a plain floating-point tensor"
-    if layer.weight is None or layer.weight.dim() != (4 if plain is nn.Conv2d else 2):
+    weight = layer._parameters["weight"]
+    if weight is None or weight.dim() != (4 if plain is nn.Conv2d else 2):
         return "its weight is not there, or of other dimensions"
     return None
 
@@ -248,7 +249,8 @@ class Rescaled(nn.Module):
     def _wide_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """W, s_r and s_c in the dtype in which W' is computed before it is rounded."""
         wide = accumulate_dtype(self.weight.dtype)
-        return self.weight.to(wide), *(scale.to(wide) for scale in self.scales())
+        scale_row, scale_col = self.scales()
+        return self.weight.to(wide), scale_row.to(wide), scale_col.to(wide)
 
     def _slow_forward(self, x: Tensor) -> Tensor:
         # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor

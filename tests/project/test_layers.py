@@ -1,10 +1,11 @@
-"""Imports by name keep to the layers too: import-linter, which checks all others in ``make lint``, cannot see them."""
+"""What import-linter cannot see: imports by name that go up, and circles of modules in folders that know each other."""
 
 from __future__ import annotations
 
 import ast
 import re
 
+import networkx  # which torch brings
 import pytest
 
 from tests.support.paths import ROOT
@@ -31,6 +32,17 @@ def imported_by_name(source: str) -> list[str]:
     names = [call.args[0] for call in calls if ast.unparse(call.func).endswith("import_module")]
     parts = [name.values[0] if isinstance(name, ast.JoinedStr) else name for name in names]
     return [part.value for part in parts if isinstance(part, ast.Constant) and part.value.startswith("rlrr_kernels.")]
+
+
+@pytest.mark.parametrize("package", ["rlrr_kernels", "benchmarks"])
+def test_no_circle_of_modules(package):
+    grimp = pytest.importorskip("grimp", reason="needs import-linter, of the extra [test]")
+    graph = grimp.build_graph(package, cache_dir=None)
+    imports = networkx.DiGraph(
+        (name, found) for name in graph.modules for found in graph.find_modules_directly_imported_by(name)
+    )
+    assert len(imports) > 20
+    assert not [sorted(circle) for circle in networkx.strongly_connected_components(imports) if len(circle) > 1]
 
 
 def test_imports_by_name_go_down():
