@@ -119,8 +119,8 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: the model is not adapted, or on the meta device, sharded by FSDP1, or a trained parameter is not
-            finite (named).
+        ValueError: the model is not adapted, or on the meta device, sharded by FSDP1, or a trained tensor is not finite
+            (named).
         TypeError: ``metadata`` holds something that JSON does not know.
         OSError: the folder cannot be written; names it.
         ImportError: safetensors is not installed.
@@ -128,9 +128,9 @@ def save_adapter(
     _check_not_sharded(model)
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
     tensors, also_trained = _trained_tensors(model)
-    broken = _not_finite({n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)})
+    broken = _not_finite(tensors, tensors)
     if broken:
-        raise ValueError(f"trained parameters that are not finite cannot be saved: {', '.join(broken)}")
+        raise ValueError(f"trained tensors that are not finite cannot be saved: {', '.join(broken)}")
     config = adaptation.config.to_dict()
     document = {
         "schema_version": config.pop("schema_version"),
@@ -227,8 +227,16 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return {**tensors, **also_trained}, list(also_trained)
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [n for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
+def _not_finite(tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[str]:
+    """Names of ``tensors`` with a NaN or, unless ``present`` has a buffer of that name (a mask), an infinity."""
+    broken = []
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        strange = tensor.isnan() if not isinstance(present.get(name), nn.Parameter | None) else ~tensor.isfinite()
+        if strange.any():
+            broken.append(name)
+    return broken
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -520,7 +528,7 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor], present: Mapping[st
         kind = present[name].dtype if name in present else torch.float32  # an adapter's own are floating-point
         if tensor.is_floating_point() != kind.is_floating_point or tensor.is_complex() != kind.is_complex:
             raise ValueError(f"{path}: {name} must be of the kind of {kind}; got {tensor.dtype}")
-    broken = _not_finite({n: t for n, t in tensors.items() if isinstance(present.get(n), nn.Parameter | None)})
+    broken = _not_finite(tensors, present)
     if broken:
         raise ValueError(f"{path}: tensors that are not finite: {some(broken)}")
 

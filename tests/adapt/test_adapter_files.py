@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from rlrr_kernels import RLRRConfig, adapt_model, adapter_info, is_adapted, load_adapter, merge_adapter, save_adapter
+from rlrr_kernels.adapt.files import _document_digest, _tensor_digest
 from tests.support.paths import ROOT
 from tests.support.tiny_models import SIZES, disturb, tiny_images, tiny_model
 
@@ -377,6 +379,137 @@ def test_a_wrong_entry_is_named(changes, message, tmp_path):
     damage(tmp_path, "config.json", lambda data: b'{"schema_version": 1, "format": "rlrr_adapter"}')
     with pytest.raises(ValueError, match="misses the entry 'adaptation'"):
         load_adapter(tiny_model("vit"), tmp_path)
+
+
+def rewrite(folder, change=lambda tensors: None, digests=True, **entries):
+    """Changes tensors and entries of ``config.json`` and its copy, digests included, or as if there were none."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, document = load_file(folder / "adapter.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors)
+    document = {name: document[name] for name in document if "digest" not in name} | entries
+    if digests:
+        document["tensor_digests"] = {name: _tensor_digest(tensor) for name, tensor in tensors.items()}
+        document["digest"] = _document_digest(json.loads(json.dumps(document)))
+    save_file(tensors, folder / "adapter.safetensors", {"rlrr_config": json.dumps(document)})
+    (folder / "config.json").write_text(json.dumps(document))
+
+
+def assert_refused(folder, message):
+    model = tiny_model("vit")
+    before, frozen = state(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message) as raised:
+        load_adapter(model, folder)
+    assert str(folder) in str(raised.value)
+    assert_unchanged(model, before)
+    assert [p.requires_grad for p in model.parameters()] == frozen
+    assert not is_adapted(model)
+
+
+def test_flipped_bits_are_named(tmp_path):
+    save_adapter(trained(), tmp_path)
+    path = tmp_path / "adapter.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    start, _ = json.loads(data[8 : 8 + size])["blocks.1.mlp.fc1.scale_col"]["data_offsets"]
+    for flipped, message in (
+        (
+            8 + size + start,
+            r"adapter\.safetensors is damaged: tensors without the digest .*: blocks\.1\.mlp\.fc1\.scale_col$",
+        ),
+        (
+            data.index(b'rank\\": 1') + len(b'rank\\": '),
+            r"safetensors is damaged or was edited: its settings do not have",
+        ),
+    ):
+        damaged = bytearray(data)
+        damaged[flipped] ^= 2
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that config.json differs
+            assert_refused(tmp_path, message)
+    path.write_bytes(data)
+    load_adapter(tiny_model("vit"), tmp_path)
+
+
+def test_folders_without_digests_load(tmp_path):
+    model, images = trained(), tiny_images("vit")
+    save_adapter(model, tmp_path)
+    rewrite(tmp_path, digests=False)
+    load_adapter(fresh := tiny_model("vit"), tmp_path)
+    assert torch.equal(fresh(images), model(images))
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors["blocks.0.attn.qkv.scale_row"][3].fill_(float("nan")),
+            r"tensors that are not finite: blocks\.0\.attn\.qkv\.scale_row$",
+        ),
+        (lambda tensors: tensors["head.bias"][0].fill_(float("inf")), r"tensors that are not finite: head\.bias$"),
+        (
+            lambda tensors: tensors.update({"blocks.0.norm1.scale": tensors["blocks.0.norm1.scale"].view(torch.int32)}),
+            r"blocks\.0\.norm1\.scale must be of the kind of torch\.float32; got torch\.int32",
+        ),
+    ],
+)
+def test_values_that_no_training_leaves_are_named(change, message, digests, tmp_path):
+    save_adapter(trained(), tmp_path)
+    rewrite(tmp_path, change, digests)
+    assert_refused(tmp_path, rf"adapter\.safetensors: {message}")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"also_trained": ["nowhere.weight"]}, r"also_trained must name tensors of adapter\.safetensors; got 'nowhere"),
+        ({"also_trained": "head.bias"}, r"also_trained must be an array; got 'head\.bias'"),
+        ({"also_trained": [["head.bias"]]}, r"also_trained must name tensors of adapter\.safetensors; got \[\"head"),
+        ({"base_model": None}, "base_model must be an object; got null"),
+        ({"metadata": [1]}, r"metadata must be an object; got \[1\]"),
+        (
+            {"backbone_sample": {"blocks.7.attn.qkv": [1.0] * 4}},
+            r"names layers that are not in the model: blocks\.7\.attn",
+        ),
+        ({"backbone_sample": {"blocks.0": [1.0] * 4}}, r"names layers that are not in the model: blocks\.0$"),
+        ({"backbone_sample": {"norm": [1.0]}}, r"backbone_sample must hold 4 numbers of norm; got \[1\.0\]"),
+        ({"backbone_sample": {"norm": [1, None, 2, 3]}}, r"must hold 4 numbers of norm; got \[1, null, 2, 3\]"),
+        ({"backbone_sample": {"norm": [10**400] * 4}}, r"must hold 4 numbers of norm; got \[10+ \.\.\."),
+        ({"backbone_sample": {"norm": [float("nan")] * 4}}, r"must hold 4 numbers of norm; got \[NaN"),
+        ({"backbone_sample": {"norm": [True] * 4}}, r"must hold 4 numbers of norm; got \[true"),
+        ({"backbone_sample": {"norm": 3}}, "must hold 4 numbers of norm; got 3"),
+        ({"backbone_sample": [1]}, "backbone_sample must be an object"),
+        ({"adaptation": {"scale_dtype": ["float32"]}}, "scale_dtype must be one of"),
+    ],
+)
+def test_entries_of_any_shape_are_named(entries, message, tmp_path):
+    save_adapter(trained(), tmp_path)
+    rewrite(tmp_path, **entries)
+    assert_refused(tmp_path, rf"config\.json: .*{message}")
+
+
+@pytest.mark.parametrize("depth", [500, 990, 100_000])
+def test_nested_json_is_refused(depth, tmp_path):
+    save_adapter(trained(), tmp_path)
+    deep = b"[" * depth + b"]" * depth
+    damage(tmp_path, "config.json", lambda data: data.replace(b'"rank": 1', b'"rank": ' + deep))
+    assert (tmp_path / "config.json").stat().st_size > 2 * depth
+    if depth < 900:
+        with pytest.warns(UserWarning, match="differs from its copy"):
+            load_adapter(tiny_model("vit"), tmp_path)
+        rewrite(tmp_path)
+    assert_refused(tmp_path, r"config\.json(: rank must be an integer| is truncated or no JSON)")
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = trained()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.shift[2] = float("inf")
+    with pytest.raises(ValueError, match=r"not finite cannot be saved: blocks\.1\.mlp\.fc2\.shift$"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_foreign_folders_are_refused(tmp_path):

@@ -3,7 +3,8 @@
 Three roads lead to the same ``forward`` and ``backward`` of dispatch.py:
 
 * eager: ``_Linear``, an ``autograd.Function`` of the old style, the cheapest per call;
-* while compiling or exporting, and for tensor subclasses: the operator ``rlrr_kernels::linear`` (library.py);
+* while compiling or exporting, for tensor subclasses, and under a ``TorchDispatchMode``, which sees operators alone
+  (FLOP counters, selective checkpointing): the operator ``rlrr_kernels::linear`` (library.py);
 * inside ``torch.func`` transforms: ``_LinearFunctorch``, which knows ``vmap``.
 """
 
@@ -31,7 +32,7 @@ class Call:
         backend: resolved, never ``auto``.
         residual, input_activation: as given to ``rlrr_linear``.
         dtype: to which x is cast first; None leaves it.
-        eager: whether all tensors are plain and no transform is at work.
+        eager: whether all tensors are plain and no transform or mode is at work.
     """
 
     __slots__ = ("_backward", "_forward", "backend", "dtype", "eager", "input_activation", "residual")
@@ -111,6 +112,11 @@ class CallCache:
             self._calls[key] = call
 
 
+def _is_watched() -> bool:
+    """Whether a mode wants to see every operator, which Python that starts kernels is not."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not torch._C._are_functorch_transforms_active()
+
+
 def _empty_grads(grad_y, x, weight, scale_row, scale_col, needs) -> tuple[Tensor | None, ...]:
     need_x, need_row, need_col, need_bias = needs
     return (
@@ -129,7 +135,7 @@ def linear(
     if call.eager:
         return _apply(x, weight, scale_row, scale_col, bias, (call, sample, recompute, False))
     options = call.residual, call.backend, call.input_activation, *flatten_sample(sample)
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES:
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or _is_watched():
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
         return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, *options)
     if torch._C._are_functorch_transforms_active():
@@ -197,6 +203,14 @@ class _Linear(torch.autograd.Function):
         elif _is_batch(grad_y):
             options = call.residual, "torch", needs, call.input_activation, sample
             grad_x, grad_row, grad_col, grad_bias = dispatch.backward(grad_y, x, weight, scale_row, scale_col, *options)
+        elif _is_watched():
+            scales, options = canonical(scale_row, scale_col, weight), (call.residual, call.backend, needs)
+            grads = torch.ops.rlrr_kernels.linear_backward(
+                grad_y, x, weight, *scales, *options, call.input_activation, *flatten_sample(sample)
+            )
+            grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+            grad_row = None if grad_row is None else grad_row.view_as(scale_row)  # of the long form
+            grad_col = None if grad_col is None else grad_col.view_as(scale_col)
         else:
             grad_x, grad_row, grad_col, grad_bias = call.backward(
                 grad_y, x, weight, scale_row, scale_col, needs, sample

@@ -12,6 +12,7 @@ from rlrr_kernels.backends import default_backend, resolve
 from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import check_input, check_parameters
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.flops import tell_counters
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES, plain_layout
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.autograd import NO_DOUBLE_BACKWARD, Call, CallCache, linear_function
@@ -74,6 +75,7 @@ def _linear_autograd(
     if _nobody_watches(x):
         tensors = x, weight, scale_row, scale_col, bias
         return _call_for(residual, input_activation, backend, *tensors, check=True).forward(*tensors)
+    tell_counters()
     options = Call(backend, residual, input_activation), unflatten_sample(*sample), None, True
     return linear_function(x, weight, scale_row, scale_col, bias, options)
 
@@ -151,6 +153,7 @@ def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options)
     if _nobody_watches(grad_y) and rows is None:
         call = _call_for(residual, input_activation, backend, *tensors, check=False)
         return _as_outputs(grad_y, call.backward(*tensors, tuple(needs)))
+    tell_counters()
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.rlrr_kernels.linear_backward(*tensors, *options)
 

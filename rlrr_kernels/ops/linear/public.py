@@ -103,9 +103,14 @@ _calls = CallCache()
 def _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend) -> tuple | None:
     """All that an eager call depends on but the values in its tensors.
 
-    None where a transform or a compiler is at work, and for tensors that are no plain ones.
+    None where a transform, a compiler or a mode that watches operators is at work, and for tensors that are no plain
+    ones.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return None
     of_tensors = plain_layout(x, weight, scale_row, scale_col, bias)
     if of_tensors is None:
