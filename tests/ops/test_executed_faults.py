@@ -64,7 +64,7 @@ def found(make: Callable[[], tuple], arch: str, orders=ORDERS, edit: Callable[[s
 
 # ---------------------------------------------------------------- in the source
 
-STORES_ALL = "tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None])"
+STORE = "acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None]"
 IN_THE_SOURCE = {
     "rows of x past its end are read": (
         ("forward", 37, 64, 80),
@@ -86,7 +86,7 @@ IN_THE_SOURCE = {
     ),
     "results past the last row are stored": (
         ("forward", 13, 64, 80),
-        ("tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])", STORES_ALL),
+        (f"{STORE} & mask_m[None, :])", f"{STORE})"),
         "None: Fault: out of bounds: store",
     ),
     "the bias of another row": (

@@ -14,7 +14,7 @@ from rlrr_kernels import backends, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.reference import rlrr_linear_reference
-from tests.support.implementations import BACKENDS, DTYPES, SHAPES
+from tests.support.implementations import BACKENDS, DTYPES, HALF, PROBLEMS
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -26,14 +26,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), PROBLEMS, ids=lambda part: str(part).removeprefix("torch."))
 def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple):
     numerics.check_error_rule(partial(rlrr_linear, backend=backend), Case(*shape, dtype=dtype))
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=name_of)
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("scales", ["scales in the compute dtype", "fp32 weight"])
 def test_error_rule_of_mixed_dtypes(backend: str, dtype: torch.dtype, scales: str):
     options = {"scale_dtype": dtype} if scales.startswith("scales") else {"weight_dtype": torch.float32}

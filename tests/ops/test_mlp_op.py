@@ -13,7 +13,7 @@ from rlrr_kernels import backends, numerics, rlrr_linear, rlrr_mlp
 from rlrr_kernels.numerics import MlpCase
 from rlrr_kernels.ops.activation import functions as act_module
 from rlrr_kernels.reference import rlrr_mlp_reference
-from tests.support.implementations import BACKENDS, DTYPES
+from tests.support.implementations import BACKENDS, DTYPES, HALF
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -47,7 +47,7 @@ def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple, activation: 
 
 @on_every_backend
 @pytest.mark.skipif(backends.INTERPRETING, reason="casts are the linear kernels' own, tested there")
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("scales", ["scales in the compute dtype", "fp32 weight"])
 def test_error_rule_of_mixed_dtypes(backend: str, dtype: torch.dtype, scales: str):
     options = {"scale_dtype": dtype} if scales.startswith("scales") else {"weight_dtype": torch.float32}

@@ -24,8 +24,7 @@ def backend(poisoned_memory):
         yield
 
 
-# The interpreter computes bfloat16 wrongly, so there the kernels are tried in the other dtypes.
-HALF = (torch.float16,) if backends.INTERPRETING else (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def arguments(dtype=torch.float32, scale_dtype=torch.float32, generator=None, rows=35):

@@ -1,7 +1,9 @@
 """Launches of the package, executed: the one place where the machine and the package know of each other.
 
-with executed("sm_90"):
-    y = rlrr_linear(x, weight, scale_row, scale_col, backend="triton.fused")
+    with executed("sm_90"):
+        y = rlrr_linear(x, weight, scale_row, scale_col, backend="triton.fused")
+
+Triton compiles as it would for a GPU, but for the assembler, and keeps the results in its own cache.
 """
 
 from __future__ import annotations

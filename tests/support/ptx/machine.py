@@ -108,14 +108,15 @@ class Machine:
         """The block of each thread, counted among those that run here."""
         return self.block if lanes is None else self.block[lanes]
 
+    def _unwritten(self, width: int) -> np.ndarray:
+        """A register that nothing was written to: NaN as a number, false as a predicate."""
+        return np.zeros(self.count, np.bool_) if width == 1 else np.full(self.count, ~values.UNSIGNED[width](0))
+
     def bits(self, operand: Operand, size: int, lanes: Lanes) -> np.ndarray:
         """``size`` bits of an operand as unsigned integers [lanes]; the low ones of a wider register."""
         if isinstance(operand, Register):
             found = self.registers.get(operand.name)
-            if found is None:  # nothing was written: all bits set, NaN as a number
-                found = np.full(self.count, operand.width > 1, np.bool_) if operand.width == 1 else None
-                found = np.full(self.count, -1, values.SIGNED[operand.width]) if found is None else found
-                found = found.view(np.bool_ if operand.width == 1 else values.UNSIGNED[operand.width])
+            found = self._unwritten(operand.width) if found is None else found
             if size > operand.width:
                 raise Fault(f"{size} bits are read of a register of {operand.width}")
             found = found if lanes is None else found[lanes]
@@ -153,9 +154,7 @@ class Machine:
         bits = values.extend(values.encode(result, kind), kind, operand.width)
         if lanes is not None:
             old = self.registers.get(operand.name)
-            new = np.zeros(self.count, bits.dtype) if old is None else old.copy()
-            if old is None and operand.width > 1:
-                new -= new.dtype.type(1)
+            new = self._unwritten(operand.width) if old is None else old.copy()
             new[lanes] = bits
             bits = new
         self.registers[operand.name] = bits

@@ -30,7 +30,7 @@ def _elements(machine: Machine, operand: Several, kind: str, lanes: Lanes) -> np
     "mma sync aligned shape=m16n8k16|m16n8k8 row col accumulator=f32 kind=bf16 bf16 f32",
     "mma sync aligned shape=m16n8k16|m16n8k8 row col accumulator=f32 kind=f16 f16 f32",
     "mma sync aligned shape=m16n8k8|m16n8k4 row col accumulator=f32 kind=tf32 tf32 f32",
-    "mma sync aligned shape=m8n8k4 row col accumulator=f64 kind=f64 f64 f64",
+    "mma sync aligned shape=m8n8k4|m16n8k4|m16n8k8|m16n8k16 row col accumulator=f64 kind=f64 f64 f64",
 )
 def _multiply(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     """A thread holds rows ``_ROW`` (and 8 below) of the first operand and the result, ``_COLUMN`` pairs of columns."""

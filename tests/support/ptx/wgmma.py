@@ -1,8 +1,9 @@
 """``wgmma``: asynchronous products of groups of four warps, of operands in registers or shared memory.
 
 Descriptors and the registers of the first operand are read when a product is issued, operands in shared memory when
-it ends: at the wait for its group, with a seed perhaps before. The registers of its result are NaN in between, and the
-first operand's registers must be the same at both times. Sums are float64, rounded once.
+it ends: at the wait for its group, with a seed perhaps before. The registers of its result are NaN in between. Where
+the first operand's registers change before the product ends, as in what some versions of Triton write, ``ptxas`` waits
+for the product there. Sums are float64, rounded once.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Product:
 
     results: Several
     kind: str
-    registers: tuple[Operand, ...]  # of the first operand, if it lies there
+    in_registers: bool  # the first operand
     groups: np.ndarray  # numbers of the groups of warps
     batch: np.ndarray  # numbers of the groups of products that they belong to
     first: np.ndarray  # places in shared memory [64, depth], or the registers' bits [128, registers]
@@ -171,11 +172,8 @@ class Products:
 
     def _first(self, product: _Product) -> np.ndarray:
         """The first operand [groups, 64, depth]."""
-        if not product.registers:
+        if not product.in_registers:
             return self._load(product.first, product.kind)
-        now = self.register_bits(product.registers, self._lanes(product.groups))
-        if (now != product.first).any():
-            raise Fault("the registers of a product's operand change before it ends")
         per = 1 if product.kind == "tf32" else 2
         elements = product.first.view(values.UNSIGNED[32 // per]).reshape(-1)
         elements = values.decode(elements, product.kind).reshape(-1, _GROUP, 4, per)
@@ -186,11 +184,6 @@ class Products:
                 column = pairs * per + element + 4 * per * (register // 2)
                 matrix[:, rows + 8 * (register % 2), column] = elements[:, :, register, element]
         return matrix
-
-    def register_bits(self, registers: tuple[Operand, ...], lanes: np.ndarray) -> np.ndarray:
-        """[groups, 128, registers]."""
-        bits = [self._machine.bits(register, 32, lanes).reshape(-1, _GROUP) for register in registers]
-        return np.ascontiguousarray(np.stack(bits, -1))
 
 
 def _groups(machine: Machine, lanes: Lanes) -> np.ndarray:
@@ -230,13 +223,13 @@ def _multiply(machine: Machine, current: Instruction, lanes: Lanes) -> None:
         return found
 
     added = machine.bits(accumulates, 1, lanes).reshape(-1, _GROUP)[:, 0]
-    registers = first.parts if in_registers else ()
     if in_registers:
-        first = machine.products.register_bits(registers, machine.threads_of(lanes))
+        bits = [machine.bits(part, 32, lanes).reshape(-1, _GROUP) for part in first.parts]
+        first = np.ascontiguousarray(np.stack(bits, -1))
     else:
         first = places(first, 64, transposed[0])
     second = places(second, columns, transposed[1])
-    machine.products.issue(_Product(results, kind, registers, groups, groups, first, second, added))
+    machine.products.issue(_Product(results, kind, in_registers, groups, groups, first, second, added))
 
 
 @instruction("wgmma fence sync aligned")
