@@ -157,52 +157,53 @@ def _layer_tables(rows: list[Row]) -> list[str]:
 
 def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
     """Layers against the floor over M, kept and peak memory, and training steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     note = " (CPU, meaningless)" if plan.tiny else ""
-    colours: dict[str, Any] = {}  # the same implementation in both panels
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    figure = Figure(figsize=(12, 4))
+    axes = figure.subplots(1, 2)
+    lines: dict[str, Any] = {}  # an implementation has the same colour in both panels
     for axis, (work, title) in zip(axes, (("forward", "forward"), ("step", "forward + backward")), strict=True):
-        points: dict[str, dict[int, list[float]]] = {}
+        ratios: dict[str, dict[int, float]] = {}
         for head, group in layer_groups(rows):
             if head["precision"] == plan.main and head["work"] == work and "floor" in group:
                 for name, row in group.items():
-                    ratio = time_of(row) / time_of(group["floor"])
-                    points.setdefault(name, {}).setdefault(head["M"], []).append(ratio)
-        for name, by_rows in points.items():
-            counts = sorted(by_rows)
-            colour = colours.setdefault(name, plt.get_cmap("tab20")(len(colours) % 20))
-            axis.plot(counts, [max(by_rows[m]) for m in counts], marker="o", markersize=3, color=colour)
+                    worst, ratio = ratios.setdefault(name, {}), time_of(row) / time_of(group["floor"])
+                    worst[head["M"]] = max(ratio, worst.get(head["M"], ratio))
+        for name, by_m in ratios.items():
+            colour = lines[name].get_color() if name in lines else colormaps["tab20"](len(lines) % 20)
+            (line,) = axis.plot(*zip(*sorted(by_m.items()), strict=True), marker="o", markersize=3, color=colour)
+            lines.setdefault(name, line)
         axis.set(xscale="log", yscale="log", xlabel="rows of x (M)", title=f"{title}, {plan.main}{note}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time over bare matrix products, worst shape")
-    lines = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    axes[1].legend(handles=lines, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, folder / PICTURES[0])
+    axes[1].legend(lines.values(), lines.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(folder / PICTURES[0], dpi=130, bbox_inches="tight")
 
-    memory = measured(rows, "memory")
-    figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(memory))))
-    labels = [f"{r['implementation']}: {r['shape']}, {r['precision']}" for r in memory]
-    axis.barh(labels, [r["peak_bytes"] / 1e6 for r in memory], label="peak of a step")
-    axis.barh(labels, [r["kept_bytes"] / 1e6 for r in memory], label="kept between forward and backward")
-    axis.set(xlabel="MB beyond arguments", title=f"one layer or block{note}")
+    memory, steps = measured(rows, "memory"), measured(rows, "steps")
+    bars = {
+        "peak of a step": [row["peak_bytes"] / 1e6 for row in memory],
+        "kept between forward and backward": [row["kept_bytes"] / 1e6 for row in memory],
+    }
+    names = [f"{row['implementation']}: {row['shape']}, {row['precision']}" for row in memory]
+    _bars(folder / PICTURES[1], names, bars, "MB beyond arguments", f"one layer or block{note}")
+    keys = ("model", "batch", "precision", "mode")
+    names = [f"{row['implementation']}: {', '.join(str(row[key]) for key in keys)}" for row in steps]
+    bars = {"training steps": [row["images_per_s"] for row in steps]}
+    _bars(folder / PICTURES[2], names, bars, "images a second", f"training steps{note}")
+
+
+def _bars(path: Path, names: list[str], bars: dict[str, list[float]], unit: str, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, max(3, 0.2 * len(names))))
+    axis = figure.subplots()
+    for label, values in bars.items():
+        axis.barh(names, values, label=label)
+    axis.set(xlabel=unit, title=title)
     axis.tick_params(axis="y", labelsize=5)
     axis.legend(fontsize=7)
-    _save(figure, folder / PICTURES[1])
-
-    steps = measured(rows, "steps")
-    figure, axis = plt.subplots(figsize=(8, max(3, 0.2 * len(steps))))
-    labels = [f"{r['implementation']}: {r['model']}, batch {r['batch']}, {r['precision']}, {r['mode']}" for r in steps]
-    axis.barh(labels, [r["images_per_s"] for r in steps])
-    axis.set(xlabel="images a second", title=f"training steps{note}")
-    axis.tick_params(axis="y", labelsize=5)
-    _save(figure, folder / PICTURES[2])
-
-
-def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 

@@ -19,11 +19,11 @@ class Verdict(NamedTuple):
     """One target. ``value`` and ``bound`` are of the worst of ``count`` cases; None where no row speaks of it."""
 
     target: str
-    value: float | None
-    bound: float | None
-    where: str
-    count: int
-    reached: bool | None
+    value: float | None = None
+    bound: float | None = None
+    where: str = ""
+    count: int = 0
+    reached: bool | None = None
 
     @property
     def text(self) -> str:
@@ -31,22 +31,17 @@ class Verdict(NamedTuple):
         return {None: "not measured", True: "reached", False: "not reached"}[self.reached]
 
 
-def _verdict(target: str, cases: list[Case], at_most: bool) -> Verdict:
+def at_most(target: str, cases: list[Case], sign: int = 1) -> Verdict:
+    """Reached when no value is over its bound."""
     if not cases:
-        return Verdict(target, None, None, "", 0, None)
-    sign = 1 if at_most else -1
+        return Verdict(target)
     value, bound, where = max(cases, key=lambda case: sign * (case[0] - case[1]))
     return Verdict(target, value, bound, where, len(cases), sign * (value - bound) <= 0)
 
 
-def at_most(target: str, cases: list[Case]) -> Verdict:
-    """Reached when no value is over its bound."""
-    return _verdict(target, cases, True)
-
-
 def at_least(target: str, cases: list[Case]) -> Verdict:
     """Reached when no value is under its bound."""
-    return _verdict(target, cases, False)
+    return at_most(target, cases, -1)
 
 
 def time_of(row: Row) -> float | None:
@@ -151,33 +146,24 @@ def step_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
     for model in dict.fromkeys(entry[1] for entry in plan.models):
         here = [(head, group) for head, group in groups if head["model"] == model]
 
-        def cases(baseline, bound, key, modes, batches=None, here=here) -> list[Case]:
-            return [
-                (key(group["auto"], group[baseline]), bound, f"batch {h['batch']}, {h['precision']}, {h['mode']}")
-                for h, group in here
-                if h["mode"] in modes
-                and (batches is None or h["batch"] in batches)
-                and {"auto", baseline} <= set(group)
-            ]
-
-        def speed(ours, theirs):
-            return theirs["ms"] / ours["ms"]
-
-        def slowness(ours, theirs):
-            return ours["ms"] / theirs["ms"]
-
-        def peak(ours, theirs):
-            return ours["peak_bytes"] / theirs["peak_bytes"]
+        def ratios(baseline, bound, mode="eager", batch=None, key="ms", inverse=False, here=here) -> list[Case]:
+            found = []
+            for head, group in here:
+                if head["mode"] == mode and batch in (None, head["batch"]) and {"auto", baseline} <= set(group):
+                    ratio = group["auto"][key] / group[baseline][key]
+                    where = f"batch {head['batch']}, {head['precision']}, {mode}"
+                    found.append((1 / ratio if inverse else ratio, bound, where))
+            return found
 
         for batch, least in ((8, 1.4), (64, 1.15)):
-            eager = cases("reference", least, speed, ("eager",), (batch,))
+            eager = ratios("reference", least, batch=batch, inverse=True)
             verdicts.append(at_least(f"{model}, batch {batch}: speed over eager ≥ {least}", eager))
-        compiled = cases("reference", 1.0, slowness, ("compile",)) + _graph_against_compiled(here)
-        peaks = [] if plan.tiny else cases("lora", 1.0, peak, ("eager",))
+        compiled = ratios("reference", 1.0, "compile") + _graph_against_compiled(here)
+        peaks = [] if plan.tiny else ratios("lora", 1.0, key="peak_bytes")
         verdicts += [
             at_most(f"{model}, compiled or graph: time over the compiled reference's ≤ 1", compiled),
-            at_least(f"{model}: speed over PEFT HiRA (r = 1) ≥ 1.4", cases("hira", 1.4, speed, ("eager",))),
-            at_most(f"{model}: time over PEFT LoRA's (r = 8) ≤ 1.2", cases("lora", 1.2, slowness, ("eager",))),
+            at_least(f"{model}: speed over PEFT HiRA (r = 1) ≥ 1.4", ratios("hira", 1.4, inverse=True)),
+            at_most(f"{model}: time over PEFT LoRA's (r = 8) ≤ 1.2", ratios("lora", 1.2)),
             at_most(f"{model}: peak memory over LoRA's ≤ 1", peaks),
         ]
     return verdicts
@@ -201,17 +187,13 @@ def verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
 
 def merge_crossovers(rows: list[Row]) -> list[tuple[str, str, str, int | None]]:
     """By shape, precision and work: the smallest measured M from which merging W' beats the fused kernel."""
-    found: dict[tuple[str, str, str], list[tuple[int, bool]]] = {}
+    found: dict[tuple[str, str, str], dict[int, bool]] = {}
     for head, group in layer_groups(rows):
         if {"triton.merge", "triton.fused"} <= set(group):
             faster = time_of(group["triton.merge"]) <= time_of(group["triton.fused"])
-            found.setdefault((head["shape"], head["precision"], head["work"]), []).append((head["M"], faster))
-    result = []
-    for key, entries in found.items():
-        first = None
-        for m, faster in sorted(entries, reverse=True):
-            if not faster:
-                break
-            first = m
-        result.append((*key, first))
-    return result
+            by_m = found.setdefault((head["shape"], head["precision"], head["work"]), {})
+            by_m[head["M"]] = by_m.get(head["M"], True) and faster
+    return [
+        (*key, min((m for m in by_m if all(faster for n, faster in by_m.items() if n >= m)), default=None))
+        for key, by_m in found.items()
+    ]

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 from benchmarks import compile_report
 from benchmarks.common import LAYER_SHAPES
-from benchmarks.gpu.plan import PRECISIONS, vit_layers
-from benchmarks.model.launches import (
+from benchmarks.gpu.launch_model import (
     ARCHITECTURE,
     BANDWIDTH,
     CLOCK_HZ,
@@ -30,6 +29,7 @@ from benchmarks.model.launches import (
     grid,
     library_product,
 )  # fmt: skip
+from benchmarks.gpu.plan import PRECISIONS, vit_layers
 from rlrr_kernels.ops.linear import tiles as linear_tiles
 from rlrr_kernels.ops.linear.tiles import Tiles
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import launch_model as model
 from benchmarks.gpu import report, targets, timing
 from benchmarks.gpu.correctness import check as check_module
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.measurements import steps
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.session import units
-from benchmarks.model import launches as model
 from rlrr_kernels import backends
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from tests.support.paths import ROOT
@@ -319,6 +319,14 @@ def test_verdicts_take_the_worst_case_and_its_bound():
     kept = {"section": "memory", "shape": "fc1", "M": 8, "precision": "bf16", "implementation": "auto", "kept_bytes": 0}
     assert verdict([kept | {"alive_bytes": 512}], "kept").text == "not reached"
     assert verdict([kept | {"alive_bytes": 0}], "kept").text == "reached"
+
+
+def test_merging_is_faster_from_where_it_stays_faster():
+    times = {64: (1.0, 2.0), 197: (2.0, 1.0), 1576: (1.0, 1.1), 4096: (3.0, 2.0), 12608: (9.0, 6.0)}
+    rows = [row(name, us, rows=m) for m, pair in times.items() for name, us in zip(
+        ("triton.fused", "triton.merge"), pair, strict=True)]  # fmt: skip
+    assert targets.merge_crossovers(rows) == [("fc1", "bf16", "step", 4096)]
+    assert targets.merge_crossovers(rows[:2]) == [("fc1", "bf16", "step", None)]
 
 
 @pytest.mark.slow

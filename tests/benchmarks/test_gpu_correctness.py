@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.common import Problem
+from benchmarks.gpu import launch_model as model
 from benchmarks.gpu.correctness import check as check_module
 from benchmarks.gpu.correctness.check import FEW_VALUES_RATIO, draw, flaws, flaws_on, subject
 from benchmarks.gpu.correctness.guard import PAD_BYTES, GuardedMemory, guarded
 from benchmarks.gpu.measurements.layers import AGAIN, layer_rows
 from benchmarks.gpu.plan import PRECISIONS, cpu_plan
-from benchmarks.model import launches as model
 from rlrr_kernels import backends, numerics, rlrr_linear
 
 pytestmark = pytest.mark.interpreted

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.common import kept_bytes
 from rlrr_kernels import (
     NormRescale,
     RLRRConfig,
@@ -43,20 +44,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(images)
-    del logits
-    return sum(kept.values())
+def kept_by(model: nn.Module, images: torch.Tensor) -> int:
+    return kept_bytes(lambda: model(images), list(model.parameters()))
 
 
 # ---------------------------------------------------------------- whole models
@@ -88,7 +77,7 @@ def test_equal_with_scales_on_one_side(sides: str):
     again = copy.deepcopy(plain)
     recompute_activations(again)
     images = tiny_images("vit")
-    assert kept_bytes(again, images) < kept_bytes(plain, images)
+    assert kept_by(again, images) < kept_by(plain, images)
     for model in (plain, again):
         backward(model, images)
     expected = gradients(plain)
@@ -105,7 +94,7 @@ def test_estimates_draw_the_same_rows_and_keep_fewer_of_them():
     again = copy.deepcopy(plain)
     recompute_activations(again)
     images = tiny_images("vit")
-    assert kept_bytes(again, images) < kept_bytes(plain, images)
+    assert kept_by(again, images) < kept_by(plain, images)
     for model in (plain, again):
         torch.manual_seed(0)
         backward(model, images)
@@ -124,7 +113,7 @@ def test_keeps_neither_the_activation_nor_the_normalised_inputs():
     ]  # fmt: skip
     images = tiny_images("vit")
     tokens, size, depth = 3 * 5, 48, 2
-    saved = kept_bytes(plain.train(), images) - kept_bytes(again.train(), images)
+    saved = kept_by(plain.train(), images) - kept_by(again.train(), images)
     assert saved == depth * tokens * (4 * size + 2 * size) * 4
 
 
@@ -167,7 +156,7 @@ def test_copies():
     images = tiny_images("vit")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin.blocks[0].mlp) is type(model.blocks[0].mlp)
-        assert kept_bytes(twin, images) == kept_bytes(model, images)
+        assert kept_by(twin, images) == kept_by(model, images)
 
 
 @without_interpreter
@@ -184,7 +173,7 @@ def test_compiled_without_a_graph_break_it_keeps_less_too():
             images = drawn[:count]
             model.zero_grad()
             backward(compiled, images)
-        kept.append(kept_bytes(compiled, images))
+        kept.append(kept_by(compiled, images))
     tokens, size, depth = len(images) * 5, 48, 2
     assert kept[0] - kept[1] >= depth * tokens * (4 * size + 2 * size) * 4
     expected = gradients(plain)
@@ -240,13 +229,13 @@ def test_what_happens_inside_the_mlp_still_happens():
     for name, gradient in gradients(again).items():
         assert torch.equal(gradient, expected[name]), name
     again.eval()
-    fused = kept_bytes(again, images)
+    fused = kept_by(again, images)
     called = []
     handle = again.blocks[0].mlp.act.register_forward_hook(lambda *_: called.append(1))
-    assert kept_bytes(again, images) > fused
+    assert kept_by(again, images) > fused
     assert called == [1]
     handle.remove()
-    assert kept_bytes(again, images) == fused
+    assert kept_by(again, images) == fused
     again.blocks[0].mlp.fc2.merge()
     torch.testing.assert_close(again(images), plain.eval()(images))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 
@@ -13,23 +12,9 @@ pytest.importorskip("timm", reason="the program needs timm")
 pytest.importorskip("accelerate", reason="the program needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
-from rlrr_kernels.cli import main
 from rlrr_kernels.paper import ablate
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid import runs as grid
-
-
-@pytest.fixture
-def rlrr(monkeypatch, capsys):
-    """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, "".join(capsys.readouterr())
-
-    return run
 
 
 def test_every_variant_is_a_valid_run_and_another_one(tmp_path):

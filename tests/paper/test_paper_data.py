@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from typing import ClassVar
 
 import pytest
@@ -15,26 +14,11 @@ pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("typer", reason="the program needs typer")
 torchvision = pytest.importorskip("torchvision", reason="the training library needs torchvision")
 
-from rlrr_kernels.cli import main
 from rlrr_kernels.paper.check import check_dataset, datasets_to_check
 from rlrr_kernels.paper.data import augmentation, load_splits, preprocessing, split_note
 from rlrr_kernels.paper.hyperparameters import DATASETS, GROUPS, dataset_names, dataset_settings, selected_datasets
 from rlrr_kernels.paper.prepare import TORCHVISION, prepare_dataset
 from rlrr_kernels.train.data.folders import ImageDataset, Samples
-
-
-@pytest.fixture
-def rlrr(monkeypatch, capsys):
-    """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed, on one line."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
-
-    return run
 
 
 def edit(file, old, new):

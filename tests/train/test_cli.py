@@ -34,22 +34,6 @@ SQUARE = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture
-def rlrr(monkeypatch, capsys):
-    """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed, on one line."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rlrr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, " ".join("".join(capsys.readouterr()).split())
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def images(tmp_path):
     return make_splits(tmp_path / "images")
 

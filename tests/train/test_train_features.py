@@ -37,14 +37,6 @@ EVERYTHING = dataclasses.replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def images(tmp_path):
     return make_splits(tmp_path / "images")

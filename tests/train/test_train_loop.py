@@ -30,15 +30,6 @@ from rlrr_kernels.train.output import folder as folder_module
 from tests.support.fitting import CONFIG, Stop, assert_same, numbers, train, trained
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny layers: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def images(tmp_path):
     return make_splits(tmp_path / "images")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.gpu.launch_model import Ceilings
 from benchmarks.gpu.plan import PRECISIONS, Plan
 from benchmarks.gpu.timing import interleave, release
 from benchmarks.gpu.work import Row
-from benchmarks.model.launches import Ceilings
 
 
 def ceilings_of(rows: list[Row]) -> Ceilings | None:

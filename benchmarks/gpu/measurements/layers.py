@@ -9,12 +9,12 @@ from benchmarks.baselines import PEFT, peft_reason
 from benchmarks.common import Problem
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
+from benchmarks.gpu.launch_model import Ceilings, model_us
 from benchmarks.gpu.measurements.implementations import OURS, PLAIN, compiled_formula, layer_steps
 from benchmarks.gpu.measurements.tune import is_tuned
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.timing import copies_for, explain, host_us, interleave, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
-from benchmarks.model.launches import Ceilings, model_us
 from rlrr_kernels import rlrr_linear
 
 IMPLEMENTATIONS = {
