@@ -38,7 +38,7 @@ def candidates(arch: str) -> Iterator[tuple[str, int, int, Tiles]]:
     """What the tuner may find instead."""
     for (kernel, itemsize, limit), entries in tuning.CANDIDATES.items():
         yield from ((kernel, itemsize, limit, Tiles(*values)) for values in entries)
-    if arch in linear_configs.TMA_ARCHITECTURES:
+    if arch in linear_configs.TMA_FAMILIES:
         for (kernel, itemsize), entries in tuning.PERSISTENT_CANDIDATES.items():
             yield from ((kernel, itemsize, 0, Tiles(*values, schedule="persistent")) for values in entries)
 
