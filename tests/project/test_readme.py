@@ -31,6 +31,8 @@ def blocks(language: str) -> list:
 def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     if "timm" in code:
         pytest.importorskip("timm", reason="needs timm and safetensors, of the extra [models]")
+    if "gpu=" in code:
+        pytest.importorskip("triton", reason="what a GPU would do is asked of Triton's kernels")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
 
