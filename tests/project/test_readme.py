@@ -31,6 +31,8 @@ def blocks(language: str) -> list:
 def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     if "timm" in code:
         pytest.importorskip("timm", reason="needs timm and safetensors, of the extra [models]")
+    if "gpu=" in code:
+        pytest.importorskip("triton", reason="what a GPU would do is asked of Triton's kernels")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
 
@@ -106,3 +108,11 @@ def test_links_lead_somewhere(page):
 
 def test_readme_links_every_page():
     assert not [name for name in PAGES if name != "README.md" and f"]({name})" not in TEXTS["README.md"]]
+
+
+def test_the_picture_of_the_layers_shows_what_is_enforced():
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    spec = importlib.util.spec_from_file_location("layers", ROOT / "docs" / "layers.py")
+    layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layers)
+    assert layers.draw() == layers.PICTURE.read_text(encoding="utf-8"), "python docs/layers.py draws it anew"
