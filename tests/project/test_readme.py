@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import shlex
 from urllib.parse import urlsplit
@@ -87,6 +88,12 @@ def test_what_the_prose_names_exists(page):
             assert found, f"{code} is nowhere"
         elif code.startswith("python -m "):
             assert importlib.util.find_spec(code.split()[2]), code
+        elif re.fullmatch(r"rlrr_kernels(\.\w+)+(\(.*\))?", code):
+            try:
+                pkgutil.resolve_name(code.split("(")[0])
+            except ModuleNotFoundError as error:
+                if error.name.startswith("rlrr_kernels"):  # else a package of an extra is not there
+                    raise
 
 
 def _anchors(text: str) -> set[str]:
