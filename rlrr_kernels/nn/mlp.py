@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from timm.layers import Mlp
 from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.rescaled import has_replaced_forward, is_proxy
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.mlp import rlrr_mlp
 
 
@@ -40,7 +39,7 @@ class RLRRMlp(Mlp):
 
     def _undisturbed(self) -> bool:
         """Whether nothing happens between the layers, for now, that the operator would leave out."""
-        if _has_any_global_hook() or torch._C._get_tracing_state() is not None:
+        if private.any_global_hook() or private.tracing_state() is not None:
             return False
         if self.fc1.weight.requires_grad or self.fc2.weight.requires_grad:  # FSDP1's: the layers know
             return False

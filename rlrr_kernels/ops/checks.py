@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
 
 MAX_RANK = 64
 
@@ -47,7 +48,7 @@ def check_frozen(tensor: Tensor, name: str, function: str) -> None:
     """
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return
-    if torch._C._are_functorch_transforms_active():
+    if private.transforms_active():
         raise ValueError(
             f"{name} must be frozen, but torch.func differentiates with respect to it: give grad, vjp or jacrev the "
             f"trained parameters alone, and {name} detached or from outside the function"

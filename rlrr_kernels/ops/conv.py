@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen, compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.second_order import differentiable_gradients
 
@@ -64,7 +65,7 @@ def rlrr_conv2d(
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    transformed = torch.compiler.is_compiling() or private.transforms_active()
     function = _Conv2d.apply if plain and not transformed else _formula
     if x.dim() == 3:
         return function(x[None], weight, scale_row, scale_col, bias, options, layout, residual)[0]
@@ -160,7 +161,7 @@ class _Conv2d(torch.autograd.Function):
         _, _, need_row, need_col, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_row or need_col else None, weight, scale_row, scale_col)
         ctx.settings = options, layout, residual, x.shape, None if bias is None else bias.dtype
-        with torch._C._DisableAutocast():
+        with private.NoAutocast():
             kernel = merge_kernel(weight, scale_row, scale_col, layout, residual, x.dtype)
             return F.conv2d(x, kernel, None if bias is None else bias.to(x.dtype), *options)
 
@@ -181,7 +182,7 @@ class _Conv2d(torch.autograd.Function):
             )  # fmt: skip
             grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype) if need_bias else None
             return grads[0], None, grads[1], grads[2], grad_bias, None, None, None
-        with torch._C._DisableAutocast():
+        with private.NoAutocast():
             if need_x or need_row or need_col:
                 # Where a tensor's values are not read, one element in its shape stands for it.
                 kernel = (

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlrr_kernels.ops.host import private
+
 _ATTRIBUTE = "_rlrr_recompute"
 
 
@@ -37,7 +39,7 @@ def attach_recompute(result: Tensor, compute: Callable[..., Tensor], tensors: tu
 def recompute_of(x: Tensor) -> Recompute | None:
     """How ``x`` is computed again; None where it cannot be: changed in place since, or a transform is at work."""
     recompute = None if torch.compiler.is_compiling() else getattr(x, _ATTRIBUTE, None)
-    if recompute is None or torch._C._are_functorch_transforms_active():
+    if recompute is None or private.transforms_active():
         return None
     present = [tensor for tensor in (x, *recompute.tensors) if tensor is not None]
     return recompute if recompute.versions == tuple(tensor._version for tensor in present) else None

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rlrr_kernels.ops.host import private
+
 
 def differentiable_gradients(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad_y: Tensor
@@ -25,6 +27,6 @@ def differentiable_gradients(
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     if not wanted:
         return [None] * len(inputs)
-    with torch._C._DisableAutocast():
+    with private.NoAutocast():
         found = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=True))
     return [next(found) if need else None for need in needs]

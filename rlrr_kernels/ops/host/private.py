@@ -30,6 +30,65 @@ current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """The current CUDA device, asked at every launch. Without it: the public function, which first looks whether CUDA is
 initialised."""
 
+
+def _needed(owner: Any, name: str, purpose: str) -> Any:
+    found = getattr(owner, name, None)
+    if found is None:
+        raise ImportError(f"torch {torch.__version__} has no {name}, by which rlrr_kernels {purpose}")
+    return found
+
+
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+"""Whether a transform of ``torch.func`` is at work, for which a call takes another way. Without it: never, and such
+transforms end in PyTorch's own errors."""
+
+is_transformed = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
+"""Whether a transform has wrapped a tensor, which may outlive it. Without it: never; only such leftovers notice."""
+
+is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+"""Whether a tensor is a batch of ``autograd.grad(is_grads_batched=True)``, which kernels cannot read. Without it:
+never, and such calls fail."""
+
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""How many modes watch operators; calls are replayed where none does. Without it: one always, and compiled code's calls
+are not replayed."""
+
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether autocast is on for any kind of device, a cheap first question. Without it: the second is always asked."""
+
+tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+"""What ``torch.jit.trace`` knows; None where it is not at work. Without it: None."""
+
+NoAutocast = _needed(torch._C, "_DisableAutocast", "keeps the dtypes of its products under autocast")
+"""A block without autocast on any kind of device; the public one is for one kind."""
+
+BelowAutograd = _needed(torch._C, "_AutoDispatchBelowAutograd", "calls an operator's kernel from its autograd")
+"""A block in which operators go past autograd, to their kernels."""
+
+view_of_new = torch.ops.aten._unsafe_view.default
+"""A view of a tensor that nobody else has, which may be modified in place as no other view of a function's result may.
+It is an operator of ATen, which compiled graphs are full of."""
+
+any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
+"""Whether hooks watch all modules, which a fused call of several would not run. Without it: always, and nothing is
+fused."""
+
+foreach_copy = getattr(torch, "_foreach_copy_", lambda to, given: [a.copy_(b) for a, b in zip(to, given, strict=True)])
+"""Copies of many tensors in one launch. Without it: one by one."""
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work; ``is_exporting()`` is always true to torch 2.11's compiler. Without the
+    flag: never, and the exported graph keeps what it would compute again."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def has_bf16_units() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware. Without the questions: no, and training is in float32."""
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 backends.distrust_of_triton._dynamo_marked_constant = True
 """Has ``torch.compile`` call the function while it traces, and take what it returns as a constant. So does
 ``torch.compiler.assume_constant_result``, but that imports the compiler, which takes a second of every start. Without

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.ops.dtypes import matmul_precision
+from rlrr_kernels.ops.host import private
 
 if TYPE_CHECKING:
     from rlrr_kernels.ops.host.launch import Launch
@@ -33,7 +34,7 @@ _ALIGNMENT = 256
 """Bytes, between the buffers of a call's scratch memory."""
 
 _address = Tensor.data_ptr
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_wrapped = private.is_transformed
 
 
 def layout(*tensors: Tensor | None) -> tuple | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import canonical
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES, Replays, layout
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.recompute import Recompute
@@ -138,7 +139,7 @@ def linear(
     if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or _is_watched():
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
         return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, *options)
-    if torch._C._are_functorch_transforms_active():
+    if private.transforms_active():
         return _LinearFunctorch.apply(x, weight, scale_row, scale_col, bias, *options)
     return _Linear.apply(x, weight, scale_row, scale_col, bias, (call, sample, recompute, False))
 
@@ -173,7 +174,7 @@ class _Linear(torch.autograd.Function):
         if through_op:
             # The forward has no use for the sample. But what no output needs, a compiled backward draws anew: then g is
             # of other rows than x.
-            with torch._C._AutoDispatchBelowAutograd():
+            with private.BelowAutograd():
                 return torch.ops.rlrr_kernels.linear(
                     x, weight, scale_row, scale_col, bias, call.residual, call.backend, call.input_activation,
                     *flatten_sample(sample),
@@ -195,7 +196,7 @@ class _Linear(torch.autograd.Function):
         if weight is None:
             grad_x = grad_row = grad_col = None
             grad_bias = dispatch.flattened(grad_y).sum(0, dtype=accumulate_dtype(grad_y.dtype))
-        elif through_op or torch._C._are_functorch_transforms_active():  # the latter: vmap over autograd.grad
+        elif through_op or private.transforms_active():  # the latter: vmap over autograd.grad
             run = torch.ops.rlrr_kernels.linear_backward if through_op else _LinearBackwardFunctorch.apply
             options = call.residual, call.backend, needs, call.input_activation
             grads = run(grad_y, x, weight, scale_row, scale_col, *options, *flatten_sample(sample))
@@ -220,7 +221,7 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, grad_row, grad_col, grad_bias, None
 
 
-_is_batch = torch._C._functorch.is_legacy_batchedtensor
+_is_batch = private.is_batch
 """Whether a gradient stands for a batch of them, as ``is_grads_batched=True`` and vectorized jacobians have it: only
 torch's own operations compute with those."""
 

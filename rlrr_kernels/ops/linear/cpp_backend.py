@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlrr_kernels.backends import CPP_FAILURE, CPU_LEVELS
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 PATHS = {"auto": 0, "fused": 1, "panels": 2, "library": 3}
@@ -26,7 +27,7 @@ if CPP_FAILURE is not None:
 _ops = torch.ops.rlrr_kernels_cpp
 _linear = _ops.linear.default
 _linear_backward = _ops.linear_backward.default
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+_below_autograd = private.BelowAutograd
 
 
 def set_cpu_level(name: str) -> None:

@@ -8,12 +8,12 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import canonical, in_memory
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
@@ -36,14 +36,14 @@ def forward(
     x, weight, scale_row, scale_col, bias = in_memory(x, weight, scale_row, scale_col, bias)
     scale_row, scale_col = canonical(scale_row, scale_col, weight)
     flat = flattened(x)
-    with torch._C._DisableAutocast():  # x has its dtype; products of blocks must keep theirs
+    with private.NoAutocast():  # x has its dtype; products of blocks must keep theirs
         if input_activation is not None:
             flat = activation.forward(flat, input_activation)
         y = module.forward(flat, weight, scale_row, scale_col, bias, residual, **options)
     if x.dim() == 2:
         return y
     # A view would forbid callers to modify y in place, which ReLU(inplace=True) and `y += b` after a layer do.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+    return private.view_of_new(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def rows_for_backward(x: Tensor, sample: RowSample | None, input_activation: str | None) -> Tensor:
@@ -77,7 +77,7 @@ def backward(
     grad_y, x, weight, scale_row, scale_col = in_memory(grad_y, x, weight, scale_row, scale_col)
     row, col = canonical(scale_row, scale_col, weight)
     flat = flattened(grad_y), flattened(x), weight, row, col, residual, backend, needs, sample
-    with torch._C._DisableAutocast():
+    with private.NoAutocast():
         grads = _flat_backward(*flat) if input_activation is None else _activated_backward(*flat, input_activation)
     grad_x, grad_row, grad_col, grad_bias = grads
     return (

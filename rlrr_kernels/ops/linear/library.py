@@ -13,6 +13,7 @@ from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import check_input, check_parameters
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.flops import tell_counters
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES, plain_layout
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.autograd import NO_DOUBLE_BACKWARD, Call, CallCache, linear_function
@@ -67,7 +68,7 @@ def _linear_autograd(
 ):
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight must be frozen: rlrr_kernels::linear computes no gradient for it")
-    if torch._C._are_functorch_transforms_active():
+    if private.transforms_active():
         raise NotImplementedError(
             "torch.ops.rlrr_kernels.linear does not work inside torch.func transforms, forward mode included; "
             "rlrr_kernels.rlrr_linear does (reverse mode and vmap)"
@@ -84,9 +85,9 @@ def _nobody_watches(x: Tensor) -> bool:
     """Whether a call is for its numbers alone, as compiled code makes it: then it is made as in eager mode."""
     return (
         type(x) in PLAIN_TYPES
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not private.is_transformed(x)
         and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
+        and not private.dispatch_modes()
     )
 
 
@@ -154,7 +155,7 @@ def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options)
         call = _call_for(residual, input_activation, backend, *tensors, check=False)
         return _as_outputs(grad_y, call.backward(*tensors, tuple(needs)))
     tell_counters()
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.BelowAutograd():
         return torch.ops.rlrr_kernels.linear_backward(*tensors, *options)
 
 

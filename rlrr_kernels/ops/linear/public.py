@@ -14,6 +14,7 @@ from rlrr_kernels.ops.checks import (
     check_tensors,
     compute_dtype,
 )
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import plain_layout
 from rlrr_kernels.ops.linear import library  # noqa: F401  (registers torch.ops.rlrr_kernels)
 from rlrr_kernels.ops.linear.autograd import Call, CallCache, linear
@@ -106,11 +107,7 @@ def _key(x, weight, scale_row, scale_col, bias, residual, input_activation, back
     None where a transform, a compiler or a mode that watches operators is at work, and for tensors that are no plain
     ones.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
         return None
     of_tensors = plain_layout(x, weight, scale_row, scale_col, bias)
     if of_tensors is None:
@@ -118,5 +115,5 @@ def _key(x, weight, scale_row, scale_col, bias, residual, input_activation, back
     return (
         of_tensors, weight.requires_grad and torch.is_grad_enabled(),
         residual, input_activation, backend, backend == "auto" and backends.default_backend(), backends.INTERPRETING,
-        torch._C._is_any_autocast_enabled() and compute_dtype(x),
+        private.any_autocast() and compute_dtype(x),
     )  # fmt: skip

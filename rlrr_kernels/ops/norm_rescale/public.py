@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.checks import in_memory
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
 from rlrr_kernels.ops.recompute import attach_recompute
@@ -61,7 +62,7 @@ def norm_rescale(
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
     dtype = _result_dtype(x)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or private.transforms_active():
         compute = _traced if keep_output or not _partitioned() else _traced_again_in_backward
         return compute(x, weight, bias, scale, shift, eps, dtype)
     y = _NormRescale.apply(x, weight, bias, scale, shift, eps, dtype)
@@ -89,9 +90,9 @@ def _partitioned() -> bool:
     """Whether a compiler is at work that makes a backward of its own and knows checkpoints."""
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler._is_exporting_flag  # is_exporting() is always true to torch 2.11's compiler
+        and not private.exporting()
         and torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
+        and not private.transforms_active()
     )
 
 
@@ -100,7 +101,7 @@ def _compute_again(
 ) -> Tensor:
     if dtype == torch.promote_types(x.dtype, torch.float32):
         dtype = wanted  # not rounded before: the kernel may as well write what the cast of its result would give
-    with torch._C._DisableAutocast():
+    with private.NoAutocast():
         return module.forward(*in_memory(x, *parameters), eps, dtype)[0].to(wanted)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.host import guard
+from rlrr_kernels.ops.host import guard, private
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
 from rlrr_kernels.ops.norm_rescale import torch_backend
 
@@ -254,7 +254,7 @@ def forward(
         return torch_backend.forward(x, weight, bias, scale, shift, eps, dtype)
     statistics_shape = (*x.shape[:-1], 1)
     # A view would forbid callers to modify y in place.
-    y = torch.ops.aten._unsafe_view.default(y, x.shape)
+    y = private.view_of_new(y, x.shape)
     return y, mean.view(statistics_shape), rstd.view(statistics_shape)
 
 

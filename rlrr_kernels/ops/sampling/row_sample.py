@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
+from rlrr_kernels.ops.host import private
 
 MOST_KEYS = 1024
 """Tokens of an image up to which one program of a kernel sorts their keys."""
@@ -151,8 +152,8 @@ def _has_kernel(others: int, device: torch.device) -> bool:
     return (
         others <= MOST_KEYS
         and backends.resolve("auto", device, torch.float32).startswith("triton")
-        and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not (torch.compiler.is_compiling() or private.transforms_active())
+        and private.dispatch_modes() == 0
     )
 
 

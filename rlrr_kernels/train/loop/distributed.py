@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.loop.trained import trained_buffers
 
@@ -64,7 +65,7 @@ def _fastest_precision(cuda: bool) -> str:
     if cuda:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     # Three times as fast as float32 where the processor multiplies bfloat16, and slower where it does not.
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if private.has_bf16_units() else "no"
 
 
 def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -123,7 +124,7 @@ class Exchange:
             flat /= dist.get_world_size()
             dist.all_reduce(flat)
             pieces = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+            private.foreach_copy(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
 
 
 class _CountedAllGather:
