@@ -86,6 +86,8 @@ def test_what_the_prose_names_exists(page):
             folders = [ROOT / name for name in ("rlrr_kernels", "benchmarks", "csrc")]
             found = next(ROOT.glob(code), None) or any(next(folder.rglob(code), None) for folder in folders)
             assert found, f"{code} is nowhere"
+        elif name := re.match(r"rlrr_kernels(\.\w+)+", code):
+            pkgutil.resolve_name(name[0])  # raises where there is no such module or attribute
         elif code.startswith("python -m "):
             assert importlib.util.find_spec(code.split()[2]), code
         elif re.fullmatch(r"rlrr_kernels(\.\w+)+(\(.*\))?", code):
@@ -111,6 +113,11 @@ def test_links_lead_somewhere(page):
         assert file.exists(), target
         if url.fragment:
             assert url.fragment in _anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_merge_was_left_half_done(page):
+    assert not re.search(r"^(<{7}|>{7}) ", TEXTS[page], re.MULTILINE)
 
 
 def test_readme_links_every_page():
