@@ -341,6 +341,7 @@ def test_of_several_processes_one_speaks(rlrr, tmp_path, monkeypatch, rank):
     from rlrr_kernels import cli
 
     waited = []
+    monkeypatch.setattr(cli.console, "quiet", False)  # main sets it for good
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
