@@ -59,6 +59,9 @@ ROWS = (
 )
 """Every minor version of torch from the one that pyproject.toml asks for to the newest; each brings its Triton."""
 
+SOURCE_TOOLS = ("import-linter", "mkdocs", "mkdocs-material", "mkdocstrings", "mypy", "ruff")
+"""Left out: what they say of the sources is the same with every torch, and they bind the versions of other packages."""
+
 PROCESSES = {"suite": {}, "interpreted": {"TRITON_INTERPRET": "1"}}
 """What runs in each environment, by the variables it is started with; the Makefile says why there are two."""
 
@@ -78,7 +81,7 @@ class Failure(Exception):
 
 
 def requirements(project: dict[str, Any], extra: str, oldest: bool = False) -> list[str]:
-    """What ``project[extra]`` needs beside torch, references to its own extras resolved.
+    """What ``project[extra]`` needs beside torch and :data:`SOURCE_TOOLS`, references to its own extras resolved.
 
     Args:
         project: the table ``project`` of pyproject.toml.
@@ -90,7 +93,7 @@ def requirements(project: dict[str, Any], extra: str, oldest: bool = False) -> l
         own = re.fullmatch(re.escape(project["name"]) + r"\[(.+)\]", requirement)
         parts = own[1].split(",") if own else []
         found |= dict.fromkeys(line for part in parts for line in requirements(project, part.strip(), oldest))
-        if not own:
+        if not own and re.match(r"[\w.-]+", requirement)[0] not in SOURCE_TOOLS:
             found[requirement.replace(">=", "==") if oldest else requirement] = None
     return list(found)
 
@@ -193,7 +196,8 @@ def test(row: Row, python: Path, source: Path, results: Path, arguments: argpars
             "-p",
             "no:cacheprovider",
         ]
-        command += ["-m", " and ".join(marks), f"--junitxml={report}"]
+        # A folder of its own: pytest's usual one is emptied by the third run after, whoever starts it.
+        command += ["-m", " and ".join(marks), f"--junitxml={report}", f"--basetemp={source}-tmp"]
         with report.with_suffix(".log").open("w") as log:
             subprocess.run(command, cwd=source, env=variables | extra, stdout=log, stderr=subprocess.STDOUT)
         if not report.exists():
@@ -300,7 +304,8 @@ def main() -> int:
                 kept.write_text(json.dumps(result, indent=1) + "\n")
         except Failure as error:
             result = {"error": str(error)}
-        shutil.rmtree(source, ignore_errors=True)
+        for used in (source, source.with_name(f"{source.name}-tmp")):
+            shutil.rmtree(used, ignore_errors=True)
         if arguments.drop:
             shutil.rmtree(folder, ignore_errors=True)
         say(row, f"done in {(time.perf_counter() - began) / 60:.0f} minutes")

@@ -15,6 +15,10 @@
 #include "levels.h"
 #include "runtime.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as older headers call it
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace rlrr {
 namespace {
 

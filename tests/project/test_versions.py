@@ -28,7 +28,7 @@ PROJECT = {
     "optional-dependencies": {
         "models": ["timm>=1.0.20", "numpy"],
         "train": ["rlrr-kernels[models]", "rich>=13.7"],
-        "all": ["rlrr-kernels[models, train]", "numpy"],
+        "all": ["rlrr-kernels[models, train]", "numpy", "ruff>=0.9", "mkdocstrings[python]>=0.29"],
     },
 }
 
