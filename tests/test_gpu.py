@@ -25,6 +25,7 @@ from rlrr_kernels import (
     use_backend,
 )
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.host import cache
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
 
 pytestmark = [
@@ -317,7 +318,7 @@ def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, mon
     from rlrr_kernels.ops.tuning import store as tuned_tiles
     from rlrr_kernels.ops.tuning import tiles as tuning
 
-    monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
     tuned_tiles.forget()
     results = tuning.tune([(768, 768)], [16, 1576], kernels=("forward",))  # all kernels are minutes of compilation
     assert [result.kernel for result in results] == ["forward"] * 2

@@ -18,6 +18,7 @@ from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
 from benchmarks.gpu.session.units import SECTIONS, units_of
 from benchmarks.gpu.session.worker import Bench
 from rlrr_kernels import backends, devices
+from rlrr_kernels.ops.host import cache
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 from tests.support.pretended_gpu import pretended_gpu
@@ -31,7 +32,7 @@ pytestmark = [
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuning = pytest.importorskip("rlrr_kernels.ops.tuning.tiles", reason="needs Triton")
-    monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
     monkeypatch.setattr(timing, "MAX_COPIES", 2)
     monkeypatch.setattr(timing, "GRAPH_SECONDS", 0.0)

@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices
-from rlrr_kernels.ops.host import launch
+from rlrr_kernels.ops.host import cache, launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.tuning import path as path_tuning
@@ -37,7 +37,7 @@ needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs t
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(tuned_tiles.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.delenv(tuned_tiles.SWITCH_VARIABLE, raising=False)
     tuned_tiles.forget()
     yield tmp_path
@@ -149,7 +149,7 @@ def test_writing_keeps_other_entries_and_removes_what_is_none(folder: Path):
 
 def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert tuned_tiles.cache_file() == tmp_path / "tiles.json"
-    monkeypatch.delenv(tuned_tiles.DIRECTORY_VARIABLE)
+    monkeypatch.delenv(cache.DIRECTORY_VARIABLE)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert tuned_tiles.cache_file() == Path("/somewhere/rlrr_kernels/tiles.json")

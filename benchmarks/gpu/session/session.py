@@ -12,12 +12,10 @@ from benchmarks.gpu.session.worker import MakeUnits, Worker
 from benchmarks.gpu.targets import verdicts
 from benchmarks.gpu.work import Row, Unit
 from rlrr_kernels import backends
+from rlrr_kernels.ops.host import cache
 
 REPORT_SECONDS = 10.0
 """Kept back for the last report."""
-
-TILES_DIRECTORY = "RLRR_CACHE_DIR"
-"""Where :mod:`rlrr_kernels.ops.tuning.store`, which needs Triton, looks for tuned tiles."""
 
 HERE_ALONE = {"RLRR_EXPERIMENTAL": "on", "RLRR_CHECK": "off"}
 """Tiles that this session found serve it, whatever their schedule; its own checks are more thorough."""
@@ -119,7 +117,7 @@ class Session:
 
     def _start_worker(self) -> None:
         # The user's own tiles are left alone, in both directions.
-        environment = {TILES_DIRECTORY: str(self.folder.resolve()), **HERE_ALONE}
+        environment = {cache.DIRECTORY_VARIABLE: str(self.folder.resolve()), **HERE_ALONE}
         self._worker = Worker(self.make_units, self.rows, environment)
         try:
             self._worker.wait_until_ready(START_SECONDS)
