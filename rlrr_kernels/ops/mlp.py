@@ -31,7 +31,7 @@ def rlrr_mlp(
 
     Two calls of :func:`rlrr_kernels.rlrr_linear`, the second with ``input_activation``: between forward and backward x,
     the pre-activation h [..., H] and the parameters are kept, act(h) is not. The backward computes act(h) again for
-    ∂s_r and ∂s_c of fc2, and ∂h = (g W₂') ⊙ act'(h). Twice differentiable and forward mode: neither, as there.
+    ∂s_r and ∂s_c of fc2, and ∂h = (g W₂') ⊙ act'(h). Second derivatives and forward mode: as there.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; under autocast it is cast as ``F.linear`` would cast it.

@@ -1,6 +1,8 @@
-"""Gradients that can be differentiated again, for the backward of an ``autograd.Function`` under ``create_graph=True``.
+"""Gradients by a formula that autograd knows, for the backward of an ``autograd.Function``.
 
-The kernels' backwards are no functions that autograd knows, so a second derivative of them would be lost in silence.
+Under ``create_graph=True`` they can be differentiated again: the kernels' backwards are no functions that autograd
+knows, so a second derivative of them would be lost in silence. And a gradient may stand for a batch of them
+(``is_grads_batched=True``), whose memory no kernel can read.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ def differentiable_gradients(
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     if not wanted:
         return [None] * len(inputs)
-    with private.NoAutocast():
-        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=True))
+    create_graph = torch.is_grad_enabled()
+    with private.NoAutocast(), torch.enable_grad():
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=create_graph))
     return [next(found) if need else None for need in needs]

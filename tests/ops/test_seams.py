@@ -275,11 +275,14 @@ def test_torch_func_over_all_parameters_says_which_one_is_too_many():
 def test_a_jacobian_by_batches_of_gradients(backend: str):
     tensors = problem()
     rest = tensors["weight"], tensors["scale_row"], tensors["scale_col"]
+    arguments = tuple(tensors[name] for name in NAMES)
     vectorized, in_a_loop = (
         torch.autograd.functional.jacobian(
-            lambda x, bias: rlrr_linear(x, *rest, bias, backend=backend), (tensors["x"], tensors["bias"]), vectorize=v
+            lambda x, row, col, bias: rlrr_linear(x, tensors["weight"], row, col, bias, backend=backend),
+            arguments,
+            vectorize=vectorize,
         )
-        for v in (True, False)
+        for vectorize in (True, False)
     )
     close(vectorized, in_a_loop)
     leaf = tensors["x"].clone().requires_grad_()

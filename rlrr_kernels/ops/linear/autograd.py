@@ -184,8 +184,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         call, needs, bias_dtype, counts, compute_x, through_op = ctx.options
-        if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_backward(ctx, grad_y)
+        if torch.is_grad_enabled() or _is_batch(grad_y):  # the former: create_graph=True
+            return _backward_by_formula(ctx, grad_y)
         x, weight, scale_row, scale_col, *others = ctx.saved_tensors or (None, None, None, None)
         sample = None
         if counts:
@@ -201,9 +201,6 @@ class _Linear(torch.autograd.Function):
             options = call.residual, call.backend, needs, call.input_activation
             grads = run(grad_y, x, weight, scale_row, scale_col, *options, *flatten_sample(sample))
             grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        elif _is_batch(grad_y):
-            options = call.residual, "torch", needs, call.input_activation, sample
-            grad_x, grad_row, grad_col, grad_bias = dispatch.backward(grad_y, x, weight, scale_row, scale_col, *options)
         elif _is_watched():
             scales, options = canonical(scale_row, scale_col, weight), (call.residual, call.backend, needs)
             grads = torch.ops.rlrr_kernels.linear_backward(
@@ -222,16 +219,15 @@ class _Linear(torch.autograd.Function):
 
 
 _is_batch = private.is_batch
-"""Whether a gradient stands for a batch of them, as ``is_grads_batched=True`` and vectorized jacobians have it: only
-torch's own operations compute with those."""
+"""Whether a gradient stands for a batch of them, as ``is_grads_batched=True`` and vectorized jacobians have it."""
 
 linear_function = _Linear.apply
 _apply = super(torch.autograd.Function, _Linear).apply
 """``_Linear.apply`` but for what ``torch.func`` transforms need there, 2 µs of Python before PyTorch 2.15."""
 
 
-def _differentiable_backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    """The same gradients by the formula, which autograd can differentiate again."""
+def _backward_by_formula(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients by the formula, which autograd can differentiate again and for a batch of ``grad_y``."""
     call, needs, bias_dtype, counts, compute_x, through_op = ctx.options
     if through_op or counts or compute_x:
         raise NotImplementedError(NO_DOUBLE_BACKWARD)
@@ -331,8 +327,8 @@ _NO_JVP = (
     "rlrr_kernels.reference.rlrr_linear_reference, which is differentiable in every mode"
 )
 NO_DOUBLE_BACKWARD = (
-    "rlrr_linear can be differentiated only once in compiled code, inside torch.func, with scale_grad_rows and where "
-    "its input is recomputed; for second derivatives there use rlrr_kernels.reference.rlrr_linear_reference, which is "
+    "rlrr_linear can be differentiated only once, and by one gradient at a time, in compiled code, inside torch.func, "
+    "with scale_grad_rows and where its input is recomputed; for second derivatives there use rlrr_kernels.reference.rlrr_linear_reference, which is "
     "differentiable any number of times"
 )
 

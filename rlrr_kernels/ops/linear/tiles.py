@@ -2,7 +2,7 @@
 
 No entry has been timed on a GPU yet. They are chosen by compile-only figures (no spills, tensor-core instructions; see
 ``python -m benchmarks.compile_report``) and, on Hopper, by times predicted from the machine code of each
-(``python -m benchmarks.model.tiles``).
+(``python -m benchmarks.model --tiles``).
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ PERSISTENT: dict[str, dict[tuple[str, int], Tiles]] = {
 The scale gradients alone. Next to the tiled kernel, by what the compiler made of both for sm_90: a step multiplies 64
 rows of 128 x 256 where that one multiplies 128 x 128, so a product needs a quarter less from the L2 cache, which rules
 both; other instructions fill a quarter of a step's tensor time; the wait in a step is for the product before; g is read
-no second time for the bias; and no wave is partly idle. ``benchmarks.model.tiles`` predicts 92 µs for a 768 to
-3072 layer at M = 12,608, where it gives the tiled kernel 139 and the library's gᵀx 110.
+no second time for the bias; and no wave is partly idle. ``benchmarks.model --tiles`` predicts 94 µs for a 768 to
+3072 layer at M = 12,608, where it gives the tiled kernel 139 and the library's gᵀx 100.
 
 Forward and ∂x of many rows are merged and left to the library; their persistent forms are predicted to be level with
 wide tiled ones, so they are left to the tuner. Triton's own warp specialisation is not used: on Hopper its compiler

@@ -49,7 +49,7 @@ CANDIDATES = {
     ("grad_x", 4, 0): [(64, 32, 64, 4, 3), (64, 32, 64, 8, 3), (128, 32, 64, 8, 3), (128, 32, 128, 8, 3)],
     ("grad_scales", 4, 0): [(32, 64, 64, 4, 3), (32, 64, 64, 8, 3), (32, 128, 64, 8, 3), (32, 128, 128, 8, 3)],
 }  # fmt: skip
-"""(block_m, block_n, block_k, warps, stages) for :class:`Tiles`; ``benchmarks.model.tiles`` predicts times."""
+"""(block_m, block_n, block_k, warps, stages) for :class:`Tiles`; ``benchmarks.model --tiles`` predicts times."""
 
 PERSISTENT_CANDIDATES = {
     ("forward", 2): [(256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3)],
