@@ -59,6 +59,7 @@ DEFAULT_FAMILY = "sm_80"
 _FAMILIES = {
     "sm_9": "sm_90",
     "sm_10": "sm_100",  # 10.0, 10.1 and 10.3: datacentre Blackwell; 12.x has the older matrix instructions
+    "gfx950": "gfx950",
     "gfx9": "gfx942",  # CDNA
     INTERPRETER: INTERPRETER,
 }

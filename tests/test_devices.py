@@ -26,7 +26,7 @@ from rlrr_kernels.devices import Peaks
         ((13, 0), None, "sm_130", "sm_80"),
         (None, "gfx942:sramecc+:xnack-", "gfx942", "gfx942"),
         (None, "gfx90a:sramecc+:xnack-", "gfx90a", "gfx942"),
-        (None, "gfx950", "gfx950", "gfx942"),
+        (None, "gfx950", "gfx950", "gfx950"),
         (None, "gfx1100", "gfx1100", "sm_80"),
         (None, None, "interpreter", "interpreter"),
     ],
