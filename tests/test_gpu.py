@@ -314,7 +314,6 @@ def test_compiled_model(mode: str):
 
 def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rlrr_kernels import devices
-    from rlrr_kernels.ops.host import cache
     from rlrr_kernels.ops.linear import tiles as linear_configs
     from rlrr_kernels.ops.tuning import store as tuned_tiles
     from rlrr_kernels.ops.tuning import tiles as tuning
