@@ -59,6 +59,7 @@ DEFAULT_FAMILY = "sm_80"
 _FAMILIES = {
     "sm_9": "sm_90",
     "sm_10": "sm_100",  # 10.0, 10.1 and 10.3: datacentre Blackwell; 12.x has the older matrix instructions
+    "gfx950": "gfx950",
     "gfx9": "gfx942",  # CDNA
     INTERPRETER: INTERPRETER,
 }
@@ -80,8 +81,9 @@ LEAST_SHARED_BYTES = 64 << 10
 LEAST_CAPABILITY = (8, 0)
 """Below, Triton has no tensor-core product: its tiles spill 2 to 4 KB a thread for a T4 (7.5) and a V100 (7.0)."""
 
-COMPILED_AMD = ("gfx942",)
-"""AMD GPUs for which every kernel is compiled, without spills, each commit (``tests/ops/test_compile_only.py``)."""
+COMPILED_AMD = ("gfx90a", "gfx942", "gfx950")
+"""AMD GPUs for which every kernel is compiled without spills (``tests/ops/test_compile_only.py``), gfx942 at each
+commit, the others in ``make test-all``."""
 
 
 def device_name(capability: tuple[int, int] | None, gcn_arch: str | None = None) -> str:

@@ -26,7 +26,7 @@ from rlrr_kernels.devices import Peaks
         ((13, 0), None, "sm_130", "sm_80"),
         (None, "gfx942:sramecc+:xnack-", "gfx942", "gfx942"),
         (None, "gfx90a:sramecc+:xnack-", "gfx90a", "gfx942"),
-        (None, "gfx950", "gfx950", "gfx942"),
+        (None, "gfx950", "gfx950", "gfx950"),
         (None, "gfx1100", "gfx1100", "sm_80"),
         (None, None, "interpreter", "interpreter"),
     ],
@@ -68,7 +68,10 @@ def test_a_gpu_without_a_datasheet_is_its_familys():
     assert isinstance(devices.typical("sm_86").peaks, Peaks)
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942"])
+NVIDIA = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"]
+
+
+@pytest.mark.parametrize("name", [*NVIDIA, "gfx90a", "gfx942", "gfx950"])
 def test_auto_takes_triton_where_it_has_matrix_instructions_and_was_compiled(name: str):
     assert devices.distrust_of_triton(name) is None
 
@@ -77,7 +80,7 @@ def test_auto_takes_triton_where_it_has_matrix_instructions_and_was_compiled(nam
     ("name", "reason"),
     [
         ("sm_70", "compute capability 7.0"), ("sm_75", "compute capability 7.5"), ("sm_61", "compute capability 6.1"),
-        ("gfx950", "this is gfx950"), ("gfx1100", "this is gfx1100"), ("gfx1201", "this is gfx1201"),
+        ("gfx908", "this is gfx908"), ("gfx1100", "this is gfx1100"), ("gfx1201", "this is gfx1201"),
     ],
 )  # fmt: skip
 def test_auto_leaves_other_gpus_to_the_library(name: str, reason: str):

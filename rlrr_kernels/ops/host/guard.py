@@ -73,8 +73,7 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
     known = [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
     if False in known:
         return False
-    device = launches[0].tensors[0].device
-    if None not in known or not enabled(device):
+    if None not in known or not enabled(device := launches[0].tensors[0].device):
         return _run(launches)
     names = [_name(launch, device) for launch in launches]
     if any(name in _given_up for name in names):

@@ -73,6 +73,9 @@ any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambd
 """Whether hooks watch all modules, which a fused call of several would not run. Without it: always, and nothing is
 fused."""
 
+current_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
+"""The modes that watch operators, in order. Without it: none, and FLOP counters do not count the operators."""
+
 foreach_copy = getattr(torch, "_foreach_copy_", lambda to, given: [a.copy_(b) for a, b in zip(to, given, strict=True)])
 """Copies of many tensors in one launch. Without it: one by one."""
 
