@@ -27,6 +27,12 @@ def test_the_api_pages_name_all_that_the_package_exports():
     assert len(DOCUMENTED) == len(set(DOCUMENTED))
 
 
+def test_the_menu_has_every_page():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f"- {page}\n" not in menu]
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_what_an_api_page_names_has_a_docstring(name):
     pytest.importorskip("accelerate", reason="the training library needs accelerate")
