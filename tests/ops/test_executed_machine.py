@@ -165,6 +165,24 @@ def test_registers_that_were_never_written_are_not_a_number():
     assert np.isnan(run("st.global.b32 [%rd1], %r5;").view(np.float32)).all()
 
 
+def test_parameters_are_read_at_addresses_that_threads_choose():
+    found = run("""
+    mov.b32 %r1, kernel_param_0; mov.b32 %r2, kernel_param_1; setp.lt.u32 %p1, %r0, 5; selp.b32 %r3, %r2, %r1, %p1;
+    ld.param.b32 %r4, [%r3]; st.global.b32 [%rd1], %r4;
+    """)
+    assert found[:5].tolist() == [77] * 5
+    assert 77 not in found[5:]
+    with pytest.raises(Fault, match="no parameter"):
+        run("mov.b32 %r1, kernel_param_0; ld.param.b32 %r4, [%r1 + 4];")
+
+
+def test_a_warp_reduces():
+    found = run("redux.sync.add.s32 %r1, %r0, -1; st.global.b32 [%rd1], %r1;", threads=64, data=np.zeros(64, np.uint32))
+    assert found.tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+    found = run("sub.s32 %r1, 3, %r0; redux.sync.max.u32 %r1, %r1, -1; st.global.b32 [%rd1], %r1;")
+    assert found[0] == 2**32 - 1
+
+
 # ---------------------------------------------------------------- memory and order
 
 
@@ -179,7 +197,7 @@ def test_registers_that_were_never_written_are_not_a_number():
         ("st.shared.b32 [%r0], %r0;", "misaligned access of 4 bytes of shared memory"),
         ("mov.b32 %r1, 1024; st.shared.b32 [%r1], %r0;", "out of bounds: access of 4 bytes of shared memory"),
         ("setp.lt.u32 %p1, %r0, 7; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "only some of 32 threads"),
-        ("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 255;", "among some threads"),
+        ("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 255;", "for some threads"),
         ("$loop: bra $loop;", "too many instructions"),
         ("mov.b32 %r1, 8; mbarrier.arrive.shared::cta.b64 _, [%r1];", "not initialised"),
     ],
@@ -247,7 +265,7 @@ def test_an_mbarrier_opens_when_all_have_arrived():
 
 LOAD = """
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 128;
-    mov.b32 %r2, 0; mov.b32 %r3, -4; mov.b64 %rd2, 1;
+    mov.b32 %r2, 0; mov.b32 %r3, -4; mov.b64 %rd2, kernel_param_1;
     @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r2], [%rd2, {%r3, %r2}], [%r1];
 """
 OUT = "shl.b32 %r4, %r0, 2; ld.shared.b32 %r5, [%r4]; st.global.b32 [%rd1], %r5;"
@@ -255,7 +273,7 @@ OUT = "shl.b32 %r4, %r0, 2; ld.shared.b32 %r5, [%r4]; st.global.b32 [%rd1], %r5;
 
 def matrix(address: int) -> dict[int, TensorMap]:
     """2 rows of 16 numbers, copied in one block, without swizzling."""
-    return {1: TensorMap(address, (2, 16), (16, 1), 4, (2, 16))}
+    return {77: TensorMap(address, (2, 16), (16, 1), 4, (2, 16))}
 
 
 def test_a_block_arrives_with_zeros_outside_of_the_matrix():
@@ -275,7 +293,7 @@ def test_a_block_that_is_not_waited_for_has_not_arrived():
 
 STORE = """
     shl.b32 %r4, %r0, 2; st.shared.b32 [%r4], %r0; {fence} bar.sync 0;
-    mov.b32 %r2, 0; mov.b64 %rd2, 1; setp.eq.u32 %p1, %r0, 0;
+    mov.b32 %r2, 0; mov.b64 %rd2, kernel_param_1; setp.eq.u32 %p1, %r0, 0;
     @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd2, {{%r2, %r2}}], [%r2];
     @%p1 cp.async.bulk.commit_group; {wait}
 """

@@ -8,7 +8,7 @@ Not covered: what ``ptxas`` makes of the PTX, Blackwell's tensor memory (``tcgen
 (sums are float64, rounded once) and the arithmetic of approximate instructions.
 """
 
-from tests.support.ptx import arithmetic, mma, moves, warp  # noqa: F401 (they register their instructions)
+from tests.support.ptx import arithmetic, mma, moves, parameters, warp  # noqa: F401 (they register their instructions)
 from tests.support.ptx.faults import Deadlock, Fault, UnknownInstructionError
 
 __all__ = ["Deadlock", "Fault", "UnknownInstructionError"]

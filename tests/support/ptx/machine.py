@@ -18,6 +18,7 @@ from tests.support.ptx.faults import Deadlock, Fault
 from tests.support.ptx.forms import instruction
 from tests.support.ptx.mbarrier import Barriers
 from tests.support.ptx.memory import GlobalMemory, SharedMemory
+from tests.support.ptx.parameters import Parameters
 from tests.support.ptx.parser import Address, Immediate, Instruction, Operand, Program, Register, Symbol
 from tests.support.ptx.tensor_copies import TensorCopies, TensorMap
 from tests.support.ptx.wgmma import Products
@@ -42,7 +43,7 @@ class Machine:
         shared: bytes of shared memory of a block.
         grid: blocks of the launch along its axes.
         blocks: numbers of those that run here, at once.
-        maps: by handle, the tensors that descriptors among the parameters describe.
+        maps: by its value, the tensor that a parameter which is a descriptor describes.
         seed: of the order of events; None: the one described above.
         fenced_barriers: whether mbarriers need a fence before copies arrive at them.
     """
@@ -60,7 +61,7 @@ class Machine:
         fenced_barriers: bool = False,
     ) -> None:
         self.program, self.memory = program, memory
-        self.parameters = dict(zip(program.parameters, parameters, strict=True))
+        self.parameters = Parameters(program.parameters, parameters)
         self.count, self.threads = program.threads * len(blocks), program.threads
         self.all = np.arange(self.count)
         self.block = np.repeat(np.arange(len(blocks)), self.threads)
@@ -134,9 +135,8 @@ class Machine:
                 return (found if lanes is None else found[lanes]).astype(values.UNSIGNED[size], copy=False)
             if operand.name == "global_smem":
                 return np.zeros(count, values.UNSIGNED[size])
-            if operand.name in self.parameters:
-                value = self.parameters[operand.name] & ((1 << size) - 1)
-                return np.full(count, value, values.UNSIGNED[size])
+            if operand.name in self.parameters.addresses:
+                return np.full(count, self.parameters.addresses[operand.name], values.UNSIGNED[size])
         raise Fault(f"unknown operand {operand}")
 
     def read(self, operand: Operand, kind: str, lanes: Lanes) -> np.ndarray:
@@ -161,7 +161,8 @@ class Machine:
 
     def address(self, operand: Address, lanes: Lanes, shared: bool = False) -> np.ndarray:
         """Addresses as signed integers of 64 bits; those of shared memory wrap at 32."""
-        kind = "s32" if shared and getattr(operand.base, "width", 32) == 32 else "s64"
+        narrow = getattr(operand.base, "width", 32) == 32
+        kind = ("s32" if shared else "u32") if narrow else "s64"
         return self.read(operand.base, kind, lanes).astype(np.int64) + operand.offset
 
     def shared_offsets(self, operand: Address, size: int, lanes: Lanes) -> np.ndarray:

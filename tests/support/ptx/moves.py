@@ -118,15 +118,6 @@ def _parts(operand: Operand) -> tuple[Operand, ...]:
     return operand.parts if isinstance(operand, Several) else (operand,)
 
 
-@instruction("ld param type=BITS|INT|f32|f64")
-def _load_parameter(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    target, source = current.operands
-    bits = machine.bits(source.base, values.width(current.type), lanes)
-    if source.offset:
-        raise Fault("a part of a parameter")
-    machine.write(target, values.decode(bits, current.type), current.type, lanes)
-
-
 @instruction("ld space=global|shared|shared::cta ?vector=v2|v4|v8 type=BITS|INT|f32|f64")
 def _load(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     targets, source = _parts(current.operands[0]), current.operands[1]

@@ -67,10 +67,11 @@ class TensorCopies:
         self._stores: list[_Copy] = []
         self._group = np.zeros(machine.count, np.int64)
 
-    def _copy(self, handle: int, column: int, row: int, address: int, thread: int) -> _Copy:
-        if handle not in self._maps:
+    def _copy(self, descriptor: int, column: int, row: int, address: int, thread: int) -> _Copy:
+        number = self._machine.parameters.at(descriptor)
+        if number not in self._maps:
             raise Fault("a copy by what is no descriptor")
-        found, shared = self._maps[handle], self._machine.shared
+        found, shared = self._maps[number], self._machine.shared
         width = found.block[1] * found.itemsize
         if address % 128 or width % 16 or (found.swizzle and width > 16 << found.swizzle):
             raise Fault("a block of a tensor at an address, or of a width, that cannot be copied")
@@ -88,16 +89,16 @@ class TensorCopies:
         elements = rows * copy.map.strides[0] + columns * copy.map.strides[1]
         return inside, copy.map.address + elements[inside] * copy.map.itemsize
 
-    def start_load(self, handle: int, column: int, row: int, address: int, barrier: int, thread: int) -> None:
-        copy = self._copy(handle, column, row, address, thread)
+    def start_load(self, descriptor: int, column: int, row: int, address: int, barrier: int, thread: int) -> None:
+        copy = self._copy(descriptor, column, row, address, thread)
         copy.barrier = barrier
         self._machine.barriers.check_fenced(barrier)
         self._machine.shared.check_fenced(copy.places, "a copy in")
         self._elements(copy)[copy.places // copy.map.itemsize] = -1
         self._loads.append(copy)
 
-    def start_store(self, handle: int, column: int, row: int, address: int, thread: int) -> None:
-        copy = self._copy(handle, column, row, address, thread)
+    def start_store(self, descriptor: int, column: int, row: int, address: int, thread: int) -> None:
+        copy = self._copy(descriptor, column, row, address, thread)
         copy.group = int(self._group[thread])
         self._machine.shared.check_fenced(copy.places, "a copy out")
         self._stores.append(copy)
@@ -154,10 +155,10 @@ def _load(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     where, source, barrier = current.operands
     for thread in machine.threads_of(lanes):
         one = np.array([thread])
-        handle, column, row = _tensor_operands(machine, source, one)
+        descriptor, column, row = _tensor_operands(machine, source, one)
         address = int(machine.address(where, one, shared=True)[0])
         arrives_at = int(machine.shared_offsets(barrier, 8, one)[0])
-        machine.tensor_copies.start_load(handle, column, row, address, arrives_at, int(thread))
+        machine.tensor_copies.start_load(descriptor, column, row, address, arrives_at, int(thread))
 
 
 @instruction("cp async bulk tensor 2d global shared::cta ?tile bulk_group")
@@ -165,13 +166,13 @@ def _store(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     target, where = current.operands
     for thread in machine.threads_of(lanes):
         one = np.array([thread])
-        handle, column, row = _tensor_operands(machine, target, one)
+        descriptor, column, row = _tensor_operands(machine, target, one)
         address = int(machine.address(where, one, shared=True)[0])
-        machine.tensor_copies.start_store(handle, column, row, address, int(thread))
+        machine.tensor_copies.start_store(descriptor, column, row, address, int(thread))
 
 
 def _tensor_operands(machine: Machine, operand, lanes: np.ndarray) -> tuple[int, int, int]:
-    """Handle of the descriptor, column and row."""
+    """Address of the descriptor, column and row."""
     column, row = (int(machine.read(part, "s32", lanes)[0]) for part in operand.corner)
     return int(machine.bits(operand.base, 64, lanes)[0]), column, row
 

@@ -9,7 +9,7 @@ import numpy as np
 from tests.support.ptx.faults import Fault
 from tests.support.ptx.forms import instruction
 from tests.support.ptx.memory import gather
-from tests.support.ptx.parser import Instruction, Several
+from tests.support.ptx.parser import Instruction, Operand, Several
 
 if TYPE_CHECKING:
     from tests.support.ptx.machine import Lanes, Machine
@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 _LANE = np.arange(32)
 
 
+def _check_members(machine: Machine, members: Operand, lanes: Lanes) -> None:
+    """Refuses what is not for all threads of a warp."""
+    machine.whole_warps(lanes)
+    if (machine.bits(members, 32, lanes) != 0xFFFFFFFF).any():
+        raise Fault("an instruction for some threads of a warp")
+
+
 @instruction("shfl sync mode=bfly|idx|up|down b32")
 def _shuffle(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     result, source, distance, clamp, members = current.operands
-    machine.whole_warps(lanes)
-    if members.value & 0xFFFFFFFF != 0xFFFFFFFF or clamp.value != (0 if current.modifiers["mode"] == "up" else 31):
-        raise Fault("a shuffle among some threads of a warp")
+    _check_members(machine, members, lanes)
+    if clamp.value != (0 if current.modifiers["mode"] == "up" else 31):
+        raise Fault("a shuffle within parts of a warp")
     given = machine.bits(source, 32, lanes).reshape(-1, 32)
     by = machine.bits(distance, 32, lanes).reshape(-1, 32).astype(np.int64)
     source_lane = {
@@ -42,6 +49,21 @@ def _elect(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     machine.whole_warps(lanes)
     machine.write(number, np.zeros(machine.threads_of(lanes).size, np.uint32), "b32", lanes)
     machine.write(elected, machine.threads_of(lanes) % 32 == 0, "pred", lanes)
+
+
+_REDUCE = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+@instruction("redux sync operation=add|min|max type=s32|u32", "redux sync operation=and|or|xor type=b32")
+def _reduce(machine: Machine, current: Instruction, lanes: Lanes) -> None:
+    result, source, members = current.operands
+    _check_members(machine, members, lanes)
+    given = machine.read(source, current.type, lanes).reshape(-1, 32)
+    reduced = _REDUCE[current.modifiers["operation"]].reduce(given, axis=1, dtype=given.dtype)
+    machine.write(result, np.repeat(reduced, 32), current.type, lanes)
 
 
 @instruction("activemask b32")
