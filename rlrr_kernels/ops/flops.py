@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from rlrr_kernels.ops.host import private
 
 
 def linear_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -50,7 +51,7 @@ def tell_counters() -> None:
     for target, formula in formulas.items():
         if target not in module.flop_registry:
             module.register_flop_formula(target)(formula)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in private.active_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         for target in formulas if isinstance(registry, dict) else ():
             registry.setdefault(target, module.flop_registry[target])

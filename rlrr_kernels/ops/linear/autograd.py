@@ -115,7 +115,7 @@ class CallCache:
 
 def _is_watched() -> bool:
     """Whether a mode wants to see every operator, which Python that starts kernels is not."""
-    return torch._C._len_torch_dispatch_stack() > 0 and not torch._C._are_functorch_transforms_active()
+    return private.dispatch_modes() > 0 and not private.transforms_active()
 
 
 def _empty_grads(grad_y, x, weight, scale_row, scale_col, needs) -> tuple[Tensor | None, ...]:
