@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import call_in_graph, frozen, is_proxy
+from rlrr_kernels.nn.rescaled import call_in_graph, frozen, is_proxy, refuse_script
 from rlrr_kernels.ops.norm_rescale.public import fold_norm, norm_rescale
 
 SSF_INITS = ("paper", "identity")
@@ -83,6 +83,8 @@ class NormRescale(nn.Module):
         if weight is not None and weight.requires_grad:
             weight, bias = frozen(weight), None if bias is None else frozen(bias)
         return norm_rescale(x, weight, bias, self.scale, self.shift, self.eps, keep_output=self.keep_output)
+
+    __prepare_scriptable__ = refuse_script
 
     def _slow_forward(self, x: Tensor) -> Tensor:  # while torch.jit.trace records, see Rescaled
         y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)

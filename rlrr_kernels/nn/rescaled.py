@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,14 @@ def is_proxy(x: Any) -> bool:
 def call_in_graph(module: nn.Module, x: Any) -> Any:
     """A node of the graph that ``torch.fx`` records which calls ``module``, as it has them for ``torch.nn``'s own."""
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """What ``torch.jit.script`` calls as ``__prepare_scriptable__``: the kernels are no TorchScript."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {type(module).__name__}; merge_adapter(model) first, or use torch.jit.trace "
+        "or torch.export"
+    )
 
 
 class Rescaled(nn.Module):
@@ -245,6 +253,8 @@ class Rescaled(nn.Module):
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The frozen layer's operation with another weight and bias."""
         raise NotImplementedError
+
+    __prepare_scriptable__ = refuse_script
 
     def _wide_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """W, s_r and s_c in the dtype in which W' is computed before it is rounded."""

@@ -51,7 +51,7 @@ def tell_counters() -> None:
     for target, formula in formulas.items():
         if target not in module.flop_registry:
             module.register_flop_formula(target)(formula)
-    for mode in private.current_modes():
+    for mode in private.active_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         for target in formulas if isinstance(registry, dict) else ():
             registry.setdefault(target, module.flop_registry[target])

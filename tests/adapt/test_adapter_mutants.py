@@ -238,8 +238,7 @@ def test_mutants_load_as_saved_or_change_nothing(seeds, saved, tmp_path):
         mutant = mutation(files, draw)
         try:
             loaded[mutation] += check(mutant, tmp_path, state if mutation is mutate_bytes else None)
-        except BaseException as error:
-            error.add_note(f"mutant {seed}, of {mutation.__name__}")
-            raise
+        except Exception as error:
+            raise AssertionError(f"mutant {seed}, of {mutation.__name__}") from error
     for count in loaded.values():
         assert 0 < count < len(seeds) / len(MUTATIONS) / 2

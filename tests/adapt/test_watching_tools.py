@@ -272,6 +272,22 @@ def test_traced_layers_are_saved_and_train(kind, dtype):
         torch.testing.assert_close(torch.jit.trace(model, x)(other), model(other))
 
 
+def test_scripting_is_refused_until_the_adapter_is_merged():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    adapt_model(model)
+    model[0] = NormRescale(model[0])
+    with pytest.raises(
+        RuntimeError, match=r"torch\.jit\.script cannot compile NormRescale; merge_adapter\(model\) first"
+    ):
+        torch.jit.script(model)
+    model[0] = model[0].to_layer_norm()
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile RLRRLinear"):
+        torch.jit.script(model)
+    merge_adapter(model)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_traced_model_gives_the_same_logits(recompute):
     model, images = adapted(tiny_model("vit")), tiny_images("vit")

@@ -105,6 +105,8 @@ def test_optimizer_groups_stay_the_same(wrap: Callable[[nn.Module], None], proce
         recompute_activations(model)
     wrap(model)
     assert roles(model) == before
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), twin(images))
     for one in (model, twin):
         backward(one, images)
     check_gradients(model)

@@ -50,8 +50,11 @@ is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor
 never, and such calls fail."""
 
 dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-"""How many modes watch operators; calls are replayed where none does. Without it: one always, and compiled code's calls
-are not replayed."""
+"""How many modes watch operators; calls go past the operator and are replayed where none does. Without it: one always,
+and every call goes through the operator."""
+
+active_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
+"""These modes. Without it: none, and a FLOP counter that was made before the first call does not count it."""
 
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any kind of device, a cheap first question. Without it: the second is always asked."""
@@ -72,9 +75,6 @@ It is an operator of ATen, which compiled graphs are full of."""
 any_global_hook = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 """Whether hooks watch all modules, which a fused call of several would not run. Without it: always, and nothing is
 fused."""
-
-current_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
-"""The modes that watch operators, in order. Without it: none, and FLOP counters do not count the operators."""
 
 foreach_copy = getattr(torch, "_foreach_copy_", lambda to, given: [a.copy_(b) for a, b in zip(to, given, strict=True)])
 """Copies of many tensors in one launch. Without it: one by one."""

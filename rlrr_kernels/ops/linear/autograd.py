@@ -328,8 +328,8 @@ _NO_JVP = (
 )
 NO_DOUBLE_BACKWARD = (
     "rlrr_linear can be differentiated only once, and by one gradient at a time, in compiled code, inside torch.func, "
-    "with scale_grad_rows and where its input is recomputed; for second derivatives there use rlrr_kernels.reference.rlrr_linear_reference, which is "
-    "differentiable any number of times"
+    "with scale_grad_rows and where its input is recomputed; for second derivatives there use "
+    "rlrr_kernels.reference.rlrr_linear_reference, which is differentiable any number of times"
 )
 
 
