@@ -15,11 +15,16 @@ from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import __main__ as command
 from rlrr_kernels import backends
 from rlrr_kernels.ops.linear.tiles import KERNEL_US, Tiles, tiles_for
+from tests.support.versions import version_of
 
 RATE, BANDWIDTH = 8e14, 4e12
 CEILINGS = model.Ceilings(BANDWIDTH, {"bf16": RATE, "fp16": RATE, "fp32": 5e13, "tf32": 4e14})
 BF16 = PRECISIONS["bf16"].dtype
 PERSISTENT = {"forward": (256, 128, 64, 8, 3), "grad_scales": (64, 128, 256, 8, 4)}
+
+needs_triton_3_6 = pytest.mark.skipif(
+    version_of("triton") < (3, 6), reason="Triton 3.5 has not all of Gluon, and leaves a third more in persistent loops"
+)
 
 
 def problem(m: int, n: int, k: int, precision: str = "bf16") -> Problem:
@@ -152,6 +157,7 @@ def test_how_many_programs_fit(machine_code, registers: int, warps: int, shared:
     assert machine_code.resident(registers, warps, shared) == programs
 
 
+@needs_triton_3_6
 @pytest.mark.parametrize("kernel", PERSISTENT)
 def test_a_persistent_loop_has_room_between_its_products(machine_code, kernel: str):
     tiles = Tiles(*PERSISTENT[kernel], schedule="persistent")
@@ -162,6 +168,7 @@ def test_a_persistent_loop_has_room_between_its_products(machine_code, kernel: s
     assert code.loop.rare > code.loop.issue, "the end of a tile is in the loop"
 
 
+@needs_triton_3_6
 def test_other_instructions_and_schedules_are_read_as_well(machine_code):
     code = machine_code.compiled("forward", Tiles(16, 32, 128, 4, 4), "bf16", 16)
     assert (code.loop.instruction, code.loop.macs) == ("HMMA", 16 * 32 * 128)
@@ -180,8 +187,9 @@ def test_the_figures_of_the_pages(machine_code):
         scales[tiles.schedule] = machine_code.predict("grad_scales", tiles, *sizes, "bf16", code).likely_us
     assert scales == pytest.approx({"persistent": 94, "tiled": 139}, rel=0.05)
     assert machine_code.library_us("grad_scales", *sizes, "bf16") == pytest.approx(100, rel=0.01)
-    lines = list(machine_code.report(["forward"], ["bf16"], [], False))
-    assert lines[1:] == ["forward, bf16: median overhead 0.71"]
+    _, line = machine_code.report(["forward"], ["bf16"], [], False)
+    assert line.startswith("forward, bf16: median overhead ")
+    assert float(line.split()[-1]) == pytest.approx(0.71, rel=0.05)
     lines = list(machine_code.report(["forward"], ["bf16"], [16], False))
     assert len(lines) == 5
     assert "HGMMA" in lines[3]

@@ -14,12 +14,13 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support.tiny_models import tiny_model
+from tests.support.versions import version_of
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from benchmarks.fake_cuda import Driver
 from rlrr_kernels import NormRescale, RLRRConfig, RLRRLinear, adapt_model, backends, recompute_activations
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+if version_of("torch") < (2, 10):
     pytest.skip("the compiler of PyTorch 2.9 takes no fake tensors that it did not make", allow_module_level=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
+from tests.support.versions import version_of
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -24,7 +25,7 @@ KERNELS = ("forward", "grad_x")
 
 needs_compiler = pytest.mark.skipif(backends.INTERPRETING, reason="with Triton's interpreter on, nothing compiles")
 needs_gluon = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6),
+    version_of("triton") < (3, 6),
     reason=f"Triton {triton.__version__} lacks what the kernel uses of Gluon",
 )
 

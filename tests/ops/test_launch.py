@@ -31,6 +31,7 @@ from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
+from tests.support.versions import version_of
 
 TILES = Tiles(16, 32, 32, 4, 1)
 
@@ -187,7 +188,7 @@ def gluon_launches(count=300, rows=256, cols=384) -> list[Launch]:
 
 
 @pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6),
+    version_of("triton") < (3, 6),
     reason=f"Triton {triton.__version__} lacks what the kernel uses of Gluon",
 )
 def test_descriptors_of_gluon_are_the_same(cuda: FakeCuda):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.authors_models import AuthorsSwin, AuthorsViT
+from tests.support.versions import version_of
 
 timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 
@@ -85,7 +86,13 @@ def save_swin(oracle: AuthorsSwin, file: Path, placement: str, **changes: torch.
     torch.save({"model": state}, file)
 
 
-@pytest.mark.parametrize("placement", ["end", "start"])
+reads_start = pytest.mark.skipif(
+    version_of("timm") < (1, 0, 31),
+    reason="timm before 1.0.31 moves every patch merging",
+)
+
+
+@pytest.mark.parametrize("placement", ["end", pytest.param("start", marks=reads_start)])
 @pytest.mark.parametrize("head", ["head", "headless"])
 def test_microsoft_s_swin_gives_the_logits_of_the_formulas(placement: str, head: str, tmp_path):
     oracle, file = AuthorsSwin(), tmp_path / "swin.pth"
