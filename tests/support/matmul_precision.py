@@ -14,6 +14,8 @@ def switched(*settings: tuple[str, str, str] | str) -> Iterator[None]:
     """Sets the old switch to a name, or ``fp32_precision`` of (backend, operator) to the last of three, in turn."""
     before = [(*which, torch._C._get_fp32_precision_getter(*which)) for which in _WHICH]
     try:
+        for which in _WHICH:  # as in a new process: what set an operator's own value keeps the general one from it
+            torch._C._set_fp32_precision_setter(*which, "none")
         for setting in settings:
             if isinstance(setting, str):
                 torch.set_float32_matmul_precision(setting)
