@@ -59,7 +59,7 @@ ROWS = (
 )
 """Every minor version of torch from the one that pyproject.toml asks for to the newest; each brings its Triton."""
 
-SOURCE_TOOLS = ("import-linter", "mkdocs", "mkdocs-material", "mkdocstrings", "mypy", "ruff")
+SOURCE_TOOLS = ("import-linter", "mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python", "mypy", "ruff")
 """Left out: what they say of the sources is the same with every torch, and they bind the versions of other packages."""
 
 PROCESSES = {"suite": {}, "interpreted": {"TRITON_INTERPRET": "1"}}
