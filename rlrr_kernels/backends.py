@@ -30,16 +30,18 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-# A plain module global, not a ContextVar: torch.compile guards on it, so a compiled model follows a change.
-_default: str | None = None
+# A plain module global, not a ContextVar: torch.compile guards on it, so a compiled model follows a change. Read at
+# import, not at the first call: a guard on a value that this call then sets would compile everything twice.
+_default = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 
 def default_backend() -> str:
-    """The backend used where a call says ``auto``: :func:`use_backend`, else ``RLRR_BACKEND``, else ``auto``."""
-    global _default
-    if _default is None:
-        _default = check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment {ENVIRONMENT_VARIABLE}")
-    return _default
+    """The backend used where a call says ``auto``: :func:`use_backend`, else ``RLRR_BACKEND``, else ``auto``.
+
+    Raises:
+        ValueError: ``RLRR_BACKEND`` is not a backend.
+    """
+    return _default if _default in BACKENDS else check_name(_default, f"environment {ENVIRONMENT_VARIABLE}")
 
 
 @contextmanager

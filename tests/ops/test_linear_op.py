@@ -92,6 +92,18 @@ def test_compiled_code_follows_use_backend():
         function(tensors["x"])
 
 
+def test_eager_calls_of_other_layouts_compile_nothing_again():
+    """What eager calls keep is no part of a compiled function: guards on it would cost each of them and grow with it."""
+    tensors = problem()
+    layer = RLRRLinear(10, 12, groups=3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = compiled(tensors["x"])
+    for rows in range(7, 20):
+        layer(torch.randn(rows, 10))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(tensors["x"]), expected)
+
+
 @on_every_backend
 def test_export(backend: str):
     class Model(torch.nn.Module):
@@ -314,15 +326,12 @@ def test_backend_names(monkeypatch: pytest.MonkeyPatch):
         call(backend="cuda")
     with pytest.raises(ValueError, match="backend must be one of"), use_backend("cuda"):
         pass
-    monkeypatch.setattr(backends, "_default", None)
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
+    monkeypatch.setattr(backends, "_default", "torch")
     assert backends.resolve("auto", "cpu", torch.float32) == "torch"
-    monkeypatch.setattr(backends, "_default", None)
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "nonsense")
+    monkeypatch.setattr(backends, "_default", "nonsense")
     with pytest.raises(ValueError, match="RLRR_BACKEND must be one of"):
         call()
-    monkeypatch.setattr(backends, "_default", None)
-    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE)
+    monkeypatch.setattr(backends, "_default", "auto")
     assert backends.resolve("auto", "mps", torch.float32) == "torch"
     if not backends.INTERPRETING:
         with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):

@@ -103,7 +103,8 @@ class CallCache:
 
     def get(self, key: tuple | None) -> Call | None:
         """The call of ``key``, where it is known; None stands for what cannot be known again."""
-        return self._calls.get(key)
+        # A compiler that traces a look-up guards every key: it would take seconds, and compile again at each new layout.
+        return None if key is None else self._calls.get(key)
 
     def keep(self, key: tuple | None, call: Call) -> None:
         """From now on ``call`` is the one of ``key``."""
