@@ -35,15 +35,17 @@ docs: $(STAMP)
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
 test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
 
+SHARED := -n 2 --dist worksteal  # both cores to the end: tests take from milliseconds to minutes
+
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
 test: lint docs
-	$(PY) -m pytest tests -q -n 2 -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n 2 -m "interpreted and not slow"
+	$(PY) -m pytest tests -q $(SHARED) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q $(SHARED) -m "interpreted and not slow"
 
 test-all: lint
-	$(PY) -m pytest tests -q -n 2
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n 2 -m interpreted
+	$(PY) -m pytest tests -q $(SHARED)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q $(SHARED) -m interpreted
 
 # The suite with every supported torch and its Triton, an environment of 6 GB each, kept in .matrix: hours. Rows by
 # their torch: make matrix ROWS="2.9 2.15"; .ci/matrix.py --help says what else MATRIX can be.

@@ -193,6 +193,8 @@ def test(row: Row, python: Path, source: Path, results: Path, arguments: argpars
             "-q",
             "-n",
             arguments.workers,
+            "--dist",
+            "worksteal",
             "-p",
             "no:cacheprovider",
         ]

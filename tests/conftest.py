@@ -27,6 +27,15 @@ torch.set_num_threads(1)
 _device_constructors()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked ``slow_interpreted`` is ``slow`` in the process with Triton's interpreter on."""
+    if backends.INTERPRETING:
+        for item in items:
+            if item.get_closest_marker("slow_interpreted"):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills what ``torch.empty`` and ``empty_like`` return with NaN, so that memory nobody wrote shows in results."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,9 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
 }
+DTYPES = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
+"""Of a :class:`Case`."""
+
 _NAMES = {value: key for key, value in _TYPES.items()} | {"tf32": torch.float32}
 
 
@@ -109,7 +112,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def linear_cases(arch: str) -> Iterator[Case]:
     """Every configuration shipped for ``arch``: ViT shapes at rank 1 and 4, ragged shapes, rank 17."""
-    for dtype in ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64"):
+    for dtype in DTYPES:
         x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         dtypes = x_dtype, w_dtype
@@ -297,13 +300,14 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return registers, spills
 
 
-def rows(archs: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The report's rows, compiled one after another."""
+def rows(archs: list[str] | None = None, dtypes: Collection[str] = DTYPES) -> Iterator[dict[str, Any]]:
+    """The report's rows, compiled one after another: of these architectures, by default all, and dtypes."""
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
             cases = chain(linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases())
             for case in cases:
-                yield report_row(case, arch)
+                if case.dtype in dtypes:
+                    yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -30,7 +30,7 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     checks = check_module.Checks(PLAN)
     rows = layer_rows(PLAN, checks, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward")
     wrong = next(row for row in rows if row["implementation"] == "torch")
-    assert "error rule" in wrong["skipped"]
+    assert "over 2.0 times eager's" in wrong["skipped"]
     assert "wall_us" not in wrong
     assert layer_rows(PLAN, checks, CEILINGS, SHAPE, 8, PRECISIONS["fp32"], "forward", AGAIN)[0]["skipped"]
     assert next(row for row in rows if row["implementation"] == "floor")["wall_us"] > 0
@@ -231,7 +231,7 @@ def test_what_passed_or_failed_is_known_to_a_later_process(monkeypatch: pytest.M
     monkeypatch.setattr(check_module, "rlrr_linear", lambda *args, **options: 1.01 * rlrr_linear(*args, **options))
     checks = check_module.Checks(PLAN)
     reason = checks.check("torch", PRECISIONS["fp32"])
-    assert "error rule" in reason
+    assert "over 2.0 times eager's" in reason
     monkeypatch.setattr(check_module.Checks, "_check_cases", lambda *arguments: pytest.fail("checked again"))
     later = check_module.Checks(PLAN, checks.rows)
     assert later.reason_against("torch", PRECISIONS["fp32"]) == reason

@@ -18,21 +18,29 @@ from benchmarks import compile_report
 from benchmarks.compile_report import verdict
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
-QUICK = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""One of each family of tiles; what the others make of the same tiles is left to the slow tests."""
+QUICK = {
+    "sm_80": ("bf16", "tf32"),
+    "sm_90": ("bf16", "tf32"),
+    "sm_100": ("bf16",),
+    "gfx942": ("bf16", "fp32"),
+}
+"""One of each family of tiles, in dtypes that differ to a compiler; the rest is left to the slow tests."""
 
 
 @pytest.mark.parametrize(
-    "arch", [arch if arch in QUICK else pytest.param(arch, marks=pytest.mark.slow) for arch in compile_report.TARGETS]
+    ("arch", "dtypes"),
+    [
+        *QUICK.items(),
+        *(pytest.param(arch, compile_report.DTYPES, marks=pytest.mark.slow) for arch in compile_report.TARGETS),
+    ],
 )
-def test_no_configuration_got_worse_or_spills_where_it_costs(arch: str):
-    rows = list(compile_report.rows([arch]))
+def test_no_configuration_got_worse_or_spills_where_it_costs(arch: str, dtypes: tuple[str, ...]):
+    rows = list(compile_report.rows([arch], dtypes))
     wrong, remarks = verdict.judge(rows)
     assert not wrong, "\n".join(wrong)
     if remarks:
         warnings.warn("\n".join(remarks), stacklevel=1)
     seen = {(row["kernel"], row["dtype"]) for row in rows}
-    dtypes = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
     assert {(kernel, dtype) for kernel in linear_configs.KERNELS for dtype in dtypes} <= seen
 
 

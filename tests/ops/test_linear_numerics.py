@@ -210,7 +210,7 @@ def test_gradcheck(backend: str, residual: bool, count: int, rank: int, groups: 
 
 
 @on_every_backend
-@settings(max_examples=25 if backends.INTERPRETING else 150, deadline=None, derandomize=True)
+@settings(max_examples=8 if backends.INTERPRETING else 150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape_stride_and_dtype(backend: str, data: st.DataObject):
     groups = data.draw(st.integers(1, 4), "groups")
@@ -219,7 +219,7 @@ def test_any_shape_stride_and_dtype(backend: str, data: st.DataObject):
         rows=data.draw(st.integers(0, 70), "M"),
         out_features=groups * data.draw(st.integers(1, 40), "N / G"),
         in_features=data.draw(st.integers(1, 80), "K"),
-        rank=data.draw(st.sampled_from((1, 2, 5, 64)), "rank"),
+        rank=data.draw(st.sampled_from((1, 2, 5, 17 if backends.INTERPRETING else 64)), "rank"),
         groups=groups,
         bias=data.draw(st.booleans(), "bias"),
         residual=data.draw(st.booleans(), "residual"),

@@ -93,7 +93,7 @@ def test_compiled_code_follows_use_backend():
 
 
 def test_eager_calls_of_other_layouts_compile_nothing_again():
-    """What eager calls keep is no part of a compiled function: guards on it would cost each of them and grow with it."""
+    """What eager calls keep is no part of a compiled function: guards on it would grow with it."""
     tensors = problem()
     layer = RLRRLinear(10, 12, groups=3)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -36,8 +36,15 @@ SHAPES = (
 
 
 @on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        pytest.param(shape, dtype, marks=[pytest.mark.slow_interpreted] if (i + j) % 2 else [])
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS[:1] if backends.INTERPRETING else ACTIVATIONS)
 def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple, activation: str):
     function = partial(rlrr_mlp, activation=activation, backend=backend)

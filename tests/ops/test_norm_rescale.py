@@ -46,8 +46,14 @@ def test_equals_the_formula_with_gradients():
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [35, 400] if backends.INTERPRETING else [35, 3000])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        pytest.param(dtype, rows, marks=[pytest.mark.slow_interpreted] if rows > 35 else [])
+        for dtype in (torch.float32, *HALF)
+        for rows in (35, 400 if backends.INTERPRETING else 3000)
+    ],
+)
 def test_is_no_less_exact_than_the_eager_norm_rescale_reference(dtype, rows):
     ours, eager = [], []
     for seed in range(SEEDS):

@@ -114,7 +114,7 @@ def test_exact_on_odd_shapes(shape: tuple, tiles: Tiles, monkeypatch: pytest.Mon
 
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow_interpreted)])
 def test_error_rule(dtype: torch.dtype):
     with persistent(TILES):
         numerics.check_error_rule(fused, Case(90, 48, 72, 1, 3, dtype=dtype, weight_dtype=torch.float32))

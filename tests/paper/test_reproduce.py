@@ -203,6 +203,7 @@ def test_bad_settings_are_named(change, message, tmp_path):
         config(tmp_path, tmp_path / "out", **change)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_ends_as_never_killed(root, tmp_path):
     out = tmp_path / "killed"
     arguments = (

@@ -103,7 +103,7 @@ class CallCache:
 
     def get(self, key: tuple | None) -> Call | None:
         """The call of ``key``, where it is known; None stands for what cannot be known again."""
-        # A compiler that traces a look-up guards every key: it would take seconds, and compile again at each new layout.
+        # A compiler that traces a look-up guards every key: that takes seconds, and each new layout compiles again.
         return None if key is None else self._calls.get(key)
 
     def keep(self, key: tuple | None, call: Call) -> None:
