@@ -49,7 +49,9 @@ class MergeReport:
             parts.append(f"{len(self.norms)} norms")
         if self.tokens:
             parts.append(self.tokens)
-        hint = "\nRLRRConfig(shift='with_bias') trains no shift where a layer has no bias" if self.gained else ""
+        hint = ""
+        if self.gained:
+            hint = "\nRLRRConfig(shift='with_bias') trains no shift where a layer has no bias (--shift with_bias)"
         return f"{self.model}: adapter merged into {', '.join(parts)}\n{describe_keys(self.gained)}{hint}"
 
 

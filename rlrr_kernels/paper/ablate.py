@@ -11,6 +11,7 @@ from typing import Any
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.hyperparameters import SEED
 from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
+from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
@@ -134,6 +135,7 @@ class AblateConfig:
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.data is None) == (self.benchmark is None) or (self.benchmark is None) != (self.root is None):
             raise ValueError("give either --data, an image folder, or --benchmark together with --root")
         if self.seeds < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +14,11 @@ from rlrr_kernels.paper.ablate import AblateConfig
 from rlrr_kernels.paper.reproduce import ReproduceConfig
 from rlrr_kernels.train.config.options import ImageSize, Weights, split_names, takes_options_of
 from rlrr_kernels.train.models.backbones import HUB
-from rlrr_kernels.train.output.progress import console, program, track
+from rlrr_kernels.train.output.progress import command, console, say, track
 
 data_app = typer.Typer(help="The paper's datasets: VTAB-1k and FGVC.", no_args_is_help=True)
 
 _SHOWN = 10
-
-
-def _say(text: object) -> None:
-    """Prints ``text`` as it is: names of the user's may have brackets in them, which rich takes for markup."""
-    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Only these, with commas or repeated")]
@@ -63,7 +57,7 @@ def check(
                 details.append(f"{kind}: {settings.name}: and {len(messages) - _SHOWN} more")
     console.print(table)
     for line in details:
-        _say(line)
+        say(line)
     if broken:
         raise typer.Exit(1)
 
@@ -93,7 +87,7 @@ def prepare(
             track=lambda items, total, name=settings.name: track(items, total, f"{name}: writing images"),
         )
         note = split_note(root, settings) or "the published split"
-        _say(f"{folder}: {note}")
+        say(f"{folder}: {note}")
 
 
 @data_app.command("list")
@@ -144,10 +138,10 @@ def report(
             style="bold" if row.is_mean else None,
         )
     for line in headline(made):
-        _say(line)
+        say(line)
     console.print(table)
     for file in write_report(made, out or folder):
-        _say(file)
+        say(str(file))
 
 
 @takes_options_of(ReproduceConfig, arguments=("benchmark",))
@@ -177,8 +171,8 @@ def reproduce(
         parameters = job_parameters(job or ())
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
-    _say(f"{done} runs of {len(results)} tasks are done: {config.out}")
-    _say(f"next: {program()} report {shlex.quote(str(config.out))}")
+    say(f"{done} runs of {len(results)} tasks are done: {config.out}")
+    say(f"next: {command('report', config.out)}")
 
 
 @takes_options_of(AblateConfig)
@@ -190,8 +184,8 @@ def ablate(config: AblateConfig) -> None:
     from rlrr_kernels.paper.ablate import NAME, STUDIES
     from rlrr_kernels.paper.ablate import ablate as run
 
-    _say(run(config.runs(), config.out, studies=config.study or tuple(STUDIES)))
-    _say(config.out / f"{NAME}.md")
+    say(run(config.runs(), config.out, studies=config.study or tuple(STUDIES)))
+    say(str(config.out / f"{NAME}.md"))
 
 
 def import_adapter(
@@ -232,8 +226,8 @@ def import_adapter(
     )
     console.print(str(report), markup=False, highlight=False)
     if classes is None and dataset is not None and dataset_settings(dataset).benchmark == "fgvc":
-        _say('labels: the class ids of the JSON files, sorted; as strings ("10" before "2") where they are strings')
-    _say(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter")
+        say('labels: the class ids of the JSON files, sorted; as strings ("10" before "2") where they are strings')
+    say(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter")
 
 
 def export_adapter(
@@ -247,4 +241,4 @@ def export_adapter(
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists; replace it with --overwrite, or name another file")
     written = authors.export_adapter(adapter, file)
-    _say(f"{file}: {len(written)} tensors")
+    say(f"{file}: {len(written)} tensors")

@@ -22,13 +22,14 @@ from rlrr_kernels.paper.data import (
 )
 from rlrr_kernels.paper.hyperparameters import SEED, DatasetSettings, selected_datasets
 from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, remove_partial, write_results
+from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.presets import paper_train_config
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import first_lines
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, run_grid
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name
-from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.output.progress import say
 
 RUNS = "runs"
 """Where the run folders lie, in the folder of a reproduction."""
@@ -82,6 +83,7 @@ class ReproduceConfig:
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         selected_datasets(self.benchmark, self.tasks)
         for name, choices in (("split", SPLITS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
@@ -144,10 +146,9 @@ def reproduce(
         if _is_main_process():
             write_results(folder, results[dataset])
             if not quiet:
-                console.print(
+                say(
                     f"{dataset}, seed {run.seed}: test accuracy {100 * run.test_accuracy:.1f} %, "
-                    f"epoch {run.best_epoch}, chosen on the {document['epoch_chosen_on']} images",
-                    highlight=False,
+                    f"epoch {run.best_epoch}, chosen on the {document['epoch_chosen_on']} images"
                 )
 
     grid(grid_runs(config), Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)

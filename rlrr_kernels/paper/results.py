@@ -9,6 +9,7 @@ from typing import Any
 
 from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.hyperparameters import dataset_names
+from rlrr_kernels.train.config.files import check_types
 
 FOLDER = "results"
 """Where the files lie, in the folder of a reproduction."""
@@ -26,6 +27,9 @@ class Run:
     best_epoch: int
     trained_parameters: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Protocol:
     schedule: str = "ran"
     method: str = "rlrr"
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
@@ -74,6 +81,9 @@ class TaskResults:
     seeds: tuple[int, ...]
     runs: tuple[Run, ...]
     note: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def write_results(folder: str | Path, results: TaskResults) -> Path:

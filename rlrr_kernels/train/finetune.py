@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, recompute_activations
-from rlrr_kernels.adapt.config import LAYER_KINDS
+from rlrr_kernels.adapt.config import LAYER_KINDS, WITH_BIAS
 from rlrr_kernels.ops.conv import CONV_LAYOUTS
 from rlrr_kernels.train.config.files import check_types, read_config, write_config
 from rlrr_kernels.train.config.train_config import CHANGES_NO_NUMBER, TrainConfig
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")
+SHIFTS: dict[str, bool | str] = {"all": True, "with_bias": WITH_BIAS, "none": False}
 
 _RLRR_ONLY = (
     "recipe",
@@ -72,6 +73,7 @@ _RLRR_ONLY = (
     "conv_layout",
     "sides",
     "residual",
+    "shift",
     "form",
     "scale_grad_rows",
     "recompute",
@@ -110,6 +112,8 @@ class FinetuneConfig:
         conv_layout: how their kernels are seen as matrices: ``out,in*kh*kw`` or ``out*kh,in*kw`` (the authors').
         sides: of RLRR's scales: ``both``, ``left`` (s_r alone) or ``right`` (s_c alone).
         residual: whether W' = W ⊙ (1 + s_r s_c) has the 1.
+        shift: linear layers that train a shift: ``all``, ``none``, or ``with_bias``, those that have a bias: then plain
+            timm loads what is merged.
         form: of RLRR's ΔW: ``rescaled`` (W ⊙ s_r s_c) or ``additive`` (s_r s_c).
         scale_grad_rows: share of the tokens that the gradients of RLRR's scales are estimated from: less time and
             memory, more noise; 1 is the exact gradient.
@@ -148,6 +152,7 @@ class FinetuneConfig:
     conv_layout: str = CONV_LAYOUTS[0]
     sides: str = "both"
     residual: bool = True
+    shift: str = "all"
     form: str = "rescaled"
     scale_grad_rows: float = 1.0
     recompute: bool = False
@@ -167,7 +172,7 @@ class FinetuneConfig:
         if str(self.weights) not in (HUB, NO_WEIGHTS):
             object.__setattr__(self, "weights", Path(self.weights))
         allowed = {"method": METHODS, "recipe": RECIPES, "augment": AUGMENTATIONS, "epoch_chosen_on": CHOSEN_ON}
-        allowed["layers"] = tuple(LAYER_KINDS)
+        allowed |= {"layers": tuple(LAYER_KINDS), "shift": tuple(SHIFTS)}
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -397,7 +402,8 @@ def _method(config: FinetuneConfig, model: nn.Module) -> RLRRConfig | Baseline:
 def _rlrr(config: FinetuneConfig) -> RLRRConfig:
     names = ("init", "sides", "residual", "form", "scale_grad_rows", "convs", "conv_layout")
     same = {name: getattr(config, name) for name in names}
-    return RLRRConfig(rank=1 if config.rank is None else config.rank, include=LAYER_KINDS[config.layers], **same)
+    same |= {"include": LAYER_KINDS[config.layers], "shift": SHIFTS[config.shift]}
+    return RLRRConfig(rank=1 if config.rank is None else config.rank, **same)
 
 
 def _introduce(

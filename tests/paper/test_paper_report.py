@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -175,6 +176,14 @@ def test_bad_results_are_told(tmp_path):
     file.write_text(file.read_text()[:-20])
     with pytest.raises(ValueError, match=r"kitti\.json is damaged or no results file"):
         read_results(tmp_path)
+    text = write_results(tmp_path, tasks["kitti"]).read_text()
+    for entry, message in (
+        ('"test_accuracy": ', "test_accuracy must be a number; got 'x"),
+        ('"epochs": ', "epochs must be"),
+    ):
+        file.write_text(re.sub(f"{entry}([0-9.]+)", rf'{entry}"x\1"', text, count=1))
+        with pytest.raises(ValueError, match=rf"kitti\.json is damaged or no results file .*: {message}"):
+            read_results(tmp_path)
     file.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="it is of another format or version"):
         read_results(tmp_path)

@@ -193,6 +193,8 @@ def test_bad_datasets_are_all_told_before_the_first_run(root, tmp_path):
         ({"benchmark": "glue"}, "benchmark must be one of vtab, fgvc; got 'glue'"),
         ({"split": "test"}, "split must be one of honest, paper; got 'test'"),
         ({"schedule": "linear"}, "schedule must be one of ran, meant; got 'linear'"),
+        ({"seeds": 2.5}, "seeds must be a whole number; got 2.5"),
+        ({"cpu": "false"}, "cpu must be true or false; got 'false'"),
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"augmented": True}, "augmented is a setting of fgvc"),
         ({"epochs": 0}, "epochs must be at least 1; got 0"),

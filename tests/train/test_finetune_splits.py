@@ -55,6 +55,14 @@ def test_given_preprocessing_is_kept_with_the_adapter(splits, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["epoch_chosen_on"] == "validation"
 
 
+@pytest.mark.parametrize(("shift", "recorded"), [("with_bias", "with_bias"), ("none", False)])
+def test_shifts_are_trained_where_they_are_asked_for(shift, recorded, splits, tmp_path):
+    result = finetune(config(tmp_path / "run", shift=shift), splits=splits, quiet=True)
+    assert json.loads((result.adapter / "config.json").read_text())["adaptation"]["shift"] == recorded
+    with pytest.raises(ValueError, match="shift must be one of all, with_bias, none; got 'some'"):
+        config(tmp_path / "run", shift="some")
+
+
 def test_bad_splits_are_told_before_any_work(splits, tmp_path):
     good = config(tmp_path / "run")
     cases = [
