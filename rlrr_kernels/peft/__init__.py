@@ -1,0 +1,10 @@
+"""RLRR as a method of Hugging Face PEFT: ``get_peft_model(model, RLRRPeftConfig(...))``. Importing it registers it."""
+
+from rlrr_kernels.peft.config import RLRRPeftConfig
+from rlrr_kernels.peft.layer import RLRRPeftLinear
+from rlrr_kernels.peft.model import RLRRPeftModel
+from rlrr_kernels.peft.registry import register
+
+register(RLRRPeftConfig, RLRRPeftModel)
+
+__all__ = ["RLRRPeftConfig", "RLRRPeftLinear", "RLRRPeftModel"]

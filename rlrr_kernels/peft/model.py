@@ -1,0 +1,125 @@
+"""``RLRRPeftModel``: the tuner that PEFT builds around a model for an :class:`RLRRPeftConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
+from rlrr_kernels.nn.rescaled import unfit_reason
+from rlrr_kernels.peft.config import RLRRPeftConfig
+from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
+from rlrr_kernels.peft.targets import default_groups, default_targets, linears
+
+
+class RLRRPeftModel(BaseTuner):
+    """A model whose targeted ``nn.Linear`` are :class:`RLRRPeftLinear`; made by ``peft.get_peft_model``."""
+
+    prefix = "rlrr_"
+    tuner_layer_cls = RLRRPeftLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # by the model itself, see _prepare_adapter_config
+
+    def _prepare_adapter_config(self, peft_config: RLRRPeftConfig, model_config: dict) -> RLRRPeftConfig:
+        targets = peft_config.target_modules
+        if targets is None:
+            if peft_config.groups is None:
+                peft_config.groups_pattern = default_groups(self.model) | peft_config.groups_pattern
+            peft_config.target_modules = default_targets(self.model, ends=peft_config.layers_to_transform is not None)
+        elif isinstance(targets, str) and targets.lower() == "all-linear" and not self._is_transformers:
+            peft_config.target_modules = set(linears(self.model))
+        return peft_config
+
+    @property
+    def _is_transformers(self) -> bool:
+        return isinstance(self.model, PreTrainedModel)  # whose output layer PEFT leaves out itself
+
+    def _create_and_replace(
+        self,
+        peft_config: RLRRPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str | None,
+        parameter_name: str | None = None,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("current_key must be the name of the layer; got None")
+        changes = {}
+        for name, patterns in (("rank", peft_config.rank_pattern), ("groups", peft_config.groups_pattern)):
+            key = get_pattern_key(patterns.keys(), current_key)
+            if key in patterns:
+                changes[name] = patterns[key]
+        adaptation = peft_config.adaptation(**changes)
+        options = {"random_shift": peft_config.init_weights is False, "inference_mode": peft_config.inference_mode}
+        try:
+            if isinstance(target, RLRRPeftLinear):
+                target.update_layer(adapter_name, adaptation, **options)
+                return
+            self._check_target(target, current_key)
+            layer = RLRRPeftLinear(target, adapter_name, adaptation, **options)
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_target(self, target: nn.Module, name: str) -> None:
+        """Raises ``ValueError`` for a layer that cannot be adapted, or whose adapter would train nothing."""
+        if not isinstance(target, nn.Linear):
+            raise ValueError(
+                f"Target module {type(target).__name__} is not supported: RLRR adapts torch.nn.Linear. Name layers by "
+                "more of their path (attn.proj, not proj), or leave this one out with exclude_modules"
+            )
+        reason = unfit_reason(target)
+        switches = qkv_bias_switches(self.model, [name])
+        if reason is None and name not in switches:
+            reason = find_bypassed(self.model, [name]).get(name)
+        if reason is not None:
+            raise ValueError(f"{reason}; leave it out with exclude_modules")
+        if switches.get(name):
+            self.model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands ``adapter_names`` of the model's forward to the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, RLRRPeftLinear)]
+        unknown = set(names) - {BASE}.union(*(layer.residual for layer in layers))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) else list(names)
+        in_encoder = {id(module) for module in self._encoder_modules()}  # it sees each input once, whatever the beams
+        handles = []
+        for module in self.modules():
+            if isinstance(module, RLRRPeftLinear | AuxiliaryTrainingWrapper):
+                given = names if id(module) in in_encoder else repeated
+                handles.append(module.register_forward_pre_hook(partial(_with_names, given), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoder_modules(self) -> Iterator[nn.Module]:
+        get_encoder = getattr(self.model, "get_encoder", None)
+        encoder = get_encoder() if callable(get_encoder) else None
+        return iter(()) if encoder is None or encoder is self.model else encoder.modules()
+
+
+def _with_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
