@@ -1,10 +1,11 @@
 """RLRR as a method of Hugging Face PEFT: ``get_peft_model(model, RLRRPeftConfig(...))``. Importing it registers it."""
 
 from rlrr_kernels.peft.config import RLRRPeftConfig
+from rlrr_kernels.peft.hotswap import hotswap_adapter
 from rlrr_kernels.peft.layer import RLRRPeftLinear
 from rlrr_kernels.peft.model import RLRRPeftModel
 from rlrr_kernels.peft.registry import register
 
 register(RLRRPeftConfig, RLRRPeftModel)
 
-__all__ = ["RLRRPeftConfig", "RLRRPeftLinear", "RLRRPeftModel"]
+__all__ = ["RLRRPeftConfig", "RLRRPeftLinear", "RLRRPeftModel", "hotswap_adapter"]

@@ -9,6 +9,8 @@ from typing import Any
 from peft.config import PeftConfig
 
 from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig
+from rlrr_kernels.nn.rescaled import INITS
+from rlrr_kernels.ops.checks import MAX_RANK
 from rlrr_kernels.peft.registry import RLRR, complete_card
 
 Names = list[str] | str | None
@@ -64,10 +66,15 @@ class RLRRPeftConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
         self.rank_pattern, self.groups_pattern = self.rank_pattern or {}, self.groups_pattern or {}
+        if self.init not in INITS:
+            raise ValueError(
+                f"init_weights must be True, False or one of {', '.join(INITS)}; got {self.init_weights!r}"
+            )
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"{name} must be an integer from 1 to {MAX_RANK}; got {rank!r}")
         self.adaptation()
-        for patterns, name in ((self.rank_pattern, "rank"), (self.groups_pattern, "groups")):
-            for value in patterns.values():
-                self.adaptation(**{name: value})
+        self.adaptation(groups=self.groups_pattern)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None where target_modules is a string; got {getattr(self, name)!r}")

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.model import has_shift
 from rlrr_kernels.nn.rescaled import check_plain, frozen
@@ -46,7 +47,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         ValueError: as for :meth:`update_layer`.
     """
 
-    adapter_layer_names = ("rlrr_scale_row", "rlrr_scale_col", "rlrr_shift")
+    adapter_layer_names = tuple(f"rlrr_{part}" for part in LAYER_PARTS)
     other_param_names = ("residual",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, adaptation: RLRRConfig, **options: Any) -> None:
@@ -92,6 +93,11 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         self.residual[adapter_name] = adaptation.residual
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """``scale_row``, ``scale_col`` and ``shift`` of one adapter, as far as it has them."""
+        found = {part: getattr(self, f"rlrr_{part}").get(adapter_name) for part in LAYER_PARTS}
+        return {part: tensor for part, tensor in found.items() if tensor is not None}
 
     def rescaling(self, adapter_name: str) -> Rescaling:
         """The tensors of one adapter, with ones for a side that is not trained."""
@@ -149,7 +155,9 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("adapter_names cannot be given while adapters are merged; call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each element of the batch under its own adapter, the elements of one adapter together."""

@@ -18,6 +18,7 @@ from rlrr_kernels.nn.rescaled import unfit_reason
 from rlrr_kernels.peft.config import RLRRPeftConfig
 from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
 from rlrr_kernels.peft.targets import default_groups, default_targets, linears
+from rlrr_kernels.peft.weighted import add_weighted
 
 
 class RLRRPeftModel(BaseTuner):
@@ -114,6 +115,25 @@ class RLRRPeftModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Adds an adapter that changes the weights by Σ w ΔW of others: exact, with the sum of their ranks.
+
+        It is not active and not trained until ``set_adapter``.
+
+        Args:
+            adapters: names of adapters that scale the same sides.
+            weights: w of each; they sum to 1 where the adapters have no residual.
+            adapter_name: of the new one.
+            combination_type: ``cat``; LoRA's other types approximate what this one computes.
+
+        Raises:
+            ValueError: an adapter is unknown or merged or trains modules beside its layers, the new name is taken, the
+                numbers of names and weights differ, the ranks sum to more than 64, or the sum has no meaning.
+        """
+        add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     def _encoder_modules(self) -> Iterator[nn.Module]:
         get_encoder = getattr(self.model, "get_encoder", None)
