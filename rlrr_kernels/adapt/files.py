@@ -127,7 +127,7 @@ def save_adapter(
     """
     _check_not_sharded(model)
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
-    tensors, also_trained = _trained_tensors(model)
+    tensors, also_trained = trained_tensors(model)
     broken = _not_finite(tensors, tensors)
     if broken:
         raise ValueError(f"trained tensors that are not finite cannot be saved: {', '.join(broken)}")
@@ -227,7 +227,7 @@ def _sync_directory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors to save by state-dict name, and which of them are neither adapter nor head."""
     tensors: dict[str, Tensor] = {**adapter_parameters(model), **head_tensors(model, adaptation_of(model).heads)}
     known = set(map(id, tensors.values()))
@@ -502,7 +502,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
     plan = None
     if adapted:
         _check_same_config(folder, info.config, adaptation_of(model).config)
-        expected = {name: tuple(tensor.shape) for name, tensor in _trained_tensors(model)[0].items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in trained_tensors(model)[0].items()}
     else:
         try:
             plan = plan_adaptation(model, info.config)
