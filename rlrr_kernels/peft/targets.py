@@ -9,7 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlrr_kernels.adapt.bypass import find_bypassed
+from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.find import find_heads, under
 from rlrr_kernels.adapt.recipe import paper_recipe
@@ -44,7 +44,7 @@ def default_targets(model: nn.Module, *, ends: bool) -> set[str]:
     found = []
     if isinstance(model, PreTrainedModel) or callable(getattr(model, "get_classifier", None)):
         found = [name for name in linears(model) if any(part.isdigit() for part in name.split(".")[:-1])]
-        bypassed = find_bypassed(model, found)
+        bypassed = find_bypassed(model, set(found) - set(qkv_bias_switches(model, found)))
         found = [name for name in found if name not in bypassed]
     if not found:
         raise ValueError(
