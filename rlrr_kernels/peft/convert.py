@@ -120,6 +120,26 @@ def _target(modules: dict[str, Any], name: str) -> str:
     return f"{name.rpartition('.')[0]}.proj" if isinstance(modules[name], nn.Identity | ChannelRescale) else name
 
 
+def read_peft(
+    folder: str | os.PathLike[str],
+) -> tuple[RLRRPeftConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The configuration in a PEFT folder, layer → its tensors by part, and all other tensors by name.
+
+    Raises:
+        ValueError: the folder holds no RLRR adapter.
+    """
+    folder = str(folder)
+    config: Any = PeftConfig.from_pretrained(folder)
+    if config.peft_type != RLRR:
+        raise ValueError(f"{folder} must hold an RLRR adapter; got {config.peft_type}")
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in load_peft_weights(folder, device="cpu").items():
+        layer, _, part = name.removeprefix(_PREFIX).rpartition(".rlrr_")
+        (layers.setdefault(layer, {}) if layer else rest)[part] = tensor
+    return config, layers, rest
+
+
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str | None = None) -> AdaptReport:
     """Adapts ``model``, a fresh backbone, as the PEFT adapter in ``folder`` does; ``save_adapter`` then writes it.
 
@@ -136,16 +156,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
         ValueError: the folder holds no RLRR adapter, or one that does not fit: a tensor without a place or of another
             shape, ranks that differ between layers, or a norm that is no rescaled one of the backbone.
     """
-    folder = str(folder)
-    config = PeftConfig.from_pretrained(folder)
-    if config.peft_type != RLRR:
-        raise ValueError(f"{folder} must hold an RLRR adapter; got {config.peft_type}")
-    found = {name.removeprefix(_PREFIX): tensor for name, tensor in load_peft_weights(folder, device="cpu").items()}
-    layers: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        layer, _, part = name.rpartition(".rlrr_")
-        (layers.setdefault(layer, {}) if layer else rest)[part] = tensor
+    config, layers, rest = read_peft(folder)
     present, named = dict(named_tensors(model)), config.modules_to_save or ()
     for name in [name for name in rest if name in present and name.rpartition(".")[0] not in named]:
         if torch.equal(rest[name], present[name].detach().cpu()):  # saved because its name ends as another's
