@@ -13,7 +13,7 @@ from rlrr_kernels.nn.rescaled import INITS
 from rlrr_kernels.ops.checks import MAX_RANK
 from rlrr_kernels.peft.registry import RLRR, complete_card
 
-Names = list[str] | str | None
+Names = list[str] | set[str] | str | None
 
 
 @dataclass
@@ -56,8 +56,8 @@ class RLRRPeftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained as they are"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks"})
     layers_pattern: Names = field(default=None, metadata={"help": "What the list of blocks is called"})
-    rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Name or pattern → r"})
-    groups_pattern: dict | None = field(default_factory=dict, metadata={"help": "Name or pattern → G"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Name or pattern → r"})
+    groups_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Name or pattern → G"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,9 @@ class RLRRPeftConfig(PeftConfig):
     @property
     def init(self) -> str:
         """The start of the scales, by its name."""
-        return {True: "identity", False: "paper"}.get(self.init_weights, self.init_weights)
+        if isinstance(self.init_weights, str):
+            return self.init_weights
+        return "identity" if self.init_weights else "paper"
 
     def adaptation(self, **changes: Any) -> RLRRConfig:
         """What a layer gets, as :func:`rlrr_kernels.adapt_model` would be told it; ``changes``: ``rank``, ``groups``.

@@ -60,7 +60,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
             additive form), or trains more than adapter and head.
     """
     adaptation, model = adaptation_of(model), unwrap(model)
-    modules = dict(named_modules(model))
+    modules: dict[str, Any] = dict(named_modules(model))
     beside = trained_tensors(model)[1]
     if beside:
         raise ValueError(f"trained beside adapter and head, which modules_to_save do not hold: {some(beside)}")

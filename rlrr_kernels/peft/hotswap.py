@@ -36,7 +36,8 @@ def hotswap_adapter(model: PeftModel, folder: str, adapter_name: str = "default"
     model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:
         raise ValueError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}")
-    ours, theirs = model.peft_config[adapter_name], PeftConfig.from_pretrained(folder, **options)
+    ours: Any = model.peft_config[adapter_name]
+    theirs: Any = PeftConfig.from_pretrained(folder, **options)
     if theirs.peft_type != ours.peft_type:
         raise ValueError(f"{folder} must hold an adapter of {ours.peft_type.value}; got {theirs.peft_type}")
     problems = [

@@ -54,7 +54,8 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         check_plain("base_layer", base_layer, nn.Linear)
         self.base_layer = base_layer
-        self.out_features, self.in_features = base_layer.weight.shape
+        weight: Any = base_layer.weight
+        self.out_features, self.in_features = weight.shape
         self.rlrr_scale_row, self.rlrr_scale_col = nn.ParameterDict(), nn.ParameterDict()
         self.rlrr_shift = nn.ParameterDict()
         self.residual: dict[str, bool] = {}
@@ -118,7 +119,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         return Rescaling(*scales, sum(shifts[1:], shifts[0]) if shifts else None, not without)
 
     def _rescaled(self, x: Tensor, by: Rescaling) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight, bias = base.weight, base.bias
         if by.shift is not None:
             bias = by.shift if bias is None else bias + by.shift
@@ -161,6 +162,8 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each element of the batch under its own adapter, the elements of one adapter together."""
+        if not adapter_names:
+            return self.base_layer(x)
         where: dict[str, list[int]] = {}
         for index, name in enumerate(adapter_names):
             where.setdefault(name if name in self.residual else BASE, []).append(index)
@@ -177,8 +180,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W [N, K] of one adapter, as a new tensor in the dtype of W."""
         row, col, _, residual = self.rescaling(adapter)
-        weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
-        weight = weight.to(row.device)
+        weight = self._frozen()[0]
         delta = linear_torch.merge(weight, row, col, False)
         return delta if residual else delta - weight
 
@@ -200,12 +202,11 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         by = self._summed([*self.merged_adapters, *names]) if names else None
         if by is None:
             return
-        base: Any = self.get_base_layer()
-        kept = self._unmerged or (base.weight.data, None if base.bias is None else base.bias.data)
-        frozen_weight, bias = self._as_base(kept[0]), None if kept[1] is None else self._as_base(kept[1])
-        weight = linear_torch.merge(frozen_weight, by.scale_row, by.scale_col, by.residual)
+        kept = self._frozen()
+        weight, bias = linear_torch.merge(kept[0], by.scale_row, by.scale_col, by.residual), kept[1]
         if by.shift is not None:
-            bias = (by.shift if bias is None else bias + by.shift).to(weight.dtype, copy=True)
+            total = by.shift if bias is None else bias + by.shift
+            bias = total.to(weight.dtype if bias is None else bias.dtype, copy=True)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self._set(weight, bias)
@@ -217,15 +218,19 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight, bias = self._unmerged
-        self._set(self._as_base(weight), None if bias is None else self._as_base(bias))
+        self._set(*self._frozen())
         self._unmerged = None
         self.merged_adapters.clear()
 
-    def _as_base(self, tensor: Tensor) -> Tensor:
-        """``tensor`` where the base layer is now, and cast as it was: the model may have been moved while merged."""
-        weight = self.get_base_layer().weight
-        return tensor.to(weight.device, weight.dtype)
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        """W and b without any adapter, where the base layer is now: the model may have been moved or cast since."""
+        base: Any = self.get_base_layer()
+        if self._unmerged is None:
+            return base.weight.data, None if base.bias is None else base.bias.data
+        (weight, bias), now = self._unmerged, base.weight
+        if bias is not None:
+            bias = bias.to(now.device, bias.dtype if now.dtype == weight.dtype else now.dtype)
+        return weight.to(now.device, now.dtype), bias
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         base: Any = self.get_base_layer()

@@ -1,11 +1,11 @@
-"""``RLRRPeftModel``: the tuner that PEFT builds around a model for an :class:`RLRRPeftConfig`."""
+"""``RLRRPeftModel``: the tuner that PEFT builds around a model for an :class:`rlrr_kernels.peft.RLRRPeftConfig`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
 from rlrr_kernels.nn.rescaled import unfit_reason
-from rlrr_kernels.peft.config import RLRRPeftConfig
 from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
 from rlrr_kernels.peft.targets import default_groups, default_targets, linears
 from rlrr_kernels.peft.weighted import add_weighted
@@ -26,9 +25,9 @@ class RLRRPeftModel(BaseTuner):
 
     prefix = "rlrr_"
     tuner_layer_cls = RLRRPeftLinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # by the model itself, see _prepare_adapter_config
+    target_module_mapping = {}  # noqa: RUF012  (as PEFT declares it)  Found in the model: _prepare_adapter_config
 
-    def _prepare_adapter_config(self, peft_config: RLRRPeftConfig, model_config: dict) -> RLRRPeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
         if targets is None:
             if peft_config.groups is None:
@@ -44,7 +43,7 @@ class RLRRPeftModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: RLRRPeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -56,7 +55,7 @@ class RLRRPeftModel(BaseTuner):
             raise ValueError("current_key must be the name of the layer; got None")
         changes = {}
         for name, patterns in (("rank", peft_config.rank_pattern), ("groups", peft_config.groups_pattern)):
-            key = get_pattern_key(patterns.keys(), current_key)
+            key = get_pattern_key(list(patterns), current_key)
             if key in patterns:
                 changes[name] = patterns[key]
         adaptation = peft_config.adaptation(**changes)

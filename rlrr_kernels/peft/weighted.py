@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -20,7 +21,7 @@ def add_weighted(
 ) -> None:
     """See :meth:`rlrr_kernels.peft.RLRRPeftModel.add_weighted_adapter`; all is checked before the first change."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
-    configs = [tuner.peft_config[name] for name in adapters]
+    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     layers = {
         name: module
         for name, module in tuner.model.named_modules()
@@ -72,7 +73,7 @@ def _check(
         raise ValueError(f"Adapter {', '.join(unknown)} does not exist; there are {', '.join(tuner.peft_config)}")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"adapter_name must be new; there is an adapter {adapter_name!r} already")
-    configs = [tuner.peft_config[name] for name in adapters]
+    configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     for field in ("residual", "sides"):
         if len({getattr(config, field) for config in configs}) > 1:
             raise ValueError(f"adapters with different {field} have no sum: {', '.join(adapters)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -97,13 +98,17 @@ def test_a_shift_is_trained_where_there_is_a_bias_unless_told_otherwise():
         ({"target_modules": r".*\.1\.fc[12]"}, ["blocks.1.fc1", "blocks.1.fc2"]),
         ({"target_modules": "all-linear"}, ["blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"]),
         ({"exclude_modules": ["fc2"]}, ["blocks.0.fc1", "blocks.1.fc1"]),
-        ({"exclude_modules": r"blocks\.0.*"}, ["blocks.1.fc1", "blocks.1.fc2"]),
+        ({"exclude_modules": r".*blocks\.0.*"}, ["blocks.1.fc1", "blocks.1.fc2"]),
         ({"layers_to_transform": 1, "layers_pattern": "blocks"}, ["blocks.1.fc1", "blocks.1.fc2"]),
         ({"layers_to_transform": [0], "layers_pattern": ["blocks"]}, ["blocks.0.fc1", "blocks.0.fc2"]),
     ],
 )
 def test_layers_are_named_as_for_lora(config, found):
-    assert [name.removeprefix("base_model.model.") for name in layers(wrapped(**config))] == found
+    model = Net()
+    if "layers_pattern" in config:  # PEFT before 0.21 knows no list of blocks at the top
+        model = nn.Sequential(OrderedDict(body=model))
+    names = layers(wrapped(model, **config))
+    assert [name.removeprefix("base_model.model.").removeprefix("body.") for name in names] == found
 
 
 def test_rank_and_groups_patterns():
