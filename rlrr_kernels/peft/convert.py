@@ -100,7 +100,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
     folder.mkdir(parents=True, exist_ok=True)
     whole = {f"{_PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# RLRR adapter\n", encoding="utf-8")
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text("---\nlibrary_name: peft\n---\n\n# RLRR adapter\n", encoding="utf-8")
     written.save_pretrained(str(folder))
     return written
 

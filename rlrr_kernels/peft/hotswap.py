@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.modules import plain_name
 from rlrr_kernels.peft.layer import RLRRPeftLinear
 
 _SAME = ("residual", "sides")
@@ -75,9 +76,9 @@ def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     saved = f".modules_to_save{marked}"
     for key, tensor in state.items():
         if key in parts:
-            tensors[parts[key]] = tensor
+            tensors[plain_name(parts[key])] = tensor
         elif f"{saved}." in key:
-            tensors[key.replace(saved, "")] = tensor
+            tensors[plain_name(key.replace(saved, ""))] = tensor
     return tensors
 
 

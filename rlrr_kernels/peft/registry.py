@@ -64,10 +64,13 @@ def register(config: type, model: type) -> None:
 
 
 def complete_card(folder: Path) -> None:
-    """Has the README.md that PEFT wrote, in ``folder`` or for a named adapter the one above, say what to import."""
+    """Has the README.md that PEFT wrote, in ``folder`` or for a named adapter the one above, say what to import.
+
+    One that is no model card of PEFT's is left alone: a project may keep its adapters beside its own.
+    """
     for card in (folder / "README.md", folder.parent / "README.md"):
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if "library_name: peft" in text.partition("\n---")[0]:
             if _HEADING not in text:
                 card.write_text(text.rstrip() + _CARD, encoding="utf-8")
             return

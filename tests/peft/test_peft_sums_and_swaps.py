@@ -94,6 +94,18 @@ def test_a_swap_replaces_values_and_neither_tensors_nor_compiled_code(rank, tmp_
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
 
 
+def test_a_swap_under_compiled_blocks(tmp_path):
+    other = wrapped()
+    layers(other)["base_model.model.blocks.0.fc1"].rlrr_shift["default"].data.add_(1)
+    other.save_pretrained(tmp_path)
+    model = wrapped()
+    inner = model.base_model.model.blocks
+    inner[0]["fc1"] = torch.compile(inner[0]["fc1"], backend="eager")
+    assert not torch.allclose(model(X), other(X))
+    hotswap_adapter(model, str(tmp_path))
+    torch.testing.assert_close(model(X), other(X))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -261,6 +261,37 @@ def test_the_card_says_what_to_import_once(tmp_path):
         assert (tmp_path / "README.md").read_text().count(IMPORT) == 1
 
 
+def test_a_readme_that_is_no_card_of_peft_s_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n\nIt uses PEFT.\n---\nlibrary_name: peft\n")
+    before = (tmp_path / "README.md").read_bytes()
+    RLRRPeftConfig().save_pretrained(str(tmp_path / "adapter"))
+    RLRRPeftConfig().save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_bytes() == before
+
+
+def test_injected_without_a_peft_model_and_back_through_a_state_dict():
+    config = {"target_modules": ["fc1", "fc2"], "init_weights": False}
+    model = peft.inject_adapter_in_model(RLRRPeftConfig(**config), Net())
+    state = peft.get_peft_model_state_dict(model)
+    assert set(state) == {
+        f"blocks.{i}.{name}"
+        for i in (0, 1)
+        for name in (
+            "fc1.rlrr_shift",
+            "fc1.rlrr_scale_row",
+            "fc1.rlrr_scale_col",
+            "fc2.rlrr_scale_row",
+            "fc2.rlrr_scale_col",
+        )
+    }
+    twin = Net()
+    torch.manual_seed(5)
+    twin = peft.inject_adapter_in_model(RLRRPeftConfig(**config), twin, state_dict=state)
+    assert not torch.allclose(twin(X), model(X))
+    peft.set_peft_model_state_dict(twin, state)
+    assert torch.equal(twin(X), model(X))
+
+
 def test_the_adapter_s_dtype_is_float32_over_a_16_bit_base_unless_told_otherwise():
     assert (
         layers(wrapped(Net(torch.bfloat16)))["base_model.model.blocks.0.fc1"].rlrr_shift["default"].dtype
