@@ -119,7 +119,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         return Rescaling(*scales, sum(shifts[1:], shifts[0]) if shifts else None, not without)
 
     def _rescaled(self, x: Tensor, by: Rescaling) -> Tensor:
-        base: Any = self.get_base_layer()
+        base: Any = self.base_layer
         weight, bias = base.weight, base.bias
         if by.shift is not None:
             bias = by.shift if bias is None else bias + by.shift
@@ -224,7 +224,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
 
     def _frozen(self) -> tuple[Tensor, Tensor | None]:
         """W and b without any adapter, where the base layer is now: the model may have been moved or cast since."""
-        base: Any = self.get_base_layer()
+        base: Any = self.base_layer
         if self._unmerged is None:
             return base.weight.data, None if base.bias is None else base.bias.data
         (weight, bias), now = self._unmerged, base.weight
@@ -233,7 +233,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         return weight.to(now.device, now.dtype), bias
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        base: Any = self.get_base_layer()
+        base: Any = self.base_layer
         base.weight.data = weight
         if bias is None or base.bias is None:
             base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
