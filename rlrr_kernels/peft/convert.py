@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
             sides=config.sides,
             init=config.init,
             include=None if recipe else tuple(layers),
-            heads=_outermost(rest),
+            heads=tuple(dict.fromkeys(name.rpartition(".")[0] for name in rest)),
             recipe=recipe,
         ),
     )
@@ -203,18 +202,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
     return adapt_report(model)
 
 
-def _outermost(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The modules that were saved, by the names of their tensors: top-level ones, which is what a head is."""
-    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-
-
 def _unfolded(name: str, module: Any, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """γ and β [D] that make weight [D, ...] and bias [D] of ``module`` those that were saved; 1 and 0 for None."""
-    frozen = (
-        module.weight.detach().cpu().double().flatten(1)
-        if module.weight.dim() > 1
-        else module.weight.detach().cpu().double()[:, None]
-    )
+    frozen = module.weight.detach().cpu().double().reshape(len(module.weight), -1)
     zero = torch.zeros(len(frozen))
     if weight is None or bias is None:
         return zero + 1, zero

@@ -14,10 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
+from rlrr_kernels.adapt.config import RLRRConfig
+from rlrr_kernels.adapt.find import under
 from rlrr_kernels.nn.rescaled import unfit_reason
 from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
+from rlrr_kernels.peft.registry import expand_all_linear
 from rlrr_kernels.peft.targets import default_groups, default_targets, linears
 from rlrr_kernels.peft.weighted import add_weighted
+
+_SHOWN = 4
 
 
 class RLRRPeftModel(BaseTuner):
@@ -33,13 +38,50 @@ class RLRRPeftModel(BaseTuner):
             if peft_config.groups is None:
                 peft_config.groups_pattern = default_groups(self.model) | peft_config.groups_pattern
             peft_config.target_modules = default_targets(self.model, ends=peft_config.layers_to_transform is not None)
-        elif isinstance(targets, str) and targets.lower() == "all-linear" and not self._is_transformers:
-            peft_config.target_modules = set(linears(self.model))
+        elif isinstance(targets, str) and targets.lower() == "all-linear":
+            if isinstance(self.model, PreTrainedModel):  # whose output layer PEFT leaves out
+                expand_all_linear(peft_config, self.model)
+            else:
+                peft_config.target_modules = set(linears(self.model))
         return peft_config
 
-    @property
-    def _is_transformers(self) -> bool:
-        return isinstance(self.model, PreTrainedModel)  # whose output layer PEFT leaves out itself
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuses what cannot be adapted before the first layer is replaced.
+
+        Raises:
+            ValueError: a targeted layer is no plain ``nn.Linear``, or its parent reads its weight instead of calling
+                it, or the groups do not divide its ``out_features``; the first few are named.
+        """
+        targets: dict[str, Any] = {}
+        inside: list[str] = []
+        for name, module in model.named_modules():
+            if name and not under(name, inside) and self._check_target_module_exists(peft_config, name):
+                targets[name] = module
+            if isinstance(module, RLRRPeftLinear):
+                inside.append(name)
+        fresh = [name for name, module in targets.items() if not isinstance(module, RLRRPeftLinear)]
+        reasons = {name: reason for name in fresh if (reason := _unfit_reason(targets[name]))}
+        plain = [name for name in fresh if name not in reasons]
+        reasons |= find_bypassed(model, set(plain) - set(qkv_bias_switches(model, plain)))
+        if reasons:
+            cases = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_SHOWN])
+            raise ValueError(
+                f"{cases}. exclude_modules={sorted({_last_two(name) for name in reasons})} leaves them alone"
+            )
+        for name, module in targets.items():
+            rows, groups = module.out_features, self._adaptation(peft_config, name).groups_of("")
+            if rows % groups:
+                raise ValueError(f"{name}: groups must divide out_features = {rows}; got {groups}")
+
+    @staticmethod
+    def _adaptation(peft_config: Any, name: str) -> RLRRConfig:
+        """What the layer called ``name`` gets."""
+        changes = {}
+        for field, patterns in (("rank", peft_config.rank_pattern), ("groups", peft_config.groups_pattern)):
+            key = get_pattern_key(list(patterns), name)
+            if key in patterns:
+                changes[field] = patterns[key]
+        return peft_config.adaptation(**changes)
 
     def _create_and_replace(
         self,
@@ -47,46 +89,21 @@ class RLRRPeftModel(BaseTuner):
         adapter_name: str,
         target: nn.Module,
         target_name: str,
-        parent: nn.Module,
-        current_key: str | None,
+        parent: Any,
+        current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if current_key is None:
-            raise ValueError("current_key must be the name of the layer; got None")
-        changes = {}
-        for name, patterns in (("rank", peft_config.rank_pattern), ("groups", peft_config.groups_pattern)):
-            key = get_pattern_key(list(patterns), current_key)
-            if key in patterns:
-                changes[name] = patterns[key]
-        adaptation = peft_config.adaptation(**changes)
+        adaptation = self._adaptation(peft_config, current_key)
         options = {"random_shift": peft_config.init_weights is False, "inference_mode": peft_config.inference_mode}
-        try:
-            if isinstance(target, RLRRPeftLinear):
-                target.update_layer(adapter_name, adaptation, **options)
-                return
-            self._check_target(target, current_key)
-            layer = RLRRPeftLinear(target, adapter_name, adaptation, **options)
-        except ValueError as error:
-            raise ValueError(f"{current_key}: {error}") from error
+        if isinstance(target, RLRRPeftLinear):
+            target.update_layer(adapter_name, adaptation, **options)
+            return
+        if qkv_bias_switches(self.model, [current_key]).get(current_key):
+            parent.qkv_bias_separate = True  # else timm multiplies by the weight without calling the layer
+        layer = RLRRPeftLinear(target, adapter_name, adaptation, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-
-    def _check_target(self, target: nn.Module, name: str) -> None:
-        """Raises ``ValueError`` for a layer that cannot be adapted, or whose adapter would train nothing."""
-        if not isinstance(target, nn.Linear):
-            raise ValueError(
-                f"Target module {type(target).__name__} is not supported: RLRR adapts torch.nn.Linear. Name layers by "
-                "more of their path (attn.proj, not proj), or leave this one out with exclude_modules"
-            )
-        reason = unfit_reason(target)
-        switches = qkv_bias_switches(self.model, [name])
-        if reason is None and name not in switches:
-            reason = find_bypassed(self.model, [name]).get(name)
-        if reason is not None:
-            raise ValueError(f"{reason}; leave it out with exclude_modules")
-        if switches.get(name):
-            self.model.get_submodule(name.rpartition(".")[0]).qkv_bias_separate = True
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -129,7 +146,7 @@ class RLRRPeftModel(BaseTuner):
             combination_type: ``cat``; LoRA's other types approximate what this one computes.
 
         Raises:
-            ValueError: an adapter is unknown or merged or trains modules beside its layers, the new name is taken, the
+            ValueError: an adapter is unknown or trains modules beside its layers, the new name is taken, the
                 numbers of names and weights differ, the ranks sum to more than 64, or the sum has no meaning.
         """
         add_weighted(self, adapters, weights, adapter_name, combination_type)
@@ -138,6 +155,21 @@ class RLRRPeftModel(BaseTuner):
         get_encoder = getattr(self.model, "get_encoder", None)
         encoder = get_encoder() if callable(get_encoder) else None
         return iter(()) if encoder is None or encoder is self.model else encoder.modules()
+
+
+def _unfit_reason(target: nn.Module) -> str | None:
+    """Why ``target`` is no layer that can be adapted, or None."""
+    if isinstance(target, nn.Linear):
+        return unfit_reason(target)
+    return (
+        f"Target module {type(target).__name__} is not supported: RLRR adapts torch.nn.Linear. Name layers by more of "
+        "their path (attn.proj, not proj)"
+    )
+
+
+def _last_two(name: str) -> str:
+    """``attn.proj`` of ``blocks.0.attn.proj``, without numbers."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
 def _with_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""All that this package touches of PEFT's internals: its closed list of methods, and the model card it writes.
+"""All that this package touches of PEFT's internals: its closed list of methods, ``all-linear``, its model card.
 
 PEFT finds a method's classes by a member of the enum ``PeftType``; ``register_peft_method`` refuses every other name,
 so the enum is given one more member. A process that has not imported this package has no such member, and PEFT's
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
     from peft.utils import PeftType, register_peft_method
 except ImportError as error:
     raise ImportError("rlrr_kernels.peft needs the package peft: pip install 'rlrr-kernels[peft]'") from error
@@ -61,6 +62,11 @@ RLRR = add_member(PeftType, NAME)
 def register(config: type, model: type) -> None:
     """Makes PEFT build ``model`` for a ``config``; state-dict keys of the method have ``rlrr_`` in them."""
     register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model)
+
+
+def expand_all_linear(config: Any, model: Any) -> None:
+    """Has ``target_modules`` of ``config`` name the layers of a transformers model that ``all-linear`` stands for."""
+    _maybe_include_all_linear_layers(config, model)
 
 
 def complete_card(folder: Path) -> None:

@@ -349,24 +349,35 @@ def test_a_configuration_that_is_not_allowed(config, error, message):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
+        self.fc = nn.Linear(8, 8)
         self.attn = nn.MultiheadAttention(8, 2)
         self.conv = nn.Conv2d(1, 1, 1)
-        self.fc = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 6)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["conv"]}, "conv: Target module Conv2d is not supported: RLRR adapts torch.nn.Linear"),
-        ({"target_modules": ["out_proj"]}, "attn.out_proj: nn.MultiheadAttention takes its weight as an argument"),
-        ({"target_modules": ["fc"], "groups": 3}, "fc: groups must divide out_features = 8; got 3"),
+        (
+            {"target_modules": ["fc", "conv"]},
+            "conv: Target module Conv2d is not supported: RLRR adapts torch.nn.Linear",
+        ),
+        (
+            {"target_modules": ["fc", "out_proj"]},
+            r"attn\.out_proj: nn\.MultiheadAttention takes its weight as an argument",
+        ),
+        ({"target_modules": "all-linear"}, r"exclude_modules=\['attn\.out_proj'\] leaves them alone"),
+        ({"target_modules": ["fc", "other"], "groups": 4}, "other: groups must divide out_features = 6; got 4"),
         ({}, "specify `target_modules`"),
         ({"target_modules": ["none"]}, "not found in the base model"),
     ],
 )
-def test_a_layer_that_cannot_be_adapted(config, message):
+def test_a_layer_that_cannot_be_adapted_leaves_the_model_as_it_was(config, message):
+    model = Attention()
+    before = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=message):
-        get_peft_model(Attention(), RLRRPeftConfig(**config))
+        get_peft_model(model, RLRRPeftConfig(**config))
+    assert {name: id(module) for name, module in model.named_modules()} == before
 
 
 def test_a_weight_that_requires_a_gradient_is_read_but_not_trained_in_silence():
