@@ -10,11 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-try:
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-    from peft.utils import PeftType, register_peft_method
-except ImportError as error:
-    raise ImportError("rlrr_kernels.peft needs the package peft: pip install 'rlrr-kernels[peft]'") from error
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils import PeftType, register_peft_method
 
 NAME = "RLRR"
 IMPORT = "import rlrr_kernels.peft"

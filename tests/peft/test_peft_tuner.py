@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -15,6 +17,7 @@ pytest.importorskip("peft", reason="needs peft, of the extra [peft]")
 import peft
 from peft import PeftModel, PeftType, get_peft_model
 
+import rlrr_kernels.peft
 from rlrr_kernels import RLRRLinear
 from rlrr_kernels.peft import RLRRPeftConfig, RLRRPeftLinear
 from rlrr_kernels.peft.registry import IMPORT, RLRR, add_member
@@ -311,6 +314,12 @@ def test_pickled_and_copied():
 
 
 # ---------------------------------------------------------------- PEFT's internals
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"rlrr_kernels\.peft needs the package peft: pip install"):
+        runpy.run_path(rlrr_kernels.peft.__file__)
 
 
 def test_the_enum_s_member_is_one_in_every_way():
