@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize demo demo-seeds evidence
+.PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize peft-suite demo demo-seeds evidence
 
 setup: $(STAMP)
 
@@ -78,6 +78,10 @@ bench: $(STAMP)
 # The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
 sanitize: $(STAMP)
 	PYTHON=$(CURDIR)/$(PY) csrc/sanitize.sh
+
+# PEFT's own tests, unmodified, of RLRR as its method: fetches the sdist of the installed release, kept in build.
+peft-suite: $(STAMP)
+	$(PY) -m tests.support.peft_suite $(PEFT_SUITE)
 
 # A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
 demo: $(STAMP)

@@ -20,8 +20,9 @@ except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
-from rlrr_kernels.train.config.options import Cpu, takes_options_of
+from rlrr_kernels.train.config.options import Cpu, ImageSize, Weights, takes_options_of
 from rlrr_kernels.train.finetune import FinetuneConfig
+from rlrr_kernels.train.models.backbones import HUB
 from rlrr_kernels.train.output.progress import command, console, error_console, say
 
 app = typer.Typer(
@@ -165,6 +166,61 @@ def merge(
     say(f"logits differ from the adapted model's by at most {merged.difference:.1e} (they reach {merged.largest:.2g})")
     say(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
     say(f"next: {merged.loading(output)}")
+
+
+@app.command()
+def combine(
+    out: Annotated[Path, typer.Argument(help="Adapter folder to write")],
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders of one backbone, alike but for the rank")],
+    weight: Annotated[
+        list[float],
+        typer.Option(help="For each adapter: 0.3 and 0.7 interpolate, 1 and 1 add, a single -1 negates"),
+    ],
+    head_of: Annotated[
+        int | None, typer.Option(help="Take the head of this adapter, from 0; default: summed, for weights of sum 1")
+    ] = None,
+) -> None:
+    """Write the adapter whose change of the weights is the weighted sum of others' changes: exact, the ranks add up."""
+    from rlrr_kernels.adapt import adapter_info, combine_adapters
+
+    info = adapter_info(combine_adapters(adapters, weight, out, head_of=head_of))
+    say(f"{out}: {info.metadata['sum']}, rank {info.config.rank}")
+
+
+@app.command()
+def to_peft(
+    adapter: AdapterFolder,
+    out: Annotated[Path, typer.Argument(help="PEFT folder to write")],
+    weights: AdapterWeights = None,
+) -> None:
+    """Write an adapter as Hugging Face PEFT loads it, after import rlrr_kernels.peft."""
+    from rlrr_kernels.train.peft_folders import adapter_to_peft
+
+    adapter_to_peft(adapter, out, weights)
+    say(f"{out}: import rlrr_kernels.peft, then peft.PeftModel.from_pretrained(model, {str(out)!r})")
+
+
+@app.command()
+def from_peft(
+    folder: Annotated[Path, typer.Argument(help="PEFT folder with an RLRR adapter and its head in modules_to_save")],
+    model: Annotated[str, typer.Option(help="timm's name of the backbone it was trained on")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write")],
+    weights: Weights = HUB,
+    image_size: ImageSize = None,
+    classes: Annotated[Path | None, typer.Option(help="Class names, a line each, by label; default: 0, 1, ...")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="paper: the form that rlrr export-adapter takes; default: layers alone")
+    ] = None,
+) -> None:
+    """Make an adapter folder of one that PEFT saved."""
+    from rlrr_kernels.train.peft_folders import peft_to_adapter
+
+    names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
+    report = peft_to_adapter(
+        folder, out, model=model, weights=weights, image_size=image_size, classes=names, recipe=recipe
+    )
+    console.print(str(report), markup=False, highlight=False)
+    say(f"{out}: adapter folder, for rlrr evaluate, merge and load_adapter")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Adapting a model with RLRR, and what follows: optimizer groups, checks, adapter folders, merging."""
 
+from rlrr_kernels.adapt.arithmetic import combine_adapters
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.files import AdapterInfo, adapter_info, load_adapter, save_adapter
 from rlrr_kernels.adapt.gradients import check_gradients
@@ -19,6 +20,7 @@ __all__ = [
     "adapt_report",
     "adapter_info",
     "check_gradients",
+    "combine_adapters",
     "is_adapted",
     "load_adapter",
     "merge_adapter",

@@ -41,8 +41,8 @@ arXiv 2403.19067). The backbone's own weights are not part of it.
 {metadata}"""
 
 
-def model_card(document: Mapping[str, Any], report: AdaptReport, usage: str | None = None) -> str:
-    """The card's text. ``document`` is what ``config.json`` holds, ``report`` that of the adapted model."""
+def model_card(document: Mapping[str, Any], report: AdaptReport | str, usage: str | None = None) -> str:
+    """The card's text. ``document`` is what ``config.json`` holds, ``report`` the adapted model's, or other text."""
     base = document["base_model"]
     name = base["name"]
     metadata = document["metadata"]

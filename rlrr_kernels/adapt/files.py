@@ -16,7 +16,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -127,21 +127,33 @@ def save_adapter(
     """
     _check_not_sharded(model)
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
-    tensors, also_trained = _trained_tensors(model)
+    tensors, also_trained = trained_tensors(model)
     broken = _not_finite(tensors, tensors)
     if broken:
         raise ValueError(f"trained tensors that are not finite cannot be saved: {', '.join(broken)}")
-    config = adaptation.config.to_dict()
-    document = {
-        "schema_version": config.pop("schema_version"),
-        "format": ADAPTER_FORMAT,
-        "base_model": describe_base(model),
-        "adaptation": config,
-        "also_trained": also_trained,
-        "metadata": dict(metadata or {}),
-        "backbone_sample": sample_backbone(model, adaptation.layers),
-    }
+    sample = sample_backbone(model, adaptation.layers)
+    document = adapter_document(adaptation.config, describe_base(model), also_trained, metadata or {}, sample)
     return write_folder(folder, document, tensors, lambda: model_card(document, adapt_report(model), usage))
+
+
+def adapter_document(
+    config: RLRRConfig,
+    base_model: Mapping[str, Any],
+    also_trained: Sequence[str],
+    metadata: Mapping[str, Any],
+    backbone_sample: Mapping[str, list[float]],
+) -> dict[str, Any]:
+    """What ``config.json`` of an adapter holds, of the entries of :class:`AdapterInfo`."""
+    adaptation = config.to_dict()
+    return {
+        "schema_version": adaptation.pop("schema_version"),
+        "format": ADAPTER_FORMAT,
+        "base_model": dict(base_model),
+        "adaptation": adaptation,
+        "also_trained": list(also_trained),
+        "metadata": dict(metadata),
+        "backbone_sample": dict(backbone_sample),
+    }
 
 
 def write_folder(
@@ -215,7 +227,7 @@ def _sync_directory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors to save by state-dict name, and which of them are neither adapter nor head."""
     tensors: dict[str, Tensor] = {**adapter_parameters(model), **head_tensors(model, adaptation_of(model).heads)}
     known = set(map(id, tensors.values()))
@@ -490,7 +502,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
     plan = None
     if adapted:
         _check_same_config(folder, info.config, adaptation_of(model).config)
-        expected = {name: tuple(tensor.shape) for name, tensor in _trained_tensors(model)[0].items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in trained_tensors(model)[0].items()}
     else:
         try:
             plan = plan_adaptation(model, info.config)

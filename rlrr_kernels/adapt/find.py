@@ -12,7 +12,8 @@ from rlrr_kernels.adapt.config import RLRRConfig, matches, pattern_of
 from rlrr_kernels.adapt.modules import named_modules, unwrap
 from rlrr_kernels.nn.rescaled import unfit_reason
 
-_HEAD_NAMES = ("head", "head_dist", "heads", "fc", "classifier", "classification_head")
+HEAD_NAMES = ("head", "head_dist", "heads", "fc", "classifier", "classification_head")
+"""What models without timm's ``get_classifier`` call their head."""
 
 
 def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
@@ -39,7 +40,7 @@ def find_heads(model: nn.Module, config: RLRRConfig) -> list[str]:
         classifiers = [unwrap(head) for head in classifiers if isinstance(head, nn.Module)]
         found = [name for name, module in modules.items() if any(module is head for head in classifiers)]
     else:
-        found = [name for name in _HEAD_NAMES if name in modules]
+        found = [name for name in HEAD_NAMES if name in modules]
     return [name for name in found if next(modules[name].parameters(), None) is not None]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.model import Adaptation, adaptation_of, adapter_parameters, check_forwards, forget_adaptation
@@ -121,15 +121,19 @@ def _merged_layer(layer: Any) -> nn.Module:
     return plain
 
 
+def folded_projection(projection: Any, rescale: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a projection [D, ...] that takes in the scale and shift [D] after it, in its dtype."""
+    scale, bias = fold_norm(None, projection.bias, rescale.scale, rescale.shift)
+    weight, dtype = projection.weight, projection.weight.dtype
+    scaled = weight.to(torch.promote_types(scale.dtype, dtype)) * scale.view(-1, *[1] * (weight.dim() - 1))
+    return scaled.to(dtype), bias.to(dtype)
+
+
 def _merge_into_projection(model: nn.Module, name: str) -> str:
     """γ ⊙ (C x + c) + β = (γ ⊙ C) x + (γ ⊙ c + β), C [D, ...] being the patch projection; returns its name."""
     parent = name.rpartition(".")[0]
     rescale, proj = find_module(model, name), find_module(model, f"{parent}.proj")
-    scale, bias = fold_norm(None, proj.bias, rescale.scale, rescale.shift)
-    weight = proj.weight.to(torch.promote_types(scale.dtype, proj.weight.dtype)) * scale.view(
-        -1, *[1] * (proj.weight.dim() - 1)
-    )
-    proj.weight = nn.Parameter(weight.to(proj.weight.dtype), requires_grad=False)
-    proj.bias = nn.Parameter(bias.to(proj.weight.dtype), requires_grad=False)
+    weight, bias = folded_projection(proj, rescale)
+    proj.weight, proj.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     replace_submodules(model, [name], lambda _, rescale: nn.Identity())
     return f"{parent}.proj"

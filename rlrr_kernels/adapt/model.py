@@ -269,7 +269,7 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     layer_options: dict[str, Any] = {name: getattr(config, name) for name in ("rank", "sides", "init", "scale_dtype")}
 
     def adapted(name: str, layer: Any) -> nn.Module:
-        options = layer_options | {"shift": _has_shift(layer, config)}
+        options = layer_options | {"shift": has_shift(layer, config)}
         if isinstance(layer, nn.Conv2d):
             return RLRRConv2d.from_conv(layer, layout=config.conv_layout, residual=config.residual, **options)
         options["groups"] = config.groups_of(name)
@@ -300,7 +300,8 @@ def apply_adaptation(model: nn.Module, plan: Adaptation) -> None:
     setattr(model, _ATTRIBUTE, plan)
 
 
-def _has_shift(layer: nn.Module, config: RLRRConfig) -> bool:
+def has_shift(layer: nn.Module, config: RLRRConfig) -> bool:
+    """Whether a shift is trained on ``layer``, an ``nn.Linear`` or ``nn.Conv2d``."""
     # A batch norm follows a convolution without bias: one that it gained would keep plain timm from loading it.
     if layer.bias is None and (isinstance(layer, nn.Conv2d) or config.shift == WITH_BIAS):
         return False
@@ -356,7 +357,7 @@ def _planned_shapes(model: nn.Module, plan: Adaptation) -> Iterator[tuple[str, t
             yield f"{name}.scale_row", (rows, config.rank)
         if config.sides != "left":
             yield f"{name}.scale_col", (1 if conv else config.groups_of(name), config.rank, cols)
-        if _has_shift(layer, config):
+        if has_shift(layer, config):
             yield f"{name}.shift", (layer.weight.shape[0],)
     for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
         norm = modules[name]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rlrr_kernels.nn.scales import draw_scales, with_ones
 from rlrr_kernels.ops.checks import MAX_RANK
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 
@@ -182,61 +182,17 @@ class Rescaled(nn.Module):
         would leave nothing of W), 0 for ``identity``, N(0, 0.02) for ``normal``. Without the residual F = s starts at 1
         plus these: the same function with the same start, which weight decay pulls towards 0 instead of W.
         """
-        with torch.no_grad():
-            if self.sides == "both":
-                self._draw_both()
-            else:
-                for scale in (self.scale_row, self.scale_col):
-                    if scale is not None:
-                        self._draw_one(scale)
-            if self.shift is not None:
+        draw_scales(self.scale_row, self.scale_col, self._size[1], self.init, self.residual)
+        if self.shift is not None:
+            with torch.no_grad():
                 self.shift.zero_()
-
-    @property
-    def _col_bound(self) -> float:
-        return math.sqrt(6 / max(self._size[1], 1))
-
-    def _draw_both(self) -> None:
-        col_bound, row_bound = self._col_bound, math.sqrt(6 / self.rank)
-        scale_row, scale_col = self.scales()
-        if self.init == "normal":
-            scale_row.normal_(std=0.02)
-            scale_col.normal_(std=0.02)
-        else:
-            scale_col.uniform_(-col_bound, col_bound)
-            if self.init == "paper":
-                scale_row.uniform_(-row_bound, row_bound)
-            else:
-                scale_row.zero_()
-        if not self.residual:
-            first_row, first_col = scale_row[:, 0], scale_col[:, 0]
-            if self.init == "paper":
-                first_row.mul_(col_bound / row_bound)
-            elif self.init == "identity":
-                first_col.zero_()
-            first_row.add_(1)
-            first_col.add_(1)
-
-    def _draw_one(self, scale: Tensor) -> None:
-        if self.init == "normal":
-            scale.normal_(std=0.02)
-        elif self.init == "paper":
-            scale.uniform_(-self._col_bound, self._col_bound)
-        else:
-            scale.zero_()
-        if not self.residual:
-            scale.add_(1)
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """s_r [N, r] and s_c [G, r, K], ones where a side is not trained."""
         scale_row, scale_col = self.scale_row, self.scale_col  # once each, see _total_bias
         if scale_row is not None and scale_col is not None:
             return scale_row, scale_col
-        rows, cols = self._size
-        if scale_col is not None:
-            return scale_col.new_ones(()).expand(rows, 1), scale_col
-        assert scale_row is not None
-        return scale_row, scale_row.new_ones(()).expand(1, 1, cols)
+        return with_ones(scale_row, scale_col, *self._size)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' in the shape of the weight, as a new tensor."""

@@ -18,7 +18,7 @@ import torch
 
 FILE = Path(__file__).with_suffix(".txt")
 
-MODULES = ("rlrr_kernels", "rlrr_kernels.numerics", "rlrr_kernels.reference")
+MODULES = ("rlrr_kernels", "rlrr_kernels.peft", "rlrr_kernels.numerics", "rlrr_kernels.reference")
 
 
 def describe() -> str:
@@ -53,7 +53,7 @@ def _members(owner: type) -> Iterator[str]:
     classes = [base for base in owner.__mro__ if base.__module__.startswith("rlrr_kernels.")]
     names = {name for base in classes for name in vars(base) if not name.startswith("_")}
     if dataclasses.is_dataclass(owner):
-        names |= {field.name for field in dataclasses.fields(owner)}
+        names |= {name for base in classes for name in inspect.get_annotations(base) if not name.startswith("_")}
     for name in sorted(names):
         kind = inspect.getattr_static(owner, name, None)
         prefix = f"{type(kind).__name__} " if isinstance(kind, classmethod | staticmethod | property) else ""
@@ -77,13 +77,22 @@ class _Default:
 
 
 def _signature(value: Any) -> str:
-    """Parameters and defaults, without types."""
+    """Parameters and defaults, without types and without what a class takes over from other packages."""
     empty = inspect.Parameter.empty
+    if inspect.isclass(value) and getattr(value.__init__, "__module__", "").startswith("peft."):
+        return ""
+    other = {
+        field
+        for base in (value.__mro__ if inspect.isclass(value) else ())
+        if dataclasses.is_dataclass(base) and not base.__module__.startswith("rlrr_kernels")
+        for field in base.__dataclass_fields__
+    }
     parameters = [
         parameter.replace(
             annotation=empty, default=empty if parameter.default is empty else _Default(parameter.default)
         )
         for parameter in inspect.signature(value).parameters.values()
+        if parameter.name not in other
     ]
     return str(inspect.Signature(parameters))
 

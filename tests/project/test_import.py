@@ -32,7 +32,18 @@ def measure() -> dict:
 def test_import_takes_torch_alone_and_no_gpu():
     found = measure()
     assert not found["cuda"]
-    extras = {"timm", "triton", "numpy", "safetensors", "accelerate", "typer", "rich", "matplotlib", "peft"}
+    extras = {
+        "timm",
+        "triton",
+        "numpy",
+        "safetensors",
+        "accelerate",
+        "typer",
+        "rich",
+        "matplotlib",
+        "peft",
+        "transformers",
+    }
     assert not extras & set(found["new"]), found["new"]
 
 

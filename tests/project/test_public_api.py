@@ -7,6 +7,7 @@ import difflib
 import pytest
 
 pytest.importorskip("typer", reason="the program needs the extra [train]")
+pytest.importorskip("peft", reason="the method of PEFT needs the extra [peft]")
 
 from tests.project.public_api import FILE, describe
 

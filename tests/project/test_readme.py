@@ -32,6 +32,8 @@ def blocks(language: str) -> list:
 def test_python_blocks_run(page, code, tmp_path, monkeypatch):
     if "timm" in code:
         pytest.importorskip("timm", reason="needs timm and safetensors, of the extra [models]")
+    if "rlrr_kernels.peft" in code:
+        pytest.importorskip("peft", reason="needs peft, of the extra [peft]")
     if "gpu=" in code:
         pytest.importorskip("triton", reason="what a GPU would do is asked of Triton's kernels")
     monkeypatch.chdir(tmp_path)

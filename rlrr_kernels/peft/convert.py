@@ -1,0 +1,216 @@
+"""From a PEFT folder to an adapted model of this package, and back.
+
+A PEFT adapter holds scales and shifts of linear layers, and whole modules (``modules_to_save``). The paper's recipe
+also trains SSF's γ and β after norms and on patch tokens: as modules to save they are the norms and the patch
+projection with γ and β folded in, and are found again as what those differ by from the backbone's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlrr_kernels.adapt import AdaptReport, RLRRConfig
+from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
+from rlrr_kernels.adapt.config import WITH_BIAS
+from rlrr_kernels.adapt.files import differences, misfit, trained_tensors
+from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.merge import folded_projection
+from rlrr_kernels.adapt.model import (
+    adapt_report,
+    adaptation_of,
+    apply_adaptation,
+    head_tensors,
+    plan_adaptation,
+    planned_shapes,
+)
+from rlrr_kernels.adapt.modules import named_modules, named_tensors, unwrap
+from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.peft.config import RLRRPeftConfig
+from rlrr_kernels.peft.registry import RLRR
+
+_PREFIX = "base_model.model."
+_TOLERANCE = 1e-4
+"""Relative distance within which a saved norm or projection is a rescaled one of the backbone."""
+
+
+def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str | None = None) -> RLRRPeftConfig:
+    """Writes the adapter of an adapted model as PEFT's ``from_pretrained`` loads it over the same backbone.
+
+    Args:
+        model: after :func:`rlrr_kernels.adapt_model` or ``load_adapter``, of linear layers.
+        folder: made where it is missing.
+        task_type: PEFT's, such as ``SEQ_CLS``.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        ValueError: the model is not adapted, or has adapted layers that PEFT's method has not (convolutions, the
+            additive form), or trains more than adapter and head.
+    """
+    adaptation, model = adaptation_of(model), unwrap(model)
+    modules: dict[str, Any] = dict(named_modules(model))
+    beside = trained_tensors(model)[1]
+    if beside:
+        raise ValueError(f"trained beside adapter and head, which modules_to_save do not hold: {some(beside)}")
+    other = [name for name in adaptation.layers if type(modules[name]) is not RLRRLinear]
+    if other:
+        raise ValueError(f"PEFT adapters hold RLRR of linear layers alone; these are others: {some(other)}")
+    tensors = {
+        f"{name}.rlrr_{part}": getattr(modules[name], part)
+        for name in adaptation.layers
+        for part in LAYER_PARTS
+        if getattr(modules[name], part) is not None
+    }
+    saved = dict.fromkeys(adaptation.heads)
+    tensors |= head_tensors(model, adaptation.heads)
+    for name in [*adaptation.norms, *([adaptation.tokens] if adaptation.tokens else [])]:
+        frozen, folded = _folded(modules, name)
+        saved[frozen] = None
+        tensors |= {f"{frozen}.{key}": tensor for key, tensor in folded.items()}
+    also = [name for name in modules if name not in saved and name.endswith(tuple(saved))]  # as PEFT matches them
+    tensors |= {name: tensor for name, tensor in head_tensors(model, also).items() if name not in tensors}
+    config = adaptation.config
+    groups = {re.escape(name): modules[name].groups for name in adaptation.layers if modules[name].groups != 1}
+    written = RLRRPeftConfig(
+        r=config.rank,
+        groups=1,
+        groups_pattern=groups,
+        shift=config.shift,
+        residual=config.residual,
+        sides=config.sides,
+        init_weights=config.init,
+        target_modules=list(adaptation.layers),
+        modules_to_save=list(saved) or None,
+        task_type=task_type,
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {f"{_PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text("---\nlibrary_name: peft\n---\n\n# RLRR adapter\n", encoding="utf-8")
+    written.save_pretrained(str(folder))
+    return written
+
+
+def _folded(modules: dict[str, Any], name: str) -> tuple[str, dict[str, Tensor]]:
+    """The module of the backbone that takes in the SSF called ``name``, and its weight and bias with it."""
+    rescale, target = modules[name], _target(modules, name)
+    if target == name:
+        norm = rescale.to_layer_norm()
+        return name, {"weight": norm.weight, "bias": norm.bias}
+    weight, bias = folded_projection(modules[target], rescale)
+    return target, {"weight": weight, "bias": bias}
+
+
+def _target(modules: dict[str, Any], name: str) -> str:
+    """The norm called ``name``, or for patch tokens without one the projection before."""
+    return f"{name.rpartition('.')[0]}.proj" if isinstance(modules[name], nn.Identity | ChannelRescale) else name
+
+
+def read_peft(
+    folder: str | os.PathLike[str],
+) -> tuple[RLRRPeftConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The configuration in a PEFT folder, layer → its tensors by part, and all other tensors by name.
+
+    Raises:
+        ValueError: the folder holds no RLRR adapter.
+    """
+    folder = str(folder)
+    config: Any = PeftConfig.from_pretrained(folder)
+    if config.peft_type != RLRR:
+        raise ValueError(f"{folder} must hold an RLRR adapter; got {config.peft_type}")
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in load_peft_weights(folder, device="cpu").items():
+        layer, _, part = name.removeprefix(_PREFIX).rpartition(".rlrr_")
+        (layers.setdefault(layer, {}) if layer else rest)[part] = tensor
+    return config, layers, rest
+
+
+def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str | None = None) -> AdaptReport:
+    """Adapts ``model``, a fresh backbone, as the PEFT adapter in ``folder`` does; ``save_adapter`` then writes it.
+
+    Args:
+        model: changed only when everything fits.
+        folder: written by ``save_pretrained`` of a PEFT model, or :func:`to_peft`.
+        recipe: ``paper`` for an adapter in the paper's form, as the authors' ``.pth`` needs it: what is saved of norms
+            and patch projection becomes γ and β again, and is 1 and 0 where nothing is saved.
+
+    Returns:
+        The report of the adapted model.
+
+    Raises:
+        ValueError: the folder holds no RLRR adapter, or one that does not fit: a tensor without a place or of another
+            shape, ranks that differ between layers, or a norm that is no rescaled one of the backbone.
+    """
+    config, layers, rest = read_peft(folder)
+    present, named = dict(named_tensors(model)), config.modules_to_save or ()
+    for name in [name for name in rest if name in present and name.rpartition(".")[0] not in named]:
+        if torch.equal(rest[name], present[name].detach().cpu()):  # saved because its name ends as another's
+            del rest[name]
+    sizes = [parts["scale_row"].shape[1] for parts in layers.values() if "scale_row" in parts]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"an adapter folder has one rank for all layers; those in {folder} have {sorted(set(sizes))}")
+    state = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+    if recipe is not None:
+        plan = plan_adaptation(model, RLRRConfig(recipe=recipe))
+        modules = dict(named_modules(model))
+        for name in [*plan.norms, *([plan.tokens] if plan.tokens else [])]:
+            target = _target(modules, name)
+            saved = [rest.pop(f"{target}.{key}", None) for key in ("weight", "bias")]
+            scale, shift = _unfolded(target, modules[target], *saved)
+            state |= {f"{name}.scale": scale, f"{name}.shift": shift}
+    groups = {n: p["scale_col"].shape[0] for n, p in layers.items() if "scale_col" in p and len(p["scale_col"]) > 1}
+    shifted = sum("shift" in parts for parts in layers.values())
+    plan = plan_adaptation(
+        model,
+        RLRRConfig(
+            rank=max(sizes, default=1),
+            groups=None if recipe else groups or None,
+            shift=shifted == len(layers) or (WITH_BIAS if shifted else False),
+            residual=config.residual,
+            sides=config.sides,
+            init=config.init,
+            include=None if recipe else tuple(layers),
+            heads=tuple(dict.fromkeys(name.rpartition(".")[0] for name in rest)),
+            recipe=recipe,
+        ),
+    )
+    state |= rest
+    problems = differences({n: tuple(t.shape) for n, t in state.items()}, planned_shapes(model, plan))
+    if problems:
+        raise ValueError(misfit(Path(folder), model, problems))
+    apply_adaptation(model, plan)
+    present = dict(named_tensors(model))
+    with torch.no_grad():
+        for name, tensor in state.items():
+            present[name].copy_(tensor)
+    return adapt_report(model)
+
+
+def _unfolded(name: str, module: Any, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """γ and β [D] that make weight [D, ...] and bias [D] of ``module`` those that were saved; 1 and 0 for None."""
+    frozen = module.weight.detach().cpu().double().reshape(len(module.weight), -1)
+    zero = torch.zeros(len(frozen))
+    if weight is None or bias is None:
+        return zero + 1, zero
+    saved = weight.double().reshape(frozen.shape)
+    scale = (saved * frozen).sum(1) / frozen.square().sum(1)
+    if not (saved - scale[:, None] * frozen).norm() <= _TOLERANCE * saved.norm():
+        raise ValueError(f"{name} was trained freely: it is no rescaled one of the backbone, as recipe='paper' has it")
+    before = zero if module.bias is None else module.bias.detach().cpu().double()
+    return scale.float(), (bias.double() - scale * before).float()
