@@ -111,7 +111,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def linear_cases(arch: str) -> Iterator[Case]:
-    """Every configuration shipped for ``arch``: ViT shapes at rank 1 and 4, ragged shapes, rank 17."""
+    """Every configuration shipped for ``arch``: ViT shapes at rank 1 and 4, ragged shapes, ranks from 8 to 64."""
     for dtype in DTYPES:
         x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
@@ -125,16 +125,21 @@ def linear_cases(arch: str) -> Iterator[Case]:
                 if case.launch.plan.meta.get("SPLIT"):
                     yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows, *sizes)
                 yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=4, groups=3)
+                # Ranks of HiRA, where the table serves them.
+                if dtype == "bf16" and configs.dot_rank(kernel, 32, tiles, x_dtype, arch) and arch == "sm_90":
+                    yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=32)
             if persistent := configs.PERSISTENT.get(devices.family_of(arch), {}).get((kernel, x_dtype.itemsize)):
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096)
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096, rank=4, groups=3)
             tiles = configs.IRREGULAR[kernel, x_dtype.itemsize]
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
-            yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=17)
+            for rank in (8, 17, 32, 64) if dtype in ("bf16", "fp32") else (17,):
+                yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=rank)
         shipped = configs.table(arch)["grad_scales", x_dtype.itemsize][-1][1]
         yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096, images=64)
         if dtype in ("bf16", "fp32"):
             yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096)
+            yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096, rank=32)
             yield from _sampled_cases(arch, dtype, tiles, dtypes, 1001, 771, 773, rank=4, groups=3, images=7)
         if dtype == "tf32":
             continue  # no product in the merge
@@ -215,7 +220,8 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
         launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
-    return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes))
+    matrices = launch.plan.meta.get("DOT_RANK", 0)
+    return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes, matrices))
 
 
 def _sampled_cases(

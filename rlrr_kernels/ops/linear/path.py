@@ -10,7 +10,14 @@ import torch
 
 from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
-from rlrr_kernels.ops.linear.tiles import KERNEL_US, UNROLLED_RANK
+from rlrr_kernels.ops.linear.tiles import (
+    IRREGULAR,
+    KERNEL_US,
+    LEAST_DOT_RANK,
+    UNROLLED_RANK,
+    multiplied_in_pipeline,
+    tiles_for,
+)
 
 REACHED_BANDWIDTH, REACHED_RATE = 0.9, 0.8
 """Shares of a GPU's peaks that a large copy and a large product of the vendor's library are taken to reach:
@@ -27,6 +34,10 @@ benchmarks.model --overhead``). The last two run without matrix instructions and
 TRAIL_PER_RANK, TRAIL_IN_A_LOOP = 0.12, 3.0
 """What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels that
 loop over a rank above UNROLLED_RANK, which are not pipelined."""
+
+MATRIX_OPERATIONS = 6
+"""What a vector more of scales that are multiplied as matrices costs beside a row of the tile: three products at half
+the rate of 16-bit ones."""
 
 INTERPRETER_ROWS = 96
 """Under Triton's interpreter M alone decides, so that small tests meet both paths."""
@@ -62,7 +73,14 @@ def merge_gain(
         return rows / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
     kind = precision_kind(dtype, tf32)
     trail = TRAIL["half of float32" if kind == "half" and weight_dtype.itemsize == 4 else kind]
-    trail = trail + TRAIL_PER_RANK * (rank - 1) if rank <= UNROLLED_RANK else max(trail, TRAIL_IN_A_LOOP)
+    if rank <= UNROLLED_RANK:
+        trail += TRAIL_PER_RANK * (rank - 1)
+    else:
+        in_pipeline = multiplied_in_pipeline(rank, dtype, gpu)
+        trail = trail if in_pipeline else max(trail, TRAIL_IN_A_LOOP)
+        if rank >= LEAST_DOT_RANK and kind == "half":
+            tiles = tiles_for("forward", gpu, dtype, rows) if in_pipeline else IRREGULAR["forward", dtype.itemsize]
+            trail += MATRIX_OPERATIONS * rank / tiles.block_m
     weights, peaks = out_features * in_features, gpu.peaks
     saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
     moved = weights * (weight_dtype.itemsize + dtype.itemsize)

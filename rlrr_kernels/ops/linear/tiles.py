@@ -18,6 +18,10 @@ from rlrr_kernels.devices import Gpu
 UNROLLED_RANK = 4
 """Largest rank whose factor is built without a loop in the kernels."""
 
+LEAST_DOT_RANK, MOST_PIPELINED_RANK = 16, 32
+"""From the first, what ``tl.dot`` sums over at least, the scales are multiplied as matrices. To the second, sm_90's
+tiles have registers and shared memory for it beside their pipeline: compiled, no spills."""
+
 
 class Tiles(NamedTuple):
     """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program.
@@ -162,19 +166,40 @@ EDGE_BLOCKS, MOST_SPLITS = 2, 16
 clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
 
 
-def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str) -> int:
+    """How many vectors, some of them zeros, a kernel of the tiled schedule multiplies as matrices; 0: one by one.
+
+    fp64 has no such products. A tile of G leaves them registers where a thread has at most 32 values of it, or as the
+    tiles of a pipeline do.
+    """
+    if rank < LEAST_DOT_RANK or dtype == torch.float64:
+        return 0
+    wide = kernel == "grad_scales" and tiles.block_n * tiles.block_k > 32 * 32 * tiles.warps
+    return 0 if wide and not multiplied_in_pipeline(rank, dtype, gpu) else 1 << (rank - 1).bit_length()
+
+
+def multiplied_in_pipeline(rank: int, dtype: torch.dtype, gpu: Gpu | str) -> bool:
+    """Whether tiles of :data:`TABLE` multiply the scales as matrices inside their pipeline."""
+    on_hopper = devices.gpu(gpu).family == "sm_90" and dtype.itemsize == 2
+    return on_hopper and LEAST_DOT_RANK <= rank <= MOST_PIPELINED_RANK
+
+
+def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, dot_rank: int = 0) -> int:
     """At most this much shared memory is used by a program of ``kernel``.
 
     The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to
     UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
     way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
     the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W or of the result
-    is beside them.
+    is beside them. Products with ``dot_rank`` vectors of the scales hold these once more, and G ⊙ W three times.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
     persistent = tiles.schedule == "persistent"
     if kernel == "grad_scales":
         stages = tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages
+        if dot_rank:
+            vectors = 2 * min(dot_rank, 32) * (tiles.block_n + tiles.block_k)
+            least = max(least, 4 * (3 * tiles.block_n * tiles.block_k + vectors))
         return max(least, stages + barriers + (tiles.block_n * STRIP_BYTES if persistent else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
@@ -182,9 +207,9 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
         result = tiles.block_m * (tiles.block_n + tiles.block_k - contracted) * size
         return stage * tiles.stages + result + 512
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
-    scales = UNROLLED_RANK * (tiles.block_n + tiles.block_k) * max(4, size)
+    scales = max(UNROLLED_RANK, dot_rank) * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
-    result = 512 * tiles.warps if persistent else 0  # on its way to another layout
+    result = 512 * tiles.warps if persistent else scales if dot_rank else 0  # on its way to another layout
     return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers + result)
 
 
@@ -245,7 +270,8 @@ class Product(NamedTuple):
         """Whether :data:`TABLE` applies: rows 16 elements apart or contiguous, and no loop in the product's loop."""
         strides = *self.first.strides, *self.second.strides
         unrolled = self.rank <= UNROLLED_RANK or self.kernel == "grad_scales"
-        return unrolled and all(stride == 1 or stride % 16 == 0 for stride in strides)
+        in_table = unrolled or multiplied_in_pipeline(self.rank, self.dtype, self.gpu)
+        return in_table and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
 def schedules_for(product: Product) -> tuple[str, ...]:

@@ -25,39 +25,69 @@ def _outer(row, col, TRANSPOSED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def rescale_factor(
-    row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """1 + s_r s_c of a tile, [n, k] or, TRANSPOSED, [k, n]. row_ptr [N, r]; col_ptr [r, K], already at its group.
-
-    ``row`` and ``col`` are the first of the r pairs of vectors: the caller loads them, once where its loop lets it.
-    """
-    factor = _outer(row, col, TRANSPOSED, ACC)
-    if RANK <= UNROLLED_RANK:
-        # A loop inside the product's loop would keep the compiler from pipelining the latter.
-        for j in tl.static_range(1, RANK):
-            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
-            col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
-            factor += _outer(row, col, TRANSPOSED, ACC)
+def load_row(row_ptr, offs_n, mask_n, MASKED: tl.constexpr, RANK: tl.constexpr, DOT_RANK: tl.constexpr):
+    """Of s_r [N, r]: the first of its vectors [n] or, with DOT_RANK, all of them and zeros, [n, DOT_RANK]."""
+    if DOT_RANK > 0:
+        lanes = tl.arange(0, DOT_RANK)
+        mask = (lanes < RANK)[None, :]
+        if MASKED:
+            mask &= mask_n[:, None]
+        row = tl.load(row_ptr + offs_n[:, None] * RANK + lanes[None, :], mask=mask, other=0.0)
+    elif MASKED:
+        row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
     else:
-        for j in range(1, RANK):
-            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
-            col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
-            factor += _outer(row, col, TRANSPOSED, ACC)
-    return factor + 1.0 if RESIDUAL else factor
+        row = tl.load(row_ptr + offs_n * RANK)
+    return row
+
+
+@triton.jit
+def load_col(col_ptr, offs_k, mask_k, cols, MASKED: tl.constexpr, RANK: tl.constexpr, DOT_RANK: tl.constexpr):
+    """Of s_c [r, K], already at its group: the first vector [k] or, with DOT_RANK, [DOT_RANK, k]."""
+    if DOT_RANK > 0:
+        lanes = tl.arange(0, DOT_RANK)
+        mask = (lanes < RANK)[:, None]
+        if MASKED:
+            mask &= mask_k[None, :]
+        col = tl.load(col_ptr + lanes[:, None] * cols + offs_k[None, :], mask=mask, other=0.0)
+    elif MASKED:
+        col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
+    else:
+        col = tl.load(col_ptr + offs_k)
+    return col
 
 
 @triton.jit
 def rescale(
     w, row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
     RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
+    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
-    """A tile of W', [n, k] or, TRANSPOSED, [k, n], in ACC: every product's prologue. See :func:`rescale_factor`."""
-    factor = rescale_factor(
-        row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols, RANK, RESIDUAL, TRANSPOSED, ACC
-    )
-    return w.to(ACC) * factor
+    """A tile of W' = W ⊙ (1 + s_r s_c), [n, k] or, TRANSPOSED, [k, n], in ACC: every product's prologue.
+
+    row_ptr [N, r]; col_ptr [r, K], already at its group. ``row`` and ``col`` are what :func:`load_row` and
+    :func:`load_col` give, loaded once where the caller's loop lets it: with DOT_RANK, which is at least r, all of the
+    scales, and their product of matrices is the factor; else the first of the r pairs of vectors.
+    """
+    if DOT_RANK > 0:
+        if TRANSPOSED:
+            left, right = tl.trans(col.to(ACC)), tl.trans(row.to(ACC))
+        else:
+            left, right = row.to(ACC), col.to(ACC)
+        factor = tl.dot(left, right, input_precision=DOT_PRECISION, out_dtype=ACC)
+    else:
+        factor = _outer(row, col, TRANSPOSED, ACC)
+        if RANK <= UNROLLED_RANK:
+            # A loop inside the product's loop would keep the compiler from pipelining the latter.
+            for j in tl.static_range(1, RANK):
+                row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
+                col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
+                factor += _outer(row, col, TRANSPOSED, ACC)
+        else:
+            for j in range(1, RANK):
+                row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0)
+                col = tl.load(col_ptr + j * cols + offs_k, mask=mask_k, other=0.0)
+                factor += _outer(row, col, TRANSPOSED, ACC)
+    return w.to(ACC) * (factor + 1.0 if RESIDUAL else factor)
 
 
 @triton.jit
@@ -72,7 +102,8 @@ def rlrr_linear_fwd_kernel(
     x_ptr, w_ptr, row_ptr, col_ptr, bias_ptr, y_ptr,
     M, N, K, group_size, span,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +132,7 @@ def rlrr_linear_fwd_kernel(
     w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     col_ptr += group.to(tl.int64) * RANK * K
     step = tl.full((), BLOCK_K, tl.int64)
-    row = tl.load(row_ptr + rows_n * RANK)
+    row = load_row(row_ptr, rows_n, mask_n, False, RANK, DOT_RANK)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     if SPLIT:
         first = tl.program_id(1) * span
@@ -118,12 +149,14 @@ def rlrr_linear_fwd_kernel(
         if EVEN_K:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
-            col = tl.load(col_ptr + here)
         else:
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
-            col = tl.load(col_ptr + here, mask=mask_k, other=0.0)
-        w = rescale(w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
+        col = load_col(col_ptr, here, mask_k, K, not EVEN_K, RANK, DOT_RANK)
+        w = rescale(
+            w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K,
+            RANK, RESIDUAL, False, ACC, DOT_RANK, DOT_PRECISION,
+        )  # fmt: skip
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
@@ -137,7 +170,8 @@ def rlrr_linear_bwd_dx_kernel(
     g_ptr, w_ptr, row_ptr, col_ptr, dx_ptr,
     M, N, K, group_size, span,
     stride_gm, stride_gn, stride_wn, stride_wk,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, SPLIT: tl.constexpr,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +190,7 @@ def rlrr_linear_bwd_dx_kernel(
     lanes_n = tl.arange(0, BLOCK_N)
     g_ptrs = g_ptr + rows_m[None, :] * stride_gm + lanes_n[:, None].to(tl.int64) * stride_gn
     w_ptrs = w_ptr + lanes_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
-    col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
+    col = load_col(col_ptr, offs_k, mask_k, K, True, RANK, DOT_RANK)
     acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
     tiles = (N // group_size) * tiles_per_group
     if SPLIT:
@@ -173,20 +207,22 @@ def rlrr_linear_bwd_dx_kernel(
         else:
             group = tile // tiles_per_group
             local_n = (tile - group * tiles_per_group) * BLOCK_N
-            col = tl.load(col_ptr + group.to(tl.int64) * RANK * K + offs_k, mask=mask_k, other=0.0)
+            col = load_col(col_ptr + group.to(tl.int64) * RANK * K, offs_k, mask_k, K, True, RANK, DOT_RANK)
         first = (group * group_size + local_n).to(tl.int64)
         mask_n = local_n + lanes_n < group_size
         offs_n = first + lanes_n
         if EVEN_N:
             g = tl.load(g_ptrs + first * stride_gn)
             w = tl.load(w_ptrs + first * stride_wn, mask=mask_k[:, None], other=0.0)
-            row = tl.load(row_ptr + offs_n * RANK)
         else:
             g = tl.load(g_ptrs + first * stride_gn, mask=mask_n[:, None], other=0.0)
             w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-            row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
+        row = load_row(row_ptr, offs_n, mask_n, not EVEN_N, RANK, DOT_RANK)
         group_ptr = col_ptr + group * RANK * K
-        w = rescale(w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
+        w = rescale(
+            w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K,
+            RANK, RESIDUAL, True, ACC, DOT_RANK, DOT_PRECISION,
+        )  # fmt: skip
         acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION, out_dtype=ACC)
     store_product(acc, dx_ptr, offs_m, offs_k, mask_m, mask_k, K)
 
@@ -226,6 +262,7 @@ def store_scale_parts(
     G, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk, pid_k, pid_n, split,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """What one tile of G [n, k] from one split of the rows adds to ∂s_r and ∂s_c, into parts of dtype ACC."""
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
@@ -242,13 +279,31 @@ def store_scale_parts(
     row_part_ptr, col_part_ptr = scale_part_ptrs(
         parts_ptr, col_offset, N, K, group_size, pid_k, pid_n, split, RANK, BLOCK_N, BLOCK_K
     )
-    for j in range(RANK):
-        if NEED_ROW:
-            col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
-            tl.store(row_part_ptr + offs_n * RANK + j, tl.sum(product * col[None, :], 1), mask=mask_n)
-        if NEED_COL:
-            row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0).to(ACC)
-            tl.store(col_part_ptr + j * K + offs_k, tl.sum(product * row[:, None], 0), mask=mask_k)
+    if DOT_RANK > 0:
+        # All of 64 vectors at once take more registers than there are.
+        most: tl.constexpr = 32 if DOT_RANK > 32 else DOT_RANK
+        for first in tl.range(0, RANK, most, num_stages=1):
+            lanes = first + tl.arange(0, most)
+            if NEED_ROW:
+                mask = (lanes < RANK)[None, :]
+                ptrs = col_ptr + lanes[None, :] * K + offs_k[:, None]
+                col = tl.load(ptrs, mask=mask & mask_k[:, None], other=0.0).to(ACC)
+                part = tl.dot(product, col, input_precision=DOT_PRECISION, out_dtype=ACC)
+                tl.store(row_part_ptr + offs_n[:, None] * RANK + lanes[None, :], part, mask=mask & mask_n[:, None])
+            if NEED_COL:
+                mask = (lanes < RANK)[:, None]
+                ptrs = row_ptr + offs_n[None, :] * RANK + lanes[:, None]
+                row = tl.load(ptrs, mask=mask & mask_n[None, :], other=0.0).to(ACC)
+                part = tl.dot(row, product, input_precision=DOT_PRECISION, out_dtype=ACC)
+                tl.store(col_part_ptr + lanes[:, None] * K + offs_k[None, :], part, mask=mask & mask_k[None, :])
+    else:
+        for j in range(RANK):
+            if NEED_ROW:
+                col = tl.load(col_ptr + j * K + offs_k, mask=mask_k, other=0.0).to(ACC)
+                tl.store(row_part_ptr + offs_n * RANK + j, tl.sum(product * col[None, :], 1), mask=mask_n)
+            if NEED_COL:
+                row = tl.load(row_ptr + offs_n * RANK + j, mask=mask_n, other=0.0).to(ACC)
+                tl.store(col_part_ptr + j * K + offs_k, tl.sum(product * row[:, None], 0), mask=mask_k)
 
 
 @triton.jit
@@ -256,7 +311,8 @@ def rlrr_linear_bwd_scales_kernel(
     g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, bias_offset,
     M, N, K, group_size, rows_per_split,
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
-    RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
     EVEN_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -306,7 +362,7 @@ def rlrr_linear_bwd_scales_kernel(
             x_ptrs += step * stride_xm
         store_scale_parts(
             acc, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
-            pid_k, pid_n, split, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K,
+            pid_k, pid_n, split, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K, DOT_RANK, DOT_PRECISION,
         )  # fmt: skip
 
 

@@ -43,6 +43,19 @@ def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, A
     }
 
 
+def rank_meta(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str) -> dict[str, Any]:
+    """How a kernel of the tiled schedule multiplies the scales (:func:`rlrr_kernels.ops.linear.tiles.dot_rank`).
+
+    As matrices in three TF32 products for one of fp32, 21 bits of mantissa, where Triton has them.
+    """
+    precision = "tf32x3" if devices.gpu(gpu).name.startswith(("sm_8", "sm_9", "sm_1")) else "ieee"
+    return {
+        "RANK": rank,
+        "DOT_RANK": linear_configs.dot_rank(kernel, rank, tiles, dtype, gpu),
+        "DOT_PRECISION": precision,
+    }
+
+
 # ---------------------------------------------------------------- forward and ∂x
 
 
@@ -110,7 +123,7 @@ def _forward_plans(
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
         kernels.rlrr_linear_fwd_kernel, output_tiles, triton.cdiv(K, tiles.block_k), tiles.block_k, numbers,
-        (*x_strides, *weight_strides), meta, (M, N), gpu, tiles,
+        (*x_strides, *weight_strides), meta | rank_meta("forward", rank, tiles, dtype, gpu), (M, N), gpu, tiles,
     )  # fmt: skip
 
 
@@ -151,7 +164,8 @@ def _grad_x_plans(
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     return _split_product(
         kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * triton.cdiv(group_size, tiles.block_n), 1, numbers,
-        (*grad_strides, *weight_strides), meta | {"ONE_GROUP": groups == 1}, (M, K), gpu, tiles,
+        (*grad_strides, *weight_strides),
+        meta | rank_meta("grad_x", rank, tiles, dtype, gpu) | {"ONE_GROUP": groups == 1}, (M, K), gpu, tiles,
     )  # fmt: skip
 
 
@@ -259,7 +273,7 @@ def _grad_scales_plans(
             sums.col_offset, sums.bias_offset, M, N, K, group_size, rows_per_split,
             *grad_strides, *x_strides, *weight_strides,
         ),
-        meta | {"EVEN_M": M % tiles.block_m == 0},
+        meta | rank_meta("grad_scales", rank, tiles, dtype, gpu) | {"EVEN_M": M % tiles.block_m == 0},
     )  # fmt: skip
     return partial, sums
 

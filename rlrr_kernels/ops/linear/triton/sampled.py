@@ -22,7 +22,7 @@ from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
-from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, precision_of
+from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, precision_of, rank_meta
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 _MOST_BIAS_COLUMNS = 16
@@ -91,7 +91,8 @@ def _rlrr_linear_bwd_sampled_scales_kernel(
     g_ptr, x_ptr, index_ptr, w_ptr, row_ptr, col_ptr, missed_ptr, mean_ptr, parts_ptr, col_offset, bias_offset,
     M, N, K, group_size, S, kept, images, weight_bits, rows_per_split, rows_per_sum,
     stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
-    RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_BIAS: tl.constexpr,
     CENTRED: tl.constexpr, EVEN_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +172,7 @@ def _rlrr_linear_bwd_sampled_scales_kernel(
         acc *= tl.where(counts_once, 1.0, weight)
         store_scale_parts(
             acc, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
-            pid_k, pid_n, split, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K,
+            pid_k, pid_n, split, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K, DOT_RANK, DOT_PRECISION,
         )  # fmt: skip
 
 
@@ -208,7 +209,8 @@ def _plans(
             rows_per_split, rows_per_sum, *grad_strides, *x_strides, *weight_strides,
         ),
         {
-            "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
+            **rank_meta("grad_scales", rank, tiles, dtype, arch),
+            "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
             "EVEN_M": not any(part % tiles.block_m for part in (kept, images, size)),
             **launch_meta(dtype, precision, tiles),
         },
