@@ -1,0 +1,152 @@
+// Ranks above one: the factor s_r s_c of a block of W, and the scale gradients of a block of G ⊙ W, as small matrix products
+// on tiles of registers, like the products of x and g around them.
+
+// total += Σ_s a[s] ⊗ b[s]: element i of a[s] lies at a[i * a_row + s * a_step], b[s] is NV vectors at b + s * b_step.
+template <int MR, int NV>
+INLINE void multiply_broadcast(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
+                               int64_t steps, Vec (&total)[MR][NV]) {
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
+    Vec b_s[NV];
+    UNROLL for (int v = 0; v < NV; ++v) b_s[v] = load(b + v * kWidth);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      const Vec a_i = splat(a[i * a_row]);
+      UNROLL for (int v = 0; v < NV; ++v) total[i][v] = fma(a_i, b_s[v], total[i][v]);
+    }
+  }
+}
+
+template <int MR, int NV>
+INLINE void clear(Vec (&total)[MR][NV]) {
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) total[i][v] = zero();
+  }
+}
+
+// The order of columns in a panel: as they are. pairs.inl has another one.
+struct InOrder {
+  // Two vectors from p, of whose elements `left` exist; the others are zero.
+  template <class T>
+  static INLINE void load_two(const T* p, int64_t left, Vec& a, Vec& b) {
+    a = load_upto(p, left);
+    b = load_upto(p + kWidth, left - kWidth);
+  }
+};
+
+// s_c in panels of NV vectors of columns, zero-padded, in the order `Order`; and each panel transposed, if asked for. Tiles
+// with lanes along the columns have kRows broadcasts.
+template <int kRows, int NV, class Order>
+class ScalePanels {
+ public:
+  static constexpr int64_t kCols = NV * kWidth;
+
+  ScalePanels(const Weight& weight, bool transposed)
+      : rank(weight.rank),
+        lanes(round_up(weight.rank, kWidth)),
+        panels_((weight.cols + kCols - 1) / kCols),
+        size_(weight.groups * panels_ * kCols),
+        buffer_(size_ * (rank + (transposed ? lanes : 0)) * sizeof(float)),
+        data_(static_cast<float*>(buffer_.data())) {
+    const float* from = static_cast<const float*>(weight.col);
+    for (int64_t group = 0; group < weight.groups; ++group) {
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const int64_t k = panel * kCols;
+        float* out = data_ + (group * panels_ + panel) * rank * kCols;
+        for (int64_t j = 0; j < rank; ++j) {
+          for (int64_t at = 0; at < kCols; at += 2 * kWidth) {
+            Vec a, b;
+            Order::load_two(from + (group * rank + j) * weight.cols + k + at, weight.cols - k - at, a, b);
+            store(out + j * kCols + at, a);
+            store(out + j * kCols + at + kWidth, b);
+          }
+        }
+        if (!transposed) continue;
+        float* across = data_ + size_ * rank + (group * panels_ + panel) * kCols * lanes;
+        for (int64_t c = 0; c < kCols; ++c, across += lanes) {
+          for (int64_t j = 0; j < lanes; ++j) across[j] = j < rank ? out[j * kCols + c] : 0;
+        }
+      }
+    }
+  }
+
+  // s_c of a group from the panel of column k on: [panels, rank, kCols].
+  const float* at(int64_t group, int64_t k) const { return data_ + (group * panels_ + k / kCols) * rank * kCols; }
+  // One panel transposed: [kCols, lanes].
+  const float* transposed(int64_t group, int64_t k) const {
+    return data_ + size_ * rank + (group * panels_ + k / kCols) * kCols * lanes;
+  }
+
+  // out [rows, kCols], rows `stride` apart = base + s_r s_c of the rows n.. of W and the panel of column k.
+  void factors(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* out, int64_t stride) const {
+    const int64_t group_rows = weight.group_rows();
+    const Vec base = splat(static_cast<float>(weight.base));
+    while (rows > 0) {
+      const int64_t group = n / group_rows, some = least(least(rows, kRows), (group + 1) * group_rows - n);
+      auto tile = [&](auto height) __attribute__((always_inline)) {
+        constexpr int MR = decltype(height)::value;
+        Vec total[MR][NV];
+        clear(total);
+        multiply_broadcast(static_cast<const float*>(weight.row) + n * rank, rank, 1, at(group, k), kCols, rank, total);
+        UNROLL for (int i = 0; i < MR; ++i) {
+          UNROLL for (int v = 0; v < NV; ++v) store(out + i * stride + v * kWidth, add(base, total[i][v]));
+        }
+      };
+      with_count<kRows>(some, tile);
+      n += some, rows -= some, out += some * stride;
+    }
+  }
+
+  // Adds what the block h [rows, kCols] of G ⊙ W gives, the rows n.. of W (of one group) and the panel of column k: to
+  // the panel's ∂s_c by add_col(where, vector), where = [rank, kCols] as an offset, and to ∂s_r in row_sums [N, rank].
+  template <class Sum, class AddCol>
+  void reduce(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, AddCol add_col,
+              Sum* row_sums) const {
+    const int64_t group = n / weight.group_rows();
+    for (int64_t j = 0; j < rank; j += kRows) {
+      auto tile = [&](auto height) __attribute__((always_inline)) {
+        constexpr int MR = decltype(height)::value;
+        Vec total[MR][NV];
+        clear(total);
+        multiply_broadcast(static_cast<const float*>(weight.row) + n * rank + j, 1, rank, h, kCols, rows, total);
+        UNROLL for (int i = 0; i < MR; ++i) {
+          UNROLL for (int v = 0; v < NV; ++v) add_col((j + i) * kCols + v * kWidth, total[i][v]);
+        }
+      };
+      with_count<kRows>(least(kRows, rank - j), tile);
+    }
+    const float* across = transposed(group, k);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      Sum* out = row_sums + (n + i) * rank;
+      const int64_t some = least(kTileRows, rows - i);
+      int64_t j = 0;
+      for (; j + kWidth < lanes; j += 2 * kWidth) reduce_rows<2>(h + i * kCols, some, across + j, j, out);
+      if (j < lanes) reduce_rows<1>(h + i * kCols, some, across + j, j, out);
+    }
+  }
+
+  const int64_t rank, lanes;  // lanes: the rank rounded up to whole vectors
+
+ private:
+  // Ranks j.. of ∂s_r: out [rows, rank] += h [rows, kCols] · across [kCols, NR vectors].
+  template <int NR, class Sum>
+  INLINE void reduce_rows(const float* h, int64_t rows, const float* across, int64_t j, Sum* out) const {
+    auto tile = [&](auto height) __attribute__((always_inline)) {
+      constexpr int MR = decltype(height)::value;
+      Vec total[MR][NR];
+      clear(total);
+      multiply_broadcast(h, kCols, 1, across, lanes, kCols, total);
+      float sums[MR][NR * kWidth];
+      UNROLL for (int i = 0; i < MR; ++i) {
+        UNROLL for (int v = 0; v < NR; ++v) store(sums[i] + v * kWidth, total[i][v]);
+      }
+      const int64_t some = least(NR * kWidth, rank - j);
+      for (int i = 0; i < MR; ++i) {
+        for (int64_t c = 0; c < some; ++c) out[i * rank + j + c] += sums[i][c];
+      }
+    };
+    with_count<kTileRows>(rows, tile);
+  }
+
+  int64_t panels_, size_;
+  Buffer buffer_;
+  float* data_;
+};
