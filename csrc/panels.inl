@@ -7,6 +7,7 @@
 constexpr int64_t kPanel = 2 * kWidth;  // columns of one outer-product tile
 constexpr int64_t kChunk = 1024;        // most rows of x contracted into G before its sums are taken
 constexpr int64_t kBlock = 256;         // rows of W' made together in backward
+constexpr int64_t kTogether = 4;        // panels that share one reading of g in backward
 constexpr int64_t kRun = 128;           // elements contracted in one run of additions
 constexpr int64_t kBlockRows = 8;       // rows of W' prepared together in forward
 constexpr int64_t kDepth = 768;         // columns of such a block: 24 KiB
@@ -276,6 +277,29 @@ void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const
   add_compensated(sums.col + kWidth, sums.error + kWidth, sum1);
 }
 
+// Adds the rows `at`.. of a group, at most kReduceRows, and the panel of column k: G from `g` and the panel of x, into `tile`.
+template <class W>
+void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradient& g, int64_t group, int64_t at, int64_t k,
+                 const float* x, float* tile, const PanelSums& sums) {
+  const int64_t last = least(at + kReduceRows, g.group_rows), n = group * g.group_rows, left = weight.cols - k;
+  const bool one = weight.rank == 1 && left >= kPanel;
+  float* h = tile;
+  for (int64_t row = at; row < last; row += kTileRows) {
+    const int64_t some = least(kTileRows, last - row);
+    const float* a = g.down + (group * g.group_tiles() + row / kTileRows) * g.count * kTileRows;
+    outer_rows<kTileRows>(some, a, x, g.count, h, true);
+    if (one) {
+      reduce_tile<W>(weight, n + row, some, k, h, sums);
+      continue;
+    }
+    const W* w = static_cast<const W*>(weight.data) + (n + row) * weight.stride + k;
+    for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) rescale_two(w, kTileRows * weight.stride, left, h);
+  }
+  if (one) return;
+  auto add_col = [&](int64_t to, Vec value) { add_compensated(sums.col + to, sums.error + to, value); };
+  panels.reduce(weight, n + at, last - at, k, tile, add_col, sums.row);
+}
+
 // One chunk of rows of x and grad_y. `partial` [slots, rows, rank] sums over chunks.
 template <class W, class X>
 void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride,
@@ -298,54 +322,58 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
   parallel(across_tiles + down_tiles, pack);
 
   auto body = [&](int64_t slot, int64_t begin, int64_t end) {
-    const int64_t tall = most(round_up(count, kTileRows), kReduceRows) * kPanel;
-    const Buffer block_buffer(most(kBlock, count) * kPanel * sizeof(float));  // a block of W', then the panel of x
-    const Buffer sums_buffer((tall + 2 * rank * kPanel) * sizeof(float));
-    float* block = static_cast<float*>(block_buffer.data());
-    float* tile = static_cast<float*>(sums_buffer.data());  // ∂x of the panel, then tiles of G
-    const PanelSums sums{tile + tall, tile + tall + rank * kPanel, partial + slot * rows * rank};
-    auto add_col = [&](int64_t at, Vec value) { add_compensated(sums.col + at, sums.error + at, value); };
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t k = panel * kPanel, left = cols - k;
+    const int64_t together = least(kTogether, end - begin), block_size = most(kBlock, count) * kPanel;
+    const int64_t tile_size = most(round_up(count, kTileRows), kReduceRows) * kPanel, col_size = rank * kPanel;
+    const Buffer block_buffer(together * block_size * sizeof(float)), tile_buffer(together * tile_size * sizeof(float));
+    const Buffer col_buffer(together * 2 * col_size * sizeof(float));
+    float* blocks = static_cast<float*>(block_buffer.data());  // of W', then panels of x
+    float* tiles = static_cast<float*>(tile_buffer.data());    // ∂x of the panels, then tiles of G
+    float* cols_sums = static_cast<float*>(col_buffer.data());
+    auto sums_of = [&](int64_t i) {
+      float* col = cols_sums + i * 2 * col_size;
+      return PanelSums{col, col + col_size, partial + slot * rows * rank};
+    };
+    for (int64_t panel = begin; panel < end; panel += together) {
+      const int64_t some_panels = least(together, end - panel), k = panel * kPanel;
       for (int64_t n = 0; need_x && n < rows; n += kBlock) {
         const int64_t some = least(kBlock, rows - n);
-        prepare_columns<W>(weight, panels, n, some, k, block);
+        for (int64_t i = 0; i < some_panels; ++i) {
+          prepare_columns<W>(weight, panels, n, some, k + i * kPanel, blocks + i * block_size);
+        }
         for (int64_t m = 0; m < count; m += kTileRows) {
-          outer_rows<kTileRows>(count - m, g.across + m / kTileRows * across_size + n * kTileRows, block, some,
-                                tile + m * kPanel, n == 0);
+          const float* a = g.across + m / kTileRows * across_size + n * kTileRows;
+          for (int64_t i = 0; i < some_panels; ++i) {
+            outer_rows<kTileRows>(count - m, a, blocks + i * block_size, some, tiles + i * tile_size + m * kPanel, n == 0);
+          }
         }
       }
       for (int64_t m = 0; need_x && m < count; ++m) {
         X* out = static_cast<X*>(p.grad_x) + (start + m) * cols + k;
-        store_upto(out, load(tile + m * kPanel), left);
-        store_upto(out + kWidth, load(tile + m * kPanel + kWidth), left - kWidth);
+        for (int64_t i = 0; i < some_panels; ++i, out += kPanel) {
+          const float* from = tiles + i * tile_size + m * kPanel;
+          const int64_t left = cols - k - i * kPanel;
+          store_upto(out, load(from), left);
+          store_upto(out + kWidth, load(from + kWidth), left - kWidth);
+        }
       }
       if (!scales) continue;
-      pack_x(x + k, x_stride, count, left, block);
+      for (int64_t i = 0; i < some_panels; ++i) {
+        pack_x(x + k + i * kPanel, x_stride, count, cols - k - i * kPanel, blocks + i * block_size);
+      }
       for (int64_t group = 0; group < weight.groups; ++group) {
-        __builtin_memset(sums.col, 0, 2 * rank * kPanel * sizeof(float));
-        int64_t held = 0;  // rows of G ⊙ W, not yet summed
-        for (int64_t t = 0; t < g.group_tiles(); ++t) {
-          const int64_t n = group * group_rows + t * kTileRows, some = least(kTileRows, group_rows - t * kTileRows);
-          float* h = tile + held * kPanel;
-          outer_rows<kTileRows>(some, g.down + (group * g.group_tiles() + t) * down_size, block, count, h, true);
-          if (rank == 1 && left >= kPanel) {
-            reduce_tile<W>(weight, n, some, k, h, sums);
-            continue;
+        __builtin_memset(cols_sums, 0, some_panels * 2 * col_size * sizeof(float));
+        for (int64_t at = 0; at < group_rows; at += kReduceRows) {
+          for (int64_t i = 0; i < some_panels; ++i) {
+            reduce_rows<W>(weight, panels, g, group, at, k + i * kPanel, blocks + i * block_size, tiles, sums_of(i));
           }
-          const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-          for (int64_t i = 0; i < some; ++i, w += weight.stride) {
-            rescale_two(w, kTileRows * weight.stride, left, h + i * kPanel);
-          }
-          held += some;
-          if (held < kReduceRows && t + 1 < g.group_tiles()) continue;
-          panels.reduce(weight, n + some - held, held, k, tile, add_col, sums.row);
-          held = 0;
         }
-        for (int64_t j = 0; p.grad_col != nullptr && j < rank; ++j) {
-          float* out = p.grad_col + (group * rank + j) * cols + k;
-          const float* from = sums.col + j * kPanel;
-          for (int64_t i = 0; i < least(kPanel, left); ++i) out[i] = start == 0 ? from[i] : out[i] + from[i];
+        for (int64_t i = 0; p.grad_col != nullptr && i < some_panels; ++i) {
+          const int64_t at = k + i * kPanel;
+          for (int64_t j = 0; j < rank; ++j) {
+            float* out = p.grad_col + (group * rank + j) * cols + at;
+            const float* from = sums_of(i).col + j * kPanel;
+            for (int64_t c = 0; c < least(kPanel, cols - at); ++c) out[c] = start == 0 ? from[c] : out[c] + from[c];
+          }
         }
       }
     }
