@@ -157,7 +157,8 @@ INLINE void reduce_pairs(const float* row, const float* col, const Vec (&h)[MR][
 }
 
 // Where one slot sums scale gradients: `panels` holds up to kPairGroup panels of x, `col` [kPairGroup, rank, kPairPanel],
-// `tiles` the lanes of ∂s_r [kPairRows, kWidth] of rank 1, else kPairHeld tiles of G ⊙ W; ∂s_r goes to `row` [rows, rank],
+// `tiles` the lanes of ∂s_r [kPairRows, kWidth] of rank 1, else kPairHeld tiles of G ⊙ W; ∂s_r goes to `row` [rows],
+// of higher ranks [rows, lanes],
 // ∂s_c to `grad_col` (null: not needed).
 struct ScaleSums {
   uint32_t* panels;
@@ -232,7 +233,7 @@ void pairs_backward(const Backward& p) {
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
   const PairedRows g(p.grad_y, p.count, rows);
   const SplitPanels split(weight, scales && !kRankOne);
-  const int64_t slots = worker_count(panels), size = rows * rank;
+  const int64_t slots = worker_count(panels), size = rows * (kRankOne ? 1 : split.lanes);
   const Buffer partial(scales ? slots * size * sizeof(float) : 0);
   float* row_sums = static_cast<float*>(partial.data());
   if (scales) __builtin_memset(row_sums, 0, slots * size * sizeof(float));
@@ -274,6 +275,7 @@ void pairs_backward(const Backward& p) {
     };
     parallel(panels, body);
   }
+  if (!kRankOne && p.grad_row != nullptr) return split.finish(row_sums, slots, rows, p.grad_row);
   for (int64_t i = 0; p.grad_row != nullptr && i < size; ++i) {
     float total = 0;
     for (int64_t s = 0; s < slots; ++s) total += row_sums[s * size + i];

@@ -243,24 +243,27 @@ INLINE void pack_x(const float* x, int64_t stride, int64_t count, int64_t left, 
   }
 }
 
-// Sums of one panel of columns in one group, from tiles h [tile rows, kPanel] of G.
+// Sums of one panel of columns in one group, from tiles of G ⊙ W.
 struct PanelSums {
   float *col, *error;  // [rank, kPanel]
-  double* row;         // [rows, rank], the slot's
+  double* row;         // of rank 1: [rows], the slot's
+  float* row_lanes;    // of higher ranks: [rows, lanes], the slot's
 };
 
-// Rank 1 and whole panels: few rows of x leave so little to multiply that this pass over the tile is half the work.
-template <class W>
-void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h,
-                             const PanelSums& sums) {
+// Rank 1: few rows of x leave so little to multiply that this pass over a tile h of G is half the work.
+template <bool kWhole, class W>
+void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, const PanelSums& sums) {
+  const int64_t left = kWhole ? kPanel : weight.cols - k;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   const float* row = static_cast<const float*>(weight.row) + n;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
-  const Vec col0 = load(col), col1 = load(col + kWidth);
-  Vec sum0 = zero(), sum1 = zero();
+  Vec col0, col1, sum0 = zero(), sum1 = zero();
+  InOrder::load_two(col, left, col0, col1);
   auto reduce_row = [&](int64_t i) __attribute__((always_inline)) {
-    const Vec h0 = mul(load(h + i * kPanel), load(w + i * weight.stride));
-    const Vec h1 = mul(load(h + i * kPanel + kWidth), load(w + i * weight.stride + kWidth));
+    Vec h0, h1;
+    InOrder::load_two(w + i * weight.stride, left, h0, h1);
+    h0 = mul(h0, load(h + i * kPanel));
+    h1 = mul(h1, load(h + i * kPanel + kWidth));
     sum0 = fma(h0, splat(row[i]), sum0);
     sum1 = fma(h1, splat(row[i]), sum1);
     return fma(h0, col0, mul(h1, col1));
@@ -282,28 +285,27 @@ template <class W>
 void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradient& g, int64_t group, int64_t at, int64_t k,
                  const float* x, float* tile, const PanelSums& sums) {
   const int64_t last = least(at + kReduceRows, g.group_rows), n = group * g.group_rows, left = weight.cols - k;
-  const bool one = weight.rank == 1 && left >= kPanel;
   float* h = tile;
   for (int64_t row = at; row < last; row += kTileRows) {
     const int64_t some = least(kTileRows, last - row);
     const float* a = g.down + (group * g.group_tiles() + row / kTileRows) * g.count * kTileRows;
     outer_rows<kTileRows>(some, a, x, g.count, h, true);
-    if (one) {
-      reduce_tile<W>(weight, n + row, some, k, h, sums);
+    if (weight.rank == 1) {
+      (left >= kPanel ? reduce_tile<true, W> : reduce_tile<false, W>)(weight, n + row, some, k, h, sums);
       continue;
     }
     const W* w = static_cast<const W*>(weight.data) + (n + row) * weight.stride + k;
     for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) rescale_two(w, kTileRows * weight.stride, left, h);
   }
-  if (one) return;
+  if (weight.rank == 1) return;
   auto add_col = [&](int64_t to, Vec value) { add_compensated(sums.col + to, sums.error + to, value); };
-  panels.reduce(weight, n + at, last - at, k, tile, add_col, sums.row);
+  panels.reduce(weight, n + at, last - at, k, tile, add_col, sums.row_lanes);
 }
 
-// One chunk of rows of x and grad_y. `partial` [slots, rows, rank] sums over chunks.
+// One chunk of rows of x and grad_y. `partial`, the ∂s_r of PanelSums by slot, sums over chunks.
 template <class W, class X>
 void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride,
-                    int64_t start, int64_t count, double* partial) {
+                    int64_t start, int64_t count, void* partial) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const bool scales = partial != nullptr, need_x = p.grad_x != nullptr;
@@ -331,7 +333,8 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
     float* cols_sums = static_cast<float*>(col_buffer.data());
     auto sums_of = [&](int64_t i) {
       float* col = cols_sums + i * 2 * col_size;
-      return PanelSums{col, col + col_size, partial + slot * rows * rank};
+      return PanelSums{col, col + col_size, static_cast<double*>(partial) + slot * rows,
+                       static_cast<float*>(partial) + slot * rows * panels.lanes};
     };
     for (int64_t panel = begin; panel < end; panel += together) {
       const int64_t some_panels = least(together, end - panel), k = panel * kPanel;
@@ -383,18 +386,20 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
 
 template <class W, class X>
 void panels_backward(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride) {
-  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
-  const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), size = p.weight.rows * p.weight.rank;
-  const Buffer partial(scales ? slots * size * sizeof(double) : 0);
-  double* sums = scales ? static_cast<double*>(partial.data()) : nullptr;
-  if (scales) __builtin_memset(sums, 0, slots * size * sizeof(double));
-  const Panels panels(p.weight, scales && (p.weight.rank > 1 || p.weight.cols % kPanel != 0));
+  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr, one = p.weight.rank == 1;
+  const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), rows = p.weight.rows;
+  const Panels panels(p.weight, scales && !one);
+  const int64_t bytes = scales ? slots * rows * (one ? sizeof(double) : panels.lanes * sizeof(float)) : 0;
+  const Buffer partial(bytes);
+  if (scales) __builtin_memset(partial.data(), 0, bytes);
   const int64_t chunks = (p.count + kChunk - 1) / kChunk, chunk = round_up((p.count + chunks - 1) / chunks, kTileRows);
   for (int64_t m = 0; m < p.count; m += chunk) {
     backward_chunk<W, X>(p, panels, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
-                         grad_y_stride, m, least(chunk, p.count - m), sums);
+                         grad_y_stride, m, least(chunk, p.count - m), scales ? partial.data() : nullptr);
   }
-  if (p.grad_row != nullptr) finish_grad_row(sums, slots, size, p.grad_row);
+  if (p.grad_row == nullptr) return;
+  if (one) return finish_grad_row(static_cast<const double*>(partial.data()), slots, rows, p.grad_row);
+  panels.finish(static_cast<const float*>(partial.data()), slots, rows, p.grad_row);
 }
 
 void backward_panels(const Backward& p) {

@@ -1,15 +1,16 @@
 // Ranks above one: the factor s_r s_c of a block of W, and the scale gradients of a block of G ⊙ W, as small matrix products
 // on tiles of registers, like the products of x and g around them.
 
-// total += Σ_s a[s] ⊗ b[s]: element i of a[s] lies at a[i * a_row + s * a_step], b[s] is NV vectors at b + s * b_step.
-template <int MR, int NV>
+// total += Σ_s a[s] ⊗ b[s]: element i of a[s] lies at a[i * a_row + s * a_step], b[s] is NV vectors at b + s * b_step. kTwo:
+// that element and the next, for the even and the odd lanes.
+template <bool kTwo = false, int MR, int NV>
 INLINE void multiply_broadcast(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                                int64_t steps, Vec (&total)[MR][NV]) {
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
     Vec b_s[NV];
     UNROLL for (int v = 0; v < NV; ++v) b_s[v] = load(b + v * kWidth);
     UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec a_i = splat(a[i * a_row]);
+      const Vec a_i = kTwo ? splat_two(a + i * a_row) : splat(a[i * a_row]);
       UNROLL for (int v = 0; v < NV; ++v) total[i][v] = fma(a_i, b_s[v], total[i][v]);
     }
   }
@@ -41,6 +42,7 @@ class ScalePanels {
 
   ScalePanels(const Weight& weight, bool transposed)
       : rank(weight.rank),
+        two(weight.rank <= kWidth / 2),
         lanes(round_up(weight.rank, kWidth)),
         panels_((weight.cols + kCols - 1) / kCols),
         size_(weight.groups * panels_ * kCols),
@@ -61,8 +63,9 @@ class ScalePanels {
         }
         if (!transposed) continue;
         float* across = data_ + size_ * rank + (group * panels_ + panel) * kCols * lanes;
-        for (int64_t c = 0; c < kCols; ++c, across += lanes) {
-          for (int64_t j = 0; j < lanes; ++j) across[j] = j < rank ? out[j * kCols + c] : 0;
+        const int64_t share = two ? 2 : 1;
+        for (int64_t c = 0; c < kCols; c += share, across += lanes) {
+          for (int64_t j = 0; j < lanes; ++j) across[j] = j < rank * share ? out[j / share * kCols + c + j % share] : 0;
         }
       }
     }
@@ -70,7 +73,7 @@ class ScalePanels {
 
   // s_c of a group from the panel of column k on: [panels, rank, kCols].
   const float* at(int64_t group, int64_t k) const { return data_ + (group * panels_ + k / kCols) * rank * kCols; }
-  // One panel transposed: [kCols, lanes].
+  // One panel transposed: [kCols, lanes], or [kCols / 2, lanes] with two columns side by side for each rank.
   const float* transposed(int64_t group, int64_t k) const {
     return data_ + size_ * rank + (group * panels_ + k / kCols) * kCols * lanes;
   }
@@ -96,11 +99,10 @@ class ScalePanels {
   }
 
   // Adds what the block h [rows, kCols] of G ⊙ W gives, the rows n.. of W (of one group) and the panel of column k: to
-  // the panel's ∂s_c by add_col(where, vector), where = [rank, kCols] as an offset, and to ∂s_r in row_sums [N, rank].
-  template <class Sum, class AddCol>
+  // the panel's ∂s_c by add_col(at, vector), `at` an offset into [rank, kCols], and to ∂s_r in row_sums [N, lanes].
+  template <class AddCol>
   void reduce(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, AddCol add_col,
-              Sum* row_sums) const {
-    const int64_t group = n / weight.group_rows();
+              float* row_sums) const {
     for (int64_t j = 0; j < rank; j += kRows) {
       auto tile = [&](auto height) __attribute__((always_inline)) {
         constexpr int MR = decltype(height)::value;
@@ -113,34 +115,49 @@ class ScalePanels {
       };
       with_count<kRows>(least(kRows, rank - j), tile);
     }
-    const float* across = transposed(group, k);
+    const float* across = transposed(n / weight.group_rows(), k);
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      Sum* out = row_sums + (n + i) * rank;
       const int64_t some = least(kTileRows, rows - i);
+      float* out = row_sums + (n + i) * lanes;
       int64_t j = 0;
-      for (; j + kWidth < lanes; j += 2 * kWidth) reduce_rows<2>(h + i * kCols, some, across + j, j, out);
-      if (j < lanes) reduce_rows<1>(h + i * kCols, some, across + j, j, out);
+      if (two) reduce_rows<true, 1>(h + i * kCols, some, across, out);
+      for (; !two && j + kWidth < lanes; j += 2 * kWidth) reduce_rows<false, 2>(h + i * kCols, some, across + j, out + j);
+      if (!two && j < lanes) reduce_rows<false, 1>(h + i * kCols, some, across + j, out + j);
     }
   }
 
-  const int64_t rank, lanes;  // lanes: the rank rounded up to whole vectors
+  // ∂s_r [N, rank] from row_sums [slots, N, lanes].
+  void finish(const float* row_sums, int64_t slots, int64_t rows, float* grad_row) const {
+    for (int64_t i = 0; i < rows; ++i, row_sums += lanes) {
+      for (int64_t j = 0; j < rank; ++j) {
+        double total = 0;
+        for (int64_t s = 0; s < slots; ++s) {
+          const float* from = row_sums + s * rows * lanes;
+          total += two ? static_cast<double>(from[2 * j]) + from[2 * j + 1] : from[j];
+        }
+        grad_row[i * rank + j] = static_cast<float>(total);
+      }
+    }
+  }
+
+  const int64_t rank;
+  const bool two;       // whether the lanes of ∂s_r are the even and odd columns of each rank, else ranks
+  const int64_t lanes;  // of ∂s_r: whole vectors
 
  private:
-  // Ranks j.. of ∂s_r: out [rows, rank] += h [rows, kCols] · across [kCols, NR vectors].
-  template <int NR, class Sum>
-  INLINE void reduce_rows(const float* h, int64_t rows, const float* across, int64_t j, Sum* out) const {
+  // NR vectors of lanes of ∂s_r: out [rows, lanes] += h [rows, kCols] · across [.., lanes].
+  template <bool kTwo, int NR>
+  INLINE void reduce_rows(const float* h, int64_t rows, const float* across, float* out) const {
     auto tile = [&](auto height) __attribute__((always_inline)) {
-      constexpr int MR = decltype(height)::value;
+      constexpr int MR = decltype(height)::value, kShare = kTwo ? 2 : 1;
       Vec total[MR][NR];
       clear(total);
-      multiply_broadcast(h, kCols, 1, across, lanes, kCols, total);
-      float sums[MR][NR * kWidth];
+      multiply_broadcast<kTwo>(h, kCols, kShare, across, lanes, kCols / kShare, total);
       UNROLL for (int i = 0; i < MR; ++i) {
-        UNROLL for (int v = 0; v < NR; ++v) store(sums[i] + v * kWidth, total[i][v]);
-      }
-      const int64_t some = least(NR * kWidth, rank - j);
-      for (int i = 0; i < MR; ++i) {
-        for (int64_t c = 0; c < some; ++c) out[i * rank + j + c] += sums[i][c];
+        UNROLL for (int v = 0; v < NR; ++v) {
+          float* at = out + i * lanes + v * kWidth;
+          store(at, add(load(at), total[i][v]));
+        }
       }
     };
     with_count<kTileRows>(rows, tile);

@@ -9,6 +9,12 @@ constexpr int kStreamRows = 4;
 
 INLINE Vec zero() { return _mm256_setzero_ps(); }
 INLINE Vec splat(float a) { return _mm256_set1_ps(a); }
+// Lanes p[0], p[1], p[0], p[1], …
+INLINE Vec splat_two(const float* p) {
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm256_castpd_ps(_mm256_set1_pd(both));
+}
 INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }

@@ -9,6 +9,12 @@ constexpr int kStreamRows = 8;
 
 INLINE Vec zero() { return _mm512_setzero_ps(); }
 INLINE Vec splat(float a) { return _mm512_set1_ps(a); }
+// Lanes p[0], p[1], p[0], p[1], …
+INLINE Vec splat_two(const float* p) {
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
 INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -22,6 +22,8 @@ INLINE bf16 to_bf16(float a) {  // to nearest even, NaN kept
 
 INLINE Vec zero() { return Vec{0, 0, 0, 0}; }
 INLINE Vec splat(float a) { return Vec{a, a, a, a}; }
+// Lanes p[0], p[1], p[0], p[1], …
+INLINE Vec splat_two(const float* p) { return Vec{p[0], p[1], p[0], p[1]}; }
 INLINE Vec add(Vec a, Vec b) { return a + b; }
 INLINE Vec sub(Vec a, Vec b) { return a - b; }
 INLINE Vec mul(Vec a, Vec b) { return a * b; }
