@@ -97,7 +97,7 @@ void pack_transposed(const Weight& weight, const SplitPanels& split, int64_t n, 
     }
     for (int64_t at = 0; at < depth; at += 2 * kWidth) {
       const int64_t in_panel = at % kPairPanel;
-      if (!kRankOne && in_panel == 0 && some > 0) split.factors(weight, n + lane, some, k + at, factors, kPairPanel);
+      if (!kRankOne && in_panel == 0 && some > 0) split.factors_to(weight, n + lane, some, k + at, factors);
       const __mmask32 elements = first_elements(depth - at);
       Pairs block[kWidth];
       auto rescaled = [&](int64_t i) __attribute__((always_inline)) {

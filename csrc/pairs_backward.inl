@@ -14,7 +14,7 @@ void pack_rescaled(const Weight& weight, const SplitPanels& split, int64_t n, in
   for (int64_t i = 0; i < rows; i += 2, panel += kPairPanel) {
     Vec even[2][2], odd[2][2];  // by half of the panel, by row
     const int64_t in_tile = i % kPairRows;
-    if (!kRankOne && in_tile == 0) split.factors(weight, n + i, least(kPairRows, rows - i), k, factors, kPairPanel);
+    if (!kRankOne && in_tile == 0) split.factors_to(weight, n + i, least(kPairRows, rows - i), k, factors);
     UNROLL for (int r = 0; r < 2; ++r) {
       if (i + r >= rows) {
         UNROLL for (int half = 0; half < 2; ++half) even[half][r] = odd[half][r] = zero();

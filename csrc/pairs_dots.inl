@@ -26,7 +26,7 @@ void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int
   float factors[kRankOne ? 1 : 4 * kPairPanel];
   __builtin_memset(block + rows * stride, 0, (4 - rows) * stride * sizeof(bf16));
   for (int64_t begin = 0; begin < depth; begin += across) {
-    if (!kRankOne) split.factors(weight, n, rows, k + begin, factors, kPairPanel);
+    if (!kRankOne) split.factors_to(weight, n, rows, k + begin, factors);
     for (int64_t i = 0; i < rows; ++i) {
       const W* w = static_cast<const W*>(weight.data) + (n + i) * weight.stride + k;
       const float* row = static_cast<const float*>(weight.row) + n + i;

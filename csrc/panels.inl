@@ -18,15 +18,15 @@ constexpr int64_t kReduceRows = 64 / kTileRows * kTileRows;  // rows of G ⊙ W 
 
 using Panels = ScalePanels<kTileRows, 2, InOrder>;
 
-// out: two vectors of factors, times W at w, of which `left` columns exist.
+// out = f ⊙ W for two vectors at w, of which `left` columns exist.
 template <class W>
-INLINE void rescale_two(const W* w, int64_t ahead, int64_t left, float* out) {
+INLINE void rescale_two(const W* w, int64_t ahead, int64_t left, Vec f0, Vec f1, float* out) {
   Vec a, b;
   __builtin_prefetch(w + ahead);
   if (sizeof(W) * kPanel > 64) __builtin_prefetch(w + ahead + kWidth);
   InOrder::load_two(w, left, a, b);
-  store(out, mul(load(out), a));
-  store(out + kWidth, mul(load(out + kWidth), b));
+  store(out, mul(f0, a));
+  store(out + kWidth, mul(f1, b));
 }
 
 // ---------------------------------------------------------------- forward: vectors run along the contraction
@@ -78,10 +78,10 @@ void prepare_rows(const Weight& weight, const Panels& panels, int64_t n, int64_t
     }
   } else {
     for (int64_t at = 0; at < stride; at += kPanel) {
-      panels.factors(weight, n, rows, k + at, block + at, stride);
-      for (int64_t i = 0; i < rows; ++i) {
-        rescale_two(w + i * weight.stride + at, kBlockRows * weight.stride, depth - at, block + i * stride + at);
-      }
+      panels.factors(weight, n, rows, k + at, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
+        rescale_two(w + i * weight.stride + at, kBlockRows * weight.stride, depth - at, f[0], f[1],
+                    block + i * stride + at);
+      });
     }
   }
   __builtin_memset(block + rows * stride, 0, (kBlockRows - rows) * stride * sizeof(float));
@@ -213,14 +213,9 @@ void prepare_columns(const Weight& weight, const Panels& panels, int64_t n, int6
   const int64_t left = weight.cols - k, group_rows = weight.group_rows();
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   if (weight.rank > 1) {
-    for (int64_t done = 0; done < rows; done += kTileRows) {
-      const int64_t some = least(kTileRows, rows - done);
-      panels.factors(weight, n + done, some, k, block, kPanel);
-      for (int64_t i = 0; i < some; ++i, block += kPanel, w += weight.stride) {
-        rescale_two(w, kAhead * weight.stride, left, block);
-      }
-    }
-    return;
+    return panels.factors(weight, n, rows, k, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
+      rescale_two(w + i * weight.stride, kAhead * weight.stride, left, f[0], f[1], block + i * kPanel);
+    });
   }
   const Vec base = splat(static_cast<float>(weight.base));
   for (int64_t i = 0; i < rows; ++i, block += kPanel, w += weight.stride) {
@@ -228,9 +223,7 @@ void prepare_columns(const Weight& weight, const Panels& panels, int64_t n, int6
     const Vec scale = splat(static_cast<const float*>(weight.row)[n + i]);
     Vec a, b;
     InOrder::load_two(col, left, a, b);
-    store(block, fma(scale, a, base));
-    store(block + kWidth, fma(scale, b, base));
-    rescale_two(w, kAhead * weight.stride, left, block);
+    rescale_two(w, kAhead * weight.stride, left, fma(scale, a, base), fma(scale, b, base), block);
   }
 }
 
@@ -295,7 +288,9 @@ void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradien
       continue;
     }
     const W* w = static_cast<const W*>(weight.data) + (n + row) * weight.stride + k;
-    for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) rescale_two(w, kTileRows * weight.stride, left, h);
+    for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) {
+      rescale_two(w, kTileRows * weight.stride, left, load(h), load(h + kWidth), h);
+    }
   }
   if (weight.rank == 1) return;
   auto add_col = [&](int64_t to, Vec value) { add_compensated(sums.col + to, sums.error + to, value); };

@@ -78,24 +78,35 @@ class ScalePanels {
     return data_ + size_ * rank + (group * panels_ + k / kCols) * kCols * lanes;
   }
 
-  // out [rows, kCols], rows `stride` apart = base + s_r s_c of the rows n.. of W and the panel of column k.
-  void factors(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* out, int64_t stride) const {
+  // put(i, f) for the rows n + i of W, i < rows: f [NV] = base + s_r s_c of the panel of column k.
+  template <class Put>
+  void factors(const Weight& weight, int64_t n, int64_t rows, int64_t k, Put put) const {
     const int64_t group_rows = weight.group_rows();
     const Vec base = splat(static_cast<float>(weight.base));
-    while (rows > 0) {
-      const int64_t group = n / group_rows, some = least(least(rows, kRows), (group + 1) * group_rows - n);
+    for (int64_t start = 0; start < rows;) {
+      const int64_t group = (n + start) / group_rows, until = (group + 1) * group_rows - n;
+      const int64_t some = least(least(rows, until) - start, kRows);
       auto tile = [&](auto height) __attribute__((always_inline)) {
         constexpr int MR = decltype(height)::value;
         Vec total[MR][NV];
         clear(total);
-        multiply_broadcast(static_cast<const float*>(weight.row) + n * rank, rank, 1, at(group, k), kCols, rank, total);
+        const float* row = static_cast<const float*>(weight.row) + (n + start) * rank;
+        multiply_broadcast(row, rank, 1, at(group, k), kCols, rank, total);
         UNROLL for (int i = 0; i < MR; ++i) {
-          UNROLL for (int v = 0; v < NV; ++v) store(out + i * stride + v * kWidth, add(base, total[i][v]));
+          UNROLL for (int v = 0; v < NV; ++v) total[i][v] = add(base, total[i][v]);
+          put(start + i, total[i]);
         }
       };
       with_count<kRows>(some, tile);
-      n += some, rows -= some, out += some * stride;
+      start += some;
     }
+  }
+
+  // The same in out [rows, kCols].
+  void factors_to(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* out) const {
+    factors(weight, n, rows, k, [out](int64_t i, const Vec (&f)[NV]) __attribute__((always_inline)) {
+      UNROLL for (int v = 0; v < NV; ++v) store(out + i * kCols + v * kWidth, f[v]);
+    });
   }
 
   // Adds what the block h [rows, kCols] of G ⊙ W gives, the rows n.. of W (of one group) and the panel of column k: to
