@@ -1,16 +1,16 @@
 // Ranks above one: the factor s_r s_c of a block of W, and the scale gradients of a block of G ⊙ W, as small matrix products
 // on tiles of registers, like the products of x and g around them.
 
-// total += Σ_s a[s] ⊗ b[s]: element i of a[s] lies at a[i * a_row + s * a_step], b[s] is NV vectors at b + s * b_step. kTwo:
-// that element and the next, for the even and the odd lanes.
-template <bool kTwo = false, int MR, int NV>
+// total += Σ_s a[s] ⊗ b[s]: element i of a[s] lies at a[i * a_row + s * a_step], b[s] is NV vectors at b + s * b_step. With
+// kShare above 1 that many elements from there on are for as many neighbouring lanes.
+template <int kShare = 1, int MR, int NV>
 INLINE void multiply_broadcast(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                                int64_t steps, Vec (&total)[MR][NV]) {
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
     Vec b_s[NV];
     UNROLL for (int v = 0; v < NV; ++v) b_s[v] = load(b + v * kWidth);
     UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec a_i = kTwo ? splat_two(a + i * a_row) : splat(a[i * a_row]);
+      const Vec a_i = splat_some<kShare>(a + i * a_row);
       UNROLL for (int v = 0; v < NV; ++v) total[i][v] = fma(a_i, b_s[v], total[i][v]);
     }
   }
@@ -42,7 +42,7 @@ class ScalePanels {
 
   ScalePanels(const Weight& weight, bool transposed)
       : rank(weight.rank),
-        two(weight.rank <= kWidth / 2),
+        share(weight.rank <= kWidth / 4 ? 4 : weight.rank <= kWidth / 2 ? 2 : 1),
         lanes(round_up(weight.rank, kWidth)),
         panels_((weight.cols + kCols - 1) / kCols),
         size_(weight.groups * panels_ * kCols),
@@ -63,7 +63,6 @@ class ScalePanels {
         }
         if (!transposed) continue;
         float* across = data_ + size_ * rank + (group * panels_ + panel) * kCols * lanes;
-        const int64_t share = two ? 2 : 1;
         for (int64_t c = 0; c < kCols; c += share, across += lanes) {
           for (int64_t j = 0; j < lanes; ++j) across[j] = j < rank * share ? out[j / share * kCols + c + j % share] : 0;
         }
@@ -73,7 +72,7 @@ class ScalePanels {
 
   // s_c of a group from the panel of column k on: [panels, rank, kCols].
   const float* at(int64_t group, int64_t k) const { return data_ + (group * panels_ + k / kCols) * rank * kCols; }
-  // One panel transposed: [kCols, lanes], or [kCols / 2, lanes] with two columns side by side for each rank.
+  // One panel transposed: [kCols / share, lanes], of each rank as many columns side by side.
   const float* transposed(int64_t group, int64_t k) const {
     return data_ + size_ * rank + (group * panels_ + k / kCols) * kCols * lanes;
   }
@@ -131,9 +130,10 @@ class ScalePanels {
       const int64_t some = least(kTileRows, rows - i);
       float* out = row_sums + (n + i) * lanes;
       int64_t j = 0;
-      if (two) reduce_rows<true, 1>(h + i * kCols, some, across, out);
-      for (; !two && j + kWidth < lanes; j += 2 * kWidth) reduce_rows<false, 2>(h + i * kCols, some, across + j, out + j);
-      if (!two && j < lanes) reduce_rows<false, 1>(h + i * kCols, some, across + j, out + j);
+      if (share == 4) reduce_rows<4, 1>(h + i * kCols, some, across, out), j = lanes;
+      if (share == 2) reduce_rows<2, 1>(h + i * kCols, some, across, out), j = lanes;
+      for (; j + kWidth < lanes; j += 2 * kWidth) reduce_rows<1, 2>(h + i * kCols, some, across + j, out + j);
+      if (j < lanes) reduce_rows<1, 1>(h + i * kCols, some, across + j, out + j);
     }
   }
 
@@ -144,7 +144,7 @@ class ScalePanels {
         double total = 0;
         for (int64_t s = 0; s < slots; ++s) {
           const float* from = row_sums + s * rows * lanes;
-          total += two ? static_cast<double>(from[2 * j]) + from[2 * j + 1] : from[j];
+          for (int64_t lane = j * share; lane < (j + 1) * share; ++lane) total += from[lane];
         }
         grad_row[i * rank + j] = static_cast<float>(total);
       }
@@ -152,18 +152,18 @@ class ScalePanels {
   }
 
   const int64_t rank;
-  const bool two;       // whether the lanes of ∂s_r are the even and odd columns of each rank, else ranks
+  const int64_t share;  // neighbouring lanes of ∂s_r that belong to one rank: 1, 2 or 4
   const int64_t lanes;  // of ∂s_r: whole vectors
 
  private:
   // NR vectors of lanes of ∂s_r: out [rows, lanes] += h [rows, kCols] · across [.., lanes].
-  template <bool kTwo, int NR>
+  template <int kShare, int NR>
   INLINE void reduce_rows(const float* h, int64_t rows, const float* across, float* out) const {
     auto tile = [&](auto height) __attribute__((always_inline)) {
-      constexpr int MR = decltype(height)::value, kShare = kTwo ? 2 : 1;
+      constexpr int MR = decltype(height)::value;
       Vec total[MR][NR];
       clear(total);
-      multiply_broadcast<kTwo>(h, kCols, kShare, across, lanes, kCols / kShare, total);
+      multiply_broadcast<kShare>(h, kCols, kShare, across, lanes, kCols / kShare, total);
       UNROLL for (int i = 0; i < MR; ++i) {
         UNROLL for (int v = 0; v < NR; ++v) {
           float* at = out + i * lanes + v * kWidth;
