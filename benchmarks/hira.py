@@ -1,12 +1,12 @@
-"""PEFT's HiRA beside the same layers by our operator, on one thread of a CPU: layers, a whole step of ViT-B, a picture.
+"""PEFT's HiRA beside the same layers by our operator, on one thread of a CPU: layers, a step of ViT-B, a picture.
 
-    python -m benchmarks.hira                  # a layer's forward and backward: rows, ranks, dtypes, worst of four shapes
-    python -m benchmarks.hira --step           # a step of ViT-B on two images, and what it keeps, beside LoRA
-    python -m benchmarks.hira --picture        # time and memory of methods on a ViT-S and a BERT-sized model, drawn
+    python -m benchmarks.hira              # a layer's forward and backward: rows, ranks, dtypes, worst of four shapes
+    python -m benchmarks.hira --step       # a step of ViT-B on two images, and what it keeps, beside LoRA
+    python -m benchmarks.hira --picture    # time and memory of methods on a ViT-S and a BERT-sized model, drawn
 
-Whatever is compared runs in turn in one process, and a number is the median of its runs: seconds of the processor, not of
-the clock, so that other programs take part only through caches and clock rates. ``--out`` is a folder for the tables and
-rows, ``hira_cpu*.md`` and ``.json``.
+Whatever is compared runs in turn in one process, and a number is the median of its runs: seconds of the processor, not
+of the clock, so that other programs take part only through caches and clock rates. ``--out`` is a folder for the tables
+and rows, ``hira_cpu*.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BERT_TARGETS = r".*\.(query|key|value|dense)"
 
 
 def medians(steps: dict[str, Callable[[], object]], seconds: float = SECONDS, least: int = 5) -> dict[str, float]:
-    """Median CPU seconds of each step, which run in turn until the slowest has used ``seconds``, ``least`` times at least."""
+    """Median CPU seconds of each step; they run in turn, ``least`` times or until the slowest has used ``seconds``."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -69,7 +69,7 @@ def _accelerated(model: nn.Module) -> nn.Module:
 
 
 def layer_steps(rows: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and backward of one layer [``out_features``, ``in_features``] on ``rows`` rows, by :data:`LAYER_VARIANTS`."""
+    """Forward and backward of a layer with W [``out_features``, ``in_features``], for each of :data:`LAYER_VARIANTS`."""
     peft = peft_module()
     torch.manual_seed(0)
     linear = nn.Linear(in_features, out_features).to(dtype)
@@ -131,10 +131,6 @@ def layer_table(found: list[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------- whole models
 
 
-def _targets(name: str) -> str:
-    return BERT_TARGETS if name.startswith("bert") else PEFT_TARGETS
-
-
 def build(name: str) -> nn.Module:
     """A model without pretrained weights: one of timm's, or ``bert``, the shape of BERT base with 6 layers."""
     torch.manual_seed(0)
@@ -169,11 +165,12 @@ def model_rows(
     name: str, methods: Iterable[str], batch: int, rank: int, dtype: torch.dtype, seconds: float
 ) -> list[dict]:
     """A step's CPU seconds (forward and backward), the bytes it keeps and its peak, for each method."""
-    models = {method: adapt(build(name), method, _targets(name), rank).to(dtype) for method in methods}
-    if name == "bert":
-        x = torch.randint(30522, (batch, 128))
-    else:
-        x = torch.randn(batch, 3, 224, 224, dtype=dtype)
+    models = {
+        method: adapt(build(name), method, BERT_TARGETS if name == "bert" else PEFT_TARGETS, rank).to(dtype)
+        for method in methods
+    }
+    images = torch.randn(batch, 3, 224, 224, dtype=dtype)
+    x = torch.randint(30522, (batch, 128)) if name == "bert" else images
 
     def forward(model: nn.Module) -> Tensor:
         y = model(x)
