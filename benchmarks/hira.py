@@ -69,7 +69,7 @@ def _accelerated(model: nn.Module) -> nn.Module:
 
 
 def layer_steps(rows: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and backward of a layer with W [``out_features``, ``in_features``], for each of :data:`LAYER_VARIANTS`."""
+    """Forward and backward of a layer, W [``out_features``, ``in_features``], for each of :data:`LAYER_VARIANTS`."""
     peft = peft_module()
     torch.manual_seed(0)
     linear = nn.Linear(in_features, out_features).to(dtype)
@@ -148,7 +148,7 @@ def adapt(model: nn.Module, method: str, targets: str, rank: int) -> nn.Module:
     peft = peft_module()
     method = method.lower().replace("accelerated", "ours")
     if method == "rlrr":
-        adapt_model(model, RLRRConfig(targets=targets))
+        adapt_model(model, RLRRConfig(heads=(), exclude=("head",)))
         return model.train()
     if method == "ia³":
         fc2 = r".*(mlp\.fc2|output\.dense)"
@@ -165,12 +165,12 @@ def model_rows(
     name: str, methods: Iterable[str], batch: int, rank: int, dtype: torch.dtype, seconds: float
 ) -> list[dict]:
     """A step's CPU seconds (forward and backward), the bytes it keeps and its peak, for each method."""
-    models = {
-        method: adapt(build(name), method, BERT_TARGETS if name == "bert" else PEFT_TARGETS, rank).to(dtype)
-        for method in methods
-    }
-    images = torch.randn(batch, 3, 224, 224, dtype=dtype)
-    x = torch.randint(30522, (batch, 128)) if name == "bert" else images
+    targets = BERT_TARGETS if name == "bert" else PEFT_TARGETS
+    models = {method: adapt(build(name), method, targets, rank).to(dtype) for method in methods}
+    if name == "bert":
+        x = torch.randint(30522, (batch, 128))
+    else:
+        x = torch.randn(batch, *build(name).default_cfg["input_size"], dtype=dtype)
 
     def forward(model: nn.Module) -> Tensor:
         y = model(x)
