@@ -84,7 +84,7 @@ void pack_transposed(const Weight& weight, const SplitPanels& split, int64_t n, 
                      uint32_t* panel) {
   const Vec base = splat(static_cast<float>(weight.base));
   const int64_t group_rows = weight.group_rows(), ahead = rows_ahead<W>(weight, kWidth);
-  float factors[kRankOne ? 1 : kWidth * kPairPanel];
+  alignas(64) float factors[kRankOne ? 1 : kWidth * kPairPanel];
   for (int64_t lane = 0; lane < kPairPanel; lane += kWidth) {
     const W* w[kWidth];
     const float *row[kWidth], *col[kWidth];

@@ -9,7 +9,7 @@ void pack_rescaled(const Weight& weight, const SplitPanels& split, int64_t n, in
   const Vec base = splat(static_cast<float>(weight.base));
   const int64_t group_rows = weight.group_rows();
   const __mmask32 elements[] = {first_elements(left), first_elements(left - 2 * kWidth)};
-  float factors[kRankOne ? 1 : kPairRows * kPairPanel];
+  alignas(64) float factors[kRankOne ? 1 : kPairRows * kPairPanel];
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   for (int64_t i = 0; i < rows; i += 2, panel += kPairPanel) {
     Vec even[2][2], odd[2][2];  // by half of the panel, by row

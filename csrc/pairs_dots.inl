@@ -23,7 +23,7 @@ void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int
                   int64_t stride, bf16* block) {
   const Vec base = splat(static_cast<float>(weight.base));
   const int64_t ahead = 4 * weight.stride, across = kRankOne ? depth : kPairPanel;
-  float factors[kRankOne ? 1 : 4 * kPairPanel];
+  alignas(64) float factors[kRankOne ? 1 : 4 * kPairPanel];
   __builtin_memset(block + rows * stride, 0, (4 - rows) * stride * sizeof(bf16));
   for (int64_t begin = 0; begin < depth; begin += across) {
     if (!kRankOne) split.factors_to(weight, n, rows, k + begin, factors);

@@ -113,7 +113,9 @@ class ScalePanels {
   template <class AddCol>
   void reduce(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, AddCol add_col,
               float* row_sums) const {
-    for (int64_t j = 0; j < rank; j += kRows) {
+    const int64_t tiles = (rank + kRows - 1) / kRows;  // of nearly equal height
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t j = rank * t / tiles, after = rank * (t + 1) / tiles;
       auto tile = [&](auto height) __attribute__((always_inline)) {
         constexpr int MR = decltype(height)::value;
         Vec total[MR][NV];
@@ -123,7 +125,7 @@ class ScalePanels {
           UNROLL for (int v = 0; v < NV; ++v) add_col((j + i) * kCols + v * kWidth, total[i][v]);
         }
       };
-      with_count<kRows>(least(kRows, rank - j), tile);
+      with_count<kRows>(after - j, tile);
     }
     const float* across = transposed(n / weight.group_rows(), k);
     for (int64_t i = 0; i < rows; i += kTileRows) {
