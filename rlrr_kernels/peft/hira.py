@@ -50,13 +50,15 @@ class AcceleratedLinear(HiraLinear):
     products = "input"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or _reason_now(self) or not _fits(self, x):
+        base = self.base_layer
+        names = _active(self)
+        if args or kwargs or _reason_now(self, base, names):
             return super().forward(x, *args, **kwargs)
-        base, names = self.base_layer, _active(self)
-        row, col = self.hira_B[names[0]], self.hira_A[names[0]]
-        if len(names) > 1:  # a sum of products of ranks r and s is one of rank r + s
-            row = torch.cat([self.hira_B[name] for name in names], 1)
-            col = torch.cat([self.hira_A[name] for name in names], 0)
+        rows, cols = [self.hira_B[name] for name in names], [self.hira_A[name] for name in names]
+        if not _fit(x, base.weight, *rows, *cols):
+            return super().forward(x, *args, **kwargs)
+        # A sum of products of ranks r and s is one of rank r + s.
+        row, col = (rows[0], cols[0]) if len(names) == 1 else (torch.cat(rows, 1), torch.cat(cols, 0))
         if self.products == "input" or x.dtype not in _HALF or compute_dtype(x)[1]:
             return rlrr_linear(x, base.weight, row, col, base.bias)
         if torch.compiler.is_compiling():  # the compiler decides what is kept
@@ -108,7 +110,7 @@ def accelerate_hira(model: nn.Module, *, products: Literal["input", "float32"] =
         reason = _reason_ever(layer)
         if reason is None:
             layer.__class__ = _CLASSES[products]
-            reason = _reason_now(layer)
+            reason = _reason_now(layer, layer.base_layer, _active(layer))
         if reason is None:
             accelerated.append(name)
         else:
@@ -150,23 +152,21 @@ def _reason_ever(layer: HiraLayer) -> str | None:
     return None
 
 
-def _reason_now(layer: HiraLinear) -> str | None:
+def _reason_now(layer: HiraLinear, base: nn.Linear, names: list[str]) -> str | None:
     """Why a linear layer takes PEFT's path in the state it is in; None where it does not."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    names = _active(layer)
     if not names:
         return "none of its adapters is active"
     if layer.training:
         for name in names:
             if not isinstance(layer.hira_dropout[name], nn.Identity):
                 return f"dropout of adapter {name!r} in training mode; in eval mode it is accelerated"
-    rank = sum(layer.r[name] for name in names)
+    rank = sum([layer.r[name] for name in names])
     if rank > MAX_RANK:
         return f"rank {rank} is over {MAX_RANK}"
-    base = layer.base_layer
     if base.weight.requires_grad:
         return "its base weight is trained"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
@@ -174,13 +174,12 @@ def _reason_now(layer: HiraLinear) -> str | None:
     return None
 
 
-def _fits(layer: HiraLinear, x: Tensor) -> bool:
-    """Whether x and the tensors of ``layer`` go together as PEFT and the operator both take them."""
-    base = layer.base_layer
-    if x.dtype != base.weight.dtype and not compute_dtype(x)[1]:
+def _fit(x: Tensor, weight: Tensor, *scales: Tensor) -> bool:
+    """Whether x and the tensors of a layer go together as PEFT and the operator both take them."""
+    if x.dtype != weight.dtype and not compute_dtype(x)[1]:
         return False  # PEFT's own error says so
-    tensors = [base.weight, *(p[name] for name in _active(layer) for p in (layer.hira_A, layer.hira_B))]
-    return all(t.device == x.device for t in tensors) and all(t.dtype in (x.dtype, torch.float32) for t in tensors)
+    device, dtypes = x.device, (x.dtype, torch.float32)
+    return all([t.device == device and t.dtype in dtypes for t in (weight, *scales)])  # noqa: C419 (faster)
 
 
 def _in_float32(x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
