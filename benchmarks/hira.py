@@ -207,13 +207,13 @@ def model_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of time and kept memory over LoRA's, a row for each model."""
+    """Bars of time and kept memory, a row for each model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"vit_small_patch16_224": "ViT-S, 4 images", "bert": "BERT's layers, 4 texts of 128 tokens"}
+    titles = {"vit_small_patch16_224": "ViT-S", "bert": "BERT base, 6 layers"}
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, all_axes = plt.subplots(len(names), 2, figsize=(9, 2.6 * len(names)), squeeze=False)
     for axes_of_model, name in zip(all_axes, names, strict=True):
@@ -227,8 +227,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ]
             bars = axes.barh([row["method"] for row in of_model], values, color=colours)
             axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=3, fontsize=8)
-            what = "a step" if key == "seconds" else "kept for the backward"
-            axes.set_title(f"{titles.get(name, name)}: {what}, {unit}", fontsize=9)
+            what = "time of a step" if key == "seconds" else "kept for its backward"
+            axes.set_title(f"{titles.get(name, name)}: {what}, {unit}", fontsize=9, loc="left")
             axes.invert_yaxis()
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(x=0.15)

@@ -7,7 +7,7 @@ backward. :func:`accelerate_hira` gives its layers another ``forward``; paramete
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.hira.layer import HiraLayer
@@ -50,7 +50,7 @@ class AcceleratedLinear(HiraLinear):
     products = "input"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
+        base = cast(nn.Linear, self.base_layer)
         names = _active(self)
         if args or kwargs or _reason_now(self, base, names):
             return super().forward(x, *args, **kwargs)
@@ -100,7 +100,7 @@ def accelerate_hira(model: nn.Module, *, products: Literal["input", "float32"] =
     """
     if products not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}; got {products!r}")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, HiraLayer)]
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], HiraLayer)]
     if not layers:
         raise ValueError(
             "model must have HiRA layers, as get_peft_model(model, HiraConfig(...)) makes them; it has none"
@@ -128,7 +128,7 @@ def restore(model: nn.Module) -> int:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
     for layer in layers:
-        layer.__class__ = HiraLinear
+        layer.__class__ = HiraLinear  # type: ignore[assignment]
     return len(layers)
 
 
@@ -136,7 +136,7 @@ def _active(layer: HiraLinear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.hira_A]
 
 
-def _reason_ever(layer: HiraLayer) -> str | None:
+def _reason_ever(layer: Any) -> str | None:
     """Why a layer is none that ``rlrr_linear`` computes, in whatever state; None where it is one."""
     base = layer.get_base_layer()
     if type(layer) not in (HiraLinear, *_CLASSES.values()):
@@ -191,21 +191,21 @@ class _InFloat32(torch.autograd.Function):
     """The same, for which x, W and the scales are kept in their own dtypes and cast again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, row, col, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, row, col)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _in_float32(x, weight, row, col, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, row, col = ctx.saved_tensors
         backend = backends.resolve("auto", x.device, torch.float32)
-        needs = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
-        wide = [tensor.float() for tensor in (grad_y, x, weight, row, col)]
+        need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad
+        g, wide_x, wide_weight, wide_row, wide_col = (t.float() for t in (grad_y, x, weight, row, col))
+        found = dispatch.backward(
+            g, wide_x, wide_weight, wide_row, wide_col, True, backend, (need_x, need_row, need_col, need_bias)
+        )
         dtypes = x.dtype, row.dtype, col.dtype, ctx.bias_dtype
-        grads = [
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(dispatch.backward(*wide, True, backend, needs), dtypes, strict=True)
-        ]
+        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=True)]
         return grads[0], None, *grads[1:]
