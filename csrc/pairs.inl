@@ -9,8 +9,9 @@ constexpr int kPairRows = 6;
 constexpr int kPairVectors = 4;
 constexpr int64_t kPairPanel = kPairVectors * kWidth;
 constexpr int64_t kPairDepth = 1024;  // contracted elements of a panel of W': 128 KiB, in the L2 cache
-constexpr int64_t kPairChunk = 512;   // rows of x contracted into G before its sums are taken
-constexpr int64_t kPairGroup = 6;     // panels of such a chunk of x, 64 KiB each, that share one reading of g
+constexpr int64_t kPairChunk = 1024;  // most rows of x contracted into G before its sums are taken
+constexpr int64_t kPairGroup = 6;     // most panels of such a chunk of x that share one reading of g
+constexpr int64_t kPairHeldX = 3072;  // rows of all of them together: 384 KiB, in the L2 cache
 
 // total += a · b. a: MR rows of pairs; b: [steps, kPairPanel].
 template <int MR, bool kPacked>

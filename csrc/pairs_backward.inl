@@ -156,10 +156,9 @@ INLINE void reduce_pairs(const float* row, const float* col, const Vec (&h)[MR][
   UNROLL for (int i = 0; i < MR; ++i) store(row_lanes + i * kWidth, lanes[i]);
 }
 
-// Where one slot sums scale gradients: `panels` holds up to kPairGroup panels of x, `col` [kPairGroup, rank, kPairPanel],
-// `tiles` the lanes of ∂s_r [kPairRows, kWidth] of rank 1, else kPairHeld tiles of G ⊙ W; ∂s_r goes to `row` [rows],
-// of higher ranks [rows, lanes],
-// ∂s_c to `grad_col` (null: not needed).
+// Where one slot sums scale gradients: `panels` holds the panels of x that share a reading of g, `col` [panels, rank,
+// kPairPanel], `tiles` the lanes of ∂s_r [kPairRows, kWidth] of rank 1, else kPairHeld tiles of G ⊙ W. ∂s_r goes to `row`,
+// [rows] of rank 1, else [rows, lanes], and ∂s_c to `grad_col` (null: not needed).
 struct ScaleSums {
   uint32_t* panels;
   float *col, *tiles, *row, *grad_col;
@@ -178,7 +177,7 @@ void panels_of_scales(const Weight& weight, const SplitPanels& split, const Pack
     pack_columns(x + at, x_stride, g.count, weight.cols - at, sums.panels + i * steps * kPairPanel);
   }
   for (int64_t group = 0; group < weight.groups; ++group) {
-    __builtin_memset(sums.col, 0, kPairGroup * rank * kPairPanel * sizeof(float));
+    __builtin_memset(sums.col, 0, (end - k + kPairPanel - 1) / kPairPanel * rank * kPairPanel * sizeof(float));
     const int64_t last_tile = (group + 1) * g.group_tiles();
     for (int64_t first_tile = group * g.group_tiles(); first_tile < last_tile; first_tile += kHeld) {
       const int64_t until = least(first_tile + kHeld, last_tile), first = g.first_row(first_tile);
@@ -238,13 +237,15 @@ void pairs_backward(const Backward& p) {
   float* row_sums = static_cast<float*>(partial.data());
   if (scales) __builtin_memset(row_sums, 0, slots * size * sizeof(float));
   if (p.grad_col != nullptr) __builtin_memset(p.grad_col, 0, weight.groups * rank * cols * sizeof(float));
-  PackedChunk chunk{nullptr, p.grad_y.stride, least(p.count, kPairChunk), rows, weight.group_rows(), nullptr};
+  const int64_t chunks = (p.count + kPairChunk - 1) / kPairChunk, most_rows = round_up((p.count + chunks - 1) / chunks, 2);
+  const int64_t together = most(1, least(kPairGroup, kPairHeldX / most_rows));
+  PackedChunk chunk{nullptr, p.grad_y.stride, least(p.count, most_rows), rows, weight.group_rows(), nullptr};
   const Buffer chunk_buffer(scales ? chunk.tiles() * chunk.steps() * kPairRows * sizeof(uint32_t) : 0);
   chunk.data = static_cast<uint32_t*>(chunk_buffer.data());
-  for (int64_t start = 0; start == 0 || (scales && start < p.count); start += kPairChunk) {
+  for (int64_t start = 0; start == 0 || (scales && start < p.count); start += most_rows) {
     if (scales) {
       chunk.g = static_cast<const bf16*>(p.grad_y.data) + start * p.grad_y.stride;
-      chunk.count = least(kPairChunk, p.count - start);
+      chunk.count = least(most_rows, p.count - start);
       auto pack = [&](int64_t, int64_t begin, int64_t end) { chunk.pack(begin, end); };
       if (chunk.count * rows < 1 << 16) {
         pack(0, 0, chunk.tiles());
@@ -254,23 +255,23 @@ void pairs_backward(const Backward& p) {
     }
     auto body = [&](int64_t slot, int64_t begin, int64_t end) {
       const bool need_x = p.grad_x != nullptr && start == 0;
-      const int64_t held = most(need_x ? (least(rows, kPairDepth) + 1) / 2 : 0, scales ? kPairGroup * chunk.steps() : 0);
+      const int64_t held = most(need_x ? (least(rows, kPairDepth) + 1) / 2 : 0, scales ? together * chunk.steps() : 0);
       const int64_t tall = need_x && rows > kPairDepth ? p.count * kPairPanel : 0;
       const int64_t tiles = kRankOne ? kPairRows * kWidth : kPairHeld * kPairRows * kPairPanel;
-      const int64_t scale_sums = scales ? rank * kPairGroup * kPairPanel + tiles : 0;
+      const int64_t scale_sums = scales ? rank * together * kPairPanel + tiles : 0;
       const Buffer panel_buffer(held * kPairPanel * sizeof(uint32_t)), sums_buffer((tall + scale_sums) * sizeof(float));
       uint32_t* panels = static_cast<uint32_t*>(panel_buffer.data());
       float* sums = static_cast<float*>(sums_buffer.data());
-      const ScaleSums scale{panels, sums + tall, sums + tall + rank * kPairGroup * kPairPanel, row_sums + slot * size,
+      const ScaleSums scale{panels, sums + tall, sums + tall + rank * together * kPairPanel, row_sums + slot * size,
                             p.grad_col};
-      for (int64_t index = begin; index < end; index += kPairGroup) {
-        const int64_t last = least(index + kPairGroup, end);
+      for (int64_t index = begin; index < end; index += together) {
+        const int64_t last = least(index + together, end);
         for (int64_t i = index; need_x && i < last; ++i) {
           panel_of_grad_x<W, kRankOne>(p, g, split, i * kPairPanel, panels, sums);
         }
         if (!scales) continue;
-        panels_of_scales<W, kRankOne>(weight, split, chunk, static_cast<const bf16*>(p.x.data) + start * p.x.stride, p.x.stride,
-                            index * kPairPanel, last * kPairPanel, scale);
+        const bf16* x = static_cast<const bf16*>(p.x.data) + start * p.x.stride;
+        panels_of_scales<W, kRankOne>(weight, split, chunk, x, p.x.stride, index * kPairPanel, last * kPairPanel, scale);
       }
     };
     parallel(panels, body);

@@ -299,8 +299,8 @@ void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradien
 
 // One chunk of rows of x and grad_y. `partial`, the ∂s_r of PanelSums by slot, sums over chunks.
 template <class W, class X>
-void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride,
-                    int64_t start, int64_t count, void* partial) {
+void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y,
+                    int64_t grad_y_stride, int64_t start, int64_t count, void* partial) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const bool scales = partial != nullptr, need_x = p.grad_x != nullptr;

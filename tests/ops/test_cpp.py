@@ -110,7 +110,7 @@ def test_more_rows_than_a_chunk(dtype, rank, force_path):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(530, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
+        Case(1030, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
         Case(10, 1100, 65),  # ∂x sums in two depths
         Case(45, 66, 1090, rank=2),  # y sums in two depths
         Case(10, 35, 4170),  # and where few rows have y summed across lanes
