@@ -23,7 +23,8 @@ struct Crossovers {
 
 constexpr int64_t kAlways = INT64_MAX;
 
-// The largest rank for one pass over W. Its loops over ranks are for few of them: panels have small matrix products there.
+// The largest rank for one pass over W, whose loops are for few ranks; panels have small matrix products. Measured on a 2-core
+// AMD EPYC (Zen 4): at rank 8 both are level up to 8 rows, from rank 16 on panels win everywhere.
 constexpr int64_t kFusedRank = 4;
 
 // Up to so many rows of x the forward panels of bf16 pairs sum across lanes rather than transpose W'.
