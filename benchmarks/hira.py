@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
@@ -38,16 +39,26 @@ PICTURE_VARIANTS = ("LoRA", "DoRA", "IA³", "HiRA", "HiRA, accelerated", "RLRR")
 BERT_TARGETS = r".*\.(query|key|value|dense)"
 
 
-def medians(steps: dict[str, Callable[[], object]], seconds: float = SECONDS, least: int = 5) -> dict[str, float]:
-    """Median CPU seconds of each step; they run in turn, ``least`` times or until the slowest has used ``seconds``."""
+def medians(
+    steps: dict[str, Callable[[], object]], clear: Callable[[], object], seconds: float = SECONDS, least: int = 5
+) -> dict[str, float]:
+    """Median CPU seconds of each step; they run in turn, ``least`` times or until the slowest has used ``seconds``.
+
+    ``clear`` runs before each, untimed; Python's garbage collector waits.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
-    while len(next(iter(times.values()))) < least or max(map(sum, times.values())) < seconds:
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            times[name].append(time.process_time() - start)
+    gc.disable()
+    try:
+        while len(next(iter(times.values()))) < least or max(map(sum, times.values())) < seconds:
+            for name, step in steps.items():
+                clear()
+                start = time.process_time()
+                step()
+                times[name].append(time.process_time() - start)
+    finally:
+        gc.enable()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -68,8 +79,10 @@ def _accelerated(model: nn.Module) -> nn.Module:
     return model
 
 
-def layer_steps(rows: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and backward of a layer, W [``out_features``, ``in_features``], for each of :data:`LAYER_VARIANTS`."""
+def layer_times(
+    rows: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype, seconds: float
+) -> dict[str, float]:
+    """CPU seconds of forward and backward of a layer with W [N, K], for each of :data:`LAYER_VARIANTS`."""
     peft = peft_module()
     torch.manual_seed(0)
     linear = nn.Linear(in_features, out_features).to(dtype)
@@ -89,15 +102,12 @@ def layer_steps(rows: int, out_features: int, in_features: int, rank: int, dtype
     }  # fmt: skip
     trained = [x, B, A, *hira.parameters(), *ours.parameters(), *lora.parameters()]
 
-    def step_of(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            for tensor in trained:
-                tensor.grad = None
-            function(x).backward(grad_y)
+    def clear() -> None:
+        for tensor in trained:
+            tensor.grad = None
 
-        return step
-
-    return {name: step_of(functions[name]) for name in LAYER_VARIANTS}
+    steps = {name: lambda f=functions[name]: f(x).backward(grad_y) for name in LAYER_VARIANTS}
+    return medians(steps, clear, seconds)
 
 
 def layer_rows(
@@ -109,7 +119,7 @@ def layer_rows(
         for m in rows:
             for rank in ranks:
                 for n, k in LAYER_SHAPES:
-                    times = medians(layer_steps(m, n, k, rank, getattr(torch, dtype)), seconds)
+                    times = layer_times(m, n, k, rank, getattr(torch, dtype), seconds)
                     found.append({"dtype": dtype, "rows": m, "rank": rank, "shape": [n, k], "seconds": times})
     return found
 
@@ -176,15 +186,12 @@ def model_rows(
         y = model(x)
         return (y if isinstance(y, Tensor) else y.last_hidden_state).float().square().mean()
 
-    def step_of(model: nn.Module) -> Callable[[], None]:
-        def step() -> None:
+    def clear() -> None:
+        for model in models.values():
             model.zero_grad(set_to_none=True)
-            forward(model).backward()
 
-        return step
-
-    steps = {method: step_of(model) for method, model in models.items()}
-    times = medians(steps, seconds)
+    steps = {method: lambda m=model: forward(m).backward() for method, model in models.items()}
+    times = medians(steps, clear, seconds)
     rows = []
     for method, model in models.items():
         given = [x, *model.parameters(), *model.buffers()]
