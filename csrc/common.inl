@@ -37,6 +37,20 @@ INLINE void add_compensated(float* total, float* error, Vec value) {
   store(total, after);
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// body(Count<n>) for 1 <= n <= N.
+template <int N, class Body>
+INLINE void with_count(int64_t n, Body& body) {
+  if constexpr (N > 1) {
+    if (n < N) return with_count<N - 1>(n, body);
+  }
+  body(Count<N>());
+}
+
 template <class Body>
 void parallel(int64_t count, Body& body) {
   parallel_slots(

@@ -23,6 +23,10 @@ struct Crossovers {
 
 constexpr int64_t kAlways = INT64_MAX;
 
+// The largest rank for one pass over W, whose loops are for few ranks; panels have small matrix products. Measured on a 2-core
+// AMD EPYC (Zen 4): at rank 8 both are level up to 8 rows, from rank 16 on panels win everywhere.
+constexpr int64_t kFusedRank = 4;
+
 // Up to so many rows of x the forward panels of bf16 pairs sum across lanes rather than transpose W'.
 constexpr int64_t kFewPairRows = 40;
 
@@ -33,14 +37,16 @@ inline bool stacks(int64_t level, Type type, const Weight& weight) {
 }
 
 inline Path choose_forward(int64_t level, Type type, const Weight& weight, int64_t count) {
-  if (level == 0) return Crossovers{4, 16}.choose(count);
-  return Crossovers{stacks(level, type, weight) ? 6 : 4, kAlways}.choose(count);
+  const bool ranks = weight.rank > kFusedRank;
+  if (level == 0) return Crossovers{ranks ? 0 : 4, 16}.choose(count);
+  return Crossovers{ranks ? 0 : stacks(level, type, weight) ? 6 : 4, kAlways}.choose(count);
 }
 
 inline Path choose_backward(int64_t level, Type type, const Weight& weight, int64_t count) {
-  if (level == 0) return Crossovers{8, 16}.choose(count);
-  if (type == Type::bf16 && level == 3) return Crossovers{3, kAlways}.choose(count);
-  return Crossovers{32, kAlways}.choose(count);
+  const bool ranks = weight.rank > kFusedRank;
+  if (level == 0) return Crossovers{ranks ? 0 : 8, 16}.choose(count);
+  if (type == Type::bf16 && level == 3) return Crossovers{ranks ? 0 : 3, kAlways}.choose(count);
+  return Crossovers{ranks ? 0 : 32, kAlways}.choose(count);
 }
 
 }  // namespace rlrr

@@ -121,6 +121,9 @@ void forward_fused(const Forward& p) {
 
 // ---------------------------------------------------------------- backward
 
+// Vectors along a row of W in one fp32 sum of ∂s_r, which then goes to a double: at 4 lanes a whole row loses to eager.
+constexpr int64_t kRowRun = 32;
+
 // Where one thread, which owns the columns [begin, end), sums.
 struct Stream {
   int64_t begin, end, width;  // width: end - begin rounded up to whole vectors
@@ -132,7 +135,7 @@ struct Stream {
   float* grad_x_total;           // [count, width]
   float *grad_col, *col_error;   // [rank, width], of the current group
   float* row_lanes;              // [rank, kStreamRows, kWidth]
-  double* grad_row;              // [rows, rank], this slot's
+  double* grad_row;              // [rows, rank], this slot's, from zero
 };
 
 // The same for a single row of x, where G is an outer product and five operations a vector of W are enough.
@@ -148,23 +151,25 @@ INLINE void single_rows(const Backward& p, const Stream& s, int64_t n) {
   UNROLL for (int i = 0; i < NR; ++i) {
     scale[i] = splat(row[i]);
     g[i] = splat(s.grad_y[n + i]);
-    row_total[i] = zero();
   }
-  for (int64_t k = s.begin; k < s.end; k += kWidth) {
-    const int64_t at = k - s.begin, lanes = s.end - k;
-    const Vec x_k = load_upto(s.x + k, lanes), col_k = load_upto(col + k, lanes), both = mul(x_k, col_k);
-    Vec x_sum = zero(), col_sum = zero();
-    UNROLL for (int i = 0; i < NR; ++i) {
-      __builtin_prefetch(w + i * weight.stride + k + ahead);
-      const Vec product = mul(g[i], load_upto(w + i * weight.stride + k, lanes));
-      x_sum = fma(product, fma(scale[i], col_k, base), x_sum);
-      col_sum = fma(product, scale[i], col_sum);
-      row_total[i] = fma(product, both, row_total[i]);
+  for (int64_t run = s.begin; run < s.end; run += kRowRun * kWidth) {
+    UNROLL for (int i = 0; i < NR; ++i) row_total[i] = zero();
+    for (int64_t k = run; k < least(s.end, run + kRowRun * kWidth); k += kWidth) {
+      const int64_t at = k - s.begin, lanes = s.end - k;
+      const Vec x_k = load_upto(s.x + k, lanes), col_k = load_upto(col + k, lanes), both = mul(x_k, col_k);
+      Vec x_sum = zero(), col_sum = zero();
+      UNROLL for (int i = 0; i < NR; ++i) {
+        __builtin_prefetch(w + i * weight.stride + k + ahead);
+        const Vec product = mul(g[i], load_upto(w + i * weight.stride + k, lanes));
+        x_sum = fma(product, fma(scale[i], col_k, base), x_sum);
+        col_sum = fma(product, scale[i], col_sum);
+        row_total[i] = fma(product, both, row_total[i]);
+      }
+      store(s.grad_x + at, add(load(s.grad_x + at), x_sum));
+      add_compensated(s.grad_col + at, s.col_error + at, mul(col_sum, x_k));
     }
-    store(s.grad_x + at, add(load(s.grad_x + at), x_sum));
-    add_compensated(s.grad_col + at, s.col_error + at, mul(col_sum, x_k));
+    UNROLL for (int i = 0; i < NR; ++i) s.grad_row[n + i] += sum(row_total[i]);
   }
-  UNROLL for (int i = 0; i < NR; ++i) s.grad_row[n + i] = sum(row_total[i]);
 }
 
 // NR rows of W from n: adds to every gradient. h = the tile of G.
@@ -177,8 +182,6 @@ INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
   const Vec base = splat(static_cast<float>(weight.base));
   Vec row_total[NR];
-  UNROLL for (int i = 0; i < NR; ++i) row_total[i] = zero();
-  if (!kRankOne) __builtin_memset(s.row_lanes, 0, rank * NR * kWidth * sizeof(float));
   const bool scales = s.x != nullptr;
   auto step = [&](int64_t k, auto load_some, int64_t lanes) __attribute__((always_inline)) {
     const int64_t at = k - s.begin;
@@ -236,18 +239,22 @@ INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
       add_compensated(s.grad_col + j * s.width + at, s.col_error + j * s.width + at, col_sum);
     }
   };
-  int64_t k = s.begin;
-  for (; k + kWidth <= s.end; k += kWidth) {
-    step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
-  }
-  if (const int64_t lanes = s.end - k; lanes > 0) {
-    step(k, [lanes](const auto* p) __attribute__((always_inline)) { return load_first(p, lanes); }, lanes);
-  }
-  if (!scales) return;
-  UNROLL for (int i = 0; i < NR; ++i) {
-    double* out = s.grad_row + (n + i) * rank;
-    out[0] = sum(row_total[i]);
-    for (int64_t j = 1; j < rank; ++j) out[j] = sum(load(s.row_lanes + (j * NR + i) * kWidth));
+  for (int64_t k = s.begin; k < s.end;) {
+    UNROLL for (int i = 0; i < NR; ++i) row_total[i] = zero();
+    if (!kRankOne) __builtin_memset(s.row_lanes, 0, rank * NR * kWidth * sizeof(float));
+    const int64_t until = least(s.end, k + kRowRun * kWidth);
+    for (; k + kWidth <= until; k += kWidth) {
+      step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); }, kWidth);
+    }
+    if (const int64_t lanes = until - k; lanes > 0) {
+      step(k, [lanes](const auto* p) __attribute__((always_inline)) { return load_first(p, lanes); }, lanes);
+      k = until;
+    }
+    UNROLL for (int i = 0; scales && i < NR; ++i) {
+      double* out = s.grad_row + (n + i) * rank;
+      out[0] += sum(row_total[i]);
+      for (int64_t j = 1; j < rank; ++j) out[j] += sum(load(s.row_lanes + (j * NR + i) * kWidth));
+    }
   }
 }
 
@@ -270,6 +277,7 @@ void fused_backward(const Backward& p) {
   constexpr int64_t kUnit = 2 * kWidth;
   const int64_t units = (cols + kUnit - 1) / kUnit, slots = worker_count(units);
   const Buffer partial(scales ? slots * rows * rank * sizeof(double) : 0);
+  if (scales) __builtin_memset(partial.data(), 0, slots * rows * rank * sizeof(double));
   const bool single = kRankOne && p.count == 1 && scales && p.grad_x != nullptr;
   auto body = [&](int64_t slot, int64_t begin, int64_t end) {
     Stream s{begin * kUnit, least(end * kUnit, cols), (end - begin) * kUnit, x.data, x.stride,

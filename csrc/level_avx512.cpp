@@ -21,6 +21,7 @@ namespace {
 
 #include "common.inl"
 #include "elementwise.inl"
+#include "rank.inl"
 #include "pairs.inl"
 #include "pairs_dots.inl"
 #include "pairs_backward.inl"

@@ -13,6 +13,7 @@ namespace {
 
 #include "common.inl"
 #include "elementwise.inl"
+#include "rank.inl"
 #include "fused.inl"
 #include "panels.inl"
 

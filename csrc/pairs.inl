@@ -9,22 +9,9 @@ constexpr int kPairRows = 6;
 constexpr int kPairVectors = 4;
 constexpr int64_t kPairPanel = kPairVectors * kWidth;
 constexpr int64_t kPairDepth = 1024;  // contracted elements of a panel of W': 128 KiB, in the L2 cache
-constexpr int64_t kPairChunk = 512;   // rows of x contracted into G before its sums are taken
-constexpr int64_t kPairGroup = 6;     // panels of such a chunk of x, 64 KiB each, that share one reading of g
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// body(Count<n>) for 1 <= n <= N.
-template <int N, class Body>
-INLINE void with_count(int64_t n, Body& body) {
-  if constexpr (N > 1) {
-    if (n < N) return with_count<N - 1>(n, body);
-  }
-  body(Count<N>());
-}
+constexpr int64_t kPairChunk = 1024;  // most rows of x contracted into G before its sums are taken
+constexpr int64_t kPairGroup = 6;     // most panels of such a chunk of x that share one reading of g
+constexpr int64_t kPairHeldX = 3072;  // rows of all of them together: 384 KiB, in the L2 cache
 
 // total += a · b. a: MR rows of pairs; b: [steps, kPairPanel].
 template <int MR, bool kPacked>
@@ -67,47 +54,26 @@ class PairedRows {
   int64_t stride;
 };
 
-// s_c with the columns of every 32 split, padded with zeros to whole panels: [groups, rank, stride].
-class SplitColumns {
- public:
-  explicit SplitColumns(const Weight& weight)
-      : stride(round_up(weight.cols, kPairPanel)),
-        buffer_(weight.groups * weight.rank * stride * sizeof(float)),
-        group_stride(weight.rank * stride),
-        data(static_cast<const float*>(buffer_.data())) {
-    float* out = static_cast<float*>(buffer_.data());
-    const float* from = static_cast<const float*>(weight.col);
-    for (int64_t row = 0; row < weight.groups * weight.rank; ++row) {
-      for (int64_t k = 0; k < stride; k += 2 * kWidth) {
-        Vec even, odd;
-        load_split(from + row * weight.cols + k, first_elements(weight.cols - k), even, odd);
-        store(out + row * stride + k, even);
-        store(out + row * stride + k + kWidth, odd);
-      }
-    }
+// The columns of every 32 split: the even ones, then the odd ones.
+struct Split {
+  template <class T>
+  static INLINE void load_two(const T* p, int64_t left, Vec& even, Vec& odd) {
+    load_split(p, first_elements(left), even, odd);
   }
-
-  int64_t stride;
-
- private:
-  Buffer buffer_;
-
- public:
-  int64_t group_stride;
-  const float* data;
 };
 
-// 1 + s_r s_c for the 32 columns at `col`, split.
+using SplitPanels = ScalePanels<kPairRows, kPairVectors, Split>;
+
+// 1 + s_r s_c for 32 columns, split: of rank 1 from s_r at `row` and s_c at `col`, else as made before at `made`.
 template <bool kRankOne>
-INLINE void factor_split(Vec base, const float* row, const float* col, int64_t col_stride, int64_t rank, Vec& even,
-                         Vec& odd) {
+INLINE void factor_split(Vec base, const float* row, const float* col, const float* made, Vec& even, Vec& odd) {
   if (kRankOne) {
     const Vec scale = splat(row[0]);
     even = fma(scale, load(col), base);
     odd = fma(scale, load(col + kWidth), base);
   } else {
-    even = factor(base, row, col, col_stride, rank, kWidth);
-    odd = factor(base, row, col + kWidth, col_stride, rank, kWidth);
+    even = load(made);
+    odd = load(made + kWidth);
   }
 }
 
@@ -115,10 +81,11 @@ INLINE void factor_split(Vec base, const float* row, const float* col, int64_t c
 
 // panel [⌈depth / 2⌉.., kPairPanel] = W'ᵀ of `rows` rows from n and `depth` columns from k, zero-padded.
 template <class W, bool kRankOne>
-void pack_transposed(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+void pack_transposed(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
                      uint32_t* panel) {
   const Vec base = splat(static_cast<float>(weight.base));
-  const int64_t rank = weight.rank, group_rows = weight.group_rows(), ahead = rows_ahead<W>(weight, kWidth);
+  const int64_t group_rows = weight.group_rows(), ahead = rows_ahead<W>(weight, kWidth);
+  alignas(64) float factors[kRankOne ? 1 : kWidth * kPairPanel];
   for (int64_t lane = 0; lane < kPairPanel; lane += kWidth) {
     const W* w[kWidth];
     const float *row[kWidth], *col[kWidth];
@@ -126,17 +93,19 @@ void pack_transposed(const Weight& weight, const SplitColumns& split, int64_t n,
     for (int64_t i = 0; i < some; ++i) {
       const int64_t at = n + lane + i;
       w[i] = static_cast<const W*>(weight.data) + at * weight.stride + k;
-      row[i] = static_cast<const float*>(weight.row) + at * rank;
-      col[i] = split.data + at / group_rows * split.group_stride + k;
+      row[i] = static_cast<const float*>(weight.row) + at;
+      col[i] = split.at(at / group_rows, k);
     }
     for (int64_t at = 0; at < depth; at += 2 * kWidth) {
+      const int64_t in_panel = at % kPairPanel;
+      if (!kRankOne && in_panel == 0 && some > 0) split.factors_to(weight, n + lane, some, k + at, factors);
       const __mmask32 elements = first_elements(depth - at);
       Pairs block[kWidth];
       auto rescaled = [&](int64_t i) __attribute__((always_inline)) {
         Vec even, odd, f_even, f_odd;
         __builtin_prefetch(w[i] + at + ahead);
         load_split(w[i] + at, elements, even, odd);
-        factor_split<kRankOne>(base, row[i], col[i] + at, split.stride, rank, f_even, f_odd);
+        factor_split<kRankOne>(base, row[i], col[i] + at, factors + i * kPairPanel + in_panel, f_even, f_odd);
         return round_pairs(mul(even, f_even), mul(odd, f_odd));
       };
       if (some == kWidth) {
@@ -162,7 +131,7 @@ void pairs_forward(const Forward& p) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols;
   const PairedRows x(p.x, p.count, cols);
-  const SplitColumns split(weight);
+  const SplitPanels split(weight, false);
   const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     const int64_t deepest = round_up(least(cols, kPairDepth), 2 * kWidth);

@@ -3,38 +3,36 @@
 
 // panel [⌈rows / 2⌉, kPairPanel] = W' of `rows` rows from n and the columns from k, of which `left` exist; zero-padded.
 template <class W, bool kRankOne>
-void pack_rescaled(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t left,
+void pack_rescaled(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t left,
                    uint32_t* panel) {
   constexpr int64_t kAhead = 24;
   const Vec base = splat(static_cast<float>(weight.base));
-  const int64_t rank = weight.rank, group_rows = weight.group_rows();
+  const int64_t group_rows = weight.group_rows();
   const __mmask32 elements[] = {first_elements(left), first_elements(left - 2 * kWidth)};
+  alignas(64) float factors[kRankOne ? 1 : kPairRows * kPairPanel];
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  const float* row = static_cast<const float*>(weight.row) + n * rank;
-  const float* col = split.data + n / group_rows * split.group_stride + k;
-  int64_t until = (n / group_rows + 1) * group_rows - n;  // rows left in the group
-  auto step = [&]() __attribute__((always_inline)) {
-    w += weight.stride;
-    row += rank;
-    if (--until == 0) until = group_rows, col += split.group_stride;
-  };
   for (int64_t i = 0; i < rows; i += 2, panel += kPairPanel) {
     Vec even[2][2], odd[2][2];  // by half of the panel, by row
+    const int64_t in_tile = i % kPairRows;
+    if (!kRankOne && in_tile == 0) split.factors_to(weight, n + i, least(kPairRows, rows - i), k, factors);
     UNROLL for (int r = 0; r < 2; ++r) {
       if (i + r >= rows) {
         UNROLL for (int half = 0; half < 2; ++half) even[half][r] = odd[half][r] = zero();
         continue;
       }
+      const float* row = static_cast<const float*>(weight.row) + n + i + r;
+      const float* col = split.at((n + i + r) / group_rows, k);
       __builtin_prefetch(w + kAhead * weight.stride);
       __builtin_prefetch(w + kAhead * weight.stride + 2 * kWidth);
       UNROLL for (int half = 0; half < 2; ++half) {
         Vec f_even, f_odd;
         load_split(w + 2 * kWidth * half, elements[half], even[half][r], odd[half][r]);
-        factor_split<kRankOne>(base, row, col + 2 * kWidth * half, split.stride, rank, f_even, f_odd);
+        factor_split<kRankOne>(base, row, col + 2 * kWidth * half,
+                               factors + (in_tile + r) * kPairPanel + 2 * kWidth * half, f_even, f_odd);
         even[half][r] = mul(even[half][r], f_even);
         odd[half][r] = mul(odd[half][r], f_odd);
       }
-      step();
+      w += weight.stride;
     }
     UNROLL for (int half = 0; half < 2; ++half) {
       store_pairs(panel + 2 * kWidth * half, round_pairs(even[half][0], even[half][1]));
@@ -58,7 +56,7 @@ INLINE void pack_columns(const bf16* x, int64_t stride, int64_t count, int64_t l
 
 // ∂x [:, k..k + kPairPanel) = g W'. `panel` holds kPairDepth rows of W', `sums` [count, kPairPanel] if W has more.
 template <class W, bool kRankOne>
-void panel_of_grad_x(const Backward& p, const PairedRows& g, const SplitColumns& split, int64_t k, uint32_t* panel,
+void panel_of_grad_x(const Backward& p, const PairedRows& g, const SplitPanels& split, int64_t k, uint32_t* panel,
                      float* sums) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, left = weight.cols - k, tiles = (p.count + kPairRows - 1) / kPairRows;
@@ -124,15 +122,11 @@ struct PackedChunk {
   }
 };
 
-// Adds a tile of G, rows from n and columns from k, times W: to the lanes of ∂s_r [rank, kPairRows, kWidth] and to the
-// panel's ∂s_c [rank, kPairPanel].
+// h = G ⊙ W for a tile of G, rows from n and columns from k.
 template <int MR, class W>
-INLINE void reduce_pairs(const Weight& weight, const SplitColumns& split, int64_t n, int64_t k,
-                         Vec (&h)[MR][kPairVectors], float* row_lanes, float* col_sums) {
-  const int64_t left = weight.cols - k, rank = weight.rank;
+INLINE void times_weight(const Weight& weight, int64_t n, int64_t k, Vec (&h)[MR][kPairVectors]) {
+  const int64_t left = weight.cols - k;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  const float* row = static_cast<const float*>(weight.row) + n * rank;
-  const float* col = split.data + n / weight.group_rows() * split.group_stride + k;
   const __mmask32 elements[] = {first_elements(left), first_elements(left - 2 * kWidth)};
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int half = 0; half < 2; ++half) {
@@ -142,63 +136,81 @@ INLINE void reduce_pairs(const Weight& weight, const SplitColumns& split, int64_
       h[i][2 * half + 1] = mul(h[i][2 * half + 1], odd);
     }
   }
-  for (int64_t r = 0; r < rank; ++r, row_lanes += kPairRows * kWidth, col_sums += kPairPanel) {
-    Vec lanes[MR];
-    UNROLL for (int i = 0; i < MR; ++i) lanes[i] = load(row_lanes + i * kWidth);
-    UNROLL for (int j = 0; j < kPairVectors; ++j) {
-      const Vec col_j = load(col + r * split.stride + j * kWidth);
-      Vec sum = load(col_sums + j * kWidth);
-      UNROLL for (int i = 0; i < MR; ++i) {
-        lanes[i] = fma(h[i][j], col_j, lanes[i]);
-        sum = fma(h[i][j], splat(row[i * rank + r]), sum);
-      }
-      store(col_sums + j * kWidth, sum);
-    }
-    UNROLL for (int i = 0; i < MR; ++i) store(row_lanes + i * kWidth, lanes[i]);
-  }
 }
 
-// Where one slot sums scale gradients: `panels` holds up to kPairGroup panels of x, `col` [kPairGroup, rank, kPairPanel],
-// `lanes` [rank, kPairRows, kWidth]; ∂s_r goes to `row` [rows, rank], ∂s_c to `grad_col` (null: not needed).
+// Rank 1: adds a tile h to the lanes of ∂s_r [kPairRows, kWidth] and to the panel's ∂s_c [kPairPanel].
+template <int MR>
+INLINE void reduce_pairs(const float* row, const float* col, const Vec (&h)[MR][kPairVectors], float* row_lanes,
+                         float* col_sums) {
+  Vec lanes[MR];
+  UNROLL for (int i = 0; i < MR; ++i) lanes[i] = load(row_lanes + i * kWidth);
+  UNROLL for (int j = 0; j < kPairVectors; ++j) {
+    const Vec col_j = load(col + j * kWidth);
+    Vec sum = load(col_sums + j * kWidth);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      lanes[i] = fma(h[i][j], col_j, lanes[i]);
+      sum = fma(h[i][j], splat(row[i]), sum);
+    }
+    store(col_sums + j * kWidth, sum);
+  }
+  UNROLL for (int i = 0; i < MR; ++i) store(row_lanes + i * kWidth, lanes[i]);
+}
+
+// Where one slot sums scale gradients: `panels` holds the panels of x that share a reading of g, `col` [panels, rank,
+// kPairPanel], `tiles` the lanes of ∂s_r [kPairRows, kWidth] of rank 1, else kPairHeld tiles of G ⊙ W. ∂s_r goes to `row`,
+// [rows] of rank 1, else [rows, lanes], and ∂s_c to `grad_col` (null: not needed).
 struct ScaleSums {
   uint32_t* panels;
-  float *col, *lanes, *row, *grad_col;
+  float *col, *tiles, *row, *grad_col;
 };
 
+constexpr int64_t kPairHeld = 8;
+
 // The columns [k, end) of x, as many rows as a chunk of g, contracted with it: adds to the sums.
-template <class W>
-void panels_of_scales(const Weight& weight, const SplitColumns& split, const PackedChunk& g, const bf16* x,
+template <class W, bool kRankOne>
+void panels_of_scales(const Weight& weight, const SplitPanels& split, const PackedChunk& g, const bf16* x,
                       int64_t x_stride, int64_t k, int64_t end, const ScaleSums& sums) {
+  constexpr int64_t kHeld = kRankOne ? 1 : kPairHeld;
   const int64_t rank = weight.rank, steps = g.steps();
+  const float* row = static_cast<const float*>(weight.row);
   for (int64_t at = k, i = 0; at < end; at += kPairPanel, ++i) {
     pack_columns(x + at, x_stride, g.count, weight.cols - at, sums.panels + i * steps * kPairPanel);
   }
   for (int64_t group = 0; group < weight.groups; ++group) {
-    __builtin_memset(sums.col, 0, kPairGroup * rank * kPairPanel * sizeof(float));
-    for (int64_t tile = group * g.group_tiles(); tile < (group + 1) * g.group_tiles(); ++tile) {
-      const int64_t n = g.first_row(tile), height = g.height(tile);
-      __builtin_memset(sums.lanes, 0, rank * kPairRows * kWidth * sizeof(float));
+    __builtin_memset(sums.col, 0, (end - k + kPairPanel - 1) / kPairPanel * rank * kPairPanel * sizeof(float));
+    const int64_t last_tile = (group + 1) * g.group_tiles();
+    for (int64_t first_tile = group * g.group_tiles(); first_tile < last_tile; first_tile += kHeld) {
+      const int64_t until = least(first_tile + kHeld, last_tile), first = g.first_row(first_tile);
+      if (kRankOne) __builtin_memset(sums.tiles, 0, kPairRows * kWidth * sizeof(float));
       for (int64_t at = k, i = 0; at < end; at += kPairPanel, ++i) {
-        const W* next = static_cast<const W*>(weight.data) + (n + height) * weight.stride + at;
-        for (int64_t line = 0; line < height; ++line, next += weight.stride) {
-          __builtin_prefetch(next, 0, 2);
-          __builtin_prefetch(next + 2 * kWidth, 0, 2);
-        }
-        auto multiply = [&](auto rows) __attribute__((always_inline)) {
-          constexpr int MR = decltype(rows)::value;
-          Vec total[MR][kPairVectors];
-          UNROLL for (int r = 0; r < MR; ++r) {
-            UNROLL for (int j = 0; j < kPairVectors; ++j) total[r][j] = zero();
+        float *col_sums = sums.col + i * rank * kPairPanel, *h = sums.tiles;
+        for (int64_t tile = first_tile; tile < until; ++tile) {
+          const int64_t n = g.first_row(tile), height = g.height(tile);
+          const W* next = static_cast<const W*>(weight.data) + (n + height) * weight.stride + at;
+          for (int64_t line = 0; line < height; ++line, next += weight.stride) {
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next + 2 * kWidth, 0, 2);
           }
-          multiply_tile<MR, true>(g.at(tile), 0, sums.panels + i * steps * kPairPanel, steps, total);
-          reduce_pairs<MR, W>(weight, split, n, at, total, sums.lanes, sums.col + i * rank * kPairPanel);
-        };
-        with_count<kPairRows>(height, multiply);
-      }
-      for (int64_t r = 0; r < rank; ++r) {
-        for (int64_t i = 0; i < height; ++i) {
-          sums.row[(n + i) * rank + r] += sum(load(sums.lanes + (r * kPairRows + i) * kWidth));
+          auto multiply = [&](auto rows) __attribute__((always_inline)) {
+            constexpr int MR = decltype(rows)::value;
+            Vec total[MR][kPairVectors];
+            clear(total);
+            multiply_tile<MR, true>(g.at(tile), 0, sums.panels + i * steps * kPairPanel, steps, total);
+            times_weight<MR, W>(weight, n, at, total);
+            if (kRankOne) return reduce_pairs<MR>(row + n, split.at(group, at), total, sums.tiles, col_sums);
+            UNROLL for (int r = 0; r < MR; ++r) {
+              UNROLL for (int j = 0; j < kPairVectors; ++j) store(h + r * kPairPanel + j * kWidth, total[r][j]);
+            }
+          };
+          with_count<kPairRows>(height, multiply);
+          h += height * kPairPanel;
         }
+        if (kRankOne) continue;
+        auto add_col = [&](int64_t to, Vec value) { store(col_sums + to, add(load(col_sums + to), value)); };
+        split.reduce(weight, first, (h - sums.tiles) / kPairPanel, at, sums.tiles, add_col, sums.row);
+      }
+      for (int64_t i = 0; kRankOne && i < g.height(first_tile); ++i) {
+        sums.row[first + i] += sum(load(sums.tiles + i * kWidth));
       }
     }
     for (int64_t at = k, i = 0; sums.grad_col != nullptr && at < end; at += kPairPanel, ++i) {
@@ -219,19 +231,21 @@ void pairs_backward(const Backward& p) {
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, panels = (cols + kPairPanel - 1) / kPairPanel;
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
   const PairedRows g(p.grad_y, p.count, rows);
-  const SplitColumns split(weight);
-  const int64_t slots = worker_count(panels), size = rows * rank;
+  const SplitPanels split(weight, scales && !kRankOne);
+  const int64_t slots = worker_count(panels), size = rows * (kRankOne ? 1 : split.lanes);
   const Buffer partial(scales ? slots * size * sizeof(float) : 0);
   float* row_sums = static_cast<float*>(partial.data());
   if (scales) __builtin_memset(row_sums, 0, slots * size * sizeof(float));
   if (p.grad_col != nullptr) __builtin_memset(p.grad_col, 0, weight.groups * rank * cols * sizeof(float));
-  PackedChunk chunk{nullptr, p.grad_y.stride, least(p.count, kPairChunk), rows, weight.group_rows(), nullptr};
+  const int64_t chunks = (p.count + kPairChunk - 1) / kPairChunk, most_rows = round_up((p.count + chunks - 1) / chunks, 2);
+  const int64_t together = most(1, least(kPairGroup, kPairHeldX / most_rows));
+  PackedChunk chunk{nullptr, p.grad_y.stride, least(p.count, most_rows), rows, weight.group_rows(), nullptr};
   const Buffer chunk_buffer(scales ? chunk.tiles() * chunk.steps() * kPairRows * sizeof(uint32_t) : 0);
   chunk.data = static_cast<uint32_t*>(chunk_buffer.data());
-  for (int64_t start = 0; start == 0 || (scales && start < p.count); start += kPairChunk) {
+  for (int64_t start = 0; start == 0 || (scales && start < p.count); start += most_rows) {
     if (scales) {
       chunk.g = static_cast<const bf16*>(p.grad_y.data) + start * p.grad_y.stride;
-      chunk.count = least(kPairChunk, p.count - start);
+      chunk.count = least(most_rows, p.count - start);
       auto pack = [&](int64_t, int64_t begin, int64_t end) { chunk.pack(begin, end); };
       if (chunk.count * rows < 1 << 16) {
         pack(0, 0, chunk.tiles());
@@ -241,26 +255,28 @@ void pairs_backward(const Backward& p) {
     }
     auto body = [&](int64_t slot, int64_t begin, int64_t end) {
       const bool need_x = p.grad_x != nullptr && start == 0;
-      const int64_t held = most(need_x ? (least(rows, kPairDepth) + 1) / 2 : 0, scales ? kPairGroup * chunk.steps() : 0);
+      const int64_t held = most(need_x ? (least(rows, kPairDepth) + 1) / 2 : 0, scales ? together * chunk.steps() : 0);
       const int64_t tall = need_x && rows > kPairDepth ? p.count * kPairPanel : 0;
-      const int64_t scale_sums = scales ? rank * (kPairGroup * kPairPanel + kPairRows * kWidth) : 0;
+      const int64_t tiles = kRankOne ? kPairRows * kWidth : kPairHeld * kPairRows * kPairPanel;
+      const int64_t scale_sums = scales ? rank * together * kPairPanel + tiles : 0;
       const Buffer panel_buffer(held * kPairPanel * sizeof(uint32_t)), sums_buffer((tall + scale_sums) * sizeof(float));
       uint32_t* panels = static_cast<uint32_t*>(panel_buffer.data());
       float* sums = static_cast<float*>(sums_buffer.data());
-      const ScaleSums scale{panels, sums + tall, sums + tall + rank * kPairGroup * kPairPanel, row_sums + slot * size,
+      const ScaleSums scale{panels, sums + tall, sums + tall + rank * together * kPairPanel, row_sums + slot * size,
                             p.grad_col};
-      for (int64_t index = begin; index < end; index += kPairGroup) {
-        const int64_t last = least(index + kPairGroup, end);
+      for (int64_t index = begin; index < end; index += together) {
+        const int64_t last = least(index + together, end);
         for (int64_t i = index; need_x && i < last; ++i) {
           panel_of_grad_x<W, kRankOne>(p, g, split, i * kPairPanel, panels, sums);
         }
         if (!scales) continue;
-        panels_of_scales<W>(weight, split, chunk, static_cast<const bf16*>(p.x.data) + start * p.x.stride, p.x.stride,
-                            index * kPairPanel, last * kPairPanel, scale);
+        const bf16* x = static_cast<const bf16*>(p.x.data) + start * p.x.stride;
+        panels_of_scales<W, kRankOne>(weight, split, chunk, x, p.x.stride, index * kPairPanel, last * kPairPanel, scale);
       }
     };
     parallel(panels, body);
   }
+  if (!kRankOne && p.grad_row != nullptr) return split.finish(row_sums, slots, rows, p.grad_row);
   for (int64_t i = 0; p.grad_row != nullptr && i < size; ++i) {
     float total = 0;
     for (int64_t s = 0; s < slots; ++s) total += row_sums[s * size + i];

@@ -19,24 +19,25 @@ INLINE void split_rows(const Matrix& from, int64_t count, int64_t cols, int64_t 
 
 // block [4, stride] = `rows` rows of W' from n, columns from k, in the order of split_rows; further rows are zero.
 template <class W, bool kRankOne>
-void rescale_rows(const Weight& weight, const SplitColumns& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
                   int64_t stride, bf16* block) {
   const Vec base = splat(static_cast<float>(weight.base));
-  const int64_t rank = weight.rank, ahead = 4 * weight.stride;
-  for (int64_t i = 0; i < 4; ++i, block += stride) {
-    if (i >= rows) {
-      __builtin_memset(block, 0, stride * sizeof(bf16));
-      continue;
-    }
-    const W* w = static_cast<const W*>(weight.data) + (n + i) * weight.stride + k;
-    const float* row = static_cast<const float*>(weight.row) + (n + i) * rank;
-    const float* col = split.data + (n + i) / weight.group_rows() * split.group_stride + k;
-    for (int64_t at = 0; at < depth; at += 2 * kWidth) {
-      Vec even, odd, f_even, f_odd;
-      __builtin_prefetch(w + at + ahead);
-      load_split(w + at, first_elements(depth - at), even, odd);
-      factor_split<kRankOne>(base, row, col + at, split.stride, rank, f_even, f_odd);
-      store_pairs(block + at, round_both(mul(even, f_even), mul(odd, f_odd)));
+  const int64_t ahead = 4 * weight.stride, across = kRankOne ? depth : kPairPanel;
+  alignas(64) float factors[kRankOne ? 1 : 4 * kPairPanel];
+  __builtin_memset(block + rows * stride, 0, (4 - rows) * stride * sizeof(bf16));
+  for (int64_t begin = 0; begin < depth; begin += across) {
+    if (!kRankOne) split.factors_to(weight, n, rows, k + begin, factors);
+    for (int64_t i = 0; i < rows; ++i) {
+      const W* w = static_cast<const W*>(weight.data) + (n + i) * weight.stride + k;
+      const float* row = static_cast<const float*>(weight.row) + n + i;
+      const float* col = split.at((n + i) / weight.group_rows(), k);
+      for (int64_t at = begin; at < least(begin + across, depth); at += 2 * kWidth) {
+        Vec even, odd, f_even, f_odd;
+        __builtin_prefetch(w + at + ahead);
+        load_split(w + at, first_elements(depth - at), even, odd);
+        factor_split<kRankOne>(base, row, col + at, factors + i * kPairPanel + at - begin, f_even, f_odd);
+        store_pairs(block + i * stride + at, round_both(mul(even, f_even), mul(odd, f_odd)));
+      }
     }
   }
 }
@@ -48,7 +49,7 @@ void dots_forward(const Forward& p) {
   const Buffer x_buffer(p.count * stride * sizeof(bf16));
   bf16* x = static_cast<bf16*>(x_buffer.data());
   split_rows(p.x, p.count, cols, stride, x);
-  const SplitColumns split(weight);
+  const SplitPanels split(weight, false);
   const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     const int64_t deepest = least(stride, kDotDepth);

@@ -5,20 +5,38 @@
 // operands are zero-padded, so tails cost a branch at the edge and none inside.
 
 constexpr int64_t kPanel = 2 * kWidth;  // columns of one outer-product tile
-constexpr int64_t kChunk = 256;         // rows of x handled together in backward
+constexpr int64_t kChunk = 1024;        // most rows of x contracted into G before its sums are taken
+constexpr int64_t kBlock = 256;         // rows of W' made together in backward
+constexpr int64_t kTogether = 4;        // panels that share one reading of g in backward
 constexpr int64_t kRun = 128;           // elements contracted in one run of additions
 constexpr int64_t kBlockRows = 8;       // rows of W' prepared together in forward
 constexpr int64_t kDepth = 768;         // columns of such a block: 24 KiB
+constexpr int64_t kHeldBlocks = 8;      // such blocks that many rows of x are multiplied by: in the L2 cache
+constexpr int64_t kFewRows = 192;       // rows of x that stay in the L2 cache
+constexpr int64_t kRows = 2048;         // rows of x for which W' is made once in forward
+constexpr int64_t kReduceRows = 64 / kTileRows * kTileRows;  // rows of G ⊙ W summed together: at least one tile
+
+using Panels = ScalePanels<kTileRows, 2, InOrder>;
+
+// out = f ⊙ W for two vectors at w, of which `left` columns exist.
+template <class W>
+INLINE void rescale_two(const W* w, int64_t ahead, int64_t left, Vec f0, Vec f1, float* out) {
+  Vec a, b;
+  __builtin_prefetch(w + ahead);
+  if (sizeof(W) * kPanel > 64) __builtin_prefetch(w + ahead + kWidth);
+  InOrder::load_two(w, left, a, b);
+  store(out, mul(f0, a));
+  store(out + kWidth, mul(f1, b));
+}
 
 // ---------------------------------------------------------------- forward: vectors run along the contraction
 
-// out [MR, 4] (+)= x [MR, depth] · w [4, depth]ᵀ; w is zero-padded to whole vectors. `out` has rows of kBlockRows.
+// out [MR, 4], rows `stride` apart, (+)= x [MR, depth] · w [4, depth]ᵀ; w is zero-padded to whole vectors.
 template <int MR>
-void dot_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* out, bool first) {
+void dot_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* out, int64_t stride,
+              bool first) {
   Vec total[MR][4];
-  UNROLL for (int m = 0; m < MR; ++m) {
-    UNROLL for (int i = 0; i < 4; ++i) total[m][i] = zero();
-  }
+  clear(total);
   int64_t k = 0;
   for (; k + kWidth <= depth; k += kWidth) {
     Vec w_k[4];
@@ -37,33 +55,33 @@ void dot_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride
   UNROLL for (int m = 0; m < MR; ++m) {
     float sums[4];
     sum4(total[m][0], total[m][1], total[m][2], total[m][3], sums);
-    UNROLL for (int i = 0; i < 4; ++i) out[m * kBlockRows + i] = first ? sums[i] : out[m * kBlockRows + i] + sums[i];
+    UNROLL for (int i = 0; i < 4; ++i) out[m * stride + i] = first ? sums[i] : out[m * stride + i] + sums[i];
   }
 }
 
-template <int MR>
-INLINE void dot_rows(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* out,
-                     bool first) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return dot_rows<MR - 1>(rows, x, x_stride, w, w_stride, depth, out, first);
-  }
-  dot_tile<MR>(x, x_stride, w, w_stride, depth, out, first);
-}
-
-// block [kBlockRows, stride] = W' [n.., k..k + depth), zero-padded to whole vectors and to kBlockRows rows.
+// block [kBlockRows, stride] = W' [n.., k..k + depth), zero-padded to whole panels and to kBlockRows rows of one group.
 template <class W>
-void prepare_rows(const Weight& weight, int64_t n, int64_t rows, int64_t k, int64_t depth, float* block, int64_t stride) {
-  const float* row = static_cast<const float*>(weight.row) + n * weight.rank;
-  const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.rank * weight.cols + k;
+void prepare_rows(const Weight& weight, const Panels& panels, int64_t n, int64_t rows, int64_t k, int64_t depth,
+                  float* block, int64_t stride) {
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  const Vec base = splat(static_cast<float>(weight.base));
-  for (int64_t i = 0; i < rows; ++i) {
-    const W* w_i = w + i * weight.stride;
-    const float* row_i = row + i * weight.rank;
-    float* out = block + i * stride;
-    for (int64_t at = 0; at < stride; at += kWidth) {
-      const Vec f = factor(base, row_i, col + at, weight.cols, weight.rank, depth - at);
-      store(out + at, mul(load_upto(w_i + at, depth - at), f));
+  if (weight.rank == 1) {
+    const float* row = static_cast<const float*>(weight.row) + n;
+    const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
+    const Vec base = splat(static_cast<float>(weight.base));
+    for (int64_t i = 0; i < rows; ++i) {
+      const W* w_i = w + i * weight.stride;
+      const Vec scale = splat(row[i]);
+      for (int64_t at = 0; at < stride; at += kWidth) {
+        const Vec f = fma(scale, load_upto(col + at, depth - at), base);
+        store(block + i * stride + at, mul(load_upto(w_i + at, depth - at), f));
+      }
+    }
+  } else {
+    for (int64_t at = 0; at < stride; at += kPanel) {
+      panels.factors(weight, n, rows, k + at, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
+        rescale_two(w + i * weight.stride + at, kBlockRows * weight.stride, depth - at, f[0], f[1],
+                    block + i * stride + at);
+      });
     }
   }
   __builtin_memset(block + rows * stride, 0, (kBlockRows - rows) * stride * sizeof(float));
@@ -74,33 +92,46 @@ void panels_forward(const Forward& p, const float* x, int64_t x_stride) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols, group_rows = weight.group_rows();
   const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
-  const int64_t deepest = round_up(least(cols, kDepth), kWidth);
-  constexpr int64_t kRows = 192;  // rows of x that stay in the L2 cache
+  const int64_t deepest = round_up(least(cols, kDepth), kPanel);
+  const Panels panels(weight, false);
+  // Few rows of x stay in the L2 cache, and a block of W' in the L1 cache. Else several blocks stay in the L2 cache, and a
+  // tile of x in the L1 cache.
+  const int64_t held = p.count <= kFewRows ? 1 : kHeldBlocks, width = held * kBlockRows;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
-    const Buffer block_buffer(kBlockRows * deepest * sizeof(float)), sums_buffer(kRows * kBlockRows * sizeof(float));
+    const Buffer block_buffer(width * deepest * sizeof(float)), sums_buffer(least(p.count, kRows) * width * sizeof(float));
     float* w = static_cast<float*>(block_buffer.data());
     float* sums = static_cast<float*>(sums_buffer.data());
+    auto first_row = [&](int64_t block) { return block / blocks * group_rows + block % blocks * kBlockRows; };
+    auto height = [&](int64_t block) { return least(kBlockRows, group_rows - block % blocks * kBlockRows); };
     for (int64_t start = 0; start < p.count; start += kRows) {
       const int64_t count = least(kRows, p.count - start);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t n = block / blocks * group_rows + block % blocks * kBlockRows;
-        const int64_t rows = least(kBlockRows, group_rows - block % blocks * kBlockRows);
+      for (int64_t block = begin; block < end; block += held) {
+        const int64_t some = least(held, end - block);
         for (int64_t k = 0; k < cols; k += kDepth) {
-          const int64_t depth = least(kDepth, cols - k), stride = round_up(depth, kWidth);
-          prepare_rows<W>(weight, n, rows, k, depth, w, stride);
+          const int64_t depth = least(kDepth, cols - k), stride = round_up(depth, kPanel), size = kBlockRows * stride;
+          for (int64_t b = 0; b < some; ++b) {
+            prepare_rows<W>(weight, panels, first_row(block + b), height(block + b), k, depth, w + b * size, stride);
+          }
           for (int64_t m = 0; m < count; m += kDotRows) {
-            for (int64_t i = 0; i < rows; i += 4) {
-              dot_rows<kDotRows>(count - m, x + (start + m) * x_stride + k, x_stride, w + i * stride, stride, depth,
-                                 sums + m * kBlockRows + i, k == 0);
-            }
+            const float* x_m = x + (start + m) * x_stride + k;
+            auto tile = [&](auto rows) __attribute__((always_inline)) {
+              constexpr int MR = decltype(rows)::value;
+              for (int64_t i = 0; i < some * kBlockRows; i += 4) {
+                dot_tile<MR>(x_m, x_stride, w + i * stride, stride, depth, sums + m * width + i, width, k == 0);
+              }
+            };
+            with_count<kDotRows>(least(kDotRows, count - m), tile);
           }
         }
-        for (int64_t m = 0; m < count; ++m) {
-          Y* y = static_cast<Y*>(p.y) + (start + m) * weight.rows + n;
-          for (int64_t i = 0; i < rows; i += kWidth) {
-            Vec value = load_upto(sums + m * kBlockRows + i, kBlockRows - i);
-            if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
-            store_upto(y + i, value, rows - i);
+        for (int64_t b = 0; b < some; ++b) {
+          const int64_t n = first_row(block + b), rows = height(block + b);
+          for (int64_t m = 0; m < count; ++m) {
+            Y* y = static_cast<Y*>(p.y) + (start + m) * weight.rows + n;
+            for (int64_t i = 0; i < rows; i += kWidth) {
+              Vec value = load_upto(sums + m * width + b * kBlockRows + i, kBlockRows - i);
+              if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
+              store_upto(y + i, value, rows - i);
+            }
           }
         }
       }
@@ -128,15 +159,8 @@ void forward_panels(const Forward& p) {
 template <int MR>
 void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool first) {
   Vec total[MR][2];
-  UNROLL for (int i = 0; i < MR; ++i) total[i][0] = total[i][1] = zero();
-  for (int64_t s = 0; s < steps; ++s, a += kTileRows, b += kPanel) {
-    const auto b0 = load(b), b1 = load(b + kWidth);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      const auto a_i = splat(a[i]);
-      total[i][0] = fma(a_i, b0, total[i][0]);
-      total[i][1] = fma(a_i, b1, total[i][1]);
-    }
-  }
+  clear(total);
+  multiply_broadcast(a, 1, kTileRows, b, kPanel, steps, total);
   UNROLL for (int i = 0; i < MR; ++i) {
     float* row = out + i * kPanel;
     store(row, first ? total[i][0] : add(load(row), total[i][0]));
@@ -184,19 +208,22 @@ struct PackedGradient {
 
 // block [rows, kPanel] = W' [n.., k..k + kPanel) for `rows` rows, zero-padded.
 template <class W>
-void prepare_columns(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* block) {
+void prepare_columns(const Weight& weight, const Panels& panels, int64_t n, int64_t rows, int64_t k, float* block) {
   constexpr int64_t kAhead = 24;
   const int64_t left = weight.cols - k, group_rows = weight.group_rows();
+  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
+  if (weight.rank > 1) {
+    return panels.factors(weight, n, rows, k, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
+      rescale_two(w + i * weight.stride, kAhead * weight.stride, left, f[0], f[1], block + i * kPanel);
+    });
+  }
   const Vec base = splat(static_cast<float>(weight.base));
-  auto rescaled = [&](int64_t row, int64_t at) __attribute__((always_inline)) {
-    const W* w = static_cast<const W*>(weight.data) + row * weight.stride + k;
-    __builtin_prefetch(w + kAhead * weight.stride + at);
-    const float* col = static_cast<const float*>(weight.col) + row / group_rows * weight.rank * weight.cols + k;
-    const float* scale = static_cast<const float*>(weight.row) + row * weight.rank;
-    return mul(load_upto(w + at, left - at), factor(base, scale, col + at, weight.cols, weight.rank, left - at));
-  };
-  for (int64_t i = 0; i < rows; ++i, block += kPanel) {
-    for (int64_t at = 0; at < kPanel; at += kWidth) store(block + at, rescaled(n + i, at));
+  for (int64_t i = 0; i < rows; ++i, block += kPanel, w += weight.stride) {
+    const float* col = static_cast<const float*>(weight.col) + (n + i) / group_rows * weight.cols + k;
+    const Vec scale = splat(static_cast<const float*>(weight.row)[n + i]);
+    Vec a, b;
+    InOrder::load_two(col, left, a, b);
+    rescale_two(w, kAhead * weight.stride, left, fma(scale, a, base), fma(scale, b, base), block);
   }
 }
 
@@ -209,24 +236,27 @@ INLINE void pack_x(const float* x, int64_t stride, int64_t count, int64_t left, 
   }
 }
 
-// Sums of one panel of columns in one group, from tiles h [tile rows, kPanel] of G.
+// Sums of one panel of columns in one group, from tiles of G ⊙ W.
 struct PanelSums {
   float *col, *error;  // [rank, kPanel]
-  double* row;         // [rows, rank], the slot's
+  double* row;         // of rank 1: [rows], the slot's
+  float* row_lanes;    // of higher ranks: [rows, lanes], the slot's
 };
 
-// Rank 1 and whole panels: few rows of x leave so little to multiply that this pass over the tile is half the work.
-template <class W>
-void reduce_tile_of_rank_one(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h,
-                             const PanelSums& sums) {
+// Rank 1: few rows of x leave so little to multiply that this pass over a tile h of G is half the work.
+template <bool kWhole, class W>
+void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, const PanelSums& sums) {
+  const int64_t left = kWhole ? kPanel : weight.cols - k;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   const float* row = static_cast<const float*>(weight.row) + n;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
-  const Vec col0 = load(col), col1 = load(col + kWidth);
-  Vec sum0 = zero(), sum1 = zero();
+  Vec col0, col1, sum0 = zero(), sum1 = zero();
+  InOrder::load_two(col, left, col0, col1);
   auto reduce_row = [&](int64_t i) __attribute__((always_inline)) {
-    const Vec h0 = mul(load(h + i * kPanel), load(w + i * weight.stride));
-    const Vec h1 = mul(load(h + i * kPanel + kWidth), load(w + i * weight.stride + kWidth));
+    Vec h0, h1;
+    InOrder::load_two(w + i * weight.stride, left, h0, h1);
+    h0 = mul(h0, load(h + i * kPanel));
+    h1 = mul(h1, load(h + i * kPanel + kWidth));
     sum0 = fma(h0, splat(row[i]), sum0);
     sum1 = fma(h1, splat(row[i]), sum1);
     return fma(h0, col0, mul(h1, col1));
@@ -243,46 +273,34 @@ void reduce_tile_of_rank_one(const Weight& weight, int64_t n, int64_t rows, int6
   add_compensated(sums.col + kWidth, sums.error + kWidth, sum1);
 }
 
+// Adds the rows `at`.. of a group, at most kReduceRows, and the panel of column k: G from `g` and the panel of x, into `tile`.
 template <class W>
-void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* h, const PanelSums& sums) {
-  if (weight.rank == 1 && weight.cols - k >= kPanel) return reduce_tile_of_rank_one<W>(weight, n, rows, k, h, sums);
-  const int64_t left = weight.cols - k, rank = weight.rank;
-  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  const float* row = static_cast<const float*>(weight.row) + n * rank;
-  const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * weight.cols + k;
-  for (int64_t i = 0; i < rows; ++i) {
-    float* h_i = h + i * kPanel;
-    store(h_i, mul(load(h_i), load_upto(w + i * weight.stride, left)));
-    store(h_i + kWidth, mul(load(h_i + kWidth), load_upto(w + i * weight.stride + kWidth, left - kWidth)));
-  }
-  for (int64_t j = 0; j < rank; ++j) {
-    const Vec col0 = load_upto(col + j * weight.cols, left);
-    const Vec col1 = load_upto(col + j * weight.cols + kWidth, left - kWidth);
-    Vec sum0 = zero(), sum1 = zero();
-    for (int64_t i = 0; i < rows; i += 4) {
-      Vec lanes[4];
-      UNROLL for (int64_t q = 0; q < 4; ++q) {
-        lanes[q] = zero();
-        if (i + q >= rows) continue;
-        const float* h_i = h + (i + q) * kPanel;
-        const Vec h0 = load(h_i), h1 = load(h_i + kWidth), scale = splat(row[(i + q) * rank + j]);
-        sum0 = fma(h0, scale, sum0);
-        sum1 = fma(h1, scale, sum1);
-        lanes[q] = fma(h0, col0, mul(h1, col1));
-      }
-      float totals[4];
-      sum4(lanes[0], lanes[1], lanes[2], lanes[3], totals);
-      for (int64_t q = 0; q < least(4, rows - i); ++q) sums.row[(n + i + q) * rank + j] += totals[q];
+void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradient& g, int64_t group, int64_t at, int64_t k,
+                 const float* x, float* tile, const PanelSums& sums) {
+  const int64_t last = least(at + kReduceRows, g.group_rows), n = group * g.group_rows, left = weight.cols - k;
+  float* h = tile;
+  for (int64_t row = at; row < last; row += kTileRows) {
+    const int64_t some = least(kTileRows, last - row);
+    const float* a = g.down + (group * g.group_tiles() + row / kTileRows) * g.count * kTileRows;
+    outer_rows<kTileRows>(some, a, x, g.count, h, true);
+    if (weight.rank == 1) {
+      (left >= kPanel ? reduce_tile<true, W> : reduce_tile<false, W>)(weight, n + row, some, k, h, sums);
+      continue;
     }
-    add_compensated(sums.col + j * kPanel, sums.error + j * kPanel, sum0);
-    add_compensated(sums.col + j * kPanel + kWidth, sums.error + j * kPanel + kWidth, sum1);
+    const W* w = static_cast<const W*>(weight.data) + (n + row) * weight.stride + k;
+    for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) {
+      rescale_two(w, kTileRows * weight.stride, left, load(h), load(h + kWidth), h);
+    }
   }
+  if (weight.rank == 1) return;
+  auto add_col = [&](int64_t to, Vec value) { add_compensated(sums.col + to, sums.error + to, value); };
+  panels.reduce(weight, n + at, last - at, k, tile, add_col, sums.row_lanes);
 }
 
-// One chunk of rows of x and grad_y. `partial` [slots, rows, rank] sums over chunks.
+// One chunk of rows of x and grad_y. `partial`, the ∂s_r of PanelSums by slot, sums over chunks.
 template <class W, class X>
-void backward_chunk(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride,
-                    int64_t start, int64_t count, double* partial) {
+void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y,
+                    int64_t grad_y_stride, int64_t start, int64_t count, void* partial) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const bool scales = partial != nullptr, need_x = p.grad_x != nullptr;
@@ -300,60 +318,83 @@ void backward_chunk(const Backward& p, const float* x, int64_t x_stride, const f
   };
   parallel(across_tiles + down_tiles, pack);
 
-  auto panels = [&](int64_t slot, int64_t begin, int64_t end) {
-    const Buffer block_buffer(kChunk * kPanel * sizeof(float));  // a block of W', then the panel of x
-    const Buffer sums_buffer((round_up(count, kTileRows) + 2 * rank) * kPanel * sizeof(float));
-    float* block = static_cast<float*>(block_buffer.data());
-    float* tile = static_cast<float*>(sums_buffer.data());  // ∂x of the panel, then one tile of G
-    PanelSums sums{tile + round_up(count, kTileRows) * kPanel, nullptr, partial + slot * rows * rank};
-    sums.error = sums.col + rank * kPanel;
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t k = panel * kPanel, left = cols - k;
-      for (int64_t n = 0; need_x && n < rows; n += kChunk) {
-        const int64_t some = least(kChunk, rows - n);
-        prepare_columns<W>(weight, n, some, k, block);
+  auto body = [&](int64_t slot, int64_t begin, int64_t end) {
+    const int64_t together = least(kTogether, end - begin), block_size = most(kBlock, count) * kPanel;
+    const int64_t tile_size = most(round_up(count, kTileRows), kReduceRows) * kPanel, col_size = rank * kPanel;
+    const Buffer block_buffer(together * block_size * sizeof(float)), tile_buffer(together * tile_size * sizeof(float));
+    const Buffer col_buffer(together * 2 * col_size * sizeof(float));
+    float* blocks = static_cast<float*>(block_buffer.data());  // of W', then panels of x
+    float* tiles = static_cast<float*>(tile_buffer.data());    // ∂x of the panels, then tiles of G
+    float* cols_sums = static_cast<float*>(col_buffer.data());
+    auto sums_of = [&](int64_t i) {
+      float* col = cols_sums + i * 2 * col_size;
+      return PanelSums{col, col + col_size, static_cast<double*>(partial) + slot * rows,
+                       static_cast<float*>(partial) + slot * rows * panels.lanes};
+    };
+    for (int64_t panel = begin; panel < end; panel += together) {
+      const int64_t some_panels = least(together, end - panel), k = panel * kPanel;
+      for (int64_t n = 0; need_x && n < rows; n += kBlock) {
+        const int64_t some = least(kBlock, rows - n);
+        for (int64_t i = 0; i < some_panels; ++i) {
+          prepare_columns<W>(weight, panels, n, some, k + i * kPanel, blocks + i * block_size);
+        }
         for (int64_t m = 0; m < count; m += kTileRows) {
-          outer_rows<kTileRows>(count - m, g.across + m / kTileRows * across_size + n * kTileRows, block, some,
-                                tile + m * kPanel, n == 0);
+          const float* a = g.across + m / kTileRows * across_size + n * kTileRows;
+          for (int64_t i = 0; i < some_panels; ++i) {
+            outer_rows<kTileRows>(count - m, a, blocks + i * block_size, some, tiles + i * tile_size + m * kPanel, n == 0);
+          }
         }
       }
       for (int64_t m = 0; need_x && m < count; ++m) {
         X* out = static_cast<X*>(p.grad_x) + (start + m) * cols + k;
-        store_upto(out, load(tile + m * kPanel), left);
-        store_upto(out + kWidth, load(tile + m * kPanel + kWidth), left - kWidth);
+        for (int64_t i = 0; i < some_panels; ++i, out += kPanel) {
+          const float* from = tiles + i * tile_size + m * kPanel;
+          const int64_t left = cols - k - i * kPanel;
+          store_upto(out, load(from), left);
+          store_upto(out + kWidth, load(from + kWidth), left - kWidth);
+        }
       }
       if (!scales) continue;
-      pack_x(x + k, x_stride, count, left, block);
+      for (int64_t i = 0; i < some_panels; ++i) {
+        pack_x(x + k + i * kPanel, x_stride, count, cols - k - i * kPanel, blocks + i * block_size);
+      }
       for (int64_t group = 0; group < weight.groups; ++group) {
-        __builtin_memset(sums.col, 0, 2 * rank * kPanel * sizeof(float));
-        for (int64_t t = 0; t < g.group_tiles(); ++t) {
-          const int64_t n = group * group_rows + t * kTileRows, some = least(kTileRows, group_rows - t * kTileRows);
-          outer_rows<kTileRows>(some, g.down + (group * g.group_tiles() + t) * down_size, block, count, tile, true);
-          reduce_tile<W>(weight, n, some, k, tile, sums);
+        __builtin_memset(cols_sums, 0, some_panels * 2 * col_size * sizeof(float));
+        for (int64_t at = 0; at < group_rows; at += kReduceRows) {
+          for (int64_t i = 0; i < some_panels; ++i) {
+            reduce_rows<W>(weight, panels, g, group, at, k + i * kPanel, blocks + i * block_size, tiles, sums_of(i));
+          }
         }
-        for (int64_t j = 0; p.grad_col != nullptr && j < rank; ++j) {
-          float* out = p.grad_col + (group * rank + j) * cols + k;
-          const float* from = sums.col + j * kPanel;
-          for (int64_t i = 0; i < least(kPanel, left); ++i) out[i] = start == 0 ? from[i] : out[i] + from[i];
+        for (int64_t i = 0; p.grad_col != nullptr && i < some_panels; ++i) {
+          const int64_t at = k + i * kPanel;
+          for (int64_t j = 0; j < rank; ++j) {
+            float* out = p.grad_col + (group * rank + j) * cols + at;
+            const float* from = sums_of(i).col + j * kPanel;
+            for (int64_t c = 0; c < least(kPanel, cols - at); ++c) out[c] = start == 0 ? from[c] : out[c] + from[c];
+          }
         }
       }
     }
   };
-  parallel((cols + kPanel - 1) / kPanel, panels);
+  parallel((cols + kPanel - 1) / kPanel, body);
 }
 
 template <class W, class X>
 void panels_backward(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride) {
-  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
-  const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), size = p.weight.rows * p.weight.rank;
-  const Buffer partial(scales ? slots * size * sizeof(double) : 0);
-  double* sums = scales ? static_cast<double*>(partial.data()) : nullptr;
-  if (scales) __builtin_memset(sums, 0, slots * size * sizeof(double));
-  for (int64_t m = 0; m < p.count; m += kChunk) {
-    backward_chunk<W, X>(p, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
-                         grad_y_stride, m, least(kChunk, p.count - m), sums);
+  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr, one = p.weight.rank == 1;
+  const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), rows = p.weight.rows;
+  const Panels panels(p.weight, scales && !one);
+  const int64_t bytes = scales ? slots * rows * (one ? sizeof(double) : panels.lanes * sizeof(float)) : 0;
+  const Buffer partial(bytes);
+  if (scales) __builtin_memset(partial.data(), 0, bytes);
+  const int64_t chunks = (p.count + kChunk - 1) / kChunk, chunk = round_up((p.count + chunks - 1) / chunks, kTileRows);
+  for (int64_t m = 0; m < p.count; m += chunk) {
+    backward_chunk<W, X>(p, panels, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
+                         grad_y_stride, m, least(chunk, p.count - m), scales ? partial.data() : nullptr);
   }
-  if (p.grad_row != nullptr) finish_grad_row(sums, slots, size, p.grad_row);
+  if (p.grad_row == nullptr) return;
+  if (one) return finish_grad_row(static_cast<const double*>(partial.data()), slots, rows, p.grad_row);
+  panels.finish(static_cast<const float*>(partial.data()), slots, rows, p.grad_row);
 }
 
 void backward_panels(const Backward& p) {

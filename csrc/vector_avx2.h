@@ -20,6 +20,18 @@ INLINE __m256i first(int64_t n) {
 
 INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+// p[0], …, p[N - 1] in the first N lanes, and again in the next: N = 1, 2 or 4.
+template <int N>
+INLINE Vec splat_some(const float* p) {
+  if (N == 1) return splat(p[0]);
+  if (N == 2) {
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm256_castpd_ps(_mm256_set1_pd(both));
+  }
+  const __m128 four = _mm_loadu_ps(p);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);
+}
 INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 INLINE void store_first(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, first(n), a); }
 

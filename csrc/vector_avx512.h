@@ -18,6 +18,17 @@ INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1)
 
 INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+// p[0], …, p[N - 1] in the first N lanes, and again in the next: N = 1, 2 or 4.
+template <int N>
+INLINE Vec splat_some(const float* p) {
+  if (N == 1) return splat(p[0]);
+  if (N == 2) {
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  }
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+}
 INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 INLINE void store_first(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
 

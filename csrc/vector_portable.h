@@ -28,6 +28,11 @@ INLINE Vec mul(Vec a, Vec b) { return a * b; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
 INLINE Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
+// p[0], …, p[N - 1] in the first N lanes, and again in the next: N = 1, 2 or 4.
+template <int N>
+INLINE Vec splat_some(const float* p) {
+  return N == 1 ? splat(p[0]) : N == 2 ? Vec{p[0], p[1], p[0], p[1]} : load(p);
+}
 INLINE Vec load(const bf16* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof a); }
 INLINE void store(bf16* p, Vec a) {

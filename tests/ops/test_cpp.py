@@ -81,11 +81,36 @@ def test_error_rule(level, path, dtype, shape, force_path):
     check_error_rule(cpp_linear, Case(*shape, rank=rank, groups=groups, residual=residual, dtype=dtype))
 
 
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(24, 30, 99, rank=2, groups=5),  # two columns share a lane of ∂s_r
+        Case(16, 130, 70, rank=8, residual=False),
+        Case(20, 66, 130, rank=13, groups=3),  # groups of rows that no tile divides, and a rank that no tile divides
+        Case(70, 131, 97, rank=33),
+        Case(200, 66, 40, rank=64, groups=2),
+    ],
+    ids=str,
+)
+def test_ranks_are_products(level, dtype, case, force_path):
+    force_path("panels")
+    check_error_rule(cpp_linear, case._replace(dtype=dtype))
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_a_chunk(dtype, rank, force_path):
+    force_path("panels")
+    check_error_rule(cpp_linear, Case(2100, 35, 70, rank=rank, dtype=dtype), seeds=4)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "case",
     [
-        Case(530, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
+        Case(1030, 70, 450),  # more rows than one chunk of G, more columns than one group of panels
         Case(10, 1100, 65),  # ∂x sums in two depths
         Case(45, 66, 1090, rank=2),  # y sums in two depths
         Case(10, 35, 4170),  # and where few rows have y summed across lanes
