@@ -65,12 +65,12 @@ def peft_reason(method: str) -> str | None:
     return None
 
 
-def peft_config(method: str, targets: str) -> Any:
-    """HiRA of rank 1, or LoRA or DoRA of rank 8, on the layers whose names match the expression ``targets``.
+def peft_config(method: str, targets: str, hira_rank: int = 1) -> Any:
+    """HiRA of rank ``hira_rank``, or LoRA or DoRA of rank 8, on the layers whose names match ``targets``.
 
     The start is random, not zero: products with zeros can run faster than real ones.
     """
     peft = peft_module()
     if method == "hira":
-        return peft.HiraConfig(r=1, target_modules=targets, init_weights=False)
+        return peft.HiraConfig(r=hira_rank, target_modules=targets, init_weights=False)
     return peft.LoraConfig(r=8, target_modules=targets, use_dora=method == "dora", init_lora_weights=False)

@@ -56,11 +56,17 @@ PRECISIONS = {
 
 
 class Shape(NamedTuple):
-    """A linear layer of a model: K to N."""
+    """A linear layer of a model: K to N; ``groups`` and ``rank`` of its scales."""
 
     name: str
     n: int
     k: int
+    groups: int = 1
+    rank: int = 1
+
+    def with_rank(self, rank: int) -> Shape:
+        """The same layer with scales of another rank, and its name with it."""
+        return self._replace(name=f"{self.name} (r = {rank})", rank=rank)
 
 
 def vit_layers(model: str, width: int) -> list[Shape]:
@@ -91,10 +97,10 @@ class Plan(NamedTuple):
     seconds: float  # for the rounds of one interleaved group
     graphs: bool
 
-    def problem(self, m: int, shape: Shape, precision: Precision, groups: int = 1, rank: int = 1) -> Problem:
+    def problem(self, m: int, shape: Shape, precision: Precision) -> Problem:
         """The problem of one layer call."""
         dtypes = precision.dtype, True, self.device, precision.weight_dtype
-        return Problem(m, shape.n, shape.k, *dtypes, rank, groups)
+        return Problem(m, shape.n, shape.k, *dtypes, shape.rank, shape.groups)
 
 
 def _build(name: str) -> Any:
@@ -121,6 +127,7 @@ def gpu_plan() -> Plan:
     layers += [(4, shape, m, "bf16") for m in (64, 1) for shape in base]
     layers += [(4, wide, m, "bf16") for m in (1, 16, 64)]
     layers += [(5, *entry, "bf16/fp32") for entry in first]
+    layers += [(5, shape.with_rank(r), m, "bf16") for r in (32, 8) for m in (batches[1], 16) for shape in base]
     layers += [(6, shape, m, "bf16") for m in (batches[2], batches[1], 16) for shape in large + huge]
     layers += [(7, shape, m, "bf16") for m in (batches[3], batches[0], 4) for shape in base]
     layers += [(7, shape, m, "fp16") for m in (batches[2], 16) for shape in base]
@@ -148,7 +155,8 @@ def gpu_plan() -> Plan:
     # multiples of 16 are compiled differently; few rows take split-K; the large ones take many waves of programs.
     check_cases = [
         (256, 768, 768, 3, 1), (48, 768, 768, 1, 4), (8, 768, 768, 1, 1), (1, 768, 3072, 1, 1), (197, 387, 201, 3, 4),
-        (130, 256, 512, 1, 17), (1576, 2304, 768, 3, 1), (12608, 768, 3072, 1, 1), (5003, 3072, 768, 1, 1),
+        (130, 256, 512, 1, 17), (256, 768, 768, 1, 32), (1576, 2304, 768, 3, 1), (12608, 768, 3072, 1, 1),
+        (5003, 3072, 768, 1, 1),
     ]  # fmt: skip
     return Plan(
         "cuda", False, "bf16", 4096, layers, compiled, [(3, *entry, "bf16") for entry in first], memory, blocks, tuned,
@@ -159,7 +167,7 @@ def gpu_plan() -> Plan:
 def cpu_plan() -> Plan:
     """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
     shape, wide = Shape("ViT-B fc1", 32, 16), Shape("wide", 32, 32)
-    layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape, 3, "fp16/fp32")]
+    layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape.with_rank(16), 3, "fp32")]
     models = [
         (tier, "vit_base_patch16_224", 8, "fp32", mode)
         for tier, mode in ((2, "eager"), (3, "compile"), (4, "estimate"))

@@ -73,7 +73,7 @@ def _layer_cases(rows, plan: Plan, work: str, ours: str, baseline: str, few: boo
     keys = ("shape", "M", "precision", "work", "compile_mode")
     tuned = {tuple(head[key] for key in keys) for head, _ in groups if head["tiles"] == "tuned"}
     for head, group in groups:
-        if head["precision"] != plan.main or head["work"] != work:
+        if head["precision"] != plan.main or head["work"] != work or head.get("rank", 1) > 1:  # these have no targets
             continue
         if head["tiles"] == "shipped" and tuple(head[key] for key in keys) in tuned:
             continue

@@ -11,8 +11,8 @@ Row = dict[str, Any]
 
 
 def sizes_of(problem: Problem) -> Row:
-    """M, N and K of a row."""
-    return {"M": problem.m, "N": problem.n, "K": problem.k}
+    """M, N, K and r of a row."""
+    return {"M": problem.m, "N": problem.n, "K": problem.k, "rank": problem.rank}
 
 
 class Unit(NamedTuple):

@@ -496,7 +496,11 @@ def test_nested_json_is_refused(depth, tmp_path):
     deep = b"[" * depth + b"]" * depth
     damage(tmp_path, "config.json", lambda data: data.replace(b'"rank": 1', b'"rank": ' + deep))
     assert (tmp_path / "config.json").stat().st_size > 2 * depth
-    if depth < 900:
+    try:
+        json.loads(deep)
+    except RecursionError:  # from which depth on depends on the version of Python
+        assert depth > 500
+    else:
         with pytest.warns(UserWarning, match="differs from its copy"):
             load_adapter(tiny_model("vit"), tmp_path)
         rewrite(tmp_path)

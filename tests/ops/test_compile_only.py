@@ -20,7 +20,7 @@ from rlrr_kernels.ops.linear import tiles as linear_configs
 
 QUICK = {
     "sm_80": ("bf16", "tf32"),
-    "sm_90": ("bf16", "tf32"),
+    "sm_90": ("bf16",),
     "sm_100": ("bf16",),
     "gfx942": ("bf16", "fp32"),
 }

@@ -272,7 +272,7 @@ def resident_bytes() -> int:
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "." not in name])
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
 def test_nothing_the_size_of_the_weight_is_alive_after_the_forward(backend: str, low: torch.dtype | None):
-    size = 6144  # a weight of 151 MB, so that allocator noise does not count
+    size = 3072  # a weight of 38 MB, so that allocator noise does not count
     layer = RLRRLinear(size, size, bias=False)
     x = torch.randn(4, size, requires_grad=True)  # without its gradient nothing would need W' again
 
@@ -289,7 +289,7 @@ def test_nothing_the_size_of_the_weight_is_alive_after_the_forward(backend: str,
     forward().sum().backward()  # thread pools, packed buffers and gradients exist from here on
     layer.zero_grad(set_to_none=False)
     # The least of a few: the allocator takes pages at times of its own, the layer would keep something at every call.
-    least = min(kept() for _ in range(5))
+    least = min(kept() for _ in range(3))
     assert least < layer.weight.nbytes / 10, f"{least / 1e6:.0f} MB"
 
 

@@ -211,7 +211,8 @@ class Checks:
             return f"ended {len(deaths)} processes: {deaths[0]['reason']}"
         for row in deaths:
             everywhere = "M" not in row and "model" not in row
-            if everywhere or ("M" in row and problem and sizes_of(problem) == {key: row[key] for key in "MNK"}):
+            sizes = sizes_of(problem) if "M" in row and problem else {}
+            if everywhere or (sizes and all(row.get(key, size) == size for key, size in sizes.items())):
                 return row["reason"]
         return None
 
@@ -241,7 +242,7 @@ class Checks:
             return reason
         reasons = []
         for m, n, k, groups, rank in self.plan.check_cases:
-            problem = self.plan.problem(m, Shape("", n, k), precision, groups, rank)
+            problem = self.plan.problem(m, Shape("", n, k, groups, rank), precision)
             if m <= self.plan.rule_m and name not in (BY_IMAGES, MLP, NORM):
                 reasons.append(self._check(name, precision, problem, "error rule"))
             reasons.append(self._check(name, precision, problem, "one problem"))

@@ -38,10 +38,9 @@ def peft_forwards(method: str, tensors: list[Tensors]) -> list[tuple[Forward, li
         linear.weight = nn.Parameter(t["weight"], requires_grad=False)
         linear.bias = nn.Parameter(t["bias"].detach().to(t["weight"].dtype), requires_grad=False)
         linears.append(linear)
+    config = peft_config(method, r"layers\.\d+", tensors[0]["scale_row"].shape[1])
     # Adapters in the dtype of W: PEFT would otherwise train 16-bit layers by fp32 products.
-    model = peft_module().get_peft_model(
-        _Layers(linears), peft_config(method, r"layers\.\d+"), autocast_adapter_dtype=False
-    )
+    model = peft_module().get_peft_model(_Layers(linears), config, autocast_adapter_dtype=False)
     result = []
     for t, layer in zip(tensors, model.base_model.model.layers, strict=True):
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -50,7 +49,9 @@ def peft_forwards(method: str, tensors: list[Tensors]) -> list[tuple[Forward, li
 
 
 def paper_form(t: Tensors) -> Tensors:
-    """The scales as the vectors of the paper's formula, which eager computes without a matrix product."""
+    """Scales of rank 1 as the vectors of the paper's formula, which eager computes without a matrix product."""
+    if t["scale_row"].shape[1] > 1:
+        return t
     return t | {"scale_row": t["scale_row"][:, 0], "scale_col": t["scale_col"][0, 0]}
 
 

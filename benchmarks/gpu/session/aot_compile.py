@@ -86,8 +86,8 @@ def model_jobs(plan: Plan, name: str, batch: int, precision: Precision) -> Itera
     width = next(width for key, width in WIDTHS.items() if key in name)
     tokens = batch * (TOKENS if "patch16" in name else 257)
     for shape in vit_layers("", width):
-        groups = 3 if shape.n == 3 * width else 1
-        yield from linear_jobs(plan.problem(tokens, shape, precision, groups), precision)
+        shape = shape._replace(groups=3 if shape.n == 3 * width else 1)
+        yield from linear_jobs(plan.problem(tokens, shape, precision), precision)
     x = torch.empty(tokens, width, dtype=precision.weight_dtype, device="meta")
     vectors = [torch.empty(width, dtype=precision.weight_dtype, device="meta") for _ in range(2)]
     trained = [torch.empty(width, device="meta") for _ in range(2)]
@@ -117,7 +117,7 @@ def jobs(plan: Plan, gpu: Gpu) -> list[Job]:
         first[name] = min(tier, first.get(name, tier))
     for name, tier in first.items():
         for m, n, k, groups, rank in plan.check_cases:
-            problem = plan.problem(m, Shape("", n, k), PRECISIONS[name], groups, rank)
+            problem = plan.problem(m, Shape("", n, k, groups, rank), PRECISIONS[name])
             add(tier, linear_jobs(problem, PRECISIONS[name], 0.25))
     for tier, shape, m, name in plan.layers:
         for share in ESTIMATES.values() if m >= TOKENS else (None,):
