@@ -12,8 +12,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --quiet --no-compile "torch>=2.9"
-	$(PY) -m pip install --quiet --no-compile --no-build-isolation --editable ".[all]"
+	$(PY) -m pip install --quiet "torch>=2.9"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
 	touch $@
 
 # The C++ extension alone, beside the sources.
