@@ -126,7 +126,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
                     yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows, *sizes)
                 yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=4, groups=3)
                 # Ranks of HiRA, where the table serves them.
-                if dtype == "bf16" and configs.dot_rank(kernel, 32, tiles, x_dtype, arch) and arch == "sm_90":
+                if configs.multiplied_in_pipeline(32, x_dtype, w_dtype.itemsize, arch):
                     yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=32)
             if persistent := configs.PERSISTENT.get(devices.family_of(arch), {}).get((kernel, x_dtype.itemsize)):
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096)

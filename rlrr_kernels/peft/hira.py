@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import compute_dtype
+from rlrr_kernels.ops.checks import MAX_RANK, compute_dtype
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.public import rlrr_linear
-
-MAX_RANK = 64
-"""Of all active adapters of a layer together: the most that ``rlrr_linear`` takes."""
 
 PRODUCTS = ("input", "float32")
 _HALF = (torch.float16, torch.bfloat16)

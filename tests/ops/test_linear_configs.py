@@ -215,3 +215,15 @@ def test_a_product_in_parts_must_save_more_than_their_sum_costs():
     """A block takes 0.35 µs to arrive (half ARRIVAL_US, of 3 stages), the sum of the parts KERNEL_US."""
     tiles = configs.Tiles(16, 64, 128, 4, 3)
     assert [configs.contraction_splits(blocks, 12, tiles, "sm_90") for blocks in (4, 9, 10, 24)] == [1, 1, 5, 11]
+
+
+def test_scales_are_multiplied_in_a_pipeline_where_its_tiles_have_room():
+    narrow, gpu = torch.bfloat16, "sm_90"
+    served = [rank for rank in range(1, 65) if configs.multiplied_in_pipeline(rank, narrow, 2, gpu)]
+    assert served == list(range(16, 33))
+    assert not configs.multiplied_in_pipeline(32, narrow, 4, gpu), "an fp32 W takes 256 KiB beside them"
+    assert not configs.multiplied_in_pipeline(32, torch.float32, 4, gpu)
+    assert not configs.multiplied_in_pipeline(32, narrow, 2, "sm_80")
+    for kernel in ("forward", "grad_x"):
+        for _, tiles in configs.table(gpu)[kernel, 2]:
+            assert configs.shared_bytes(kernel, tiles, narrow, narrow, 32) <= 227 << 10, (kernel, tiles)

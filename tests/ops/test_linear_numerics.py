@@ -213,13 +213,26 @@ def test_gradcheck(backend: str, residual: bool, count: int, rank: int, groups: 
 @settings(max_examples=8 if backends.INTERPRETING else 150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape_stride_and_dtype(backend: str, data: st.DataObject):
+    check_drawn(backend, data, (1, 2, 5, 17 if backends.INTERPRETING else 64))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backends.INTERPRETING, reason="all that the quick test does not draw is the interpreter's")
+@on_every_backend
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_more_shapes_strides_and_dtypes(backend: str, data: st.DataObject):
+    check_drawn(backend, data, (1, 2, 5, 64))
+
+
+def check_drawn(backend: str, data: st.DataObject, ranks: tuple[int, ...]) -> None:
     groups = data.draw(st.integers(1, 4), "groups")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     case = Case(
         rows=data.draw(st.integers(0, 70), "M"),
         out_features=groups * data.draw(st.integers(1, 40), "N / G"),
         in_features=data.draw(st.integers(1, 80), "K"),
-        rank=data.draw(st.sampled_from((1, 2, 5, 17 if backends.INTERPRETING else 64)), "rank"),
+        rank=data.draw(st.sampled_from(ranks), "rank"),
         groups=groups,
         bias=data.draw(st.booleans(), "bias"),
         residual=data.draw(st.booleans(), "residual"),

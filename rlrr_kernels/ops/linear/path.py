@@ -76,7 +76,7 @@ def merge_gain(
     if rank <= UNROLLED_RANK:
         trail += TRAIL_PER_RANK * (rank - 1)
     else:
-        in_pipeline = multiplied_in_pipeline(rank, dtype, gpu)
+        in_pipeline = multiplied_in_pipeline(rank, dtype, weight_dtype.itemsize, gpu)
         trail = trail if in_pipeline else max(trail, TRAIL_IN_A_LOOP)
         if rank >= LEAST_DOT_RANK and kind == "half":
             tiles = tiles_for("forward", gpu, dtype, rows) if in_pipeline else IRREGULAR["forward", dtype.itemsize]

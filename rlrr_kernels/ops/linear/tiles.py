@@ -166,7 +166,7 @@ EDGE_BLOCKS, MOST_SPLITS = 2, 16
 clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
 
 
-def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str) -> int:
+def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu | str) -> int:
     """How many vectors, some of them zeros, a kernel of the tiled schedule multiplies as matrices; 0: one by one.
 
     fp64 has no such products. A tile of G leaves them registers where a thread has at most 32 values of it, or as the
@@ -175,13 +175,17 @@ def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu 
     if rank < LEAST_DOT_RANK or dtype == torch.float64:
         return 0
     wide = kernel == "grad_scales" and tiles.block_n * tiles.block_k > 32 * 32 * tiles.warps
-    return 0 if wide and not multiplied_in_pipeline(rank, dtype, gpu) else 1 << (rank - 1).bit_length()
+    in_pipeline = multiplied_in_pipeline(rank, dtype, weight_itemsize, gpu)
+    return 0 if wide and not in_pipeline else 1 << (rank - 1).bit_length()
 
 
-def multiplied_in_pipeline(rank: int, dtype: torch.dtype, gpu: Gpu | str) -> bool:
-    """Whether tiles of :data:`TABLE` multiply the scales as matrices inside their pipeline."""
-    on_hopper = devices.gpu(gpu).family == "sm_90" and dtype.itemsize == 2
-    return on_hopper and LEAST_DOT_RANK <= rank <= MOST_PIPELINED_RANK
+def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu | str) -> bool:
+    """Whether tiles of :data:`TABLE` multiply the scales as matrices inside their pipeline.
+
+    Beside an fp32 W these have no room for it: up to 256 KiB of shared memory, and spills.
+    """
+    narrow = dtype.itemsize == weight_itemsize == 2
+    return narrow and devices.gpu(gpu).family == "sm_90" and LEAST_DOT_RANK <= rank <= MOST_PIPELINED_RANK
 
 
 def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, dot_rank: int = 0) -> int:
@@ -270,7 +274,7 @@ class Product(NamedTuple):
         """Whether :data:`TABLE` applies: rows 16 elements apart or contiguous, and no loop in the product's loop."""
         strides = *self.first.strides, *self.second.strides
         unrolled = self.rank <= UNROLLED_RANK or self.kernel == "grad_scales"
-        in_table = unrolled or multiplied_in_pipeline(self.rank, self.dtype, self.gpu)
+        in_table = unrolled or multiplied_in_pipeline(self.rank, self.dtype, self.weight_dtype.itemsize, self.gpu)
         return in_table and all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 

@@ -43,15 +43,18 @@ def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, A
     }
 
 
-def rank_meta(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str) -> dict[str, Any]:
+def rank_meta(
+    kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str, weight_itemsize: int = 0
+) -> dict[str, Any]:
     """How a kernel of the tiled schedule multiplies the scales (:func:`rlrr_kernels.ops.linear.tiles.dot_rank`).
 
-    As matrices in three TF32 products for one of fp32, 21 bits of mantissa, where Triton has them.
+    As matrices in three TF32 products for one of fp32, 21 bits of mantissa, where Triton has them. The size of W's
+    elements is asked for by the scale gradients alone.
     """
     precision = "tf32x3" if devices.gpu(gpu).name.startswith(("sm_8", "sm_9", "sm_1")) else "ieee"
     return {
         "RANK": rank,
-        "DOT_RANK": linear_configs.dot_rank(kernel, rank, tiles, dtype, gpu),
+        "DOT_RANK": linear_configs.dot_rank(kernel, rank, tiles, dtype, weight_itemsize, gpu),
         "DOT_PRECISION": precision,
     }
 
@@ -273,7 +276,7 @@ def _grad_scales_plans(
             sums.col_offset, sums.bias_offset, M, N, K, group_size, rows_per_split,
             *grad_strides, *x_strides, *weight_strides,
         ),
-        meta | rank_meta("grad_scales", rank, tiles, dtype, gpu) | {"EVEN_M": M % tiles.block_m == 0},
+        meta | rank_meta("grad_scales", rank, tiles, dtype, gpu, weight_itemsize) | {"EVEN_M": M % tiles.block_m == 0},
     )  # fmt: skip
     return partial, sums
 

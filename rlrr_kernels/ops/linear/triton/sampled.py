@@ -184,8 +184,9 @@ def _bits(value: float) -> int:
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_shape: torch.Size, x_strides: tuple[int, int],
-    weight_strides: tuple[int, int], col_shape: torch.Size, kept: int, row_weight: float, images: int,
-    needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str, tiles: linear_configs.Tiles,
+    weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, kept: int, row_weight: float,
+    images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str,
+    tiles: linear_configs.Tiles,
 ) -> tuple[Plan | None, Plan, PartialSums]:  # fmt: skip
     """The launch of the images' means, that of the partial sums, and how these are added up."""
     (count, rows), (size, cols), (groups, rank, _) = grad_shape, x_shape, col_shape
@@ -209,7 +210,7 @@ def _plans(
             rows_per_split, rows_per_sum, *grad_strides, *x_strides, *weight_strides,
         ),
         {
-            **rank_meta("grad_scales", rank, tiles, dtype, arch),
+            **rank_meta("grad_scales", rank, tiles, dtype, arch, weight_itemsize),
             "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
             "EVEN_M": not any(part % tiles.block_m for part in (kept, images, size)),
             **launch_meta(dtype, precision, tiles),
@@ -260,8 +261,8 @@ def grad_scales_launches(
     elif row_weight == 1:
         kept = x.shape[0]
     means, partial, sums = _plans(
-        grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), scale_col.shape, kept, row_weight, images,
-        needs, dtype, precision_of(dtype, arch), arch, tiles,
+        grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), weight.itemsize, scale_col.shape, kept,
+        row_weight, images, needs, dtype, precision_of(dtype, arch), arch, tiles,
     )  # fmt: skip
     missed, mean = grad_y, x
     if means is not None:
