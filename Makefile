@@ -12,8 +12,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --quiet "torch>=2.9"
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[all]"
+	$(PY) -m pip install --quiet --no-compile "torch>=2.9"
+	$(PY) -m pip install --quiet --no-compile --no-build-isolation --editable ".[all]"
+	-$(PY) -m compileall -qq -j 0 $(VENV)/lib  # pip does it on one core; packages carry files that do not compile
 	touch $@
 
 # The C++ extension alone, beside the sources.
@@ -39,7 +40,8 @@ SHARED := -n 2 --dist worksteal  # both cores to the end: tests take from millis
 
 # Two processes: Triton's interpreter, which runs the kernels on the CPU, is on for a whole process or not at all, and
 # with it nothing can be compiled.
-test: lint docs
+test: $(STAMP)
+	$(MAKE) --jobs 2 --output-sync lint docs
 	$(PY) -m pytest tests -q $(SHARED) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q $(SHARED) -m "interpreted and not slow"
 

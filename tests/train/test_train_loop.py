@@ -204,7 +204,7 @@ def test_a_run_folder_is_never_overwritten(images, tmp_path):
 
 def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     arguments = (
-        "finetune --model test_vit --weights none --image-size 32 --epochs 8 --batch-size 4 --checkpoint-minutes 0 "
+        "finetune --model test_vit --weights none --image-size 32 --epochs 5 --batch-size 4 --checkpoint-minutes 0 "
         "--lr 0.01 --augment timm --mixed-precision bf16 --accumulate 2 --mixup 0.8 --cutmix 1 --label-smoothing 0.1 "
         "--ema-decay 0.9 --activation-checkpointing --schedule restarts --schedule-per epoch "
         f"--data {images} --out {tmp_path / 'killed'}"
