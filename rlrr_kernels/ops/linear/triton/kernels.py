@@ -14,6 +14,7 @@ import triton.language as tl
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
 UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
+_IEEE = tl.constexpr("ieee")  # Triton 3.5 takes no plain string for a default
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def load_col(col_ptr, offs_k, mask_k, cols, MASKED: tl.constexpr, RANK: tl.const
 def rescale(
     w, row, col, row_ptr, col_ptr, offs_n, offs_k, mask_n, mask_k, cols,
     RANK: tl.constexpr, RESIDUAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACC: tl.constexpr,
-    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = "ieee",
+    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = _IEEE,
 ):  # fmt: skip
     """A tile of W' = W ⊙ (1 + s_r s_c), [n, k] or, TRANSPOSED, [k, n], in ACC: every product's prologue.
 
@@ -262,7 +263,7 @@ def store_scale_parts(
     G, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk, pid_k, pid_n, split,
     RANK: tl.constexpr, NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = "ieee",
+    DOT_RANK: tl.constexpr = 0, DOT_PRECISION: tl.constexpr = _IEEE,
 ):  # fmt: skip
     """What one tile of G [n, k] from one split of the rows adds to ∂s_r and ∂s_c, into parts of dtype ACC."""
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
