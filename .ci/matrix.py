@@ -1,6 +1,6 @@
 """The test suite with every supported pair of torch and Triton, an environment each: ``make matrix``.
 
-    python .ci/matrix.py [ROW ...] [--slow] [--again] [--drop] [--envs FOLDER] [--constraint FILE] [--write]
+    python .ci/matrix.py [ROW ...] [--slow] [--again | --earlier] [--drop] [--envs FOLDER] [--constraint FILE] [--write]
 
 A row is chosen by its torch, "2.9" say; without any, all run, one after another. An environment that was built for the
 requirements it would be built for now is used again, and a result that is there for the same files is not repeated, so
@@ -171,6 +171,22 @@ def counts(report: Path) -> dict[str, Any]:
     return found
 
 
+def known_result(row: Row, results: Path, earlier: bool) -> Path:
+    """Where the row's result lies or will; with ``earlier`` the newest without failures, whatever the files were."""
+    kept = results / f"{row.name}.json"
+    if kept.exists() or not earlier:
+        return kept
+    slow = results.name.endswith("-slow")
+    found = [path for path in results.parent.glob(f"*/{kept.name}") if path.parent.name.endswith("-slow") == slow]
+    passed = [path for path in found if not failures(json.loads(path.read_text()))]
+    return max(passed, key=os.path.getmtime, default=kept)
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """The tests that failed."""
+    return [name for process in PROCESSES for name in result.get(process, {}).get("failures", [])]
+
+
 def test(row: Row, python: Path, source: Path, results: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Builds the extension in ``source`` and runs the suite there, once for each of :data:`PROCESSES`."""
     variables = os.environ | {"PYTHONPATH": str(source), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONNOUSERSITE": "1"}
@@ -180,6 +196,8 @@ def test(row: Row, python: Path, source: Path, results: Path, arguments: argpars
     build = [str(python), "setup.py", "--quiet", "build_ext", "--inplace"]
     run(build, "the C++ extension does not build", cwd=source, env=variables)
     facts = json.loads(run([str(python), "-c", FACTS], "does not import", cwd=source, env=variables))
+    commit = ["git", "describe", "--always", "--dirty"]
+    facts["commit"] = run(commit, "git knows no commit", cwd=ROOT).strip()
     for process, extra in PROCESSES.items():
         say(row, f"runs its tests: {process}")
         report, marks = results / f"{row.name}-{process}.xml", ["not gpu"]
@@ -213,15 +231,16 @@ def test(row: Row, python: Path, source: Path, results: Path, arguments: argpars
 
 def table(found: Iterable[tuple[Row, dict[str, Any]]]) -> str:
     """The results in Markdown, padded so that they read well as they are."""
-    lines = [["torch", "Triton", "Python", "other packages", "C++ operator", "suite", "interpreted", "minutes"]]
+    heads = "torch", "Triton", "Python", "other packages", "C++ operator", "suite", "interpreted", "minutes", "commit"
+    lines = [[*heads]]
     for row, result in found:
         other = "oldest" if row.oldest else "newest"
         if "error" in result:
-            lines.append([row.torch, "", row.python, other, "", result["error"], "", ""])
+            lines.append([row.torch, "", row.python, other, "", result["error"], "", "", ""])
             continue
         cells = [result["torch"], result["triton"], result["python"], other, "no" if result["cpp"] else "yes"]
         cells += [_sum(result[process]) for process in PROCESSES]
-        lines.append([*cells, f"{sum(result[process]['seconds'] for process in PROCESSES) / 60:.0f}"])
+        lines.append([*cells, f"{sum(result[process]['seconds'] for process in PROCESSES) / 60:.0f}", result["commit"]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
@@ -272,6 +291,9 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(row.name for row in ROWS)}; default: all")
     parser.add_argument("--slow", action="store_true", help="slow tests too")
     parser.add_argument("--again", action="store_true", help="repeat results that are there")
+    parser.add_argument(
+        "--earlier", action="store_true", help="nor repeat what passed with earlier files; the table names their commit"
+    )
     parser.add_argument("--drop", action="store_true", help="remove an environment when its row is done: 6 GB each")
     parser.add_argument("--envs", type=Path, default=ROOT / ".matrix", help="where environments and results are kept")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="only these; their results are not kept")
@@ -292,7 +314,8 @@ def main() -> int:
     for row in ROWS:
         if arguments.rows and row.name not in arguments.rows:
             continue
-        kept, folder = results / f"{row.name}.json", arguments.envs.resolve() / f"torch{row.name}-py{row.python}"
+        folder = arguments.envs.resolve() / f"torch{row.name}-py{row.python}"
+        kept = known_result(row, results, arguments.earlier)
         if kept.exists() and not arguments.again:
             found.append((row, json.loads(kept.read_text())))
             continue
@@ -316,9 +339,9 @@ def main() -> int:
     print(text)
     bad = 0
     for row, result in found:
-        failures = [name for process in PROCESSES for name in result.get(process, {}).get("failures", [])]
-        bad += bool(failures or "error" in result)
-        print(*(f"torch {row.torch}: {name} failed" for name in failures), sep="\n", end="\n" if failures else "")
+        names = failures(result)
+        bad += bool(names or "error" in result)
+        print(*(f"torch {row.torch}: {name} failed" for name in names), sep="\n", end="\n" if names else "")
     if arguments.write and not bad:
         TABLE.write_text(page(text), encoding="utf-8")
     return bad

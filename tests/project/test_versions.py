@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +88,7 @@ def test_a_report_is_counted(tmp_path: Path):
         "cpp": "no",
         "suite": found,
         "interpreted": found,
+        "commit": "1234567",
     }
     text = matrix.table([(matrix.ROWS[0], result), (matrix.ROWS[1], {"error": "no Python 3.11 on this machine"})])
     head, rule, first, second = text.splitlines()
@@ -93,3 +96,18 @@ def test_a_report_is_counted(tmp_path: Path):
     assert "no Python 3.11" in second
     assert len({len(line) for line in (head, rule, first, second)}) == 1
     assert text in matrix.page(text)
+
+
+def test_what_passed_earlier_is_not_repeated_if_one_says_so(tmp_path: Path):
+    row = matrix.ROWS[0]
+    here = tmp_path / "now"
+    assert matrix.known_result(row, here, earlier=True) == here / f"{row.name}.json"
+    counted = {"failures": []}
+    for index, (name, failures) in enumerate([("old", []), ("new", []), ("bad", ["tests.a::bad"]), ("new-slow", [])]):
+        path = tmp_path / name / f"{row.name}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"suite": counted | {"failures": failures}, "interpreted": counted}))
+        os.utime(path, (index, index))
+    assert matrix.known_result(row, here, earlier=True) == tmp_path / "new" / f"{row.name}.json"
+    assert matrix.known_result(row, here, earlier=False) == here / f"{row.name}.json"
+    assert matrix.known_result(row, tmp_path / "old", earlier=True) == tmp_path / "old" / f"{row.name}.json"
