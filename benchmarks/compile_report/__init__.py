@@ -126,8 +126,9 @@ def linear_cases(arch: str) -> Iterator[Case]:
                     yield _case(kernel, arch, dtype, tiles._replace(max_splits=1), dtypes, rows, *sizes)
                 yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=4, groups=3)
                 # Ranks of HiRA, where the table serves them.
-                if configs.multiplied_in_pipeline(32, x_dtype, w_dtype.itemsize, arch):
-                    yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=32)
+                for rank in (8, 32):
+                    if configs.multiplied_in_pipeline(rank, x_dtype, w_dtype.itemsize, arch):
+                        yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=rank)
             if persistent := configs.PERSISTENT.get(devices.family_of(arch), {}).get((kernel, x_dtype.itemsize)):
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096)
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096, rank=4, groups=3)

@@ -153,6 +153,7 @@ class _Layer:
         self.problem, self.bandwidth, self.rate = problem, ceilings.bandwidth, ceilings.rates[precision]
         self.tf32 = precision == "tf32"
         self.sizes = self.m, self.n, self.k = problem.m, problem.n, problem.k
+        self.rank = problem.rank
         self.dtype, self.weight_dtype = problem.dtype, problem.weight_dtype or problem.dtype
         self.x, self.y = self.m * self.k * self.dtype.itemsize, self.m * self.n * self.dtype.itemsize
         self.weight, self.merged = (self.n * self.k * dtype.itemsize for dtype in (self.weight_dtype, self.dtype))
@@ -164,33 +165,48 @@ class _Layer:
         """Autocast's copy of an fp32 W."""
         return [Launch(self.weight + self.merged)] if self.weight != self.merged else []
 
+    def multiply_adds(self, count: float) -> float:
+        """So many fp32 multiply-adds outside the matrix units, in operations at the rate of the products."""
+        return 2.0 * count * self.rate / (linear_paths.REACHED_RATE * PEAKS.float32)
+
+    def factors(self, products: int) -> float:
+        """What ``products`` of the scales by one another, or by G ⊙ W, cost for each element of W, beside rank 1."""
+        if self.rank > linear_tiles.UNROLLED_RANK:
+            return 2.0 * products * linear_paths.MATRIX_OPERATIONS * linear_tiles.padded_rank(self.rank)
+        return products * self.multiply_adds(self.rank - 1)
+
     def product(self, kernel: str, path: str) -> list[Launch]:
         """y or ∂x: ``library`` with a given W, ``merge``, ``fused`` (fused) or ``auto``."""
         if path == "auto":
             dtypes = self.dtype, self.weight_dtype, self.tf32
-            path = linear_paths.choose_path(linear_paths.merge_gain(*self.sizes, 1, ARCHITECTURE, *dtypes))
+            path = linear_paths.choose_path(linear_paths.merge_gain(*self.sizes, self.rank, ARCHITECTURE, *dtypes))
         if path == "fused":
             return self._fused(kernel)
-        merge = [Launch(self.weight + self.merged)] if path == "merge" else []
+        merged = Launch(self.weight + self.merged, self.multiply_adds((self.rank - 1) * self.n * self.k))
+        merge = [merged] if path == "merge" else []
         sizes = (self.m, self.n, self.k) if kernel == "forward" else (self.m, self.k, self.n)
         return merge + self.library(*sizes)
 
     def _fused(self, kernel: str) -> list[Launch]:
+        itemsize, weight_itemsize = self.dtype.itemsize, self.weight_dtype.itemsize
         tiles = linear_tiles.tiles_for(kernel, ARCHITECTURE, self.dtype, self.m)
+        in_pipeline = linear_tiles.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, ARCHITECTURE)
+        if self.rank > linear_tiles.UNROLLED_RANK and not in_pipeline:
+            tiles = linear_tiles.IRREGULAR[kernel, itemsize]
         cut = grid(kernel, tiles, *self.sizes, self.dtype, self.weight_dtype)
         given, result = (self.x, self.y) if kernel == "forward" else (self.y, self.x)
         arrival = linear_tiles.ARRIVAL_US if cut.m_tiles == 1 else linear_tiles.ARRIVAL_US / 2
         iterations = cut.programs * cut.iterations
         launch = Launch(
-            self.weight + given, 2.0 * iterations * tiles.block_m * tiles.block_n * tiles.block_k,
+            self.weight + given, iterations * tiles.block_n * tiles.block_k * (2.0 * tiles.block_m + self.factors(1)),
             whole_waves(cut.programs), iterations * cut.tile_bytes,
             arrival * max(0.0, cut.iterations / max(tiles.stages - 1, 1) - 1),
         )  # fmt: skip
-        return _split(launch, result, 4 * cut.splits * result / self.dtype.itemsize if cut.splits > 1 else 0)
+        return _split(launch, result, 4 * cut.splits * result / itemsize if cut.splits > 1 else 0)
 
     def scales(self, share: float) -> list[Launch]:
         """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
-        schedules = SCHEDULES if share == 1 else SCHEDULES[:1]
+        schedules = SCHEDULES if share == 1 and self.rank <= linear_tiles.UNROLLED_RANK else SCHEDULES[:1]
         tiles = linear_tiles.tiles_for("grad_scales", ARCHITECTURE, self.dtype, self.m, schedules)
         rows = max(1, round(self.m * share))
         cut = grid("grad_scales", tiles, rows, self.n, self.k, self.dtype, self.weight_dtype)
@@ -201,8 +217,9 @@ class _Layer:
             idle = cut.iterations * MULTIPROCESSORS / iterations
         else:
             idle = whole_waves(cut.programs) * (of_k + 1) / of_k
-        partial = 4 * cut.splits * (of_k * self.n + of_n * self.k + self.n)
-        made_us = 1e6 * PARTIAL_SUM_CLOCKS * bn * bk * cut.programs * cut.ends / MULTIPROCESSORS / CLOCK_HZ
+        partial = 4 * cut.splits * (self.rank * (of_k * self.n + of_n * self.k) + self.n)
+        made = bn * bk * cut.programs * cut.ends  # values of G that are made partial sums of
+        made_us = 1e6 * (PARTIAL_SUM_CLOCKS * made / MULTIPROCESSORS / CLOCK_HZ + self.factors(2) * made / self.rate)
         launch = Launch(share * (self.x + self.y) + self.weight + partial, 2.0 * iterations * bm * bn * bk, idle)
         launch = launch._replace(cache_bytes=iterations * cut.tile_bytes)
         products_us = launch._replace(bytes=0.0).microseconds(self.bandwidth, self.rate) - linear_tiles.KERNEL_US
@@ -211,8 +228,13 @@ class _Layer:
     def reference(self) -> tuple[list[Launch], list[Launch], list[Launch]]:
         """Forward, ∂x and scale gradients of the eager formula, kernel by kernel."""
         w = self.weight
-        merge = [Launch(2 * w), Launch(2 * w), Launch(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
-        gradients = [Launch(3 * w), Launch(w), Launch(2 * w), Launch(3 * w), Launch(w), Launch(self.y)]
+        if self.rank == 1:
+            merge = [Launch(2 * w), Launch(2 * w), Launch(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
+            gradients = [Launch(3 * w), Launch(w), Launch(2 * w), Launch(3 * w), Launch(w), Launch(self.y)]
+        else:
+            factor = Launch(w, self.multiply_adds(self.rank * self.n * self.k))  # s_r s_c; its like for either gradient
+            merge = [factor, Launch(3 * w), Launch(3 * w), *self.cast()]  # ⊙ W, + W
+            gradients = [Launch(3 * w), factor, factor, Launch(self.y)]
         forward = merge + self.product("forward", "library")
         scales = self.library(self.n, self.k, self.m) + self.cast() + gradients
         return forward, self.product("grad_x", "library"), scales

@@ -40,8 +40,6 @@ def predicted_rows(plan: Plan) -> list[Row]:
     """Rows as the section "layers" has them, with the model's time in place of a measured one."""
     rows: list[Row] = [{"section": "ceilings", "what": "copy", "TB_per_s": H200.bandwidth / 1e12}]
     for shape, m, name in dict.fromkeys(entry[1:] for entry in plan.layers):
-        if shape.rank > 1:  # their products of scales are not in the model
-            continue
         problem = plan.problem(m, shape, PRECISIONS[name])
         for work, implementations in IMPLEMENTATIONS.items():
             head = {

@@ -49,7 +49,8 @@ def test_a_vit_loads_strictly_into_plain_timm(variant, dtype):
     torch.testing.assert_close(model(images), expected)
     plain = tiny_model(family, seed=1, **overrides).to(dtype)
     plain.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(plain(images), model(images))
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(plain(images), model(images))  # the library's products may go by where tensors lie
     assert [type(m).__name__ for m in plain.modules()] == [type(m).__name__ for m in model.modules()]
 
 

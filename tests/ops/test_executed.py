@@ -32,6 +32,8 @@ CASES = [  # M, N, K, rank, groups
     case("bf16 groups", 72, 144, 160, 4, 3, dtype=BF16),
     case("bf16 ragged", 67, 99, 70, 17, 3, dtype=BF16),
     case("bf16 rank 32", 136, 128, 160, 32, 1, dtype=BF16),
+    case("bf16 rank 5", 136, 128, 160, 5, 1, dtype=BF16),
+    case("fp32 rank 8", 67, 96, 80, 8, 3, dtype=FP32),
     case("bf16 rank 64 ragged", 40, 99, 70, 64, 1, dtype=BF16, slow=True),
     case("fp32 rank 32", 67, 96, 80, 32, 3, dtype=FP32, slow=True),
     case("bf16 in parts", 16, 64, 2048, 1, 1, dtype=BF16),

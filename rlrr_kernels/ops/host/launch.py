@@ -40,6 +40,8 @@ _address = Tensor.data_ptr
 _make_start = private.start_maker(triton.__version__)
 watched = private.watcher()
 current_device = private.current_device
+if backends.INTERPRETING:
+    private.mend_interpreter()
 
 _direct: bool | None = None
 

@@ -100,6 +100,25 @@ the name: the compiler traces into the function, and may break the graph there."
 # ---------------------------------------------------------------- Triton
 
 
+def mend_interpreter() -> None:
+    """Lets the interpreter of Triton 3.5 and 3.6 count a loop to a number that it holds as an array of one element.
+
+    It takes ``int`` of the array, which NumPy 2.5 refuses. Without this, kernels with such loops fail under
+    ``TRITON_INTERPRET=1`` there.
+    """
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None:
+        return
+
+    def patch_and_mend(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
 def watcher() -> Callable[..., bool]:
     """The function that tells whether anything watches or alters launches of kernels, so that Triton has to do them.
 

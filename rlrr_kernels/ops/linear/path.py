@@ -13,9 +13,9 @@ from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.linear.tiles import (
     IRREGULAR,
     KERNEL_US,
-    LEAST_DOT_RANK,
     UNROLLED_RANK,
     multiplied_in_pipeline,
+    padded_rank,
     tiles_for,
 )
 
@@ -31,9 +31,9 @@ L and H at 394 to 50,432 rows of times predicted from machine code, idle multipr
 benchmarks.model --overhead``). The last two run without matrix instructions and are a guess.
 """
 
-TRAIL_PER_RANK, TRAIL_IN_A_LOOP = 0.12, 3.0
-"""What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels that
-loop over a rank above UNROLLED_RANK, which are not pipelined."""
+TRAIL_PER_RANK, TRAIL_UNPIPELINED = 0.12, 3.0
+"""What every further rank adds to it, a multiply-add for every weight of every tile; and the share of the kernels
+of a rank above UNROLLED_RANK that are not pipelined."""
 
 MATRIX_OPERATIONS = 6
 """What a vector more of scales that are multiplied as matrices costs beside a row of the tile: three products at half
@@ -77,10 +77,10 @@ def merge_gain(
         trail += TRAIL_PER_RANK * (rank - 1)
     else:
         in_pipeline = multiplied_in_pipeline(rank, dtype, weight_dtype.itemsize, gpu)
-        trail = trail if in_pipeline else max(trail, TRAIL_IN_A_LOOP)
-        if rank >= LEAST_DOT_RANK and kind == "half":
+        trail = trail if in_pipeline else max(trail, TRAIL_UNPIPELINED)
+        if kind == "half":
             tiles = tiles_for("forward", gpu, dtype, rows) if in_pipeline else IRREGULAR["forward", dtype.itemsize]
-            trail += MATRIX_OPERATIONS * rank / tiles.block_m
+            trail += MATRIX_OPERATIONS * padded_rank(rank) / tiles.block_m
     weights, peaks = out_features * in_features, gpu.peaks
     saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
     moved = weights * (weight_dtype.itemsize + dtype.itemsize)

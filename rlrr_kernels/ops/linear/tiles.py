@@ -19,8 +19,8 @@ UNROLLED_RANK = 4
 """Largest rank whose factor is built without a loop in the kernels."""
 
 LEAST_DOT_RANK, MOST_PIPELINED_RANK = 16, 32
-"""From the first, what ``tl.dot`` sums over at least, the scales are multiplied as matrices. To the second, sm_90's
-tiles have registers and shared memory for it beside their pipeline: compiled, no spills."""
+"""What ``tl.dot`` sums over at least: above UNROLLED_RANK the scales are multiplied as matrices, of so many vectors or
+more. To the second, sm_90's tiles have registers and shared memory for it beside their pipeline: compiled, no spills."""
 
 
 class Tiles(NamedTuple):
@@ -172,11 +172,16 @@ def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_it
     fp64 has no such products. A tile of G leaves them registers where a thread has at most 32 values of it, or as the
     tiles of a pipeline do.
     """
-    if rank < LEAST_DOT_RANK or dtype == torch.float64:
+    if rank <= UNROLLED_RANK or dtype == torch.float64:
         return 0
     wide = kernel == "grad_scales" and tiles.block_n * tiles.block_k > 32 * 32 * tiles.warps
     in_pipeline = multiplied_in_pipeline(rank, dtype, weight_itemsize, gpu)
-    return 0 if wide and not in_pipeline else 1 << (rank - 1).bit_length()
+    return 0 if wide and not in_pipeline else padded_rank(rank)
+
+
+def padded_rank(rank: int) -> int:
+    """How many vectors a product of the scales as matrices is of, zeros among them: a power of two."""
+    return max(LEAST_DOT_RANK, 1 << (rank - 1).bit_length())
 
 
 def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu | str) -> bool:
@@ -185,7 +190,7 @@ def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, 
     Beside an fp32 W these have no room for it: up to 256 KiB of shared memory, and spills.
     """
     narrow = dtype.itemsize == weight_itemsize == 2
-    return narrow and devices.gpu(gpu).family == "sm_90" and LEAST_DOT_RANK <= rank <= MOST_PIPELINED_RANK
+    return narrow and devices.gpu(gpu).family == "sm_90" and UNROLLED_RANK < rank <= MOST_PIPELINED_RANK
 
 
 def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, dot_rank: int = 0) -> int:
@@ -195,15 +200,15 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
     way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
     the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W or of the result
-    is beside them. Products with ``dot_rank`` vectors of the scales hold these once more, and G ⊙ W three times.
+    is beside them. Products with ``dot_rank`` vectors of the scales hold these once more, and G ⊙ W four times.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
     persistent = tiles.schedule == "persistent"
     if kernel == "grad_scales":
         stages = tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages
         if dot_rank:
-            vectors = 2 * min(dot_rank, 32) * (tiles.block_n + tiles.block_k)
-            least = max(least, 4 * (3 * tiles.block_n * tiles.block_k + vectors))
+            vectors = min(dot_rank, 32) * (tiles.block_n + tiles.block_k)
+            least = max(least, 4 * (4 * tiles.block_n * tiles.block_k + vectors))
         return max(least, stages + barriers + (tiles.block_n * STRIP_BYTES if persistent else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
