@@ -58,7 +58,7 @@ def test_what_makes_the_fused_kernel_work_more_brings_the_merge_forward():
 
 @pytest.mark.parametrize(("rank", "rows"), [(1, 1123), (2, 958), (4, 742), (5, 542), (16, 542), (32, 358), (64, 53)])
 def test_from_which_rows_on_an_h200_merges_fc1_of_vit_b(rank: int, rows: int):
-    """A further rank brings the merge forward, one outside the pipeline most of all; those above 4 are multiplied as matrices."""
+    """A further rank brings the merge forward, one that leaves the pipeline most of all."""
     assert [path(m, (3072, 768), rank) for m in (rows - 1, rows)] == ["fused", "merge"]
 
 

@@ -19,8 +19,8 @@ UNROLLED_RANK = 4
 """Largest rank whose factor is built without a loop in the kernels."""
 
 LEAST_DOT_RANK, MOST_PIPELINED_RANK = 16, 32
-"""What ``tl.dot`` sums over at least: above UNROLLED_RANK the scales are multiplied as matrices, of so many vectors or
-more. To the second, sm_90's tiles have registers and shared memory for it beside their pipeline: compiled, no spills."""
+"""What ``tl.dot`` sums over at least: above UNROLLED_RANK the scales are multiplied as matrices of so many vectors. To
+the second, sm_90's tiles have registers and shared memory for it beside their pipeline: compiled, no spills."""
 
 
 class Tiles(NamedTuple):
