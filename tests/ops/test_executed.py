@@ -32,8 +32,8 @@ CASES = [  # M, N, K, rank, groups
     case("bf16 groups", 72, 144, 160, 4, 3, dtype=BF16),
     case("bf16 ragged", 67, 99, 70, 17, 3, dtype=BF16),
     case("bf16 rank 32", 136, 128, 160, 32, 1, dtype=BF16),
-    case("bf16 rank 5", 136, 128, 160, 5, 1, dtype=BF16),
     case("fp32 rank 8", 67, 96, 80, 8, 3, dtype=FP32),
+    case("bf16 rank 5", 136, 128, 160, 5, 1, dtype=BF16),
     case("bf16 rank 64 ragged", 40, 99, 70, 64, 1, dtype=BF16, slow=True),
     case("fp32 rank 32", 67, 96, 80, 32, 3, dtype=FP32, slow=True),
     case("bf16 in parts", 16, 64, 2048, 1, 1, dtype=BF16),
@@ -51,9 +51,18 @@ CASES = [  # M, N, K, rank, groups
 ]
 
 
+def cases_by_arch() -> list:
+    """Every case on one architecture after another; on the others the same is slow."""
+    return [
+        pytest.param(arch, *case.values, id=f"{case.id}-{arch}", marks=case.marks if quick else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+        for j, arch in enumerate(TARGETS)
+        for quick in [i % len(TARGETS) == j]
+    ]
+
+
 @poisoned
-@on_every_arch
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("arch", "case"), cases_by_arch())
 def test_fused(arch: str, case: Case):
     with executed(arch):
         numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case, seeds=3)

@@ -100,7 +100,9 @@ def check(arch: str, kernel: str, itemsize: int, limit: int, tiles: Tiles, ragge
         assert error <= limit, (name, error, limit, case)
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+@pytest.mark.parametrize(
+    "ragged", [pytest.param(False, id="even", marks=pytest.mark.slow), pytest.param(True, id="ragged")]
+)
 @pytest.mark.parametrize(("arch", "kernel", "itemsize", "limit", "tiles"), parameters(shipped))
 def test_shipped_tiles(arch: str, kernel: str, itemsize: int, limit: int, tiles: Tiles, ragged: bool):
     check(arch, kernel, itemsize, limit, tiles, ragged)
