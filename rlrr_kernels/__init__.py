@@ -24,6 +24,8 @@ from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.mlp import rlrr_mlp
+from rlrr_kernels.ops.multi.public import rlrr_linear_multi
+from rlrr_kernels.ops.multi.task_index import TaskIndex
 from rlrr_kernels.ops.norm_rescale.public import norm_rescale
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.version import __version__
@@ -39,6 +41,7 @@ __all__ = [
     "RLRRConv2d",
     "RLRRLinear",
     "RowSample",
+    "TaskIndex",
     "__version__",
     "adapt_model",
     "adapt_report",
@@ -53,6 +56,7 @@ __all__ = [
     "parameter_groups",
     "recompute_activations",
     "rlrr_linear",
+    "rlrr_linear_multi",
     "rlrr_mlp",
     "save_adapter",
     "use_backend",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,29 @@ def rlrr_linear_reference(
     """y = x · (W ⊙ (s_r s_c) + W)ᵀ + b as eager PyTorch computes it; shapes as in :func:`rlrr_kernels.rlrr_linear`."""
     weight = rescaled_weight_reference(weight, scale_row, scale_col, residual=residual)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rlrr_linear_multi_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    index: Tensor,
+    residual: bool = True,
+) -> Tensor:
+    """The formula of :func:`rlrr_kernels.rlrr_linear_multi`, one sample after the other; index [S]."""
+    parts = []
+    for sample, task in zip(x, index.tolist(), strict=True):
+        if task < 0:
+            parts.append(F.linear(sample, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+            continue
+        terms = [term for term in (bias, None if shift is None else shift[task]) if term is not None]
+        total = sum(terms[1:], start=terms[0]) if terms else None
+        parts.append(rlrr_linear_reference(sample, weight, scale_row[task], scale_col[task], total, residual=residual))
+    return torch.stack(parts) if parts else x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def rlrr_conv2d_reference(

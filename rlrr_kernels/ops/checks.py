@@ -15,8 +15,9 @@ _DTYPES = (torch.float32, *_HALF, torch.float64)
 
 
 def check_tensors(
-    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
-) -> None:
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
+    prefix: str = "", shift: Tensor | None = None,
+) -> None:  # fmt: skip
     """Types and devices; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
@@ -26,7 +27,7 @@ def check_tensors(
     device = x.device
     if weight.device != device:
         raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
-    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)
+    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
     for name, tensor in others:
         if tensor is None:
             continue
@@ -74,6 +75,7 @@ def check_dtypes(
     bias: Tensor | None,
     autocast: bool,
     prefix: str = "",
+    shift: Tensor | None = None,
 ) -> None:
     """``dtype`` is that of x, after autocast."""
     if dtype not in _DTYPES:
@@ -83,7 +85,7 @@ def check_dtypes(
     ):
         expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
         raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight_dtype}")
-    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
+    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)):
         if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight_dtype):
             raise TypeError(f"{prefix}{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
 
@@ -100,33 +102,38 @@ def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:
 
 
 def check_parameters(
-    weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
-) -> None:
-    """Scales and bias fit weight [N, K]."""
+    weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
+    prefix: str = "", stacked: bool = False,
+) -> None:  # fmt: skip
+    """Scales and bias fit weight [N, K]; ``stacked`` scales have a dimension T before all others."""
     rows, cols = weight.shape
     rank = 1
+    first, t = (1, "T, ") if stacked else (0, "")
     if scale_row is not None:
-        shape = scale_row.shape
+        shape = scale_row.shape[first:]
         if len(shape) not in (1, 2) or shape[0] != rows:
-            raise ValueError(f"{prefix}scale_row must be [N] or [N, r] with N = {rows}; got shape {tuple(shape)}")
+            raise ValueError(
+                f"{prefix}scale_row must be [{t}N] or [{t}N, r] with N = {rows}; got shape {tuple(scale_row.shape)}"
+            )
         if len(shape) == 2:
             rank = shape[1]
             if not 1 <= rank <= MAX_RANK:
-                raise ValueError(f"{prefix}scale_row must have a rank r from 1 to {MAX_RANK}; got shape {tuple(shape)}")
+                raise ValueError(
+                    f"{prefix}scale_row must have a rank r from 1 to {MAX_RANK}; got shape {tuple(scale_row.shape)}"
+                )
     if scale_col is not None:
-        shape = scale_col.shape
-        if scale_row is None or scale_row.dim() == 1:
-            expected, fits = "[K] or [G, K]", len(shape) in (1, 2)
+        shape = scale_col.shape[first:]
+        if scale_row is None or scale_row.dim() - first == 1:
+            expected, fits = f"[{t}K] or [{t}G, K]", len(shape) in (1, 2)
             groups = shape[0] if len(shape) == 2 else 1
         else:
-            expected, fits = f"[r, K] or [G, r, K] with r = {rank}", len(shape) in (2, 3) and shape[-2] == rank
+            expected, fits = f"[{t}r, K] or [{t}G, r, K] with r = {rank}", len(shape) in (2, 3) and shape[-2] == rank
             groups = shape[0] if len(shape) == 3 else 1
+        given = f"got shape {tuple(scale_col.shape)}"
         if not fits or shape[-1] != cols:
-            raise ValueError(f"{prefix}scale_col must be {expected} with K = {cols}; got shape {tuple(shape)}")
+            raise ValueError(f"{prefix}scale_col must be {expected} with K = {cols}; {given}")
         if groups < 1 or rows % groups:
-            raise ValueError(
-                f"{prefix}scale_col has G = {groups} groups, which must divide N = {rows}; got shape {tuple(shape)}"
-            )
+            raise ValueError(f"{prefix}scale_col has G = {groups} groups, which must divide N = {rows}; {given}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows):
         raise ValueError(f"{prefix}bias must be [N] with N = {rows}; got shape {tuple(bias.shape)}")
 

@@ -35,6 +35,16 @@ def linear_backward_flops(
     return 2 * products * math.prod(weight_shape)
 
 
+def linear_multi_backward_flops(
+    grad_shape: Sequence[int], x_shape: Sequence[int] | None, weight_shape: Sequence[int], row_shape: Sequence[int],
+    col_shape: Sequence[int], index_shape: Sequence[int], residual: bool, backend: str, needs: Sequence[bool],
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    """Of ``torch.ops.rlrr_kernels.linear_multi_backward``: as many as of one adapter on all samples."""
+    shapes = grad_shape, x_shape, weight_shape, row_shape, col_shape
+    return linear_backward_flops(*shapes, residual, backend, needs[:4])
+
+
 def tell_counters() -> None:
     """Has ``torch.utils.flop_counter`` count the operators, the counters at work included.
 
@@ -47,6 +57,8 @@ def tell_counters() -> None:
     formulas = {
         torch.ops.rlrr_kernels.linear: linear_flops,
         torch.ops.rlrr_kernels.linear_backward: linear_backward_flops,
+        torch.ops.rlrr_kernels.linear_multi: linear_flops,
+        torch.ops.rlrr_kernels.linear_multi_backward: linear_multi_backward_flops,
     }
     for target, formula in formulas.items():
         if target not in module.flop_registry:

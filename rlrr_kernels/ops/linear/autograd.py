@@ -114,7 +114,7 @@ class CallCache:
             self._calls[key] = call
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode wants to see every operator, which Python that starts kernels is not."""
     return private.dispatch_modes() > 0 and not private.transforms_active()
 
@@ -137,7 +137,7 @@ def linear(
     if call.eager:
         return _apply(x, weight, scale_row, scale_col, bias, (call, sample, recompute, False))
     options = call.residual, call.backend, call.input_activation, *flatten_sample(sample)
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or _is_watched():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or is_watched():
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
         return torch.ops.rlrr_kernels.linear(x, weight, scale_row, scale_col, bias, *options)
     if private.transforms_active():
@@ -202,7 +202,7 @@ class _Linear(torch.autograd.Function):
             options = call.residual, call.backend, needs, call.input_activation
             grads = run(grad_y, x, weight, scale_row, scale_col, *options, *flatten_sample(sample))
             grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        elif _is_watched():
+        elif is_watched():
             scales, options = canonical(scale_row, scale_col, weight), (call.residual, call.backend, needs)
             grads = torch.ops.rlrr_kernels.linear_backward(
                 grad_y, x, weight, *scales, *options, call.input_activation, *flatten_sample(sample)

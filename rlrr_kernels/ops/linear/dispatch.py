@@ -32,7 +32,7 @@ def forward(
     input_activation: str | None,
 ) -> Tensor:
     """y [..., N] of x [..., K]."""
-    module, options = _implementation(_able(backend, x, weight, scale_row, scale_col, bias))
+    module, options = _implementation(able(backend, x, weight, scale_row, scale_col, bias))
     x, weight, scale_row, scale_col, bias = in_memory(x, weight, scale_row, scale_col, bias)
     scale_row, scale_col = canonical(scale_row, scale_col, weight)
     flat = flattened(x)
@@ -73,7 +73,7 @@ def backward(
 
     x is what :func:`rows_for_backward` returned.
     """
-    backend = _able(backend, grad_y, x, weight, scale_row, scale_col)
+    backend = able(backend, grad_y, x, weight, scale_row, scale_col)
     grad_y, x, weight, scale_row, scale_col = in_memory(grad_y, x, weight, scale_row, scale_col)
     row, col = canonical(scale_row, scale_col, weight)
     flat = flattened(grad_y), flattened(x), weight, row, col, residual, backend, needs, sample
@@ -95,7 +95,7 @@ def flattened(x: Tensor | None) -> Tensor | None:
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _able(backend: str, *tensors: Tensor | None) -> str:
+def able(backend: str, *tensors: Tensor | None) -> str:
     """``backend``, or plain torch where a tensor is of a type that may have no memory to hand to a kernel."""
     return backend if all([t is None or type(t) in PLAIN_TYPES for t in tensors]) else "torch"  # noqa: C419 (faster)
 

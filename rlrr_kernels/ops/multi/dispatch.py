@@ -1,0 +1,102 @@
+"""What ``rlrr_linear_multi`` computes: groups the samples by task, and brings stacks of scales into the one form that
+the backends see, scale_row [T, N, r] and scale_col [T, G, r, K]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlrr_kernels.ops.checks import in_memory
+from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
+from rlrr_kernels.ops.linear.dispatch import able, flattened
+from rlrr_kernels.ops.multi import loop_backend
+from rlrr_kernels.ops.multi.task_index import TaskIndex
+
+
+def canonical_stacks(
+    scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor, tasks: int
+) -> tuple[Tensor, Tensor]:
+    """scale_row as [T, N, r] and scale_col as [T, G, r, K]; None becomes ones that share one element."""
+    (rows, cols), ranks = weight.shape, scale_row is not None and scale_row.dim() == 3
+    if scale_row is None:
+        rank = scale_col.shape[2] if scale_col is not None and scale_col.dim() == 4 else 1
+        row = torch.ones((), dtype=accumulate_dtype(weight.dtype), device=weight.device).expand(tasks, rows, rank)
+    else:
+        row = scale_row if ranks else scale_row.unsqueeze(2)
+    if scale_col is None:
+        col = torch.ones((), dtype=row.dtype, device=weight.device).expand(tasks, 1, row.shape[2], cols)
+    elif scale_col.dim() == 4:
+        col = scale_col
+    elif ranks:
+        col = scale_col.unsqueeze(1)
+    else:
+        col = scale_col.unsqueeze(2) if scale_col.dim() == 3 else scale_col[:, None, None]
+    return row, col
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    index: TaskIndex,
+    residual: bool,
+    backend: str,
+) -> Tensor:
+    """y [S, ..., N] of x [S, ..., K] and stacks of scales in the one form."""
+    run, _ = _implementation(able(backend, x, weight, scale_row, scale_col, bias, shift))
+    x, weight, scale_row, scale_col, bias, shift = in_memory(x, weight, scale_row, scale_col, bias, shift)
+    permutation = index.permutation(x.device)
+    rows = index.rows(x.shape[1:-1].numel())
+    flat = flattened(x if permutation is None else x.index_select(0, permutation[0]))
+    with private.NoAutocast():
+        y = run(flat, weight, scale_row, scale_col, bias, shift, rows, residual)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if permutation is not None:
+        return y.view(shape).index_select(0, permutation[1])
+    # As in rlrr_linear: a view would forbid callers to modify y in place.
+    return y if x.dim() == 2 else private.view_of_new(y, shape)
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale_row: Tensor,
+    scale_col: Tensor,
+    index: TaskIndex,
+    residual: bool,
+    backend: str,
+    needs: loop_backend.Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, of the stacks in the one form, and of bias and shift (in the accumulation dtype).
+
+    ``x`` may be None when no scale gradient is needed.
+    """
+    _, run = _implementation(able(backend, grad_y, x, weight, scale_row, scale_col))
+    grad_y, x, weight, scale_row, scale_col = in_memory(grad_y, x, weight, scale_row, scale_col)
+    permutation = index.permutation(grad_y.device)
+    rows = index.rows(grad_y.shape[1:-1].numel())
+    grouped = [t if t is None or permutation is None else t.index_select(0, permutation[0]) for t in (grad_y, x)]
+    with private.NoAutocast():
+        grads = run(*map(flattened, grouped), weight, scale_row, scale_col, rows, residual, needs)
+    grad_x = grads[0]
+    if grad_x is not None:
+        grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+        grad_x = grad_x if permutation is None else grad_x.index_select(0, permutation[1])
+    return grad_x, *grads[1:]
+
+
+@functools.cache
+def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of a resolved backend."""
+    return tuple(
+        functools.partial(function, backend=backend) for function in (loop_backend.forward, loop_backend.backward)
+    )  # type: ignore[return-value]
