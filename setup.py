@@ -48,7 +48,7 @@ def extension_options():
             except Exception as error:
                 give_up(error)
 
-    names = ("level_avx2", "level_avx512", "level_portable", "levels", "module", "ops", "runtime")
+    names = ("level_avx2", "level_avx512", "level_portable", "levels", "module", "multi", "ops", "runtime")
     headers = os.listdir("csrc")
     flags = os.environ.get("RLRR_CPP_FLAGS", "").split()
     extension = CppExtension(

@@ -61,36 +61,54 @@ void parallel(int64_t count, Body& body) {
       &body);
 }
 
-// out [count, cols] = the fp32 values of a matrix.
+// body(m, row, n) for the rows [start, start + count) of all that the runs hold: n rows from the m-th on lie from `row` on.
+template <class Body>
+INLINE void for_runs(const Run* runs, int64_t start, int64_t count, Body body) {
+  for (int64_t before = 0; before < start + count; before += runs->count, ++runs) {
+    const int64_t m = most(start, before), end = least(start + count, before + runs->count);
+    if (m < end) body(m, runs->first + m - before, end - m);
+  }
+}
+
+// out [count, cols] = the fp32 values of a matrix's rows in runs.
 template <class T>
-void widen_rows(const Matrix& from, int64_t count, int64_t cols, float* out) {
+void widen_rows(const Matrix& from, const Run* runs, int64_t count, int64_t cols, float* out) {
   auto body = [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      const T* row = static_cast<const T*>(from.data) + m * from.stride;
-      for (int64_t k = 0; k < cols; k += kWidth) {
-        store_upto(out + m * cols + k, load_upto(row + k, cols - k), cols - k);
+    for_runs(runs, begin, end - begin, [&](int64_t m, int64_t first, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T* row = static_cast<const T*>(from.data) + (first + i) * from.stride;
+        for (int64_t k = 0; k < cols; k += kWidth) {
+          store_upto(out + (m + i) * cols + k, load_upto(row + k, cols - k), cols - k);
+        }
       }
-    }
+    });
   };
   if (count * cols < 1 << 16) return body(0, 0, count);
   parallel(count, body);
 }
 
-// A matrix as fp32: itself, or widened into scratch.
+// A matrix as fp32: itself, or its rows widened into scratch, one run after the other.
 class Widened {
  public:
-  Widened(const Matrix& from, Type type, int64_t count, int64_t cols)
-      : buffer_(type == Type::bf16 && from.data != nullptr ? count * cols * sizeof(float) : 0),
+  Widened(const Matrix& from, Type type, int64_t count, int64_t cols) : Widened(from, type, nullptr, count, cols) {}
+  Widened(const Matrix& from, Type type, const Run* runs, int64_t count, int64_t cols)
+      : copied_(type == Type::bf16 && from.data != nullptr),
+        buffer_(copied_ ? count * cols * sizeof(float) : 0),
         data(static_cast<const float*>(from.data)),
         stride(from.stride) {
-    if (type != Type::bf16 || from.data == nullptr) return;
+    if (!copied_) return;
     float* out = static_cast<float*>(buffer_.data());
-    widen_rows<bf16>(from, count, cols, out);
+    const Run all{0, count};
+    widen_rows<bf16>(from, runs == nullptr ? &all : runs, count, cols, out);
     data = out;
     stride = cols;
   }
 
+  // The m-th row of all runs, which lies at `row` of the matrix.
+  const float* at(int64_t m, int64_t row) const { return data + (copied_ ? m : row) * stride; }
+
  private:
+  bool copied_;
   Buffer buffer_;
 
  public:

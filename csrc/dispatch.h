@@ -42,6 +42,14 @@ inline Path choose_forward(int64_t level, Type type, const Weight& weight, int64
   return Crossovers{ranks ? 0 : stacks(level, type, weight) ? 6 : 4, kAlways}.choose(count);
 }
 
+// The same for the rows of one of many adapters of a weight: `fused` are few, and those of all such adapters share a pass over
+// W; `panels` are enough to make W' for, a panel at a time. The pairs' one pass makes no W' for any rank.
+inline Path choose_forward_of_task(int64_t level, Type type, const Weight& weight, int64_t count) {
+  const bool pairs = level == 3 && type == Type::bf16 && weight.type == Type::bf16;
+  if (pairs && weight.rank > 1) return Crossovers{2, kAlways}.choose(count);
+  return choose_forward(level, type, weight, count);
+}
+
 inline Path choose_backward(int64_t level, Type type, const Weight& weight, int64_t count) {
   const bool ranks = weight.rank > kFusedRank;
   if (level == 0) return Crossovers{ranks ? 0 : 8, 16}.choose(count);

@@ -110,7 +110,7 @@ void fused_forward(const Forward& p) {
 void forward_fused(const Forward& p) {
   const bool one = p.weight.rank == 1;
 #ifdef RLRR_PAIRS
-  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return forward_stacked(p);
+  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return forward_stacked(&p, 1);
 #endif
   if (p.weight.type == Type::f32) {
     one ? fused_forward<float, true>(p) : fused_forward<float, false>(p);

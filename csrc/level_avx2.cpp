@@ -23,6 +23,7 @@ namespace {
 #include "rank.inl"
 #include "fused.inl"
 #include "panels.inl"
+#include "together.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -31,6 +32,7 @@ const Level level_avx2 = {
     "avx2",
     avx2::forward_fused,
     avx2::forward_panels,
+    avx2::forward_together,
     avx2::backward_fused,
     avx2::backward_panels,
     avx2::merge,

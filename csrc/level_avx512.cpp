@@ -28,6 +28,7 @@ namespace {
 #include "stacked.inl"
 #include "fused.inl"
 #include "panels.inl"
+#include "together.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -36,6 +37,7 @@ const Level level_avx512 = {
     "avx512",
     avx512::forward_fused,
     avx512::forward_panels,
+    avx512::forward_together,
     avx512::backward_fused,
     avx512::backward_panels,
     avx512::merge,

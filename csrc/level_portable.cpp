@@ -16,6 +16,7 @@ namespace {
 #include "rank.inl"
 #include "fused.inl"
 #include "panels.inl"
+#include "together.inl"
 
 }  // namespace
 }  // namespace portable
@@ -24,6 +25,7 @@ const Level level_portable = {
     "portable",
     portable::forward_fused,
     portable::forward_panels,
+    portable::forward_together,
     portable::backward_fused,
     portable::backward_panels,
     portable::merge,

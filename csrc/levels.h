@@ -14,6 +14,8 @@ struct Level {
   const char* name;
   void (*forward_fused)(const Forward&);
   void (*forward_panels)(const Forward&);
+  // Of calls that share x, W and y, a few rows each; the two above take them one by one, rows of `forward_fused` in one run.
+  void (*forward_together)(const Forward* calls, int64_t size);
   void (*backward_fused)(const Backward&);
   void (*backward_panels)(const Backward&);
   // out [rows, cols] = W' rounded once to `type`.

@@ -29,24 +29,31 @@ INLINE void multiply_tile(const bf16* a, int64_t a_stride, const uint32_t* b, in
   }
 }
 
-// Rows whose pairs may be read: a copy where their number of columns is odd.
+// Rows whose pairs may be read: a copy where their number of columns is odd, one run after the other.
 class PairedRows {
  public:
-  PairedRows(const Matrix& from, int64_t count, int64_t cols)
-      : buffer_(cols % 2 != 0 ? count * (cols + 1) * sizeof(bf16) : 0),
+  PairedRows(const Matrix& from, const Run* runs, int64_t count, int64_t cols)
+      : copied_(cols % 2 != 0),
+        buffer_(copied_ ? count * (cols + 1) * sizeof(bf16) : 0),
         data(static_cast<const bf16*>(from.data)),
         stride(from.stride) {
-    if (cols % 2 == 0) return;
+    if (!copied_) return;
     bf16* out = static_cast<bf16*>(buffer_.data());
-    for (int64_t m = 0; m < count; ++m) {
-      __builtin_memcpy(out + m * (cols + 1), data + m * stride, cols * sizeof(bf16));
-      out[m * (cols + 1) + cols].bits = 0;
-    }
-    data = out;
+    for_runs(runs, 0, count, [&](int64_t, int64_t first, int64_t n) {
+      for (int64_t row = first; row < first + n; ++row, out += cols + 1) {
+        __builtin_memcpy(out, data + row * stride, cols * sizeof(bf16));
+        out[cols].bits = 0;
+      }
+    });
+    data = static_cast<const bf16*>(buffer_.data());
     stride = cols + 1;
   }
 
+  // The m-th row of all runs, which lies at `row` of the matrix.
+  const bf16* at(int64_t m, int64_t row) const { return data + (copied_ ? m : row) * stride; }
+
  private:
+  bool copied_;
   Buffer buffer_;
 
  public:
@@ -130,9 +137,8 @@ template <class W, bool kRankOne>
 void pairs_forward(const Forward& p) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols;
-  const PairedRows x(p.x, p.count, cols);
+  const PairedRows x(p.x, p.runs, p.count, cols);
   const SplitPanels split(weight, false);
-  const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     const int64_t deepest = round_up(least(cols, kPairDepth), 2 * kWidth);
     const Buffer panel_buffer(deepest / 2 * kPairPanel * sizeof(uint32_t));
@@ -149,8 +155,7 @@ void pairs_forward(const Forward& p) {
         const int64_t depth = least(kPairDepth, cols - k);
         const bool last = k + depth == cols;
         pack_transposed<W, kRankOne>(weight, split, n, some, k, depth, panel);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t m = p.count * tile / tiles, after = p.count * (tile + 1) / tiles;  // of nearly equal height
+        auto multiply_rows = [&](int64_t m, int64_t row, int64_t height) __attribute__((always_inline)) {
           auto multiply = [&](auto rows) __attribute__((always_inline)) {
             constexpr int MR = decltype(rows)::value;
             Vec total[MR][kPairVectors];
@@ -159,18 +164,25 @@ void pairs_forward(const Forward& p) {
                 total[i][j] = k == 0 ? bias[j] : load(sums + (m + i) * kPairPanel + j * kWidth);
               }
             }
-            multiply_tile<MR, false>(x.data + m * x.stride + k, x.stride, panel, (depth + 1) / 2, total);
+            multiply_tile<MR, false>(x.at(m, row) + k, x.stride, panel, (depth + 1) / 2, total);
             UNROLL for (int i = 0; i < MR; ++i) {
               if (last) {
-                bf16* y = static_cast<bf16*>(p.y) + (m + i) * weight.rows + n;
+                bf16* y = static_cast<bf16*>(p.y) + (row + i) * weight.rows + n;
                 store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
                 continue;
               }
               UNROLL for (int j = 0; j < kPairVectors; ++j) store(sums + (m + i) * kPairPanel + j * kWidth, total[i][j]);
             }
           };
-          with_count<kPairRows>(after - m, multiply);
-        }
+          with_count<kPairRows>(height, multiply);
+        };
+        for_runs(p.runs, 0, p.count, [&](int64_t m, int64_t row, int64_t count) __attribute__((always_inline)) {
+          const int64_t tiles = (count + kPairRows - 1) / kPairRows;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t at = count * tile / tiles;  // of nearly equal height
+            multiply_rows(m + at, row + at, count * (tile + 1) / tiles - at);
+          }
+        });
       }
     }
   };

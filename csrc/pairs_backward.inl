@@ -230,7 +230,8 @@ void pairs_backward(const Backward& p) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, panels = (cols + kPairPanel - 1) / kPairPanel;
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
-  const PairedRows g(p.grad_y, p.count, rows);
+  const Run all{0, p.count};
+  const PairedRows g(p.grad_y, &all, p.count, rows);
   const SplitPanels split(weight, scales && !kRankOne);
   const int64_t slots = worker_count(panels), size = rows * (kRankOne ? 1 : split.lanes);
   const Buffer partial(scales ? slots * size * sizeof(float) : 0);

@@ -5,16 +5,18 @@
 
 constexpr int64_t kDotDepth = 4096;
 
-// Rows of x, those columns split of every 32, zero-padded.
-INLINE void split_rows(const Matrix& from, int64_t count, int64_t cols, int64_t stride, bf16* out) {
-  for (int64_t m = 0; m < count; ++m, out += stride) {
-    const bf16* row = static_cast<const bf16*>(from.data) + m * from.stride;
-    for (int64_t k = 0; k < cols; k += 2 * kWidth) {
-      Vec even, odd;
-      load_split(row + k, first_elements(cols - k), even, odd);
-      store_pairs(out + k, round_both(even, odd));
+// Rows of x, one run after the other, those columns split of every 32, zero-padded.
+INLINE void split_rows(const Forward& p, int64_t stride, bf16* out) {
+  for_runs(p.runs, 0, p.count, [&](int64_t, int64_t first, int64_t n) {
+    for (int64_t m = first; m < first + n; ++m, out += stride) {
+      const bf16* row = static_cast<const bf16*>(p.x.data) + m * p.x.stride;
+      for (int64_t k = 0; k < p.weight.cols; k += 2 * kWidth) {
+        Vec even, odd;
+        load_split(row + k, first_elements(p.weight.cols - k), even, odd);
+        store_pairs(out + k, round_both(even, odd));
+      }
     }
-  }
+  });
 }
 
 // block [4, stride] = `rows` rows of W' from n, columns from k, in the order of split_rows; further rows are zero.
@@ -48,9 +50,8 @@ void dots_forward(const Forward& p) {
   const int64_t cols = weight.cols, stride = round_up(cols, 2 * kWidth);
   const Buffer x_buffer(p.count * stride * sizeof(bf16));
   bf16* x = static_cast<bf16*>(x_buffer.data());
-  split_rows(p.x, p.count, cols, stride, x);
+  split_rows(p, stride, x);
   const SplitPanels split(weight, false);
-  const int64_t tiles = (p.count + kPairRows - 1) / kPairRows;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     const int64_t deepest = least(stride, kDotDepth);
     const Buffer block_buffer(4 * deepest * sizeof(bf16));
@@ -65,8 +66,7 @@ void dots_forward(const Forward& p) {
         const int64_t depth = least(kDotDepth, cols - k);
         const bool last = k + depth == cols;
         rescale_rows<W, kRankOne>(weight, split, n, some, k, depth, deepest, block);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t m = p.count * tile / tiles, after = p.count * (tile + 1) / tiles;
+        auto multiply_rows = [&](int64_t m, int64_t row, int64_t rows) __attribute__((always_inline)) {
           auto multiply = [&](auto height) __attribute__((always_inline)) {
             constexpr int MR = decltype(height)::value;
             Vec total[MR][4];
@@ -84,14 +84,21 @@ void dots_forward(const Forward& p) {
             UNROLL for (int r = 0; r < MR; ++r) {
               if (last) {
                 sum4(total[r][0], total[r][1], total[r][2], total[r][3], bias,
-                     static_cast<bf16*>(p.y) + (m + r) * weight.rows + n, some);
+                     static_cast<bf16*>(p.y) + (row + r) * weight.rows + n, some);
                 continue;
               }
               UNROLL for (int i = 0; i < 4; ++i) store(lanes + ((m + r) * 4 + i) * kWidth, total[r][i]);
             }
           };
-          with_count<kPairRows>(after - m, multiply);
-        }
+          with_count<kPairRows>(rows, multiply);
+        };
+        for_runs(p.runs, 0, p.count, [&](int64_t m, int64_t row, int64_t count) __attribute__((always_inline)) {
+          const int64_t tiles = (count + kPairRows - 1) / kPairRows;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t at = count * tile / tiles;
+            multiply_rows(m + at, row + at, count * (tile + 1) / tiles - at);
+          }
+        });
       }
     }
   };

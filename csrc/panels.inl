@@ -88,7 +88,7 @@ void prepare_rows(const Weight& weight, const Panels& panels, int64_t n, int64_t
 }
 
 template <class W, class Y>
-void panels_forward(const Forward& p, const float* x, int64_t x_stride) {
+void panels_forward(const Forward& p, const Widened& x) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols, group_rows = weight.group_rows();
   const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
@@ -112,27 +112,33 @@ void panels_forward(const Forward& p, const float* x, int64_t x_stride) {
           for (int64_t b = 0; b < some; ++b) {
             prepare_rows<W>(weight, panels, first_row(block + b), height(block + b), k, depth, w + b * size, stride);
           }
-          for (int64_t m = 0; m < count; m += kDotRows) {
-            const float* x_m = x + (start + m) * x_stride + k;
-            auto tile = [&](auto rows) __attribute__((always_inline)) {
-              constexpr int MR = decltype(rows)::value;
-              for (int64_t i = 0; i < some * kBlockRows; i += 4) {
-                dot_tile<MR>(x_m, x_stride, w + i * stride, stride, depth, sums + m * width + i, width, k == 0);
-              }
-            };
-            with_count<kDotRows>(least(kDotRows, count - m), tile);
-          }
+          for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t rows) __attribute__((always_inline)) {
+            for (int64_t m = 0; m < rows; m += kDotRows) {
+              const float* x_m = x.at(first + m, row + m) + k;
+              float* sums_m = sums + (first - start + m) * width;
+              auto tile = [&](auto height) __attribute__((always_inline)) {
+                constexpr int MR = decltype(height)::value;
+                for (int64_t i = 0; i < some * kBlockRows; i += 4) {
+                  dot_tile<MR>(x_m, x.stride, w + i * stride, stride, depth, sums_m + i, width, k == 0);
+                }
+              };
+              with_count<kDotRows>(least(kDotRows, rows - m), tile);
+            }
+          });
         }
         for (int64_t b = 0; b < some; ++b) {
           const int64_t n = first_row(block + b), rows = height(block + b);
-          for (int64_t m = 0; m < count; ++m) {
-            Y* y = static_cast<Y*>(p.y) + (start + m) * weight.rows + n;
-            for (int64_t i = 0; i < rows; i += kWidth) {
-              Vec value = load_upto(sums + m * width + b * kBlockRows + i, kBlockRows - i);
-              if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
-              store_upto(y + i, value, rows - i);
+          for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t some_rows) {
+            for (int64_t m = 0; m < some_rows; ++m) {
+              const float* from = sums + (first - start + m) * width + b * kBlockRows;
+              Y* y = static_cast<Y*>(p.y) + (row + m) * weight.rows + n;
+              for (int64_t i = 0; i < rows; i += kWidth) {
+                Vec value = load_upto(from + i, kBlockRows - i);
+                if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
+                store_upto(y + i, value, rows - i);
+              }
             }
-          }
+          });
         }
       }
     }
@@ -141,16 +147,12 @@ void panels_forward(const Forward& p, const float* x, int64_t x_stride) {
 }
 
 void forward_panels(const Forward& p) {
-  const bool wide_weight = p.weight.type == Type::f32;
-  if (p.type == Type::f32) {
-    return panels_forward<float, float>(p, static_cast<const float*>(p.x.data), p.x.stride);
-  }
 #ifdef RLRR_PAIRS
-  if (pairs_supported()) return forward_pairs(p);
+  if (p.type == Type::bf16 && pairs_supported()) return forward_pairs(p);
 #endif
-  const Widened x(p.x, p.type, p.count, p.weight.cols);
-  wide_weight ? panels_forward<float, bf16>(p, x.data, x.stride)
-              : panels_forward<bf16, bf16>(p, x.data, x.stride);
+  const Widened x(p.x, p.type, p.runs, p.count, p.weight.cols);
+  if (p.type == Type::f32) return panels_forward<float, float>(p, x);
+  p.weight.type == Type::f32 ? panels_forward<float, bf16>(p, x) : panels_forward<bf16, bf16>(p, x);
 }
 
 // ---------------------------------------------------------------- backward: vectors run along the columns of W

@@ -1,25 +1,25 @@
-// bfloat16 where the processor multiplies pairs, rank 1, few rows of x: every product is of W itself, read once a pass and
-// never rescaled. With A = g W and B = (g ⊙ s_r) W [M, K], C = (x ⊙ s_c) Wᵀ [M, N]:
+// bfloat16 where the processor multiplies pairs, few rows of x: every product is of W itself, read once a pass and never
+// rescaled. With A = g W and B = (g ⊙ s_r) W [M, K], C = (x ⊙ s_c) Wᵀ [M, N], for rank 1:
 //
 //     y = x Wᵀ + s_r ⊙ C      ∂x = A + s_c ⊙ B      ∂s_c = Σ_m x ⊙ B      ∂s_r = Σ_m g ⊙ C
+//
+// The forward knows higher ranks, a C for each, and takes the rows of several adapters of one W in one pass.
 //
 // x ⊙ s_c is rounded to bfloat16 where the formula rounds W', so the error of y is of the same size. In backward x ⊙ s_c and
 // g ⊙ s_r are two bfloat16 numbers each, or the scale gradients would have the error of G rounded and at times more. float32
 // has no such form: W x and its rescaling cancel in coarser digits than W' has.
 
-constexpr int64_t kStackedRows = 4;  // rows of x in one pass over a block of W
-
-// The operands of one factor: rows of `from`, of from ⊙ scale rounded and, if asked for, of what the rounding left; all
+// The operands of one factor in backward: rows of `from`, of from ⊙ scale rounded and of what the rounding left; all
 // zero-padded to whole vectors of 32.
 class Stacked {
  public:
   // scale: [groups, cols]; `scaled` and `rest` then are [groups, count, stride].
-  Stacked(const Matrix& from, int64_t count, int64_t cols, const float* scale, int64_t groups, bool with_rest)
+  Stacked(const Matrix& from, int64_t count, int64_t cols, const float* scale, int64_t groups)
       : stride(round_up(cols, 2 * kWidth)),
-        buffer_((1 + (with_rest ? 2 : 1) * groups) * count * stride * sizeof(bf16)),
+        buffer_((1 + 2 * groups) * count * stride * sizeof(bf16)),
         plain(static_cast<bf16*>(buffer_.data())),
         scaled(plain + count * stride),
-        rest(with_rest ? scaled + groups * count * stride : nullptr) {
+        rest(scaled + groups * count * stride) {
     for (int64_t m = 0; m < count; ++m) {
       const bf16* row = static_cast<const bf16*>(from.data) + m * from.stride;
       for (int64_t k = 0; k < stride; k += 2 * kWidth) {
@@ -31,7 +31,6 @@ class Stacked {
           const int64_t at = (group * count + m) * stride + k;
           const Vec a_s = mul(a, load_upto(s, left)), b_s = mul(b, load_upto(s + kWidth, left - kWidth));
           store_pairs(scaled + at, round_both(a_s, b_s));
-          if (!with_rest) continue;
           store_pairs(rest + at, round_both(sub(a_s, load(scaled + at)), sub(b_s, load(scaled + at + kWidth))));
         }
       }
@@ -59,68 +58,173 @@ INLINE void sum_lanes(const Vec (&lanes)[NR], float* out) {
 
 // ---------------------------------------------------------------- forward
 
-// y [MR, NR] of rows n.. of W, all of one group; `x` and `scaled` point to its rows of x.
-template <int MR, int NR>
-INLINE void stacked_tile(const Forward& p, const bf16* x, const bf16* scaled, int64_t stride, int64_t n, bf16* y) {
-  const Weight& weight = p.weight;
-  const bf16* w = static_cast<const bf16*>(weight.data) + n * weight.stride;
-  const int64_t ahead = rows_ahead<bf16>(weight, NR);
-  Vec plain[MR][NR], rescaled[MR][NR];
-  UNROLL for (int m = 0; m < MR; ++m) {
-    UNROLL for (int i = 0; i < NR; ++i) plain[m][i] = rescaled[m][i] = zero();
+// A row of x in a forward: of any call, each with scales, bias and y of its own.
+struct StackedRow {
+  const float *row, *bias;  // s_r [N, rank]; [N] or null
+  bool base;
+  bf16* y;  // [N]
+};
+
+// The rows of calls that share x, W and y, one after the other, as operands of products with W: of each row and group of W
+// x and then, rounded, x ⊙ s_c of every rank; zero-padded to whole vectors of 32.
+class StackedCalls {
+ public:
+  StackedCalls(const Forward* calls, int64_t size)
+      : count(rows_of(calls, size)),
+        stride(round_up(calls->weight.cols, 2 * kWidth)),
+        operands_(1 + calls->weight.rank),
+        buffer_(calls->weight.groups * count * operands_ * stride * sizeof(bf16)),
+        rows_(count * sizeof(StackedRow)),
+        rows(static_cast<StackedRow*>(rows_.data())) {
+    const int64_t groups = calls->weight.groups;
+    StackedRow* out = rows;
+    for (const Forward* call = calls; call < calls + size; ++call) {
+      const Weight& weight = call->weight;
+      for_runs(call->runs, 0, call->count, [&](int64_t, int64_t first, int64_t n) {
+        for (int64_t m = first; m < first + n; ++m, ++out) {
+          *out = {static_cast<const float*>(weight.row), call->bias, weight.base != 0,
+                  static_cast<bf16*>(call->y) + m * weight.rows};
+          for (int64_t group = 0; group < groups; ++group) fill(*call, m, group, at(group, out - rows));
+        }
+      });
+    }
   }
+
+  // The operands of row m beside a group of W: [1 + rank, stride], followed by those of row m + 1.
+  bf16* at(int64_t group, int64_t m) const {
+    return static_cast<bf16*>(buffer_.data()) + (group * count + m) * operands_ * stride;
+  }
+
+  int64_t count, stride;
+
+ private:
+  static int64_t rows_of(const Forward* calls, int64_t size) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < size; ++i) total += calls[i].count;
+    return total;
+  }
+
+  void fill(const Forward& call, int64_t m, int64_t group, bf16* out) const {
+    const Weight& weight = call.weight;
+    const bf16* x = static_cast<const bf16*>(call.x.data) + m * call.x.stride;
+    const float* col = static_cast<const float*>(weight.col) + group * weight.rank * weight.cols;
+    for (int64_t k = 0; k < stride; k += 2 * kWidth) {
+      const int64_t left = weight.cols - k;
+      store_pairs(out + k, load_pairs(x + k, first_elements(left)));
+      const Vec a = load_upto(x + k, left), b = load_upto(x + k + kWidth, left - kWidth);
+      for (int64_t j = 0; j < weight.rank; ++j) {
+        const float* s = col + j * weight.cols + k;
+        const Vec a_s = mul(a, load_upto(s, left)), b_s = mul(b, load_upto(s + kWidth, left - kWidth));
+        store_pairs(out + (1 + j) * stride + k, round_both(a_s, b_s));
+      }
+    }
+  }
+
+  int64_t operands_;
+  Buffer buffer_, rows_;
+
+ public:
+  StackedRow* rows;
+};
+
+// product [V, NR] = the operands x [V, stride] times the rows w [NR] of W, to be summed over lanes.
+template <int V, int NR>
+INLINE void multiply_stacked(const Weight& weight, const bf16* w, const bf16* x, int64_t stride, Vec (&product)[V][NR]) {
+  const int64_t ahead = rows_ahead<bf16>(weight, NR);
+  clear(product);
   auto step = [&](int64_t k, __mmask32 elements) __attribute__((always_inline)) {
     Pairs w_k[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
       __builtin_prefetch(w + i * weight.stride + k + ahead);
       w_k[i] = load_pairs(w + i * weight.stride + k, elements);
     }
-    UNROLL for (int m = 0; m < MR; ++m) {
-      const Pairs x_k = load_pairs(x + m * stride + k), scaled_k = load_pairs(scaled + m * stride + k);
-      UNROLL for (int i = 0; i < NR; ++i) {
-        plain[m][i] = multiply_pairs(w_k[i], x_k, plain[m][i]);
-        rescaled[m][i] = multiply_pairs(w_k[i], scaled_k, rescaled[m][i]);
-      }
+    UNROLL for (int v = 0; v < V; ++v) {
+      const Pairs x_k = load_pairs(x + v * stride + k);
+      UNROLL for (int i = 0; i < NR; ++i) product[v][i] = multiply_pairs(w_k[i], x_k, product[v][i]);
     }
   };
   int64_t k = 0;
   for (; k + 2 * kWidth <= weight.cols; k += 2 * kWidth) step(k, ~__mmask32{0});
   if (k < weight.cols) step(k, first_elements(weight.cols - k));
-  const float* row = static_cast<const float*>(weight.row) + n;
+}
+
+// y of a row [NR], for the rows n.. of W, from its sums by lane.
+template <int NR>
+INLINE void store_stacked(const StackedRow& row, int64_t n, const Vec (&total)[NR]) {
+  float sums[NR];
+  sum_lanes(total, sums);
+  UNROLL for (int i = 0; i < NR; ++i) assign(row.y[n + i], row.bias == nullptr ? sums[i] : sums[i] + row.bias[n + i]);
+}
+
+// y [MR, NR] for rank 1.
+template <int MR, int NR>
+INLINE void stacked_tile(const Weight& weight, const StackedRow* rows, const bf16* x, int64_t stride, int64_t n) {
+  Vec product[2 * MR][NR];
+  multiply_stacked(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x, stride, product);
   UNROLL for (int m = 0; m < MR; ++m) {
     Vec total[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
-      const Vec scale = splat(row[i]);
-      total[i] = weight.base != 0 ? fma(scale, rescaled[m][i], plain[m][i]) : mul(scale, rescaled[m][i]);
+      const Vec scale = splat(rows[m].row[n + i]), rescaled = product[2 * m + 1][i];
+      total[i] = rows[m].base ? fma(scale, rescaled, product[2 * m][i]) : mul(scale, rescaled);
     }
-    float sums[NR];
-    sum_lanes(total, sums);
-    UNROLL for (int i = 0; i < NR; ++i) {
-      assign(y[m * weight.rows + n + i], p.bias == nullptr ? sums[i] : sums[i] + p.bias[n + i]);
-    }
+    store_stacked(rows[m], n, total);
   }
 }
 
-void forward_stacked(const Forward& p) {
-  const Weight& weight = p.weight;
-  const Stacked x(p.x, p.count, weight.cols, static_cast<const float*>(weight.col), weight.groups, false);
+// y [1, NR] for any rank, a few of the operands at a time.
+template <int NR>
+void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, int64_t stride, int64_t n) {
+  Vec total[NR];
+  UNROLL for (int i = 0; i < NR; ++i) total[i] = zero();
+  for (int64_t v = row.base ? 0 : 1; v <= weight.rank;) {
+    auto some = [&](auto operands) __attribute__((always_inline)) {
+      constexpr int V = decltype(operands)::value;
+      Vec product[V][NR];
+      multiply_stacked(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x + v * stride, stride, product);
+      UNROLL for (int u = 0; u < V; ++u) {
+        UNROLL for (int i = 0; i < NR; ++i) {
+          const float scale = v + u == 0 ? 1 : row.row[(n + i) * weight.rank + v + u - 1];
+          total[i] = fma(splat(scale), product[u][i], total[i]);
+        }
+      }
+      v += V;
+    };
+    with_count<6>(least(6, weight.rank + 1 - v), some);
+  }
+  store_stacked(row, n, total);
+}
+
+// Calls that share x, W and y.
+void forward_stacked(const Forward* calls, int64_t size) {
+  const Weight& weight = calls->weight;
+  const StackedCalls x(calls, size);
   const int64_t group_rows = weight.group_rows();
   constexpr int64_t kBlock = 8;
-  const int64_t blocks = (group_rows + kBlock - 1) / kBlock;
+  const int64_t blocks = (group_rows + kBlock - 1) / kBlock, tiles = (x.count + 2) / 3;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t group = block / blocks, first = group * group_rows + block % blocks * kBlock;
       const int64_t last = least(first + kBlock, (group + 1) * group_rows);
-      for (int64_t m = 0; m < p.count; m += kStackedRows) {
-        const bf16 *plain = x.plain + m * x.stride, *scaled = x.scaled + (group * p.count + m) * x.stride;
-        bf16* y = static_cast<bf16*>(p.y) + m * weight.rows;
+      auto each = [&](auto step, auto tile) __attribute__((always_inline)) {  // by tiles of that many rows of W
+        constexpr int NR = decltype(step)::value;
+        int64_t n = first;
+        for (; n + NR <= last; n += NR) tile(step, n);
+        for (; n < last; ++n) tile(Count<1>(), n);
+      };
+      for (int64_t m = 0; weight.rank > 1 && m < x.count; ++m) {
+        each(Count<4>(), [&](auto width, int64_t n) __attribute__((always_inline)) {
+          stacked_ranks<decltype(width)::value>(weight, x.rows[m], x.at(group, m), x.stride, n);
+        });
+      }
+      for (int64_t tile = 0; weight.rank == 1 && tile < tiles; ++tile) {
+        const int64_t m = x.count * tile / tiles, after = x.count * (tile + 1) / tiles;  // of nearly equal height
         auto rows = [&](auto height) __attribute__((always_inline)) {
-          constexpr int MR = decltype(height)::value, NR = MR == 1 ? 8 : MR == 2 ? 4 : 2;
-          int64_t n = first;
-          for (; n + NR <= last; n += NR) stacked_tile<MR, NR>(p, plain, scaled, x.stride, n, y);
-          for (; n < last; ++n) stacked_tile<MR, 1>(p, plain, scaled, x.stride, n, y);
+          constexpr int MR = decltype(height)::value;
+          each(Count<MR == 1 ? 8 : 4>(), [&](auto width, int64_t n) __attribute__((always_inline)) {
+            stacked_tile<MR, decltype(width)::value>(weight, x.rows + m, x.at(group, m), x.stride, n);
+          });
         };
-        with_count<kStackedRows>(least(kStackedRows, p.count - m), rows);
+        with_count<3>(after - m, rows);
       }
     }
   };
@@ -128,6 +232,8 @@ void forward_stacked(const Forward& p) {
 }
 
 // ---------------------------------------------------------------- backward
+
+constexpr int64_t kStackedRows = 4;  // rows of x in one pass over a block of W
 
 // Where one slot sums over its rows of W: [count, stride / 32, 64] floats, of each 32 columns A and B of the lower and then
 // of the upper halves of the eights.
@@ -239,8 +345,8 @@ void backward_stacked(const Backward& p) {
   const int64_t group_rows = weight.group_rows();
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
   const float *row = static_cast<const float*>(weight.row), *col = static_cast<const float*>(weight.col);
-  const Stacked g(p.grad_y, count, rows, row, 1, true);
-  const Stacked x(scales ? p.x : Matrix{nullptr, 0}, scales ? count : 0, cols, col, groups, true);
+  const Stacked g(p.grad_y, count, rows, row, 1);
+  const Stacked x(scales ? p.x : Matrix{nullptr, 0}, scales ? count : 0, cols, col, groups);
   constexpr int64_t kBlock = 8;
   const int64_t blocks = (group_rows + kBlock - 1) / kBlock, slots = worker_count(blocks * groups);
   const int64_t stride = x.stride;

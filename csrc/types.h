@@ -36,13 +36,19 @@ struct Matrix {
   int64_t stride;
 };
 
+// Rows of x and y side by side: [first, first + count).
+struct Run {
+  int64_t first, count;
+};
+
 struct Forward {
   Weight weight;
   Type type;  // of x and y
-  int64_t count;  // M
-  Matrix x;           // [count, cols]
+  int64_t count;  // M, of all runs together
+  Matrix x;           // [.., cols]
   const float* bias;  // [rows] or null
-  void* y;            // [count, rows], contiguous
+  void* y;            // [.., rows], contiguous
+  const Run* runs;    // where the rows lie in x and y
 };
 
 // A null output is one that is not needed.

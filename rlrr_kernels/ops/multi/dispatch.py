@@ -4,7 +4,8 @@ the backends see, scale_row [T, N, r] and scale_col [T, G, r, K]."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,13 +52,17 @@ def forward(
     backend: str,
 ) -> Tensor:
     """y [S, ..., N] of x [S, ..., K] and stacks of scales in the one form."""
-    run, _ = _implementation(able(backend, x, weight, scale_row, scale_col, bias, shift))
+    module, options = _implementation(able(backend, x, weight, scale_row, scale_col, bias, shift))
     x, weight, scale_row, scale_col, bias, shift = in_memory(x, weight, scale_row, scale_col, bias, shift)
-    permutation = index.permutation(x.device)
-    rows = index.rows(x.shape[1:-1].numel())
+    per_sample, permutation = x.shape[1:-1].numel(), index.permutation(x.device)
+    rows = index.rows(per_sample)
+    if permutation is not None and hasattr(module, "takes_runs"):
+        runs = index.rows(per_sample, grouped=False)
+        if module.takes_runs(x, weight, scale_row.shape[2], runs, per_sample):
+            rows, permutation = runs, None
     flat = flattened(x if permutation is None else x.index_select(0, permutation[0]))
     with private.NoAutocast():
-        y = run(flat, weight, scale_row, scale_col, bias, shift, rows, residual)
+        y = module.forward(flat, weight, scale_row, scale_col, bias, shift, rows, residual, **options)
     shape = (*x.shape[:-1], weight.shape[0])
     if permutation is not None:
         return y.view(shape).index_select(0, permutation[1])
@@ -80,13 +85,15 @@ def backward(
 
     ``x`` may be None when no scale gradient is needed.
     """
-    _, run = _implementation(able(backend, grad_y, x, weight, scale_row, scale_col))
+    module, options = _implementation(able(backend, grad_y, x, weight, scale_row, scale_col))
     grad_y, x, weight, scale_row, scale_col = in_memory(grad_y, x, weight, scale_row, scale_col)
     permutation = index.permutation(grad_y.device)
     rows = index.rows(grad_y.shape[1:-1].numel())
     grouped = [t if t is None or permutation is None else t.index_select(0, permutation[0]) for t in (grad_y, x)]
     with private.NoAutocast():
-        grads = run(*map(flattened, grouped), weight, scale_row, scale_col, rows, residual, needs)
+        grads = module.backward(
+            *map(flattened, grouped), weight, scale_row, scale_col, rows, residual, needs, **options
+        )
     grad_x = grads[0]
     if grad_x is not None:
         grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
@@ -95,8 +102,8 @@ def backward(
 
 
 @functools.cache
-def _implementation(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of a resolved backend."""
-    return tuple(
-        functools.partial(function, backend=backend) for function in (loop_backend.forward, loop_backend.backward)
-    )  # type: ignore[return-value]
+def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The module that serves a resolved backend, and what it is told besides."""
+    if backend == "cpp":
+        return importlib.import_module("rlrr_kernels.ops.multi.cpp_backend"), {}
+    return loop_backend, {"backend": backend}

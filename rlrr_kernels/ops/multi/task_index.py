@@ -28,7 +28,7 @@ class TaskRows:
 
     def __init__(self, segments: Segments, per_sample: int) -> None:
         self.segments = tuple((task, first * per_sample, end * per_sample) for task, first, end in segments)
-        self.count = self.segments[-1][2] if segments else 0
+        self.count = max((end for _, _, end in self.segments), default=0)
         self.cache: dict[Any, Any] = {}
 
 
@@ -77,7 +77,7 @@ class TaskIndex:
             self.order = torch.tensor(order)
             self.inverse = torch.empty_like(self.order)
             self.inverse[self.order] = torch.arange(len(tasks))
-        self._rows: dict[int, TaskRows] = {}
+        self._rows: dict[tuple[int, bool], TaskRows] = {}
         self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.permutation(device)
 
@@ -88,11 +88,16 @@ class TaskIndex:
     def __repr__(self) -> str:
         return f"TaskIndex({self.index.tolist()})"
 
-    def rows(self, per_sample: int) -> TaskRows:
-        """The grouped rows where every sample has ``per_sample`` rows."""
-        found = self._rows.get(per_sample)
+    def rows(self, per_sample: int, grouped: bool = True) -> TaskRows:
+        """The rows of grouped samples that have ``per_sample`` rows each.
+
+        Not ``grouped``: the rows where they lie, the segments of one task still one after the other.
+        """
+        key = per_sample, grouped or self.order is None
+        found = self._rows.get(key)
         if found is None:
-            found = self._rows[per_sample] = TaskRows(self.segments, per_sample)
+            segments = self.segments if key[1] else tuple(sorted(_segments(self.index.tolist())))
+            found = self._rows[key] = TaskRows(segments, per_sample)
         return found
 
     def permutation(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
