@@ -133,3 +133,10 @@ INLINE int64_t rows_ahead(const Weight& weight, int64_t rows) {
   return rows * weight.cols * static_cast<int64_t>(sizeof(W)) <= kInCache ? rows * weight.stride
                                                                            : kAlong / static_cast<int64_t>(sizeof(W));
 }
+
+// Rows of W that stay in the L1 cache, beside some of x, while the rows of x go by: 4 or 8.
+template <class W>
+INLINE int64_t cache_rows(const Weight& weight) {
+  constexpr int64_t kInCache = 16384;  // bytes
+  return 8 * weight.cols * static_cast<int64_t>(sizeof(W)) <= kInCache ? 8 : 4;
+}

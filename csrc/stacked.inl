@@ -127,15 +127,16 @@ class StackedCalls {
   StackedRow* rows;
 };
 
-// product [V, NR] = the operands x [V, stride] times the rows w [NR] of W, to be summed over lanes.
-template <int V, int NR>
+// product [V, NR] = the operands x [V, stride] times the rows w [NR] of W, to be summed over lanes. `kFetch`: W comes from
+// memory.
+template <bool kFetch, int V, int NR>
 INLINE void multiply_stacked(const Weight& weight, const bf16* w, const bf16* x, int64_t stride, Vec (&product)[V][NR]) {
   const int64_t ahead = rows_ahead<bf16>(weight, NR);
   clear(product);
   auto step = [&](int64_t k, __mmask32 elements) __attribute__((always_inline)) {
     Pairs w_k[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
-      __builtin_prefetch(w + i * weight.stride + k + ahead);
+      if (kFetch) __builtin_prefetch(w + i * weight.stride + k + ahead);
       w_k[i] = load_pairs(w + i * weight.stride + k, elements);
     }
     UNROLL for (int v = 0; v < V; ++v) {
@@ -157,10 +158,10 @@ INLINE void store_stacked(const StackedRow& row, int64_t n, const Vec (&total)[N
 }
 
 // y [MR, NR] for rank 1.
-template <int MR, int NR>
+template <bool kFetch, int MR, int NR>
 INLINE void stacked_tile(const Weight& weight, const StackedRow* rows, const bf16* x, int64_t stride, int64_t n) {
   Vec product[2 * MR][NR];
-  multiply_stacked(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x, stride, product);
+  multiply_stacked<kFetch>(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x, stride, product);
   UNROLL for (int m = 0; m < MR; ++m) {
     Vec total[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
@@ -180,7 +181,8 @@ void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, i
     auto some = [&](auto operands) __attribute__((always_inline)) {
       constexpr int V = decltype(operands)::value;
       Vec product[V][NR];
-      multiply_stacked(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x + v * stride, stride, product);
+      const bf16* w = static_cast<const bf16*>(weight.data) + n * weight.stride;
+      multiply_stacked<false>(weight, w, x + v * stride, stride, product);
       UNROLL for (int u = 0; u < V; ++u) {
         UNROLL for (int i = 0; i < NR; ++i) {
           const float scale = v + u == 0 ? 1 : row.row[(n + i) * weight.rank + v + u - 1];
@@ -199,12 +201,12 @@ void forward_stacked(const Forward* calls, int64_t size) {
   const Weight& weight = calls->weight;
   const StackedCalls x(calls, size);
   const int64_t group_rows = weight.group_rows();
-  constexpr int64_t kBlock = 8;
-  const int64_t blocks = (group_rows + kBlock - 1) / kBlock, tiles = (x.count + 2) / 3;
+  const int64_t block_rows = cache_rows<bf16>(weight), blocks = (group_rows + block_rows - 1) / block_rows;
+  const int64_t tiles = (x.count + 2) / 3;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t group = block / blocks, first = group * group_rows + block % blocks * kBlock;
-      const int64_t last = least(first + kBlock, (group + 1) * group_rows);
+      const int64_t group = block / blocks, first = group * group_rows + block % blocks * block_rows;
+      const int64_t last = least(first + block_rows, (group + 1) * group_rows);
       auto each = [&](auto step, auto tile) __attribute__((always_inline)) {  // by tiles of that many rows of W
         constexpr int NR = decltype(step)::value;
         int64_t n = first;
@@ -221,7 +223,9 @@ void forward_stacked(const Forward* calls, int64_t size) {
         auto rows = [&](auto height) __attribute__((always_inline)) {
           constexpr int MR = decltype(height)::value;
           each(Count<MR == 1 ? 8 : 4>(), [&](auto width, int64_t n) __attribute__((always_inline)) {
-            stacked_tile<MR, decltype(width)::value>(weight, x.rows + m, x.at(group, m), x.stride, n);
+            constexpr int NR = decltype(width)::value;
+            (tile == 0 ? stacked_tile<true, MR, NR> : stacked_tile<false, MR, NR>)(weight, x.rows + m, x.at(group, m), x.stride,
+                                                                                  n);
           });
         };
         with_count<3>(after - m, rows);
