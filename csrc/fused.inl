@@ -1,4 +1,4 @@
-// Few rows of x: W is read once and it or a single row of x rescaled in registers, nothing W-sized is written.
+// Few rows of x: W is read once and rescaled in registers, nothing W-sized is written.
 
 // Vectors of W summed in one go where they are narrow: longer chains lose to eager's fp32. Sixteen lanes need no break.
 constexpr int64_t kChain = 128;
@@ -22,14 +22,6 @@ INLINE void fused_tile(const Weight& weight, const float* x, int64_t x_stride, i
     Vec x_k[MR];
     UNROLL for (int m = 0; m < MR; ++m) x_k[m] = load_some(x + m * x_stride + k);
     const Vec col_k = load_some(col + k);
-    if (MR == 1 && kRankOne) {  // x rather than W is rescaled for each row of W: one operation less
-      const Vec scaled = mul(x_k[0], col_k), x_base = weight.base != 0 ? x_k[0] : zero();
-      UNROLL for (int i = 0; i < NR; ++i) {
-        if (kFetch) __builtin_prefetch(w + i * weight.stride + k + ahead);
-        total[0][i] = fma(load_some(w + i * weight.stride + k), fma(scale[i], scaled, x_base), total[0][i]);
-      }
-      return;
-    }
     UNROLL for (int i = 0; i < NR; ++i) {
       Vec f = fma(scale[i], col_k, base);
       if (!kRankOne) f = factor(f, row + i * rank + 1, col + cols + k, cols, rank - 1, lanes);

@@ -32,6 +32,7 @@ struct Tasks {
       STD_TORCH_CHECK(-1 <= task && task < adapters && 0 <= first && first <= end && end <= count,
                       "rlrr_kernels_cpp: runs must be of tasks from -1 to ", adapters - 1, " and of rows up to ", count,
                       "; got ", task, ", ", first, ", ", end);
+      if (first == end) continue;
       runs.push_back({first, end - first});
       if (tasks.empty() || tasks.back().number != task) tasks.push_back({task, 0, &runs.back()});
       tasks.back().count += end - first;
@@ -172,7 +173,6 @@ Tensor linear_multi(const Tensor& x_, const Tensor& weight_, const Tensor& scale
   std::vector<Forward> few, many;
   for (size_t i = 0; i < given.tasks.size(); ++i) {
     const Task& task = given.tasks[i];
-    if (task.count == 0) continue;
     const Path automatic = choose_forward_of_task(current_level(), type, weight, task.count);
     const Path path = path_ == 0 ? automatic : static_cast<Path>(path_);
     (path == Path::fused ? few : many)
@@ -247,11 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
   Tensor grad_col = need_col ? empty({adapters, weight.groups, weight.rank, weight.cols}, f32) : empty({0}, f32);
   Tensor grad_bias = need_bias ? empty({weight.rows}, f32) : empty({0}, f32);
   Tensor grad_shift = need_shift ? empty({adapters, weight.rows}, f32) : empty({0}, f32);
-  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_bias, &grad_shift}) clear(*tensor);
+  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_shift}) clear(*tensor);
+  if (need_bias) {
+    const Matrix all{grad_y.const_data_ptr(), grad_y.stride(0)};
+    level().sum_rows(type, all, count, weight.rows, grad_bias.mutable_data_ptr());
+  }
   std::vector<Backward> calls;
-  std::vector<float> sums(weight.rows);
   for (const Task& task : given.tasks) {
-    if (task.count == 0) continue;
     const auto rows_of = [&](const Tensor& matrix) {
       return Matrix{static_cast<const char*>(matrix.const_data_ptr()) +
                         task.runs->first * matrix.stride(0) * static_cast<int64_t>(matrix.element_size()),
@@ -262,11 +264,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
     };
     const Matrix g = rows_of(grad_y);
     const bool trained = task.number >= 0;
-    if (need_bias || (need_shift && trained)) {
-      float* own = need_shift && trained ? static_cast<float*>(slice(grad_shift, task.number, weight.rows)) : sums.data();
-      level().sum_rows(type, g, task.count, weight.rows, own);
-      float* total = need_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr;
-      for (int64_t n = 0; need_bias && n < weight.rows; ++n) total[n] += own[n];
+    if (need_shift && trained) {
+      level().sum_rows(type, g, task.count, weight.rows, slice(grad_shift, task.number, weight.rows));
     }
     const bool row = need_row && trained, col = need_col && trained;
     if (!need_x && !row && !col) continue;

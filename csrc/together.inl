@@ -1,9 +1,57 @@
 // A few rows of x for each of many adapters of one W: a block of W stays in the L1 cache while the rows of all adapters are
 // multiplied by it, each rescaled in registers.
 
+// A row of x that is alone under its adapter, of rank 1.
+struct Single {
+  const float *x, *row, *col, *bias;  // [K]; s_r [N], s_c [G, K]; [N] or null
+  bool base;
+  void* y;  // [N]
+};
+
+// y [MR, NR] of singles, for the rows n.. of W of one group: x is rescaled for each row of W.
+template <int MR, int NR, class W>
+INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, bool rounded) {
+  const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
+  const float* col[MR];
+  Vec scale[MR][NR], total[MR][NR], earlier[MR][NR];
+  UNROLL for (int m = 0; m < MR; ++m) {
+    col[m] = singles[m].col + n / weight.group_rows() * weight.cols;
+    UNROLL for (int i = 0; i < NR; ++i) scale[m][i] = splat(singles[m].row[n + i]), earlier[m][i] = zero();
+  }
+  clear(total);
+  auto step = [&](int64_t k, auto load_some) __attribute__((always_inline)) {
+    Vec w_k[NR];
+    UNROLL for (int i = 0; i < NR; ++i) w_k[i] = load_some(w + i * weight.stride + k);
+    UNROLL for (int m = 0; m < MR; ++m) {
+      const Vec x_k = load_some(singles[m].x + k), scaled = mul(x_k, load_some(col[m] + k));
+      const Vec base = singles[m].base ? x_k : zero();
+      UNROLL for (int i = 0; i < NR; ++i) total[m][i] = fma(w_k[i], fma(scale[m][i], scaled, base), total[m][i]);
+    }
+  };
+  int64_t k = 0;
+  for (int64_t vectors = 1; k + kWidth <= weight.cols; k += kWidth, ++vectors) {
+    step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); });
+    if (kWidth < 16 && vectors % kChain == 0) {
+      UNROLL for (int m = 0; m < MR; ++m) {
+        UNROLL for (int i = 0; i < NR; ++i) earlier[m][i] = add(earlier[m][i], total[m][i]), total[m][i] = zero();
+      }
+    }
+  }
+  if (const int64_t lanes = weight.cols - k; lanes > 0) {
+    step(k, [lanes](const auto* p) __attribute__((always_inline)) { return load_first(p, lanes); });
+  }
+  UNROLL for (int m = 0; m < MR; ++m) {
+    UNROLL for (int i = 0; i < NR; ++i) {
+      const float* bias = singles[m].bias;
+      const float y = sum(add(total[m][i], earlier[m][i])) + (bias == nullptr ? 0 : bias[n + i]);
+      rounded ? assign(static_cast<bf16*>(singles[m].y)[n + i], y) : assign(static_cast<float*>(singles[m].y)[n + i], y);
+    }
+  }
+}
+
 template <class W, bool kRankOne>
 void together_fused(const Forward* calls, int64_t size) {
-  constexpr int64_t kRows = kWidth > 8 ? 4 : 2;  // rows of x in one tile
+  constexpr int64_t kRows = kWidth > 8 ? 4 : 2, kSingles = kWidth > 8 ? 2 : 1;  // rows of x in one tile
   const Weight& weight = calls->weight;
   const bool copied = calls->type == Type::bf16;
   int64_t total = 0;
@@ -12,6 +60,17 @@ void together_fused(const Forward* calls, int64_t size) {
   float* copy = static_cast<float*>(wide.data());
   for (int64_t i = 0, before = 0; copied && i < size; before += calls[i++].count) {
     widen_rows<bf16>(calls[i].x, calls[i].runs, calls[i].count, weight.cols, copy + before * weight.cols);
+  }
+  const Buffer singles_buffer(kRankOne ? size * sizeof(Single) : 0);
+  Single* singles = static_cast<Single*>(singles_buffer.data());
+  int64_t alone = 0;
+  for (int64_t i = 0, before = 0; kRankOne && i < size; before += calls[i++].count) {
+    const Forward& call = calls[i];
+    if (call.count > 1) continue;
+    const int64_t row = call.runs->first, y_size = copied ? sizeof(bf16) : sizeof(float);
+    singles[alone++] = {copied ? copy + before * weight.cols : static_cast<const float*>(call.x.data) + row * call.x.stride,
+                        static_cast<const float*>(call.weight.row), static_cast<const float*>(call.weight.col), call.bias,
+                        call.weight.base != 0, static_cast<char*>(call.y) + row * weight.rows * y_size};
   }
   const int64_t group_rows = weight.group_rows(), block_rows = cache_rows<W>(weight);
   const int64_t blocks = (group_rows + block_rows - 1) / block_rows;
@@ -23,8 +82,18 @@ void together_fused(const Forward* calls, int64_t size) {
         const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
         for (int64_t k = 0; k < weight.cols; k += 64 / sizeof(W)) __builtin_prefetch(w + k, 0, 2);
       }
+      for (int64_t m = 0; m < alone; m += kSingles) {
+        auto tiles = [&](auto height) __attribute__((always_inline)) {
+          constexpr int MR = decltype(height)::value;
+          int64_t n = first;
+          for (; n + 4 <= last; n += 4) single_tile<MR, 4, W>(weight, singles + m, n, copied);
+          for (; n < last; ++n) single_tile<MR, 1, W>(weight, singles + m, n, copied);
+        };
+        with_count<kSingles>(least(kSingles, alone - m), tiles);
+      }
       int64_t before = 0;
       for (const Forward* call = calls; call < calls + size; before += call->count, ++call) {
+        if (kRankOne && call->count == 1) continue;
         const int64_t x_stride = copied ? weight.cols : call->x.stride;
         auto tile = [&](int64_t m, int64_t row, auto height, auto width, int64_t n) __attribute__((always_inline)) {
           constexpr int MR = decltype(height)::value, NR = decltype(width)::value;

@@ -25,12 +25,13 @@ def check_stacks(
         raise ValueError(f"shift must be [T, N] with N = {rows}; got shape {tuple(shift.shape)}")
     stacks = {"scale_row": scale_row, "scale_col": scale_col, "shift": shift}
     found = {name: stack.shape[0] for name, stack in stacks.items() if stack is not None}
-    if len(set(found.values())) > 1:
-        given = ", ".join(f"{name} has T = {tasks}" for name, tasks in found.items())
-        raise ValueError(f"scale_row, scale_col and shift must stack as many adapters each; got {given}")
     if not found:
         raise ValueError("scale_row, scale_col and shift must not all be None: their first dimension is T")
-    return next(iter(found.values()))
+    first = next(iter(found.values()))
+    if any(tasks != first for tasks in found.values()):
+        given = ", ".join(f"{name} has T = {tasks}" for name, tasks in found.items())
+        raise ValueError(f"scale_row, scale_col and shift must stack as many adapters each; got {given}")
+    return first
 
 
 def check_index_of(index: Tensor | TaskIndex, x: Tensor) -> None:
