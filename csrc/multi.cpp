@@ -247,11 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
   Tensor grad_col = need_col ? empty({adapters, weight.groups, weight.rank, weight.cols}, f32) : empty({0}, f32);
   Tensor grad_bias = need_bias ? empty({weight.rows}, f32) : empty({0}, f32);
   Tensor grad_shift = need_shift ? empty({adapters, weight.rows}, f32) : empty({0}, f32);
-  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_shift}) clear(*tensor);
-  if (need_bias) {
-    const Matrix all{grad_y.const_data_ptr(), grad_y.stride(0)};
-    level().sum_rows(type, all, count, weight.rows, grad_bias.mutable_data_ptr());
-  }
+  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_bias, &grad_shift}) clear(*tensor);
+  std::vector<float> sums(weight.rows);  // Σ g of a task without f
   std::vector<Backward> calls;
   for (const Task& task : given.tasks) {
     const auto rows_of = [&](const Tensor& matrix) {
@@ -264,8 +261,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
     };
     const Matrix g = rows_of(grad_y);
     const bool trained = task.number >= 0;
-    if (need_shift && trained) {
-      level().sum_rows(type, g, task.count, weight.rows, slice(grad_shift, task.number, weight.rows));
+    if (need_bias || (need_shift && trained)) {
+      float* own = need_shift && trained ? static_cast<float*>(slice(grad_shift, task.number, weight.rows)) : sums.data();
+      level().sum_rows(type, g, task.count, weight.rows, own);
+      for (int64_t n = 0; need_bias && n < weight.rows; ++n) static_cast<float*>(grad_bias.mutable_data_ptr())[n] += own[n];
     }
     const bool row = need_row && trained, col = need_col && trained;
     if (!need_x && !row && !col) continue;

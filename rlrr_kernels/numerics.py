@@ -112,7 +112,7 @@ class MultiCase(NamedTuple):
     """One problem for ``rlrr_linear_multi``: samples of some rows each, under the adapters that ``index`` names."""
 
     index: tuple[int, ...]  # [S]
-    rows: int  # of a sample
+    per_sample: int
     out_features: int  # N
     in_features: int  # K
     tasks: int  # T
@@ -125,23 +125,32 @@ class MultiCase(NamedTuple):
     scale_dtype: torch.dtype | None = None  # None: float32, float64 for float64
     device: str = "cpu"
 
+    @property
+    def rows(self) -> int:
+        """M, of all samples together."""
+        return len(self.index) * self.per_sample
+
     def draw(self, seed: int) -> dict[str, Tensor]:
-        """x [S, rows, K], weight, scale_row [T, N, r], scale_col [T, G, r, K], bias, shift [T, N] and grad_y."""
+        """x [S, per_sample, K], weight, scale_row [T, N, r], scale_col [T, G, r, K], bias, shift [T, N] and grad_y."""
         options = self.rank, self.groups, self.bias, self.residual, self.dtype, self.weight_dtype, self.scale_dtype
-        case = Case(len(self.index) * self.rows, self.out_features, self.in_features, *options, device=self.device)
+        case = Case(self.rows, self.out_features, self.in_features, *options, device=self.device)
         drawn = case.draw(seed * (self.tasks + 1))
-        tasks = [case._replace(rows=0, bias=True).draw(seed * (self.tasks + 1) + 1 + task) for task in range(self.tasks)]
+        tasks = [
+            case._replace(rows=0, bias=True).draw(seed * (self.tasks + 1) + 1 + task) for task in range(self.tasks)
+        ]
         stacks = {"scale_row": "scale_row", "scale_col": "scale_col", "shift": "bias"}
         return (
             drawn
-            | {name: drawn[name].unflatten(0, (len(self.index), self.rows)) for name in ("x", "grad_y")}
+            | {name: drawn[name].unflatten(0, (len(self.index), self.per_sample)) for name in ("x", "grad_y")}
             | {name: torch.stack([task[source] for task in tasks]) for name, source in stacks.items()}
         )
 
 
 def outputs(function: Function, tensors: dict[str, Tensor], residual: bool) -> dict[str, Tensor]:
     """y and the gradients of x and all that is trained under ``grad_y``, by names as in :data:`OUTPUTS`."""
-    arguments = _MLP_ARGUMENTS if "fc1_weight" in tensors else ("x", *_LAYER, *(["shift"] if "shift" in tensors else []))
+    arguments = (
+        _MLP_ARGUMENTS if "fc1_weight" in tensors else ("x", *_LAYER, *(["shift"] if "shift" in tensors else []))
+    )
     leaves = {
         name: tensors[name].detach().requires_grad_()
         for name in arguments

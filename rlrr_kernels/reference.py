@@ -60,16 +60,18 @@ def rlrr_linear_multi_reference(
     index: Tensor,
     residual: bool = True,
 ) -> Tensor:
-    """The formula of :func:`rlrr_kernels.rlrr_linear_multi`, one sample after the other; index [S]."""
-    parts = []
-    for sample, task in zip(x, index.tolist(), strict=True):
+    """:func:`rlrr_linear_reference` for the samples of each adapter; shapes as in ``rlrr_linear_multi``, index [S]."""
+    parts, samples = [x.new_empty(0, *x.shape[1:-1], weight.shape[0])], []
+    for task in sorted({*index.tolist()}):
+        samples.append((index == task).nonzero().flatten())
+        own, total = x[samples[-1]], bias
         if task < 0:
-            parts.append(F.linear(sample, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+            parts.append(F.linear(own, weight.to(x.dtype), None if total is None else total.to(x.dtype)))
             continue
-        terms = [term for term in (bias, None if shift is None else shift[task]) if term is not None]
-        total = sum(terms[1:], start=terms[0]) if terms else None
-        parts.append(rlrr_linear_reference(sample, weight, scale_row[task], scale_col[task], total, residual=residual))
-    return torch.stack(parts) if parts else x.new_empty(*x.shape[:-1], weight.shape[0])
+        if shift is not None:
+            total = shift[task] if bias is None else bias + shift[task]
+        parts.append(rlrr_linear_reference(own, weight, scale_row[task], scale_col[task], total, residual=residual))
+    return torch.cat(parts)[torch.cat(samples).argsort()] if samples else parts[0]
 
 
 def rlrr_conv2d_reference(

@@ -140,7 +140,9 @@ def test_each_sample_is_what_rlrr_linear_makes_of_it(backend):
     for task in (0, 2):
         samples = [i for i, number in enumerate(index) if number == task]
         row, col, shift = (tensors[name][task] for name in ("scale_row", "scale_col", "shift"))
-        alone = rlrr_linear(tensors["x"][samples], tensors["weight"], row, col, tensors["bias"] + shift, backend=backend)
+        alone = rlrr_linear(
+            tensors["x"][samples], tensors["weight"], row, col, tensors["bias"] + shift, backend=backend
+        )
         assert torch.equal(y[samples], alone)
     close(y[3], torch.nn.functional.linear(tensors["x"][3], tensors["weight"], tensors["bias"]), 1e-5)
 
@@ -232,9 +234,17 @@ def test_memory_does_not_grow_with_the_adapters(backend):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"index": torch.tensor([0, 5, 1])}, IndexError, r"index must hold values from -1 to T - 1 = 4; got 5 for sample"),
+        (
+            {"index": torch.tensor([0, 5, 1])},
+            IndexError,
+            r"index must hold values from -1 to T - 1 = 4; got 5 for sample",
+        ),
         ({"index": torch.tensor([0, -2, 1])}, IndexError, "index must hold values from -1; got -2 for sample 1"),
-        ({"index": torch.tensor([0.0, 1, 1])}, TypeError, "index must be torch.int32 or torch.int64; got torch.float32"),
+        (
+            {"index": torch.tensor([0.0, 1, 1])},
+            TypeError,
+            "index must be torch.int32 or torch.int64; got torch.float32",
+        ),
         ({"index": torch.tensor([[0, 1, 1]])}, ValueError, r"index must be \[S\], one adapter a sample; got shape"),
         ({"index": torch.tensor([0, 1])}, ValueError, r"index must be \[S\] with S = 3 .* got S = 2"),
         ({"index": [0, 1, 1]}, TypeError, "index must be a Tensor or a TaskIndex; got list"),

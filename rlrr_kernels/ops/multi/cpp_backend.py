@@ -17,6 +17,9 @@ from rlrr_kernels.ops.multi.loop_backend import Needs
 from rlrr_kernels.ops.multi.task_index import BARE, TaskRows
 
 _ops = torch.ops.rlrr_kernels_cpp
+_path_of_task = _ops.path_of_task.default
+_linear_multi = _ops.linear_multi.default
+_NAMES = {number: name for name, number in PATHS.items()}
 
 LEAST_RUN = 32
 """Rows a sample from which on it costs less to multiply samples where they lie than to copy them to their task's."""
@@ -27,18 +30,17 @@ def path_of_task(x: Tensor, weight: Tensor, rank: int, count: int, backward: boo
     "panels" (products with W' of the adapter, a panel at a time), or "library" (a call of ``rlrr_linear``)."""
     if x.dtype == torch.float32 and matmul_precision("cpu") != "ieee":
         return "library"
-    number = _ops.path_of_task(x, weight, rank, count, backward)
-    return next(name for name, value in PATHS.items() if value == number)
+    return _NAMES[_path_of_task(x, weight, rank, count, backward)]
 
 
 def has_kernels(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, backward: bool = False) -> bool:
     """Whether one C++ call serves all adapters of x [M, ...]."""
-    counts: dict[int, int] = {}
-    for task, first, end in rows.segments:
-        counts[task] = counts.get(task, 0) + end - first
-    return rows.count > 0 and all(
-        path_of_task(x, weight, rank, count, backward) != "library" for count in {*counts.values()} - {0}
-    )
+    if rows.count == 0:
+        return False
+    most = rows.cache.get("most")
+    if most is None:
+        most = rows.cache["most"] = max(rows.counts.values())
+    return path_of_task(x, weight, rank, most, backward) != "library"  # which only more rows would take
 
 
 def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:
@@ -64,7 +66,7 @@ def forward(
     (scale_row, scale_col, shift), runs = _floats(rows, scale_row, scale_col, shift)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     with private.BelowAutograd():
-        return _ops.linear_multi(x, weight, scale_row, scale_col, bias, shift, runs, residual, PATHS[path])
+        return _linear_multi(x, weight, scale_row, scale_col, bias, shift, runs, residual, PATHS[path])
 
 
 def backward(
@@ -112,7 +114,7 @@ def _used(rows: TaskRows) -> Tensor:
     """The adapters that have rows."""
     found = rows.cache.get("used")
     if found is None:
-        tasks = sorted({task for task, _, _ in rows.segments} - {BARE})
+        tasks = sorted(rows.counts.keys() - {BARE})
         found = rows.cache["used"] = torch.tensor(tasks, dtype=torch.int64)
     return found
 

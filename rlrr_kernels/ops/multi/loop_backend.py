@@ -61,16 +61,18 @@ def backward(
     grad_x = grad_y.new_empty(grad_y.shape[0], in_features) if need_x else None
     grad_row = torch.zeros(scale_row.shape, dtype=scale_row.dtype, device=weight.device) if need_row else None
     grad_col = torch.zeros(scale_col.shape, dtype=scale_col.dtype, device=weight.device) if need_col else None
-    grad_bias = grad_y.sum(0, dtype=wide) if need_bias else None
+    grad_bias = grad_y.new_zeros(out_features, dtype=wide) if need_bias else None
     grad_shift = grad_y.new_zeros(scale_row.shape[0], out_features, dtype=wide) if need_shift else None
     for task, first, end in rows.segments:
         row, col, residual_ = _scales(task, weight, scale_row, scale_col, residual)
         trained = task != BARE
-        needs_ = need_x, need_row and trained, need_col and trained, need_shift and trained
+        needs_ = need_x, need_row and trained, need_col and trained, need_bias or (need_shift and trained)
         rows_of_x = None if x is None else x[first:end]
         found = dispatch.backward(grad_y[first:end], rows_of_x, weight, row, col, residual_, backend, needs_)
         if grad_x is not None:
             grad_x[first:end] = found[0]
+        if grad_bias is not None:
+            grad_bias += found[3]
         for total, part in ((grad_row, found[1]), (grad_col, found[2]), (grad_shift, found[3])):
             if total is not None and trained:
                 total[task] = part

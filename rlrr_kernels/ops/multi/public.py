@@ -47,7 +47,7 @@ def rlrr_linear_multi(
         residual: whether W itself is added; ``False`` gives W' = W ⊙ (s_r s_c), but W for bare samples.
         backend: as in ``rlrr_linear``.
 
-    Second derivatives work in eager mode, by the formula sample by sample in plain torch. ``torch.func`` transforms and
+    Second derivatives work in eager mode, by the formula in plain torch, task by task. ``torch.func`` transforms and
     forward-mode derivatives are refused.
 
     Returns:

@@ -21,14 +21,19 @@ class TaskRows:
     Attributes:
         segments: (task, first row, end row).
         count: M, how many rows there are.
+        counts: how many rows each task has, -1 included; tasks without rows are left out.
         cache: what a backend makes of the segments once for all layers, such as tables on a device, by its own keys.
     """
 
-    __slots__ = ("cache", "count", "segments")
+    __slots__ = ("cache", "count", "counts", "segments")
 
     def __init__(self, segments: Segments, per_sample: int) -> None:
         self.segments = tuple((task, first * per_sample, end * per_sample) for task, first, end in segments)
-        self.count = max((end for _, _, end in self.segments), default=0)
+        self.counts: dict[int, int] = {}
+        for task, first, end in self.segments:
+            if end > first:
+                self.counts[task] = self.counts.get(task, 0) + end - first
+        self.count = sum(self.counts.values())
         self.cache: dict[Any, Any] = {}
 
 
