@@ -247,8 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
   Tensor grad_col = need_col ? empty({adapters, weight.groups, weight.rank, weight.cols}, f32) : empty({0}, f32);
   Tensor grad_bias = need_bias ? empty({weight.rows}, f32) : empty({0}, f32);
   Tensor grad_shift = need_shift ? empty({adapters, weight.rows}, f32) : empty({0}, f32);
-  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_bias, &grad_shift}) clear(*tensor);
-  std::vector<float> sums(weight.rows);  // Σ g of a task without f
+  for (const Tensor* tensor : {&grad_row, &grad_col, &grad_shift}) clear(*tensor);
+  std::vector<float> sums(weight.rows);     // Σ g of a task without f
+  std::vector<double> totals(weight.rows);  // and of all, whose order must not lose to eager's
   std::vector<Backward> calls;
   for (const Task& task : given.tasks) {
     const auto rows_of = [&](const Tensor& matrix) {
@@ -264,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
     if (need_bias || (need_shift && trained)) {
       float* own = need_shift && trained ? static_cast<float*>(slice(grad_shift, task.number, weight.rows)) : sums.data();
       level().sum_rows(type, g, task.count, weight.rows, own);
-      for (int64_t n = 0; need_bias && n < weight.rows; ++n) static_cast<float*>(grad_bias.mutable_data_ptr())[n] += own[n];
+      for (int64_t n = 0; n < weight.rows; ++n) totals[n] += own[n];
     }
     const bool row = need_row && trained, col = need_col && trained;
     if (!need_x && !row && !col) continue;
@@ -273,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
                      row ? static_cast<float*>(slice(grad_row, task.number, stacks.row_size())) : nullptr,
                      col ? static_cast<float*>(slice(grad_col, task.number, stacks.col_size())) : nullptr});
   }
+  if (need_bias) std::copy(totals.begin(), totals.end(), static_cast<float*>(grad_bias.mutable_data_ptr()));
   backward_tasks(calls);
   return {grad_x, grad_row, grad_col, grad_bias, grad_shift};
 }

@@ -61,7 +61,7 @@ def backward(
     grad_x = grad_y.new_empty(grad_y.shape[0], in_features) if need_x else None
     grad_row = torch.zeros(scale_row.shape, dtype=scale_row.dtype, device=weight.device) if need_row else None
     grad_col = torch.zeros(scale_col.shape, dtype=scale_col.dtype, device=weight.device) if need_col else None
-    grad_bias = grad_y.new_zeros(out_features, dtype=wide) if need_bias else None
+    grad_bias = grad_y.new_zeros(out_features, dtype=torch.float64) if need_bias else None
     grad_shift = grad_y.new_zeros(scale_row.shape[0], out_features, dtype=wide) if need_shift else None
     for task, first, end in rows.segments:
         row, col, residual_ = _scales(task, weight, scale_row, scale_col, residual)
@@ -76,7 +76,7 @@ def backward(
         for total, part in ((grad_row, found[1]), (grad_col, found[2]), (grad_shift, found[3])):
             if total is not None and trained:
                 total[task] = part
-    return grad_x, grad_row, grad_col, grad_bias, grad_shift
+    return grad_x, grad_row, grad_col, None if grad_bias is None else grad_bias.to(wide), grad_shift
 
 
 def _scales(
