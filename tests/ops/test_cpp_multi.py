@@ -116,8 +116,8 @@ def test_where_samples_lie_does_not_matter(per_sample, dtype):
 
 
 def test_concurrent_callers():
-    cases = [MultiCase(INDEX, rows, 50, 70, 5, rank, dtype=dtype) for rows, rank, dtype in
-             ((1, 1, torch.float32), (40, 2, torch.bfloat16), (3, 1, torch.bfloat16), (5, 8, torch.float32))]  # fmt: skip
+    kinds = (1, 1, torch.float32), (40, 2, torch.bfloat16), (3, 1, torch.bfloat16), (5, 8, torch.float32)
+    cases = [MultiCase(INDEX, rows, 50, 70, 5, rank, dtype=dtype) for rows, rank, dtype in kinds]
     index = TaskIndex(INDEX)
 
     def step(case):

@@ -102,7 +102,7 @@ def backward(
 
 
 def _floats(rows: TaskRows, *stacks: Tensor | None) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Stacks in contiguous fp32 and the table of runs for them: as they are, or of the adapters that have rows alone."""
+    """Stacks in contiguous fp32 and the table of runs for them: as they are, or of adapters that have rows alone."""
     if all(stack is None or (stack.dtype == torch.float32 and stack.is_contiguous()) for stack in stacks):
         return stacks, _table(rows, "runs", None)
     used = _used(rows)
