@@ -111,7 +111,7 @@ class MlpCase(NamedTuple):
 class MultiCase(NamedTuple):
     """One problem for ``rlrr_linear_multi``: samples of some rows each, under the adapters that ``index`` names."""
 
-    index: tuple[int, ...]  # [S]
+    index: tuple[int, ...]  # type: ignore[assignment]  # [S]; tuple.index gives way
     per_sample: int
     out_features: int  # N
     in_features: int  # K
