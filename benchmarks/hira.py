@@ -249,8 +249,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def versions() -> str:
     """Where the numbers come from, as a sentence."""
     found = environment()
+    plural = "s" * (found["threads"] != 1)
     return (
-        f"{found['cpu']}, {found['threads']} thread{'s' * (found['threads'] != 1)}, torch {found['torch']}, PEFT {peft_module().__version__}, "
+        f"{found['cpu']}, {found['threads']} thread{plural}, torch {found['torch']}, PEFT {peft_module().__version__}, "
         f"commit {found['commit']}."
     )
 

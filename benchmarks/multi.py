@@ -3,12 +3,12 @@
     python -m benchmarks.multi             # forward: 64 samples over 64 and over 4 adapters, and one row a sample
     python -m benchmarks.multi --step      # forward and backward of 16 adapters at once, and of one on the same rows
 
-``merged`` is ``F.linear`` with one adapter's W' on the same samples. PEFT's rivals are LoRA of rank 8 on the layer alone,
-without the other layers that ``set_adapter`` goes through in a model: one sample after the other, each after
-``set_adapter``, and its mixed batch, ``adapter_names``. Samples come in a random order. Whatever is compared runs in turn
-in one process; a number is the median of its runs, by the clock, or with ``--cpu`` seconds of the processor (of all
-threads together), in which other programs take part only through caches and clock rates. ``--out`` is a folder for the
-tables and rows, ``multi_cpu*.md`` and ``.json``.
+``merged`` is ``F.linear`` with one adapter's W' on the same samples. PEFT's rivals are LoRA of rank 8 on the layer
+alone, without the other layers that ``set_adapter`` goes through in a model: one sample after the other, each after
+``set_adapter``, and its mixed batch, ``adapter_names``. Samples come in a random order. Whatever is compared runs in
+turn in one process; a number is the median of its runs, by the clock, or with ``--cpu`` seconds of the processor (of
+all threads together), in which other programs take part only through caches and clock rates. ``--out`` is a folder for
+the tables and rows, ``multi_cpu*.md`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def table(found: list[dict[str, Any]]) -> str:
         times = row["seconds"]
         ratios = [times[ours] / times[first], *(times[rival] / times[ours] for rival in rivals)]
         cells = [row["rows a sample"], row["adapters"], row["dtype"], "{} x {}".format(*row["shape"])]
-        lines.append([*cells, *(f"{1e3 * value:.2f}" for value in times.values()), *(f"{ratio:.2f}" for ratio in ratios)])
+        lines.append(
+            [*cells, *(f"{1e3 * value:.2f}" for value in times.values()), *(f"{ratio:.2f}" for ratio in ratios)]
+        )
     heads = ["rows a sample", "adapters", "dtype", "N x K", *(f"{name}, ms" for name in found[0]["seconds"])]
     heads += [f"{ours} over {first}", *(f"{rival} over {ours}" for rival in rivals)]
     return "\n".join(markdown_table(heads, lines))

@@ -21,8 +21,12 @@ from rlrr_kernels.ops.checks import (
     compute_dtype,
 )
 from rlrr_kernels.ops.linear.public import known_call
+from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
+from rlrr_kernels.ops.multi.dispatch import canonical_stacks
+from rlrr_kernels.ops.multi.task_index import TaskIndex
 
 _ARGUMENTS = ("weight", "scale_row", "scale_col", "bias")
+_MULTI = ("shift", "index")
 _OPTIONS = ("residual", "input_activation", "backend")
 
 
@@ -53,7 +57,7 @@ class Explanation:
     """What a call does; prints as a few lines.
 
     Attributes:
-        problem: M, N, K, r, G and the dtypes.
+        problem: M, N, K, r, G and the dtypes; of ``rlrr_linear_multi`` also how many adapters have rows.
         device: what runs it.
         backend: never ``auto``.
         why: what decided the backend.
@@ -100,7 +104,8 @@ def explain(
 
     Args:
         layer: an ``RLRRLinear``, or the arguments of ``rlrr_linear`` by name: ``weight``, ``scale_row``, ``scale_col``
-            and, where given, ``bias``, ``residual``, ``input_activation`` and ``backend``.
+            and, where given, ``bias``, ``residual``, ``input_activation`` and ``backend``. With an ``index`` those of
+            ``rlrr_linear_multi``, whose steps are told for C++ and plain torch: one for each way that adapters take.
         x: [..., K].
         gpu: what a GPU of this name would do, such as "sm_90" or "gfx942", instead of the device of x.
         backend: instead of the one of the call.
@@ -111,6 +116,8 @@ def explain(
     given = _arguments(layer)
     if backend is not None:
         given["backend"] = backend
+    if "index" in given:
+        return _explain_multi(given, x, gpu)
     tensors = {name: given[name] for name in _ARGUMENTS}
     check_tensors(x, **tensors)
     dtype, autocast = compute_dtype(x)
@@ -153,11 +160,72 @@ def _arguments(layer: RLRRLinear | Mapping[str, Any]) -> dict[str, Any]:
         }  # fmt: skip
     if not isinstance(layer, Mapping):
         raise TypeError(f"layer must be an RLRRLinear or the arguments of rlrr_linear; got {type(layer).__name__}")
-    if unknown := sorted(set(layer) - {*_ARGUMENTS, *_OPTIONS}):
-        raise ValueError(f"layer must hold {', '.join((*_ARGUMENTS, *_OPTIONS))} alone; got {', '.join(unknown)}")
+    multi = "index" in layer
+    known = (*_ARGUMENTS, *_MULTI, "residual", "backend") if multi else (*_ARGUMENTS, *_OPTIONS)
+    if unknown := sorted(set(layer) - {*known}):
+        raise ValueError(f"layer must hold {', '.join(known)} alone; got {', '.join(unknown)}")
     if "weight" not in layer:
         raise ValueError(f"layer must hold a weight; got {', '.join(layer) or 'nothing'}")
     return {"scale_row": None, "scale_col": None} | defaults | dict(layer)
+
+
+def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explanation:
+    """The same of a call of ``rlrr_linear_multi``."""
+    weight, shift, index = given["weight"], given.get("shift"), given["index"]
+    stacks = given["scale_row"], given["scale_col"], given["bias"]
+    check_tensors(x, weight, *stacks, shift=shift)
+    dtype, autocast = compute_dtype(x)
+    check_dtypes(dtype, weight.dtype, *stacks, autocast, shift=shift)
+    check_samples(x, weight)
+    tasks = check_stacks(weight, *stacks, shift)
+    check_index_of(index, x)
+    index = index if isinstance(index, TaskIndex) else TaskIndex(index)
+    check_values(index, tasks)
+    name, why = _backend(given["backend"], x, dtype, gpu)
+    if name.startswith("triton"):
+        raise ValueError(
+            f"explain knows the steps of rlrr_linear_multi by backends cpp and torch; this call takes {name}"
+        )
+    rows = index.rows(x.shape[1:-1].numel())
+    row, col = canonical_stacks(given["scale_row"], given["scale_col"], weight, tasks)
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    if name == "cpp":
+        steps = _cpp_multi_steps(flat, weight, row.shape[2], sorted(rows.counts.values()))
+    else:
+        each = f"one call of rlrr_linear for each of {len(rows.counts)} adapters: "
+        alone = _steps(name, None, flat, weight, row[0], col[0], None) if tasks else ()
+        steps = tuple(dataclasses.replace(step, why=each + step.why) for step in alone)
+    return Explanation(
+        problem={
+            "M": flat.shape[0], "N": weight.shape[0], "K": weight.shape[1], "r": row.shape[2], "G": col.shape[1],
+            "T": tasks, "adapters with rows": len(rows.counts),
+            **{side: str(kind).removeprefix("torch.") for side, kind in (("x", dtype), ("W", weight.dtype))},
+        },
+        device=gpu or str(x.device), backend=name, why=why, steps=steps, replayed=False, gave_way={},
+    )  # fmt: skip
+
+
+def _cpp_multi_steps(x: Tensor, weight: Tensor, rank: int, counts: list[int]) -> tuple[Step, ...]:
+    """By the ways of the forward, then of the backward: which adapters' rows take it; ``counts`` ascend."""
+    from rlrr_kernels.ops.multi import cpp_backend
+
+    launches = {
+        "fused": ("one pass over W for all of them",),
+        "panels": ("panels of W' for each",),
+        "library": ("merge", "library product", "for each"),
+    }
+    steps = []
+    for name, backward in (("forward", False), ("grad_x and grad_scales", True)):
+        ways: dict[str, list[int]] = {}
+        for count in counts:
+            ways.setdefault(cpp_backend.path_of_task(x, weight, rank, count, backward), []).append(count)
+        for path, of in ways.items():
+            span = f"{of[0]}" if of[0] == of[-1] else f"{of[0]} to {of[-1]}"
+            adapters = f"{len(of)} adapter{'s' * (len(of) > 1)} of {span} rows"
+            why = f"{adapters}, by the crossovers of csrc/dispatch.h at level {backends.cpu_level()}"
+            done = launches[path] if not backward or path == "library" else (f"{path} loop for each",)
+            steps.append(Step(name, path, why, done))
+    return tuple(steps)
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -85,3 +85,25 @@ def test_bad_arguments_are_named():
         explain(tensors | {"wieght": x}, x)
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., K\] with K = 20"):
         explain(tensors, x[:, 1:])
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["cpp"] if backends.CPP_FAILURE is None else [])])
+def test_many_adapters_in_one_batch(backend):
+    stacks = {"weight": torch.ones(6, 40), "scale_row": torch.ones(9, 6), "scale_col": torch.ones(9, 2, 40)}
+    index = torch.tensor([3, -1, 0, 3, 3, 3])
+    found = explain(stacks | {"index": index, "backend": backend}, torch.ones(6, 2, 40))
+    expected = {"M": 12, "N": 6, "K": 40, "r": 1, "G": 2, "T": 9, "adapters with rows": 3}
+    assert expected.items() <= found.problem.items()
+    assert found.backend == backend
+    forward = [step for step in found.steps if step.name == "forward"]
+    if backend == "torch":
+        assert [step.path for step in forward] == ["merge"]
+        assert forward[0].why.startswith("one call of rlrr_linear for each of 3 adapters")
+    elif backends.cpu_level() != "portable":
+        assert [(step.path, step.why.split(",")[0]) for step in forward] == [
+            ("fused", "2 adapters of 2 rows"), ("panels", "1 adapter of 8 rows")
+        ]  # fmt: skip
+    with pytest.raises(IndexError, match="got 12 for sample 0"):
+        explain(stacks | {"index": index + 9}, torch.ones(6, 2, 40))
+    with pytest.raises(ValueError, match="alone; got input_activation"):
+        explain(stacks | {"index": index, "input_activation": "gelu"}, torch.ones(6, 2, 40))
