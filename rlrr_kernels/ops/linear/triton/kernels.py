@@ -368,7 +368,7 @@ def rlrr_linear_bwd_scales_kernel(
 
 
 @triton.jit
-def _reduce_block(parts_ptr, out_ptr, count, size, block, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_block(parts_ptr, out_ptr, count, size, block, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
     """One block of out [size] = Σ over the first axis of parts [count, size], in a fixed order."""
     offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), parts_ptr.dtype.element_ty)
@@ -396,13 +396,13 @@ def rlrr_linear_bwd_reduce_kernel(
     row_blocks = tl.cdiv(row_size, BLOCK)
     col_blocks = tl.cdiv(col_size, BLOCK)
     if pid < row_blocks:
-        _reduce_block(parts_ptr, row_ptr, row_count, row_size, pid, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, row_ptr, row_count, row_size, pid, BLOCK_P, BLOCK)
     elif pid < row_blocks + col_blocks:
         parts_ptr += tl.cast(row_count, tl.int64) * row_size
-        _reduce_block(parts_ptr, col_ptr, col_count, col_size, pid - row_blocks, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, col_ptr, col_count, col_size, pid - row_blocks, BLOCK_P, BLOCK)
     else:
         parts_ptr += tl.cast(row_count, tl.int64) * row_size + tl.cast(col_count, tl.int64) * col_size
-        _reduce_block(parts_ptr, bias_ptr, bias_count, bias_size, pid - row_blocks - col_blocks, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, bias_ptr, bias_count, bias_size, pid - row_blocks - col_blocks, BLOCK_P, BLOCK)
 
 
 @triton.jit
