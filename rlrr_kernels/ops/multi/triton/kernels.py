@@ -41,7 +41,7 @@ def _load(ptrs, mask, MASKED: tl.constexpr):
 def rlrr_linear_multi_fwd_kernel(
     x_ptr, w_ptr, row_ptr, col_ptr, bias_ptr, shift_ptr, tiles_ptr, y_ptr,
     N, K, group_size,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_row, stride_col,
     RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, MORE_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -67,8 +67,8 @@ def rlrr_linear_multi_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     columns_x = x_ptr + offs_k[:, None].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
-    row_ptr += task * N * RANK
-    col_ptr += (task * (N // group_size) + group) * RANK * K
+    row_ptr += task * stride_row
+    col_ptr += task * stride_col + group.to(tl.int64) * RANK * K
     step = tl.full((), BLOCK_K, tl.int64)
     row = load_row(row_ptr, rows_n, mask_n, False, RANK, DOT_RANK)
     offs_m, mask_m, rows_m = _tile_rows(first_m, end_m, 0, BLOCK_M)
@@ -125,7 +125,7 @@ def rlrr_linear_multi_fwd_kernel(
 def rlrr_linear_multi_bwd_dx_kernel(
     g_ptr, w_ptr, row_ptr, col_ptr, tiles_ptr, dx_ptr,
     N, K, group_size,
-    stride_gm, stride_gn, stride_wn, stride_wk,
+    stride_gm, stride_gn, stride_wn, stride_wk, stride_row, stride_col,
     RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, MORE_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -147,8 +147,8 @@ def rlrr_linear_multi_bwd_dx_kernel(
     lanes_n = tl.arange(0, BLOCK_N)
     columns_g = g_ptr + lanes_n[:, None].to(tl.int64) * stride_gn
     w_ptrs = w_ptr + lanes_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
-    row_ptr += task * N * RANK
-    col_ptr += task * groups * RANK * K
+    row_ptr += task * stride_row
+    col_ptr += task * stride_col
     col = load_col(col_ptr, offs_k, mask_k, K, True, RANK, DOT_RANK)
     offs_m, mask_m, rows_m = _tile_rows(first_m, end_m, 0, BLOCK_M)
     g_ptrs = columns_g + rows_m[None, :] * stride_gm
@@ -291,9 +291,11 @@ def rlrr_linear_multi_mixed_sum_kernel(
     row = tl.load(rows_ptr + 2 * entry).to(tl.int64)
     task = tl.load(rows_ptr + 2 * entry + 1).to(tl.int64)
     parts_ptr += entry.to(tl.int64) * columns
+    step = tl.cast(count, tl.int64) * columns
     total = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    for part in range(1, parts):
-        total += tl.load(parts_ptr + part.to(tl.int64) * count * columns + offs, mask=mask, other=0.0)
+    for _ in range(1, parts):
+        parts_ptr += step
+        total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(total.dtype)
     if HAS_SHIFT:
@@ -308,7 +310,7 @@ def rlrr_linear_multi_mixed_sum_kernel(
 def rlrr_linear_multi_bwd_scales_kernel(
     g_ptr, x_ptr, w_ptr, row_ptr, col_ptr, table_ptr, parts_ptr, col_offset, sum_offset,
     N, K, group_size,
-    stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_gm, stride_gn, stride_xm, stride_xk, stride_wn, stride_wk, stride_row, stride_col,
     RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr,
     NEED_ROW: tl.constexpr, NEED_COL: tl.constexpr, NEED_SUM: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -367,8 +369,8 @@ def rlrr_linear_multi_bwd_scales_kernel(
             g = tl.load(g_rest, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
             x = tl.load(x_rest, mask=mask_k[None, :] & mask_m[:, None], other=0.0)
             acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=ACC)
-        row_ptr += task * N * RANK
-        col_ptr += task * (N // group_size) * RANK * K
+        row_ptr += task * stride_row
+        col_ptr += task * stride_col
         store_scale_parts(
             acc, w_ptr, row_ptr, col_ptr, parts_ptr, col_offset, N, K, group_size, stride_wn, stride_wk,
             pid_k, pid_n, part, RANK, NEED_ROW, NEED_COL, ACC, BLOCK_N, BLOCK_K, DOT_RANK, DOT_PRECISION,

@@ -1,0 +1,159 @@
+"""Which way the rows of every task are multiplied in Triton, as pure functions of a batch's segments.
+
+``library``: rows of the bare W, and tasks of so many rows that merging W' pays (the crossover of ``rlrr_linear``).
+``tiles``: rows of one task a tile, whose W' is made in registers. ``mixed``: rows of many tasks in a tile, where x is
+rescaled instead: 1 + r products of a row, but none for padding. Modelled, not measured, as all of
+:mod:`rlrr_kernels.ops.linear.path`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from rlrr_kernels import devices
+from rlrr_kernels.ops.dtypes import matmul_precision
+from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.linear.path import REACHED_BANDWIDTH, REACHED_RATE, precision_kind
+from rlrr_kernels.ops.linear.tiles import KERNEL_US, Product, Tiles
+from rlrr_kernels.ops.multi.task_index import BARE, Segments
+
+RESCALED_ROWS = 32
+"""What making a tile of W' costs beside its product, in rows of x: four instructions an element, half of them in the
+shadow of the tensor cores."""
+
+CACHE_OVER_MEMORY = 2.0
+"""Bytes a second of the L2 cache over those of memory."""
+
+MOST_MIXED_RANK = 7
+"""Above, most lines of a mixed tile would be scaled copies of few rows."""
+
+MIXED_LINES = {2: 64, 4: 32, 8: 16}
+"""Lines of a mixed tile, by bytes of an element of x."""
+
+MIXED_TILES = {2: Tiles(64, 64, 64, 4, 3), 4: Tiles(32, 32, 32, 4, 2), 8: Tiles(16, 16, 16, 4, 1)}
+"""Lines, columns of the result and values of the contraction of a mixed tile, by bytes of an element of x."""
+
+
+class RowBlocks(NamedTuple):
+    """Tiles and how many rows, powers of two or 0, one tile of W' is multiplied by beside ``tiles.block_m``."""
+
+    tiles: Tiles
+    more: int = 0
+    last: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.tiles.block_m + self.more + self.last
+
+
+class Cut(NamedTuple):
+    """The rows of a batch by the way they are multiplied, each as (task, first row, end row); tiles are of ``blocks``."""
+
+    library: Segments
+    tiles: Segments
+    mixed: Segments
+    blocks: RowBlocks
+
+    @property
+    def padding(self) -> float:
+        """The share of the tiles' rows that belong to no sample."""
+        rows = sum(end - first for _, first, end in self.tiles)
+        return 1.0 - rows / max(1, len(self.tiles) * self.blocks.rows)
+
+
+IMAGE = (64, 16)
+"""Rows beside 128 that make a tile of 208: the 197 of an image of 224 pixels in one tile, 5 % of it padding."""
+
+
+def row_blocks(product: Product) -> tuple[RowBlocks, ...]:
+    """What tiles of rows may be made of: the shipped tiles of ``rlrr_linear`` and, for 16 bits, one of 208 rows."""
+    if not product.regular and product.gpu.family != devices.INTERPRETER:
+        return (RowBlocks(linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize]),)
+    shipped = dict.fromkeys(tiles for _, tiles in linear_configs.table(product.gpu)[product.kernel, product.dtype.itemsize])
+    found = [RowBlocks(tiles) for tiles in shipped]
+    if product.gpu.family == devices.INTERPRETER:
+        found.append(RowBlocks(found[0].tiles, 32, 16))
+    elif product.gpu.family.startswith("sm_") and product.dtype.itemsize == product.weight_dtype.itemsize == 2:
+        found.append(RowBlocks(found[-1].tiles, *IMAGE))
+    return tuple(found)
+
+
+def lines_a_row(rank: int) -> int:
+    """Lines of a mixed tile for a row: itself and its products with r scales, as a power of two."""
+    return 1 << rank.bit_length()
+
+
+def may_mix(product: Product) -> bool:
+    """Whether rows of several tasks may share a tile.
+
+    x is rounded once more there, which beside an fp32 W that is rounded too would be over the error rule.
+    """
+    return product.rank <= MOST_MIXED_RANK and product.dtype == product.weight_dtype
+
+
+def _rates(product: Product) -> tuple[float, float]:
+    """Operations and bytes from the cache, a microsecond."""
+    tf32 = product.dtype == torch.float32 and matmul_precision() == "tf32" and product.gpu.tf32
+    peaks = product.gpu.peaks
+    rate = REACHED_RATE * getattr(peaks, precision_kind(product.dtype, tf32))
+    return 1e-6 * rate, 1e-6 * CACHE_OVER_MEMORY * REACHED_BANDWIDTH * peaks.bandwidth
+
+
+def _pass_us(product: Product, multiplied: int, loaded: int, width: int) -> float:
+    """A pass over W: operations of ``multiplied`` rows; W and, for every ``width`` columns, ``loaded`` rows are read."""
+    rate, cache = _rates(product)
+    (rows, cols), size = product.weight_shape, product.dtype.itemsize
+    columns, contracted = (rows, cols) if product.kernel == "forward" else (cols, rows)
+    moved = rows * cols * product.weight_dtype.itemsize + -(-columns // width) * loaded * contracted * size
+    return max(2.0 * multiplied * rows * cols / rate, moved / cache)
+
+
+def tile_us(product: Product, blocks: RowBlocks) -> float:
+    """Microseconds of a whole GPU for one tile of rows."""
+    width = blocks.tiles.block_n if product.kernel == "forward" else blocks.tiles.block_k
+    return _pass_us(product, blocks.rows + RESCALED_ROWS, blocks.rows, width)
+
+
+def mixed_row_us(product: Product) -> float:
+    """Microseconds of a whole GPU for a row of a mixed tile."""
+    tiles = MIXED_TILES[product.dtype.itemsize]
+    rows = tiles.block_m // lines_a_row(product.rank)
+    return _pass_us(product, tiles.block_m, rows, tiles.block_n) / rows
+
+
+def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], bool]) -> Cut:
+    """The cut of least predicted time of those in which all tiles have the same blocks.
+
+    Args:
+        segments: (task, first row, end row), a task's rows in one.
+        product: the forward or ∂x; the number of its rows does not matter.
+        merges: whether the rows from a first to an end, which are one task's, are left to a merge.
+    """
+    library = tuple(s for s in segments if s[0] == BARE or merges(s[1], s[2]))
+    fused = [s for s in segments if s not in library]
+    mixed_us = mixed_row_us(product) if may_mix(product) else float("inf")
+    best, best_us = None, float("inf")
+    for blocks in row_blocks(product):
+        one_us, size = tile_us(product, blocks), blocks.rows
+        rests = [(task, end - (end - first) % size, end) for task, first, end in fused]
+        mixed = tuple(s for s in rests if 0 < (s[2] - s[1]) * mixed_us < one_us)
+        saved = sum(one_us - (end - first) * mixed_us for _, first, end in mixed)
+        if saved < 2 * KERNEL_US:
+            mixed, saved = (), 0.0
+        us = one_us * sum(-(-(end - first) // size) for _, first, end in fused) - saved + 2 * KERNEL_US * bool(mixed)
+        if us < best_us:
+            apart, best_us = {task: first for task, first, _ in mixed}, us
+            tiles = tuple(
+                (task, start, min(start + size, apart.get(task, end)))
+                for task, first, end in fused
+                for start in range(first, apart.get(task, end), size)
+            )
+            best = Cut(library, tiles, mixed, blocks)
+    bare = tuple(s for s in library if s[0] == BARE and (s[2] - s[1]) * mixed_us < KERNEL_US)
+    if best.mixed and bare:  # a few more rows rather than another launch
+        best = best._replace(library=tuple(s for s in library if s not in bare), mixed=bare + best.mixed)
+    return best
