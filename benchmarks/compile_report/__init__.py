@@ -33,6 +33,9 @@ from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
+from rlrr_kernels.ops.multi.task_index import TaskIndex
+from rlrr_kernels.ops.multi.triton import launches as multi_launches
+from rlrr_kernels.ops.multi.triton import path as multi_path
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from rlrr_kernels.ops.sampling import triton_draw as row_sample_triton
 from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
@@ -53,6 +56,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int64: "i64",
+    torch.int32: "i32",
 }
 DTYPES = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
 """Of a :class:`Case`."""
@@ -171,6 +175,49 @@ def experimental_cases(arch: str) -> Iterator[Case]:
             yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
             if dtype == "bf16":
                 yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)
+
+
+def _product(kernel, gpu, first, second, rank, groups, weight) -> configs.Product:
+    operands = configs.Operand.of(first), configs.Operand.of(second)
+    return configs.Product(kernel, gpu, first.dtype, weight.dtype, weight.shape, rank, groups, *operands)
+
+
+def multi_cases(arch: str) -> Iterator[Case]:
+    """``rlrr_linear_multi``: every kind of tile of rows at rank 1, the largest at rank 4, ragged shapes, mixed rows."""
+    gpu, images = devices.gpu(arch), TaskIndex(range(64)).rows(197)
+    for dtype in DTYPES:
+        x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        for kernel in ("forward", "grad_x"):
+            for n, k, rank, groups in ((3072, 768, 1, 1), (3072, 768, 4, 3), (771, 773, 4, 3), (3072, 768, 17, 1)):
+                x, weight = _meta(images.count, k, dtype=x_dtype), _meta(n, k, dtype=w_dtype)
+                grad_y, stacks = _meta(images.count, n, dtype=x_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
+                bias, shift = (_meta(n), _meta(64, n)) if kernel == "forward" else (None, None)
+                a, out = (x, grad_y) if kernel == "forward" else (grad_y, x)
+                product = _product(kernel, gpu, a, weight, rank, groups, weight)
+                kinds, mixed_tiles = multi_path.tiles_for(product), multi_path.mixed_tiles(product)
+                head = f"{n} x {k}, rank {rank}"
+                given = kernel, a, weight, *stacks, bias, shift, True, images
+                for tiles in kinds if rank == 1 else kinds[-1:]:
+                    cut = multi_path.Cut((), images.segments, (), tiles, mixed_tiles)
+                    (launch,) = multi_launches.product_launches(*given, cut, out, gpu)
+                    blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
+                    yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
+                if multi_path.may_mix(product):
+                    cut = multi_path.Cut((), (), images.segments, kinds[0], mixed_tiles)
+                    mixed, total = multi_launches.product_launches(*given, cut, out, gpu)
+                    yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)
+                    if kernel == "forward" and rank == 1:
+                        yield Case("multi_mixed_sum", dtype, head, total)
+        for n, k, rank, groups in ((3072, 768, 1, 1), (771, 773, 4, 3), (3072, 768, 17, 1)):
+            x, weight = _meta(images.count, k, dtype=x_dtype), _meta(n, k, dtype=w_dtype)
+            grad_y, stacks = _meta(images.count, n, dtype=x_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
+            grads = *map(torch.empty_like, stacks), _meta(n), _meta(64, n)
+            product = _product("grad_scales", gpu, x, grad_y, rank, groups, weight)
+            tiles = configs.tiles_of(product._replace(sampled=True))
+            launches = multi_launches.grad_scales_launches(grad_y, x, weight, *stacks, grads, images, gpu, tiles)
+            for name, launch in zip(("multi_grad_scales", "multi_reduce"), launches, strict=True):
+                yield Case(name, dtype, f"{n} x {k}, rank {rank}", launch)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -312,7 +359,10 @@ def rows(archs: list[str] | None = None, dtypes: Collection[str] = DTYPES) -> It
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            cases = chain(linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases())
+            cases = chain(
+                linear_cases(arch), experimental_cases(arch), multi_cases(arch), draw_cases(), norm_cases(),
+                activation_cases(),
+            )  # fmt: skip
             for case in cases:
                 if case.dtype in dtypes:
                     yield report_row(case, arch)

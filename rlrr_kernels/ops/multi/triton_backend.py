@@ -77,7 +77,7 @@ def forward(
             scales, plus = (scale_row[task], scale_col[task]), _added(task, bias, shift)
             return first_use.forward_error(x[own], weight, *scales, plus, residual, y[own], _tf32(launches))
 
-        return _error_of((cut.tiles, cut.mixed), of)
+        return _error_of((cut.tiled, cut.mixed), of)
 
     if launches and not guard.ran(launches, path is not None, find_error):
         return loop_backend.forward(*given, rows, residual, backend=_linear_backend(path))
@@ -157,7 +157,7 @@ def _grad_x(grad_y, x, weight, scale_row, scale_col, rows, residual, stacks, gpu
             scales = scale_row[task], scale_col[task]
             return first_use.grad_x_error(grad_y[own], weight, *scales, residual, grad_x[own], _tf32(launches))
 
-        return _error_of((cut.tiles, cut.mixed), of)
+        return _error_of((cut.tiled, cut.mixed), of)
 
     if launches and not guard.ran(launches, path is not None, find_error):
         given, needs = (grad_y, x, weight, scale_row, scale_col, rows, residual), (True, False, False, False, False)

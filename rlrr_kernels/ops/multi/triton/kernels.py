@@ -13,8 +13,9 @@ import triton.language as tl
 from rlrr_kernels.ops.linear.triton.kernels import (
     load_col,
     load_row,
+    multiply,
+    multiply_transposed,
     reduce_block,
-    rescale,
     store_product,
     store_scale_parts,
 )
@@ -23,18 +24,12 @@ from rlrr_kernels.ops.linear.triton.kernels import (
 
 
 @triton.jit
-def _tile_rows(first, end, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of a piece of a tile, which are in the task, and the same with the last one repeated past its end."""
-    offs_m = first.to(tl.int64) + OFFSET + tl.arange(0, BLOCK_M)
-    return offs_m, offs_m < end, tl.minimum(offs_m, end - 1)
-
-
-@triton.jit
-def _load(ptrs, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptrs, mask=mask, other=0.0)
-    else:
-        return tl.load(ptrs)
+def _load_tile(tiles_ptr, tile, BLOCK_M: tl.constexpr):
+    """A tile's task, its rows, which of them the task has, and the same with the last one repeated past its end."""
+    tiles_ptr += tile * 3
+    offs_m = tl.load(tiles_ptr + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
+    end = tl.load(tiles_ptr + 2)
+    return tl.load(tiles_ptr).to(tl.int64), offs_m, offs_m < end, tl.minimum(offs_m, end - 1)
 
 
 @triton.jit
@@ -44,81 +39,39 @@ def rlrr_linear_multi_fwd_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_row, stride_col,
     RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, MORE_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """yᵀ [N, M] = (W ⊙ (1 + s_r[t] s_c[t])) xᵀ + b + f[t] of the rows in tiles, accumulated in ACC.
+    """yᵀ [N, M] = (W ⊙ (1 + s_r[t] s_c[t])) xᵀ + b + f[t] of the rows in tiles, accumulated in ACC; y is [M, N].
 
-    x [M, K], w [N, K], row [T, N, r], col [T, G, r, K], bias [N] and shift [T, N] or unused, tiles [·, 3] of (t, first
-    row, end row), y [M, N]. A tile has up to BLOCK_M + MORE_M + LAST_M rows, which are powers of two or 0: one tile of
-    W' in registers is the first operand of up to three products. Grid: (tiles of N · tiles of rows,).
+    x [M, K], w [N, K], row [T, N, r] and col [T, G, r, K], a task every stride_row and stride_col elements, bias [N]
+    and shift [T, N] or unused, tiles [·, 3] of (t, first row, end row), at most BLOCK_M rows. Grid: (tiles of N · tiles
+    of rows,).
     """
     tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     tiles_n = (N // group_size) * tiles_per_group
     pid_n = tl.program_id(0) % tiles_n
-    tiles_ptr += (tl.program_id(0) // tiles_n) * 3
-    task = tl.load(tiles_ptr).to(tl.int64)
-    first_m = tl.load(tiles_ptr + 1)
-    end_m = tl.load(tiles_ptr + 2)
+    task, offs_m, mask_m, rows_m = _load_tile(tiles_ptr, tl.program_id(0) // tiles_n, BLOCK_M)
     group = pid_n // tiles_per_group
     local_n = (pid_n % tiles_per_group) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local_n < group_size
     rows_n = group * group_size + tl.minimum(local_n, group_size - 1)
     offs_n = group * group_size + local_n
     offs_k = tl.arange(0, BLOCK_K)
-    columns_x = x_ptr + offs_k[:, None].to(tl.int64) * stride_xk
+    x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     row_ptr += task * stride_row
     col_ptr += task * stride_col + group.to(tl.int64) * RANK * K
-    step = tl.full((), BLOCK_K, tl.int64)
     row = load_row(row_ptr, rows_n, mask_n, False, RANK, DOT_RANK)
-    offs_m, mask_m, rows_m = _tile_rows(first_m, end_m, 0, BLOCK_M)
-    x_ptrs = columns_x + rows_m[None, :] * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    if MORE_M > 0:
-        offs_more, mask_more, rows_more = _tile_rows(first_m, end_m, BLOCK_M, MORE_M)
-        more_ptrs = columns_x + rows_more[None, :] * stride_xm
-        acc_more = tl.zeros((BLOCK_N, MORE_M), ACC)
-    if LAST_M > 0:
-        offs_last, mask_last, rows_last = _tile_rows(first_m, end_m, BLOCK_M + MORE_M, LAST_M)
-        last_ptrs = columns_x + rows_last[None, :] * stride_xm
-        acc_last = tl.zeros((BLOCK_N, LAST_M), ACC)
-    for start in range(0, K, BLOCK_K):
-        here = start + offs_k
-        mask_k = here < K
-        x = _load(x_ptrs, mask_k[:, None], not EVEN_K)
-        w = _load(w_ptrs, mask_k[None, :], not EVEN_K)
-        col = load_col(col_ptr, here, mask_k, K, not EVEN_K, RANK, DOT_RANK)
-        w = rescale(
-            w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K,
-            RANK, RESIDUAL, False, ACC, DOT_RANK, DOT_PRECISION,
-        ).to(x.dtype)  # fmt: skip
-        acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
-        x_ptrs += step * stride_xk
-        w_ptrs += step * stride_wk
-        if MORE_M > 0:
-            more = _load(more_ptrs, mask_k[:, None], not EVEN_K)
-            acc_more = tl.dot(w, more, acc_more, input_precision=PRECISION, out_dtype=ACC)
-            more_ptrs += step * stride_xk
-        if LAST_M > 0:
-            last = _load(last_ptrs, mask_k[:, None], not EVEN_K)
-            acc_last = tl.dot(w, last, acc_last, input_precision=PRECISION, out_dtype=ACC)
-            last_ptrs += step * stride_xk
-    if HAS_BIAS or HAS_SHIFT:
-        added = tl.zeros((BLOCK_N,), ACC)
-        if HAS_BIAS:
-            added += tl.load(bias_ptr + rows_n).to(ACC)
-        if HAS_SHIFT:
-            added += tl.load(shift_ptr + task * N + rows_n).to(ACC)
-        acc += added[:, None]
-        if MORE_M > 0:
-            acc_more += added[:, None]
-        if LAST_M > 0:
-            acc_last += added[:, None]
+    acc = multiply(
+        acc, x_ptrs, w_ptrs, row, row_ptr, col_ptr, rows_n, mask_n, 0, K, K, stride_xk, stride_wk,
+        RANK, DOT_RANK, DOT_PRECISION, RESIDUAL, EVEN_K, ACC, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
+    if HAS_SHIFT:
+        acc += tl.load(shift_ptr + task * N + rows_n).to(ACC)[:, None]
     store_product(acc, y_ptr, offs_m, offs_n, mask_m, mask_n, N)
-    if MORE_M > 0:
-        store_product(acc_more, y_ptr, offs_more, offs_n, mask_more, mask_n, N)
-    if LAST_M > 0:
-        store_product(acc_last, y_ptr, offs_last, offs_n, mask_last, mask_n, N)
 
 
 @triton.jit
@@ -128,73 +81,30 @@ def rlrr_linear_multi_bwd_dx_kernel(
     stride_gm, stride_gn, stride_wn, stride_wk, stride_row, stride_col,
     RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, MORE_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """∂xᵀ [K, M] = (W ⊙ (1 + s_r[t] s_c[t]))ᵀ gᵀ of the rows in tiles, accumulated in ACC; ∂x is stored as [M, K].
+    """∂xᵀ [K, M] = (W ⊙ (1 + s_r[t] s_c[t]))ᵀ gᵀ of the rows in tiles, accumulated in ACC; ∂x is [M, K].
 
-    g [M, N], w [N, K], row [T, N, r], col [T, G, r, K], tiles [·, 3] of (t, first row, end row). Pieces of a tile as in
-    the forward. Grid: (tiles of K · tiles of rows,).
+    g [M, N], w [N, K]; row, col and tiles as in the forward. Grid: (tiles of K · tiles of rows,).
     """
-    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
     groups = N // group_size
     tiles_k = tl.cdiv(K, BLOCK_K)
-    tiles_ptr += (tl.program_id(0) // tiles_k) * 3
-    task = tl.load(tiles_ptr).to(tl.int64)
-    first_m = tl.load(tiles_ptr + 1)
-    end_m = tl.load(tiles_ptr + 2)
+    task, offs_m, mask_m, rows_m = _load_tile(tiles_ptr, tl.program_id(0) // tiles_k, BLOCK_M)
     offs_k = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     lanes_n = tl.arange(0, BLOCK_N)
-    columns_g = g_ptr + lanes_n[:, None].to(tl.int64) * stride_gn
+    g_ptrs = g_ptr + rows_m[None, :] * stride_gm + lanes_n[:, None].to(tl.int64) * stride_gn
     w_ptrs = w_ptr + lanes_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
     row_ptr += task * stride_row
     col_ptr += task * stride_col
     col = load_col(col_ptr, offs_k, mask_k, K, True, RANK, DOT_RANK)
-    offs_m, mask_m, rows_m = _tile_rows(first_m, end_m, 0, BLOCK_M)
-    g_ptrs = columns_g + rows_m[None, :] * stride_gm
     acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-    if MORE_M > 0:
-        offs_more, mask_more, rows_more = _tile_rows(first_m, end_m, BLOCK_M, MORE_M)
-        more_ptrs = columns_g + rows_more[None, :] * stride_gm
-        acc_more = tl.zeros((BLOCK_K, MORE_M), ACC)
-    if LAST_M > 0:
-        offs_last, mask_last, rows_last = _tile_rows(first_m, end_m, BLOCK_M + MORE_M, LAST_M)
-        last_ptrs = columns_g + rows_last[None, :] * stride_gm
-        acc_last = tl.zeros((BLOCK_K, LAST_M), ACC)
-    for tile in range(groups * tiles_per_group):
-        if ONE_GROUP:
-            group = 0
-            local_n = tile * BLOCK_N
-        else:
-            group = tile // tiles_per_group
-            local_n = (tile - group * tiles_per_group) * BLOCK_N
-            col = load_col(col_ptr + group.to(tl.int64) * RANK * K, offs_k, mask_k, K, True, RANK, DOT_RANK)
-        first = (group * group_size + local_n).to(tl.int64)
-        mask_n = local_n + lanes_n < group_size
-        offs_n = first + lanes_n
-        g = _load(g_ptrs + first * stride_gn, mask_n[:, None], not EVEN_N)
-        if EVEN_N:
-            w = tl.load(w_ptrs + first * stride_wn, mask=mask_k[:, None], other=0.0)
-        else:
-            w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        row = load_row(row_ptr, offs_n, mask_n, not EVEN_N, RANK, DOT_RANK)
-        group_ptr = col_ptr + group * RANK * K
-        w = rescale(
-            w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K,
-            RANK, RESIDUAL, True, ACC, DOT_RANK, DOT_PRECISION,
-        ).to(g.dtype)  # fmt: skip
-        acc = tl.dot(w, g, acc, input_precision=PRECISION, out_dtype=ACC)
-        if MORE_M > 0:
-            more = _load(more_ptrs + first * stride_gn, mask_n[:, None], not EVEN_N)
-            acc_more = tl.dot(w, more, acc_more, input_precision=PRECISION, out_dtype=ACC)
-        if LAST_M > 0:
-            last = _load(last_ptrs + first * stride_gn, mask_n[:, None], not EVEN_N)
-            acc_last = tl.dot(w, last, acc_last, input_precision=PRECISION, out_dtype=ACC)
+    acc = multiply_transposed(
+        acc, g_ptrs, w_ptrs, col, row_ptr, col_ptr, offs_k, mask_k, 0, groups * tl.cdiv(group_size, BLOCK_N), K,
+        group_size, stride_gn, stride_wn,
+        RANK, DOT_RANK, DOT_PRECISION, RESIDUAL, ONE_GROUP, EVEN_N, ACC, PRECISION, BLOCK_N,
+    )  # fmt: skip
     store_product(acc, dx_ptr, offs_m, offs_k, mask_m, mask_k, K)
-    if MORE_M > 0:
-        store_product(acc_more, dx_ptr, offs_more, offs_k, mask_more, mask_k, K)
-    if LAST_M > 0:
-        store_product(acc_last, dx_ptr, offs_last, offs_k, mask_last, mask_k, K)
 
 
 # ---------------------------------------------------------------- forward and ∂x: rows of many tasks in a tile

@@ -22,7 +22,7 @@ from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton.launches import launch_meta, precision_of, rank_meta
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton import kernels
-from rlrr_kernels.ops.multi.triton.path import MIXED_TILES, Cut, RowBlocks, lines_a_row
+from rlrr_kernels.ops.multi.triton.path import Cut, lines_a_row
 
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
@@ -39,19 +39,15 @@ def table(rows: TaskRows, key: tuple, device: torch.device, entries: Callable[[]
 # ---------------------------------------------------------------- forward and ∂x
 
 
-def _blocks_meta(blocks: RowBlocks, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    return {**launch_meta(dtype, precision, blocks.tiles), "MORE_M": blocks.more, "LAST_M": blocks.last}
-
-
 @_plans
 def _forward_plan(
     count: int, strides: tuple[int, ...], weight_shape: torch.Size, col_shape: torch.Size, has_bias: bool,
-    has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, blocks: RowBlocks,
+    has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
 ) -> Plan:  # fmt: skip
-    (N, K), (_, groups, rank, _), tiles = weight_shape, col_shape, blocks.tiles
+    (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
         **rank_meta("forward", rank, tiles, dtype, gpu), "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "HAS_SHIFT": has_shift, "EVEN_K": K % tiles.block_k == 0, **_blocks_meta(blocks, dtype, precision),
+        "HAS_SHIFT": has_shift, "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
     grid = (groups * triton.cdiv(N // groups, tiles.block_n) * count,)
     return Plan(kernels.rlrr_linear_multi_fwd_kernel, grid, (N, K, N // groups, *strides), meta)
@@ -59,43 +55,43 @@ def _forward_plan(
 
 def forward_launch(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: bool, tiles: Tensor, y: Tensor, gpu: Gpu | str, blocks: RowBlocks,
+    residual: bool, tiled: Tensor, y: Tensor, gpu: Gpu | str, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     """Rows of y [M, N] that are in tiles, a table [·, 3] of (task, first row, end row)."""
     strides = *x.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _forward_plan(
-        len(tiles), strides, weight.shape, scale_col.shape, bias is not None, shift is not None, residual, x.dtype,
-        precision_of(x.dtype, gpu), gpu, blocks,
+        len(tiled), strides, weight.shape, scale_col.shape, bias is not None, shift is not None, residual, x.dtype,
+        precision_of(x.dtype, gpu), gpu, tiles,
     )  # fmt: skip
     added = (x if bias is None else bias, x if shift is None else shift)
-    return Launch(plan, (x, weight, scale_row, scale_col, *added, tiles, y))
+    return Launch(plan, (x, weight, scale_row, scale_col, *added, tiled, y))
 
 
 @_plans
 def _grad_x_plan(
     count: int, strides: tuple[int, ...], weight_shape: torch.Size, col_shape: torch.Size, residual: bool,
-    dtype: torch.dtype, precision: str, gpu: Gpu | str, blocks: RowBlocks,
+    dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
 ) -> Plan:  # fmt: skip
-    (N, K), (_, groups, rank, _), tiles = weight_shape, col_shape, blocks.tiles
+    (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
         **rank_meta("grad_x", rank, tiles, dtype, gpu), "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-        "EVEN_N": N // groups % tiles.block_n == 0, **_blocks_meta(blocks, dtype, precision),
+        "EVEN_N": N // groups % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
     }  # fmt: skip
     grid = (triton.cdiv(K, tiles.block_k) * count,)
     return Plan(kernels.rlrr_linear_multi_bwd_dx_kernel, grid, (N, K, N // groups, *strides), meta)
 
 
 def grad_x_launch(
-    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, tiles: Tensor,
-    grad_x: Tensor, gpu: Gpu | str, blocks: RowBlocks,
+    grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, tiled: Tensor,
+    grad_x: Tensor, gpu: Gpu | str, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     """Rows of ∂x [M, K] that are in tiles, a table [·, 3] of (task, first row, end row)."""
     strides = *grad_y.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _grad_x_plan(
-        len(tiles), strides, weight.shape, scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype, gpu),
-        gpu, blocks,
+        len(tiled), strides, weight.shape, scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype, gpu),
+        gpu, tiles,
     )  # fmt: skip
-    return Launch(plan, (grad_y, weight, scale_row, scale_col, tiles, grad_x))
+    return Launch(plan, (grad_y, weight, scale_row, scale_col, tiled, grad_x))
 
 
 # ---------------------------------------------------------------- rows of many tasks in a tile
@@ -115,10 +111,9 @@ class _Scale(NamedTuple):
 @_plans
 def _mixed_plans(
     count: int, contracted: int, columns: int, groups_in: int, groups_out: int, strides: tuple[int, ...], rank: int,
-    has_bias: bool, has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str,
+    has_bias: bool, has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Plan, Plan, int]:  # fmt: skip
     """The products in parts, their sum, and how many values all parts have."""
-    tiles = MIXED_TILES[dtype.itemsize]
     rows = tiles.block_m // lines_a_row(rank)
     programs = groups_out * triton.cdiv(columns, tiles.block_n) * triton.cdiv(count, rows)
     blocks = triton.cdiv(contracted, tiles.block_k)
@@ -149,7 +144,7 @@ def _mixed_plans(
 
 def mixed_launches(
     kernel: str, a: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: bool, rows: Tensor, out: Tensor, gpu: Gpu | str,
+    shift: Tensor | None, residual: bool, rows: Tensor, out: Tensor, gpu: Gpu | str, tiles: Tiles,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """Rows of y [M, N] (kernel "forward", a = x) or ∂x [M, K] ("grad_x", a = g): a table [·, 2] of (row, task)."""
     (N, K), (_, groups, rank, _) = weight.shape, scale_col.shape
@@ -163,7 +158,7 @@ def mixed_launches(
         weight_strides = weight.stride()
     product, total, size = _mixed_plans(
         len(rows), *sizes, (*a.stride(), *weight_strides, *before[1], *after[1]), rank, bias is not None,
-        shift is not None, residual, a.dtype, precision_of(a.dtype, gpu), gpu,
+        shift is not None, residual, a.dtype, precision_of(a.dtype, gpu), gpu, tiles,
     )  # fmt: skip
     parts = a.new_empty(size, dtype=accumulate_dtype(a.dtype))
     added = (a if bias is None else bias, a if shift is None else shift)
@@ -183,16 +178,16 @@ def product_launches(
     """The rows of y (kernel "forward", a = x) or ∂x ("grad_x", a = g) that a cut does not leave to the library."""
     launches: tuple[Launch, ...] = ()
     scales = weight, scale_row, scale_col
-    if cut.tiles:
-        tiles = table(rows, cut.tiles, a.device, lambda: cut.tiles)
+    if cut.tiled:
+        tiled = table(rows, cut.tiled, a.device, lambda: cut.tiled)
         if kernel == "forward":
-            launches += (forward_launch(a, *scales, bias, shift, residual, tiles, out, gpu, cut.blocks),)
+            launches += (forward_launch(a, *scales, bias, shift, residual, tiled, out, gpu, cut.tiles),)
         else:
-            launches += (grad_x_launch(a, *scales, residual, tiles, out, gpu, cut.blocks),)
+            launches += (grad_x_launch(a, *scales, residual, tiled, out, gpu, cut.tiles),)
     if cut.mixed:
         entries = [(row, task) for task, first, end in cut.mixed for row in range(first, end)]
         mixed = table(rows, ("mixed", cut.mixed), a.device, lambda: entries)
-        launches += mixed_launches(kernel, a, *scales, bias, shift, residual, mixed, out, gpu)
+        launches += mixed_launches(kernel, a, *scales, bias, shift, residual, mixed, out, gpu, cut.mixed_tiles)
     return launches
 
 

@@ -30,56 +30,44 @@ CACHE_OVER_MEMORY = 2.0
 MOST_MIXED_RANK = 7
 """Above, most lines of a mixed tile would be scaled copies of few rows."""
 
-MIXED_LINES = {2: 64, 4: 32, 8: 16}
-"""Lines of a mixed tile, by bytes of an element of x."""
-
-MIXED_TILES = {2: Tiles(64, 64, 64, 4, 3), 4: Tiles(32, 32, 32, 4, 2), 8: Tiles(16, 16, 16, 4, 1)}
+MIXED = {2: Tiles(64, 64, 64, 4, 3), 4: Tiles(32, 32, 32, 4, 2), 8: Tiles(16, 16, 16, 4, 1)}
 """Lines, columns of the result and values of the contraction of a mixed tile, by bytes of an element of x."""
 
-
-class RowBlocks(NamedTuple):
-    """Tiles and how many rows, powers of two or 0, one tile of W' is multiplied by beside ``tiles.block_m``."""
-
-    tiles: Tiles
-    more: int = 0
-    last: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return self.tiles.block_m + self.more + self.last
+MIXED_IRREGULAR = Tiles(64, 32, 32, 4, 1)
+"""The same for 16 bits where operands are loaded element by element."""
 
 
 class Cut(NamedTuple):
-    """The rows of a batch by the way they are multiplied, each as (task, first row, end row); tiles are of ``blocks``."""
+    """The rows of a batch by the way they are multiplied, each as (task, first row, end row)."""
 
     library: Segments
-    tiles: Segments
+    tiled: Segments  # one tile each
     mixed: Segments
-    blocks: RowBlocks
+    tiles: Tiles
+    mixed_tiles: Tiles
 
     @property
     def padding(self) -> float:
         """The share of the tiles' rows that belong to no sample."""
-        rows = sum(end - first for _, first, end in self.tiles)
-        return 1.0 - rows / max(1, len(self.tiles) * self.blocks.rows)
+        rows = sum(end - first for _, first, end in self.tiled)
+        return 1.0 - rows / max(1, len(self.tiled) * self.tiles.block_m)
 
 
-IMAGE = (64, 16)
-"""Rows beside 128 that make a tile of 208: the 197 of an image of 224 pixels in one tile, 5 % of it padding."""
+WIDE = {"forward": Tiles(256, 128, 64, 8, 3), "grad_x": Tiles(256, 64, 128, 8, 3)}
+"""For 16-bit operands on sm_90 beside the shipped tiles of ``rlrr_linear``: the 197 rows of an image of 224 pixels in one
+tile, so that W is read and rescaled once for them. By the machine code of each it takes as long as one of 128 + 64 + 16
+rows, whose three products have the compiler rescale W three times, and less than two of 128."""
 
 
-def row_blocks(product: Product) -> tuple[RowBlocks, ...]:
-    """What tiles of rows may be made of: the shipped tiles of ``rlrr_linear`` and, for 16 bits, one of 208 rows."""
+def tiles_for(product: Product) -> tuple[Tiles, ...]:
+    """What tiles of rows may be of."""
     if not product.regular and product.gpu.family != devices.INTERPRETER:
-        return (RowBlocks(linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize]),)
-    shipped = dict.fromkeys(tiles for _, tiles in linear_configs.table(product.gpu)[product.kernel, product.dtype.itemsize])
-    found = [RowBlocks(tiles) for tiles in shipped]
-    if product.gpu.family == devices.INTERPRETER:
-        found.append(RowBlocks(found[0].tiles, 32, 16))
-    elif product.gpu.family.startswith("sm_") and product.dtype.itemsize == product.weight_dtype.itemsize == 2:
-        found.append(RowBlocks(found[-1].tiles, *IMAGE))
-    return tuple(found)
+        return (linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize],)
+    found = [tiles for _, tiles in linear_configs.table(product.gpu)[product.kernel, product.dtype.itemsize]]
+    narrow = product.dtype.itemsize == product.weight_dtype.itemsize == 2
+    if product.gpu.family == "sm_90" and narrow and product.rank <= linear_configs.UNROLLED_RANK:
+        found.append(WIDE[product.kernel])
+    return tuple(dict.fromkeys(found))
 
 
 def lines_a_row(rank: int) -> int:
@@ -93,6 +81,12 @@ def may_mix(product: Product) -> bool:
     x is rounded once more there, which beside an fp32 W that is rounded too would be over the error rule.
     """
     return product.rank <= MOST_MIXED_RANK and product.dtype == product.weight_dtype
+
+
+def mixed_tiles(product: Product) -> Tiles:
+    """Of what rows of several tasks are mixed in."""
+    size = product.dtype.itemsize
+    return MIXED[size] if product.regular or size > 2 else MIXED_IRREGULAR
 
 
 def _rates(product: Product) -> tuple[float, float]:
@@ -112,21 +106,21 @@ def _pass_us(product: Product, multiplied: int, loaded: int, width: int) -> floa
     return max(2.0 * multiplied * rows * cols / rate, moved / cache)
 
 
-def tile_us(product: Product, blocks: RowBlocks) -> float:
+def tile_us(product: Product, tiles: Tiles) -> float:
     """Microseconds of a whole GPU for one tile of rows."""
-    width = blocks.tiles.block_n if product.kernel == "forward" else blocks.tiles.block_k
-    return _pass_us(product, blocks.rows + RESCALED_ROWS, blocks.rows, width)
+    width = tiles.block_n if product.kernel == "forward" else tiles.block_k
+    return _pass_us(product, tiles.block_m + RESCALED_ROWS, tiles.block_m, width)
 
 
 def mixed_row_us(product: Product) -> float:
     """Microseconds of a whole GPU for a row of a mixed tile."""
-    tiles = MIXED_TILES[product.dtype.itemsize]
+    tiles = mixed_tiles(product)
     rows = tiles.block_m // lines_a_row(product.rank)
     return _pass_us(product, tiles.block_m, rows, tiles.block_n) / rows
 
 
 def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], bool]) -> Cut:
-    """The cut of least predicted time of those in which all tiles have the same blocks.
+    """The cut of least predicted time of those in which all tiles of rows are alike.
 
     Args:
         segments: (task, first row, end row), a task's rows in one.
@@ -137,8 +131,8 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
     fused = [s for s in segments if s not in library]
     mixed_us = mixed_row_us(product) if may_mix(product) else float("inf")
     best, best_us = None, float("inf")
-    for blocks in row_blocks(product):
-        one_us, size = tile_us(product, blocks), blocks.rows
+    for tiles in tiles_for(product):
+        one_us, size = tile_us(product, tiles), tiles.block_m
         rests = [(task, end - (end - first) % size, end) for task, first, end in fused]
         mixed = tuple(s for s in rests if 0 < (s[2] - s[1]) * mixed_us < one_us)
         saved = sum(one_us - (end - first) * mixed_us for _, first, end in mixed)
@@ -147,12 +141,12 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
         us = one_us * sum(-(-(end - first) // size) for _, first, end in fused) - saved + 2 * KERNEL_US * bool(mixed)
         if us < best_us:
             apart, best_us = {task: first for task, first, _ in mixed}, us
-            tiles = tuple(
+            tiled = tuple(
                 (task, start, min(start + size, apart.get(task, end)))
                 for task, first, end in fused
                 for start in range(first, apart.get(task, end), size)
             )
-            best = Cut(library, tiles, mixed, blocks)
+            best = Cut(library, tiled, mixed, tiles, mixed_tiles(product))
     bare = tuple(s for s in library if s[0] == BARE and (s[2] - s[1]) * mixed_us < KERNEL_US)
     if best.mixed and bare:  # a few more rows rather than another launch
         best = best._replace(library=tuple(s for s in library if s not in bare), mixed=bare + best.mixed)
