@@ -140,11 +140,11 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
             mixed, saved = (), 0.0
         us = one_us * sum(-(-(end - first) // size) for _, first, end in fused) - saved + 2 * KERNEL_US * bool(mixed)
         if us < best_us:
-            apart, best_us = {task: first for task, first, _ in mixed}, us
+            apart, best_us = {end: first for _, first, end in mixed}, us
             tiled = tuple(
-                (task, start, min(start + size, apart.get(task, end)))
+                (task, start, min(start + size, apart.get(end, end)))
                 for task, first, end in fused
-                for start in range(first, apart.get(task, end), size)
+                for start in range(first, apart.get(end, end), size)
             )
             best = Cut(library, tiled, mixed, tiles, mixed_tiles(product))
     bare = tuple(s for s in library if s[0] == BARE and (s[2] - s[1]) * mixed_us < KERNEL_US)
