@@ -1,11 +1,12 @@
 """``rlrr_linear_multi`` in Triton: which way the rows of each task go, the launches, and the tensors they write.
 
-One task's batch is ``rlrr_linear``'s. Where a kernel gives way (:mod:`rlrr_kernels.ops.host.guard`) there is a call of
-``rlrr_linear`` for each task.
+One task's batch is ``rlrr_linear``'s. Where a kernel gives way (:mod:`rlrr_kernels.ops.host.guard`) each task is merged
+for the vendor library's products.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 
 import torch
@@ -22,8 +23,23 @@ from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.loop_backend import Needs
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton.launches import grad_scales_launches, product_launches
-from rlrr_kernels.ops.multi.triton.path import Cut, cut_rows
+from rlrr_kernels.ops.multi.triton.path import LEAST_RUN, MOST_MIXED_RANK, MOST_MIXED_ROWS, Cut, cut_rows
 from rlrr_kernels.ops.tuning import store as tuned_tiles
+
+def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:
+    """Whether :func:`forward` may be given ``rows`` whose tasks' samples are no neighbours, rather than sort x and y.
+
+    Long runs fill tiles of their own and few rows are mixed; but a task that has so many in all that it is merged, and
+    the bare W, take one product for all their rows.
+    """
+    totals: collections.Counter[int] = collections.Counter()
+    for task, first, end in rows.segments:
+        totals[task] += end - first
+    few = rows.count <= MOST_MIXED_ROWS and rank <= MOST_MIXED_RANK and x.dtype == weight.dtype
+    long = per_sample >= LEAST_RUN and sum(task == BARE for task, _, _ in rows.segments) < 2
+    most = x.new_empty(max(totals.values(), default=0), 0)
+    return (few or long) and tuned_tiles.path_for(gpu_of(x.device), most, weight, rank) != "merge"
+
 
 def cut_of(
     kernel: str, a: Tensor, weight: Tensor, scale_col: Tensor, rows: TaskRows, gpu: Gpu, path: str | None = None
@@ -58,7 +74,7 @@ def forward(
     *,
     path: str | None = None,
 ) -> Tensor:
-    """y [M, N] of grouped rows x [M, K].
+    """y [M, N] of rows x [M, K], a task's next to each other or as :func:`takes_runs` allows.
 
     weight [N, K], scale_row [T, N, r], scale_col [T, G, r, K], bias [N], shift [T, N]. ``path`` as in :func:`cut_of`.
     """
@@ -79,9 +95,8 @@ def forward(
 
         return _error_of((cut.tiled, cut.mixed), of)
 
-    if launches and not guard.ran(launches, path is not None, find_error):
-        return loop_backend.forward(*given, rows, residual, backend=_linear_backend(path))
-    for task, first, end in cut.library:
+    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else _filled(rows)
+    for task, first, end in library:
         merged, plus = _merged(task, weight, scale_row, scale_col, residual, x.dtype, path), _added(task, bias, shift)
         own = x[first:end], merged.t()
         if plus is None:
@@ -116,7 +131,7 @@ def backward(
         return loop_backend.backward(*given, needs, backend=_linear_backend(path))
     gpu = gpu_of(grad_y.device)
     stacks = _within_tasks(scale_row), _within_tasks(scale_col)
-    grad_x = _grad_x(*given, stacks, gpu, path) if need_x else None
+    grad_x = _grad_x(grad_y, *given[2:], stacks, gpu, path) if need_x else None
     if not (need_row or need_col):
         return grad_x, None, None, *_sums(grad_y, scale_row.shape[0], segments, *need_sums)
     wide, tasks = accumulate_dtype(grad_y.dtype), scale_row.shape[0]
@@ -147,7 +162,7 @@ def backward(
     return grad_x, *grads
 
 
-def _grad_x(grad_y, x, weight, scale_row, scale_col, rows, residual, stacks, gpu, path) -> Tensor:
+def _grad_x(grad_y, weight, scale_row, scale_col, rows, residual, stacks, gpu, path) -> Tensor:
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
     cut = cut_of("grad_x", grad_y, weight, scale_col, rows, gpu, path)
     launches = product_launches("grad_x", grad_y, weight, *stacks, None, None, residual, rows, cut, grad_x, gpu)
@@ -159,10 +174,8 @@ def _grad_x(grad_y, x, weight, scale_row, scale_col, rows, residual, stacks, gpu
 
         return _error_of((cut.tiled, cut.mixed), of)
 
-    if launches and not guard.ran(launches, path is not None, find_error):
-        given, needs = (grad_y, x, weight, scale_row, scale_col, rows, residual), (True, False, False, False, False)
-        return loop_backend.backward(*given, needs, backend=_linear_backend(path))[0]
-    for task, first, end in cut.library:
+    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else _filled(rows)
+    for task, first, end in library:
         merged = _merged(task, weight, scale_row, scale_col, residual, grad_y.dtype, path)
         torch.mm(grad_y[first:end], merged, out=grad_x[first:end])
     return grad_x

@@ -30,6 +30,9 @@ CACHE_OVER_MEMORY = 2.0
 MOST_MIXED_RANK = 7
 """Above, most lines of a mixed tile would be scaled copies of few rows."""
 
+LEAST_RUN, MOST_MIXED_ROWS = 64, 256
+"""Samples of a task that are no neighbours stay where they are if they have so many rows each, or the batch so few."""
+
 MIXED = {2: Tiles(64, 64, 64, 4, 3), 4: Tiles(32, 32, 32, 4, 2), 8: Tiles(16, 16, 16, 4, 1)}
 """Lines, columns of the result and values of the contraction of a mixed tile, by bytes of an element of x."""
 
@@ -50,7 +53,7 @@ class Cut(NamedTuple):
     def padding(self) -> float:
         """The share of the tiles' rows that belong to no sample."""
         rows = sum(end - first for _, first, end in self.tiled)
-        return 1.0 - rows / max(1, len(self.tiled) * self.tiles.block_m)
+        return 1.0 - rows / (len(self.tiled) * self.tiles.block_m) if rows else 0.0
 
 
 WIDE = {"forward": Tiles(256, 128, 64, 8, 3), "grad_x": Tiles(256, 64, 128, 8, 3)}
@@ -123,7 +126,7 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
     """The cut of least predicted time of those in which all tiles of rows are alike.
 
     Args:
-        segments: (task, first row, end row), a task's rows in one.
+        segments: (task, first row, end row), none of them empty.
         product: the forward or ∂x; the number of its rows does not matter.
         merges: whether the rows from a first to an end, which are one task's, are left to a merge.
     """
