@@ -26,6 +26,7 @@ from rlrr_kernels.ops.multi.triton.launches import grad_scales_launches, product
 from rlrr_kernels.ops.multi.triton.path import LEAST_RUN, MOST_MIXED_RANK, MOST_MIXED_ROWS, Cut, cut_rows
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 
+
 def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:
     """Whether :func:`forward` may be given ``rows`` whose tasks' samples are no neighbours, rather than sort x and y.
 
@@ -49,9 +50,7 @@ def cut_of(
     ``path`` forces ``fused``, so that no task is merged, or ``merge``.
     """
     _, groups, rank, _ = scale_col.shape
-    product = Product(
-        kernel, gpu, a.dtype, weight.dtype, weight.shape, rank, groups, Operand.of(a), Operand.of(weight)
-    )
+    product = Product(kernel, gpu, a.dtype, weight.dtype, weight.shape, rank, groups, Operand.of(a), Operand.of(weight))
     key = product._replace(first=Operand((0, 0), a.stride(), 0, True)), matmul_precision(), path
     if key not in rows.cache:
 

@@ -1,8 +1,8 @@
-"""The Triton kernels of ``rlrr_linear_multi``; :mod:`rlrr_kernels.ops.multi.triton.launches` says how they are launched.
+"""The Triton kernels of ``rlrr_linear_multi``; :mod:`rlrr_kernels.ops.multi.triton.launches` says how they start.
 
-Names: T adapters ("tasks"), rows of x and g grouped by task, r rank, G groups; tables of rows are int32 and come from the
-host. Every tile of rows belongs to one task, and the tile of W' is made for it in registers by the device functions of
-:mod:`rlrr_kernels.ops.linear.triton.kernels`; the mixed kernel has rows of many tasks in a tile and rescales x instead.
+Names as in :mod:`rlrr_kernels.ops.linear.triton.kernels`, with T adapters, those of "tasks". A tile of rows belongs to
+one task, and its tile of W' is made in registers by the device functions of that module; the mixed kernel has rows of
+many tasks in a tile and rescales x instead. Tables of rows are int32 and come from the host.
 """
 
 from __future__ import annotations

@@ -57,9 +57,9 @@ class Cut(NamedTuple):
 
 
 WIDE = {"forward": Tiles(256, 128, 64, 8, 3), "grad_x": Tiles(256, 64, 128, 8, 3)}
-"""For 16-bit operands on sm_90 beside the shipped tiles of ``rlrr_linear``: the 197 rows of an image of 224 pixels in one
-tile, so that W is read and rescaled once for them. By the machine code of each it takes as long as one of 128 + 64 + 16
-rows, whose three products have the compiler rescale W three times, and less than two of 128."""
+"""For 16-bit operands on sm_90 beside the shipped tiles of ``rlrr_linear``: the 197 rows of an image of 224 pixels in
+one tile, for which W is read and rescaled once. By the machine code of each it takes less time than two tiles of 128,
+and as long as one of 128 + 64 + 16 rows, whose three products have the compiler rescale W three times."""
 
 
 def tiles_for(product: Product) -> tuple[Tiles, ...]:
@@ -101,7 +101,7 @@ def _rates(product: Product) -> tuple[float, float]:
 
 
 def _pass_us(product: Product, multiplied: int, loaded: int, width: int) -> float:
-    """A pass over W: operations of ``multiplied`` rows; W and, for every ``width`` columns, ``loaded`` rows are read."""
+    """A pass over W: operations of ``multiplied`` rows; W is read and, for each ``width`` columns, ``loaded`` rows."""
     rate, cache = _rates(product)
     (rows, cols), size = product.weight_shape, product.dtype.itemsize
     columns, contracted = (rows, cols) if product.kernel == "forward" else (cols, rows)
