@@ -177,47 +177,52 @@ def experimental_cases(arch: str) -> Iterator[Case]:
                 yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)
 
 
-def _product(kernel, gpu, first, second, rank, groups, weight) -> configs.Product:
-    operands = configs.Operand.of(first), configs.Operand.of(second)
-    return configs.Product(kernel, gpu, first.dtype, weight.dtype, weight.shape, rank, groups, *operands)
-
-
 def multi_cases(arch: str) -> Iterator[Case]:
-    """``rlrr_linear_multi``: every kind of tile of rows at rank 1, the largest at rank 4, ragged shapes, mixed rows."""
-    gpu, images = devices.gpu(arch), TaskIndex(range(64)).rows(197)
+    """``rlrr_linear_multi`` of 64 images for 64 tasks: every kind of tile, rows of all tasks in a tile, ragged shapes.
+
+    In dtypes other than bf16 the widest tile alone at rank 1.
+    """
     for dtype in DTYPES:
-        x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        for kernel in ("forward", "grad_x"):
-            for n, k, rank, groups in ((3072, 768, 1, 1), (3072, 768, 4, 3), (771, 773, 4, 3), (3072, 768, 17, 1)):
-                x, weight = _meta(images.count, k, dtype=x_dtype), _meta(n, k, dtype=w_dtype)
-                grad_y, stacks = _meta(images.count, n, dtype=x_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
-                bias, shift = (_meta(n), _meta(64, n)) if kernel == "forward" else (None, None)
-                a, out = (x, grad_y) if kernel == "forward" else (grad_y, x)
-                product = _product(kernel, gpu, a, weight, rank, groups, weight)
-                kinds, mixed_tiles = multi_path.tiles_for(product), multi_path.mixed_tiles(product)
-                head = f"{n} x {k}, rank {rank}"
-                given = kernel, a, weight, *stacks, bias, shift, True, images
-                for tiles in kinds if rank == 1 else kinds[-1:]:
-                    cut = multi_path.Cut((), images.segments, (), tiles, mixed_tiles)
-                    (launch,) = multi_launches.product_launches(*given, cut, out, gpu)
-                    blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
-                    yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
-                if multi_path.may_mix(product):
-                    cut = multi_path.Cut((), (), images.segments, kinds[0], mixed_tiles)
-                    mixed, total = multi_launches.product_launches(*given, cut, out, gpu)
-                    yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)
-                    if kernel == "forward" and rank == 1:
-                        yield Case("multi_mixed_sum", dtype, head, total)
-        for n, k, rank, groups in ((3072, 768, 1, 1), (771, 773, 4, 3), (3072, 768, 17, 1)):
-            x, weight = _meta(images.count, k, dtype=x_dtype), _meta(n, k, dtype=w_dtype)
-            grad_y, stacks = _meta(images.count, n, dtype=x_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
-            grads = *map(torch.empty_like, stacks), _meta(n), _meta(64, n)
-            product = _product("grad_scales", gpu, x, grad_y, rank, groups, weight)
-            tiles = configs.tiles_of(product._replace(sampled=True))
-            launches = multi_launches.grad_scales_launches(grad_y, x, weight, *stacks, grads, images, gpu, tiles)
-            for name, launch in zip(("multi_grad_scales", "multi_reduce"), launches, strict=True):
-                yield Case(name, dtype, f"{n} x {k}, rank {rank}", launch)
+        yield from _multi_cases(arch, dtype, 3072, 768, 1, 1)
+        yield from _multi_cases(arch, dtype, 771, 773, 4, 3)
+        if dtype == "bf16":
+            yield from _multi_cases(arch, dtype, 3072, 768, 4, 3)
+
+
+def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) -> Iterator[Case]:
+    gpu, images, head = devices.gpu(arch), TaskIndex(range(64)).rows(197), f"{n} x {k}, rank {rank}"
+    x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
+    x, grad_y = _meta(images.count, k, dtype=x_dtype), _meta(images.count, n, dtype=x_dtype)
+    weight, stacks = _meta(n, k, dtype=w_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
+
+    def product(kernel: str, first: torch.Tensor, second: torch.Tensor) -> configs.Product:
+        operands = configs.Operand.of(first), configs.Operand.of(second)
+        return configs.Product(kernel, gpu, x_dtype, w_dtype, weight.shape, rank, groups, *operands, sampled=True)
+
+    for kernel, a, out, added in (
+        ("forward", x, grad_y, (_meta(n), _meta(64, n))),
+        ("grad_x", grad_y, x, (None, None)),
+    ):
+        given, of = (kernel, a, weight, *stacks, *added, True, images), product(kernel, a, weight)
+        kinds, mixed_tiles = multi_path.tiles_for(of), multi_path.mixed_tiles(of)
+        for tiles in kinds if rank == 1 and dtype == "bf16" else kinds[-1:]:
+            cut = multi_path.Cut((), images.segments, (), tiles, mixed_tiles)
+            (launch,) = multi_launches.product_launches(*given, cut, out, gpu)
+            blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
+            yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
+        if multi_path.may_mix(of):
+            cut = multi_path.Cut((), (), images.segments, kinds[0], mixed_tiles)
+            mixed, total = multi_launches.product_launches(*given, cut, out, gpu)
+            yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)
+            if kernel == "forward" and rank == 1:
+                yield Case("multi_mixed_sum", dtype, head, total)
+    grads = *map(torch.empty_like, stacks), _meta(n), _meta(64, n)
+    tiles = configs.tiles_of(product("grad_scales", x, grad_y))
+    partial, total = multi_launches.grad_scales_launches(grad_y, x, weight, *stacks, grads, images, gpu, tiles)
+    yield Case("multi_grad_scales", dtype, head, partial)
+    if rank == 1:
+        yield Case("multi_reduce", dtype, head, total)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -354,14 +359,19 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return registers, spills
 
 
-def rows(archs: list[str] | None = None, dtypes: Collection[str] = DTYPES) -> Iterator[dict[str, Any]]:
-    """The report's rows, compiled one after another: of these architectures, by default all, and dtypes."""
+def rows(
+    archs: list[str] | None = None, dtypes: Collection[str] = DTYPES, multi: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The report's rows, compiled one after another: of these architectures, by default all, and dtypes.
+
+    ``multi``: with those of ``rlrr_linear_multi``, whose loops are ``rlrr_linear``'s.
+    """
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
             cases = chain(
-                linear_cases(arch), experimental_cases(arch), multi_cases(arch), draw_cases(), norm_cases(),
-                activation_cases(),
+                linear_cases(arch), experimental_cases(arch), multi_cases(arch) if multi else (), draw_cases(),
+                norm_cases(), activation_cases(),
             )  # fmt: skip
             for case in cases:
                 if case.dtype in dtypes:
