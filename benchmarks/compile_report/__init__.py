@@ -212,11 +212,11 @@ def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) 
             blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
             yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
         if multi_path.may_mix(of):
-            cut = multi_path.Cut((), (), images.segments, kinds[0], mixed_tiles)
-            mixed, total = multi_launches.product_launches(*given, cut, out, gpu)
+            cut = multi_path.Cut((), (), TaskIndex(range(64)).rows(1).segments, kinds[0], mixed_tiles)
+            mixed, *total = multi_launches.product_launches(*given, cut, out, gpu)
             yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)
-            if kernel == "forward" and rank == 1:
-                yield Case("multi_mixed_sum", dtype, head, total)
+            for launch in total[:1]:
+                yield Case(f"multi_mixed_sum_{kernel}", dtype, head, launch)
     grads = *map(torch.empty_like, stacks), _meta(n), _meta(64, n)
     tiles = configs.tiles_of(product("grad_scales", x, grad_y))
     partial, total = multi_launches.grad_scales_launches(grad_y, x, weight, *stacks, grads, images, gpu, tiles)

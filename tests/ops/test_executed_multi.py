@@ -29,7 +29,9 @@ on_every_arch = pytest.mark.parametrize("arch", TARGETS)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 TILES = {"rlrr_linear_multi_fwd_kernel", "rlrr_linear_multi_bwd_dx_kernel"}
-MIXED = {"rlrr_linear_multi_mixed_kernel", "rlrr_linear_multi_mixed_sum_kernel"}
+MIXED = {"rlrr_linear_multi_mixed_kernel"}
+SUM = {"rlrr_linear_multi_mixed_sum_kernel"}
+"""Where products of few rows are computed in parts."""
 SCALES = {"rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_kernel"}
 
 
@@ -73,7 +75,7 @@ def test_error_rule(arch: str, case: MultiCase, kernels: set[str], mix: Callable
             partial(rlrr_linear_multi, index=index, backend="triton.fused"), case, 3,
             partial(rlrr_linear_multi_reference, index=index),
         )  # fmt: skip
-    assert {launch.plan.kernel.__name__ for launch in launches} == kernels | SCALES
+    assert {launch.plan.kernel.__name__ for launch in launches} - SUM == kernels | SCALES
 
 
 def test_wide_tiles_on_hopper():
@@ -107,7 +109,7 @@ def test_the_order_of_warps_does_not_matter(arch: str, mix: Callable[[], None]):
         with executed(arch, seed) as launches:
             run = partial(rlrr_linear_multi, index=torch.tensor(case.index), backend="triton.fused")
             found.append(numerics.outputs(run, drawn, True))
-    assert {launch.plan.kernel.__name__ for launch in launches} == TILES | MIXED | SCALES
+    assert {launch.plan.kernel.__name__ for launch in launches} - SUM == TILES | MIXED | SCALES
     for other in found[1:]:
         for name, value in found[0].items():
             assert torch.equal(other[name], value), name
@@ -144,7 +146,7 @@ FAULTS = {  # kernel and rows a sample; what is replaced by what; what the machi
     ),
     "rows of a mixed tile that are not there": (
         ("mixed", 1),
-        ("    there = entry < count\n", "    there = entry >= 0\n"),
+        ("    there = entry < count\n    a_row", "    there = entry >= 0\n    a_row"),
         "out of bounds: load",
     ),
     "a mixed row's line of another": (

@@ -27,7 +27,9 @@ needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs t
 fused = partial(rlrr_linear_multi, backend="triton.fused")
 
 TILES = {"rlrr_linear_multi_fwd_kernel", "rlrr_linear_multi_bwd_dx_kernel"}
-MIXED = {"rlrr_linear_multi_mixed_kernel", "rlrr_linear_multi_mixed_sum_kernel"}
+MIXED = {"rlrr_linear_multi_mixed_kernel"}
+SUM = {"rlrr_linear_multi_mixed_sum_kernel"}
+"""Where products of few rows are computed in parts."""
 SCALES = {"rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_kernel"}
 
 
@@ -81,13 +83,15 @@ def test_tiles_of_one_task(index: list[int], rows: int, options: dict):
     ids=["one row each", "rank 3 in groups", "samples of a task apart"],
 )
 def test_rows_of_many_tasks_in_a_tile(index: list[int], shape: tuple[int, ...], options: dict):
-    assert check(index, *shape, **options) == MIXED | SCALES
+    ran = check(index, *shape, **options)
+    assert ran - SUM == MIXED | SCALES
+    assert ran & SUM or not options.get("groups"), "groups of the contraction are parts"
 
 
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned_memory", "mixes")
 def test_rests_of_tiles_are_mixed():
-    assert check([0, 1, 2, 4], 17) == TILES | MIXED | SCALES
+    assert check([0, 1, 2, 4], 17) - SUM == TILES | MIXED | SCALES
 
 
 @needs_interpreter

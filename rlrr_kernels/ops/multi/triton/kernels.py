@@ -112,23 +112,24 @@ def rlrr_linear_multi_bwd_dx_kernel(
 
 @triton.jit
 def rlrr_linear_multi_mixed_kernel(
-    a_ptr, w_ptr, before_ptr, after_ptr, rows_ptr, parts_ptr,
+    a_ptr, w_ptr, before_ptr, after_ptr, bias_ptr, shift_ptr, rows_ptr, out_ptr,
     count, span, contracted, columns, groups_out, splits,
     stride_am, stride_ac, stride_wc, stride_wo,
     before_task, before_group, before_vector, before_column,
     after_task, after_group, after_vector, after_column,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, IN_PARTS: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LINES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """parts [parts, count, O]: of out = a Wᵗ + Σ_j s_after[t, j] ⊙ ((a ⊙ s_before[t, j]) Wᵗ), row by row, in ACC.
+    """Rows of out [M, O] = a Wᵗ + Σ_j s_after[t, j] ⊙ ((a ⊙ s_before[t, j]) Wᵗ) + bias + shift[t], accumulated in ACC.
 
     The forward (a = x, s_before = s_c, s_after = s_r) or ∂x (a = g, s_before = s_r, s_after = s_c), rank by rank as
     lines of one product: line j of a row is a ⊙ s_before[t, j - 1] and line 0 is a itself (or nothing, where W is not
     added), so that W is read once for all tasks. rows [count, 2] holds numbers of rows of a and their tasks, -1 for the
     bare W. ``contracted`` and ``columns`` are those of one group; one side alone has several: the result of the forward
     (``groups_out``), or the contraction of ∂x, whose groups are parts. A group has ``splits`` parts of ``span`` values.
-    Strides of W and of the scales: :func:`rlrr_kernels.ops.multi.triton.launches.mixed_launches`. Grid: (tiles of O ·
-    tiles of rows, parts).
+    IN_PARTS out is [parts, count, O] in ACC, without bias and shift. Strides of W and of the scales as
+    :func:`rlrr_kernels.ops.multi.triton.launches.mixed_launches` has them. Grid: (tiles of O · tiles of rows, parts).
     """
     tiles_per_group = tl.cdiv(columns, BLOCK_O)
     tiles_o = groups_out * tiles_per_group
@@ -180,9 +181,21 @@ def rlrr_linear_multi_mixed_kernel(
     acc = tl.where(scaled[:, None], acc * after, tl.where(plain[:, None], acc, 0.0))
     total = tl.sum(tl.reshape(acc, (LINES // BLOCK_R, BLOCK_R, BLOCK_O)), 0)
     entry = (tl.program_id(0) // tiles_o) * BLOCK_R + tl.arange(0, BLOCK_R)
+    there = entry < count
+    if IN_PARTS:
+        out_row = part.to(tl.int64) * count + entry
+    else:
+        out_row = tl.load(rows_ptr + 2 * entry, mask=there, other=0).to(tl.int64)
     out_columns = (groups_out * columns).to(tl.int64)
-    ptrs = parts_ptr + (part.to(tl.int64) * count + entry[:, None]) * out_columns + offs_o[None, :]
-    tl.store(ptrs, total, mask=(entry < count)[:, None] & mask_o[None, :])
+    mask = there[:, None] & mask_o[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
+    if HAS_SHIFT:
+        task = tl.load(rows_ptr + 2 * entry + 1, mask=there, other=-1).to(tl.int64)
+        ptrs = shift_ptr + task[:, None] * out_columns + offs_o[None, :]
+        total += tl.load(ptrs, mask=mask & (task >= 0)[:, None], other=0.0).to(ACC)
+    ptrs = out_ptr + out_row[:, None] * out_columns + offs_o[None, :]
+    tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

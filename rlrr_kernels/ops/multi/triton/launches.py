@@ -112,8 +112,8 @@ class _Scale(NamedTuple):
 def _mixed_plans(
     count: int, contracted: int, columns: int, groups_in: int, groups_out: int, strides: tuple[int, ...], rank: int,
     has_bias: bool, has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
-) -> tuple[Plan, Plan, int]:  # fmt: skip
-    """The products in parts, their sum, and how many values all parts have."""
+) -> tuple[Plan, Plan | None, int]:  # fmt: skip
+    """The products and, where they are in parts, the sum of these and how many values they have."""
     rows = tiles.block_m // lines_a_row(rank)
     programs = groups_out * triton.cdiv(columns, tiles.block_n) * triton.cdiv(count, rows)
     blocks = triton.cdiv(contracted, tiles.block_k)
@@ -121,23 +121,27 @@ def _mixed_plans(
     span = triton.cdiv(blocks, splits) * tiles.block_k
     splits = triton.cdiv(contracted, span)
     parts = groups_in * splits
-    even = not (contracted % tiles.block_k or columns % tiles.block_n)
+    added = {"HAS_BIAS": has_bias, "HAS_SHIFT": has_shift}
     product = Plan(
         kernels.rlrr_linear_multi_mixed_kernel,
         (programs, parts),
         (count, span, contracted, columns, groups_out, splits, *strides),
         {
-            "RANK": rank, "RESIDUAL": residual, "EVEN": even, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
-            "PRECISION": precision, "LINES": tiles.block_m, "BLOCK_R": rows, "BLOCK_C": tiles.block_k,
-            "BLOCK_O": tiles.block_n, "num_warps": tiles.warps, "num_stages": tiles.stages,
+            "RANK": rank, "RESIDUAL": residual, **(added if parts == 1 else dict.fromkeys(added, False)),
+            "IN_PARTS": parts > 1, "EVEN": not (contracted % tiles.block_k or columns % tiles.block_n),
+            "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)], "PRECISION": precision, "LINES": tiles.block_m,
+            "BLOCK_R": rows, "BLOCK_C": tiles.block_k, "BLOCK_O": tiles.block_n, "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
         },
     )  # fmt: skip
+    if parts == 1:
+        return product, None, 0
     width = groups_out * columns
     total = Plan(
         kernels.rlrr_linear_multi_mixed_sum_kernel,
         (triton.cdiv(width, _SUM_BLOCK) * count,),
         (count, width, parts),
-        {"HAS_BIAS": has_bias, "HAS_SHIFT": has_shift, "BLOCK": _SUM_BLOCK, "num_warps": 4},
+        {**added, "BLOCK": _SUM_BLOCK, "num_warps": 4},
     )
     return product, total, parts * count * width
 
@@ -145,7 +149,7 @@ def _mixed_plans(
 def mixed_launches(
     kernel: str, a: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None,
     shift: Tensor | None, residual: bool, rows: Tensor, out: Tensor, gpu: Gpu | str, tiles: Tiles,
-) -> tuple[Launch, Launch]:  # fmt: skip
+) -> tuple[Launch, ...]:  # fmt: skip
     """Rows of y [M, N] (kernel "forward", a = x) or ∂x [M, K] ("grad_x", a = g): a table [·, 2] of (row, task)."""
     (N, K), (_, groups, rank, _) = weight.shape, scale_col.shape
     of_row = _Scale(scale_row.stride(0), 0, 1, rank)
@@ -160,12 +164,12 @@ def mixed_launches(
         len(rows), *sizes, (*a.stride(), *weight_strides, *before[1], *after[1]), rank, bias is not None,
         shift is not None, residual, a.dtype, precision_of(a.dtype, gpu), gpu, tiles,
     )  # fmt: skip
-    parts = a.new_empty(size, dtype=accumulate_dtype(a.dtype))
     added = (a if bias is None else bias, a if shift is None else shift)
-    return (
-        Launch(product, (a, weight, before[0], after[0], rows, parts)),
-        Launch(total, (parts, *added, rows, out)),
-    )
+    given = a, weight, before[0], after[0], *added, rows
+    if total is None:
+        return (Launch(product, (*given, out)),)
+    parts = a.new_empty(size, dtype=accumulate_dtype(a.dtype))
+    return Launch(product, (*given, parts)), Launch(total, (parts, *added, rows, out))
 
 
 # ---------------------------------------------------------------- forward or ∂x of a cut
