@@ -19,7 +19,7 @@ from rlrr_kernels.ops.multi import triton_backend
 from rlrr_kernels.ops.multi.triton import path
 from rlrr_kernels.ops.multi.triton.launches import parts_of
 from rlrr_kernels.reference import rlrr_linear_multi_reference
-from tests.ops.test_linear_multi import N, draw, exact, run
+from tests.ops.test_linear_multi import N, draw, run
 
 pytestmark = pytest.mark.interpreted
 
@@ -37,6 +37,9 @@ SCALES = {"rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_k
 def mixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are mixed as soon as that is less work, though a launch more costs more than these tests' products."""
     monkeypatch.setattr(path, "KERNEL_US", 0.0)
+
+
+exact = partial(run, rlrr_linear_multi_reference)
 
 
 def names(launches: list[Launch]) -> set[str]:
@@ -224,7 +227,7 @@ def test_few_rows_a_task_are_mixed():
 def test_mixing_is_left_where_it_would_round_too_often_or_repeat_x_too_often():
     for options in ({"weight_dtype": torch.float32}, {"rank": 8}):
         found = cut(range(64), 1, **options)
-        assert (len(found.tiled), found.mixed, found.tiles.block_m) == (64, (), 16 if "rank" not in options else 32)
+        assert (len(found.tiled), found.mixed, found.tiles.block_m) == (64, (), 16)
 
 
 def test_rests_go_with_the_tiles_or_are_mixed_by_what_they_cost():
