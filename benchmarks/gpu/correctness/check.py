@@ -120,7 +120,7 @@ def subject(name: str) -> Subject:
 
 
 def draw(name: str, problem: Problem, seed: int = 0) -> Tensors:
-    """The tensors of ``problem`` for a subject; MLP and norm take its sizes for theirs, several tasks share its rows."""
+    """The tensors of ``problem`` for a subject; MLP and norm take its sizes for theirs, several tasks its rows."""
     if name == MULTI:
         rows = TOKENS if problem.m > TOKENS else -(-problem.m // 8)
         case = numerics.MultiCase(
