@@ -28,7 +28,10 @@ _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the 
 
 
 def table(rows: TaskRows, key: tuple, device: torch.device, entries: Callable[[], Sequence[tuple[int, ...]]]) -> Tensor:
-    """A table of rows as an int32 tensor on a device, made and copied there once for all layers."""
+    """A table of rows as an int32 tensor on a device, made and copied there once for all layers.
+
+    The copy waits for the device, so a CUDA graph can be captured only after one call with the same TaskIndex.
+    """
     found = rows.cache.get((key, device))
     if found is None:
         found = torch.tensor(entries(), dtype=torch.int32).to(device)
@@ -189,8 +192,10 @@ def product_launches(
         else:
             launches += (grad_x_launch(a, *scales, residual, tiled, out, gpu, cut.tiles),)
     if cut.mixed:
-        entries = [(row, task) for task, first, end in cut.mixed for row in range(first, end)]
-        mixed = table(rows, ("mixed", cut.mixed), a.device, lambda: entries)
+        mixed = table(
+            rows, ("mixed", cut.mixed), a.device,
+            lambda: [(row, task) for task, first, end in cut.mixed for row in range(first, end)],
+        )  # fmt: skip
         launches += mixed_launches(kernel, a, *scales, bias, shift, residual, mixed, out, gpu, cut.mixed_tiles)
     return launches
 
@@ -259,19 +264,22 @@ def grad_scales_launches(
     rows.
     """
     N, (_, groups, _, K) = weight.shape[0], scale_col.shape
-    segments = tuple(s for s in rows.segments if s[2] > s[1] and (s[0] != BARE or grads[2] is not None))
     programs = triton.cdiv(K, tiles.block_k) * groups * triton.cdiv(N // groups, tiles.block_n)
     splits = linear_configs.splits_for(rows.count, tiles, programs, gpu)
     rows_a_part = max(1, triton.cdiv(triton.cdiv(rows.count, splits), tiles.block_m)) * tiles.block_m
-    parts, tasks = parts_of(segments, rows_a_part, tiles.block_m)
+    key = "parts", rows_a_part, tiles.block_m, grads[2] is not None
+    if key not in rows.cache:
+        segments = tuple(s for s in rows.segments if s[0] != BARE or grads[2] is not None)
+        rows.cache[key] = parts_of(segments, rows_a_part, tiles.block_m)
+    parts, tasks = rows.cache[key]
     strides = *grad_y.stride(), *x.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     needs = tuple(grad is not None for grad in grads)
     partial, reduction, size = _grad_scales_plans(
         len(parts), len(tasks), strides, weight.shape, weight.itemsize, scale_col.shape, needs, grad_y.dtype,
         precision_of(grad_y.dtype, gpu), gpu, tiles,
     )  # fmt: skip
-    part_table = table(rows, ("parts", parts), x.device, lambda: parts)
-    task_table = table(rows, ("tasks", tasks), x.device, lambda: tasks)
+    part_table = table(rows, (key, "rows"), x.device, lambda: parts)
+    task_table = table(rows, (key, "tasks"), x.device, lambda: tasks)
     sums = grad_y.new_empty(size, dtype=accumulate_dtype(grad_y.dtype))
     row, col, bias, shift = (sums if grad is None else grad for grad in grads)
     return (
