@@ -33,6 +33,9 @@ from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
+from rlrr_kernels.ops.multi.task_index import TaskIndex
+from rlrr_kernels.ops.multi.triton import launches as multi_launches
+from rlrr_kernels.ops.multi.triton import path as multi_path
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from rlrr_kernels.ops.sampling import triton_draw as row_sample_triton
 from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
@@ -53,6 +56,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int64: "i64",
+    torch.int32: "i32",
 }
 DTYPES = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
 """Of a :class:`Case`."""
@@ -171,6 +175,54 @@ def experimental_cases(arch: str) -> Iterator[Case]:
             yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
             if dtype == "bf16":
                 yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)
+
+
+def multi_cases(arch: str) -> Iterator[Case]:
+    """``rlrr_linear_multi`` of 64 images for 64 tasks: every kind of tile, rows of all tasks in a tile, ragged shapes.
+
+    In dtypes other than bf16 the widest tile alone at rank 1.
+    """
+    for dtype in DTYPES:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        yield from _multi_cases(arch, dtype, 3072, 768, 1, 1)
+        yield from _multi_cases(arch, dtype, 771, 773, 4, 3)
+        if dtype == "bf16":
+            yield from _multi_cases(arch, dtype, 3072, 768, 4, 3)
+
+
+def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) -> Iterator[Case]:
+    gpu, images, head = devices.gpu(arch), TaskIndex(range(64)).rows(197), f"{n} x {k}, rank {rank}"
+    x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
+    x, grad_y = _meta(images.count, k, dtype=x_dtype), _meta(images.count, n, dtype=x_dtype)
+    weight, stacks = _meta(n, k, dtype=w_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
+
+    def product(kernel: str, first: torch.Tensor, second: torch.Tensor) -> configs.Product:
+        operands = configs.Operand.of(first), configs.Operand.of(second)
+        return configs.Product(kernel, gpu, x_dtype, w_dtype, weight.shape, rank, groups, *operands, sampled=True)
+
+    for kernel, a, out, added in (
+        ("forward", x, grad_y, (_meta(n), _meta(64, n))),
+        ("grad_x", grad_y, x, (None, None)),
+    ):
+        given, of = (kernel, a, weight, *stacks, *added, True, images), product(kernel, a, weight)
+        kinds, mixed_tiles = multi_path.tiles_for(of), multi_path.mixed_tiles(of)
+        for tiles in kinds if rank == 1 and dtype == "bf16" else kinds[-1:]:
+            cut = multi_path.Cut((), images.segments, (), tiles, mixed_tiles)
+            (launch,) = multi_launches.product_launches(*given, cut, out, gpu)
+            blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
+            yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
+        if multi_path.may_mix(of):
+            cut = multi_path.Cut((), (), TaskIndex(range(64)).rows(1).segments, kinds[0], mixed_tiles)
+            mixed, *total = multi_launches.product_launches(*given, cut, out, gpu)
+            yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)
+            for launch in total[:1]:
+                yield Case(f"multi_mixed_sum_{kernel}", dtype, head, launch)
+    grads = *map(torch.empty_like, stacks), _meta(n), _meta(64, n)
+    tiles = configs.tiles_of(product("grad_scales", x, grad_y))
+    partial, total = multi_launches.grad_scales_launches(grad_y, x, weight, *stacks, grads, images, gpu, tiles)
+    yield Case("multi_grad_scales", dtype, head, partial)
+    if rank == 1:
+        yield Case("multi_reduce", dtype, head, total)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -307,12 +359,20 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return registers, spills
 
 
-def rows(archs: list[str] | None = None, dtypes: Collection[str] = DTYPES) -> Iterator[dict[str, Any]]:
-    """The report's rows, compiled one after another: of these architectures, by default all, and dtypes."""
+def rows(
+    archs: list[str] | None = None, dtypes: Collection[str] = DTYPES, multi: bool = True
+) -> Iterator[dict[str, Any]]:
+    """The report's rows, compiled one after another: of these architectures, by default all, and dtypes.
+
+    ``multi``: with those of ``rlrr_linear_multi``, whose loops are ``rlrr_linear``'s.
+    """
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
-            cases = chain(linear_cases(arch), experimental_cases(arch), draw_cases(), norm_cases(), activation_cases())
+            cases = chain(
+                linear_cases(arch), experimental_cases(arch), multi_cases(arch) if multi else (), draw_cases(),
+                norm_cases(), activation_cases(),
+            )  # fmt: skip
             for case in cases:
                 if case.dtype in dtypes:
                     yield report_row(case, arch)

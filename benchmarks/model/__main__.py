@@ -18,6 +18,7 @@ from benchmarks.gpu.launch_model import H200, model_us
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, gpu_plan, vit_layers
 from benchmarks.gpu.targets import layer_groups, layer_verdicts
 from benchmarks.gpu.work import Row, sizes_of
+from benchmarks.model import tasks
 from rlrr_kernels.ops.linear.tiles import KERNELS
 
 IMPLEMENTATIONS = {
@@ -128,6 +129,12 @@ def report(plan: Plan) -> str:
         ]
         lines += [f"## Layers, {precision}, {work}, µs", ""]
         lines += markdown_table(["shape", "M", *names], sorted(here, key=lambda line: (line[0], line[1])))
+    lines += [
+        "## Several tasks in a batch, bf16, rank 1", "",
+        "`rlrr_linear_multi` beside the library's product of the same rows with one merged W'. Padding is the share of",
+        "the tiles' rows that belong to no sample.", "",
+    ]  # fmt: skip
+    lines += markdown_table(tasks.HEADS, tasks.lines())
     return "\n".join(lines)
 
 
@@ -142,13 +149,16 @@ def main(arguments: list[str] | None = None) -> None:
     tiles.add_argument("--m", nargs="+", type=int, default=[16, 64, 1576, 12608], help="rows of x")
     tiles.add_argument("--candidates", action="store_true", help="also what rlrr tune --experimental would try")
     tiles.add_argument("--overhead", action="store_true", help="the median overhead over the library's product instead")
+    tiles.add_argument("--tasks", action="store_true", help="tiles of 64 images for as many tasks instead")
     options = parser.parse_args(arguments)
     if options.tiles:
         from benchmarks.model import machine_code  # imports Triton
 
-        lines = machine_code.report(
-            options.kernel, options.precision, [] if options.overhead else options.m, options.candidates
-        )
+        if options.tasks:
+            lines = machine_code.tasks_report()
+        else:
+            sizes = [] if options.overhead else options.m
+            lines = machine_code.report(options.kernel, options.precision, sizes, options.candidates)
     else:
         lines = report(gpu_plan()).splitlines()
     if options.markdown:

@@ -30,6 +30,7 @@ from benchmarks.gpu.launch_model import (
     library_product,
 )  # fmt: skip
 from benchmarks.gpu.plan import PRECISIONS, vit_layers
+from benchmarks.model import tasks
 from rlrr_kernels.ops.linear import tiles as linear_tiles
 from rlrr_kernels.ops.linear.tiles import Tiles
 
@@ -345,3 +346,27 @@ def report(kernels: list[str], precisions: list[str], sizes: list[int], candidat
                 yield from ("  ".join(map(str, _line(kernel, tiles, precision, m))) for tiles in tried)
                 times = (f"{library_us(kernel, m, n, k, precision):.1f}" for n, k in SHAPES)
                 yield "  ".join(["library", *[""] * 7, *times])
+
+
+def tasks_report() -> Iterator[str]:
+    """Lines: 64 images for 64 tasks in tiles of one task, by what a launch of one task with as many padded rows takes.
+
+    A loop of ``rlrr_linear_multi`` is that of ``rlrr_linear``.
+    """
+    yield "Predicted for an H200 from machine code, measured by no GPU: 64 images for 64 tasks, bf16, µs, likely (best)"
+    batch, total = tasks.BATCHES[0], [0.0, 0.0, 0.0]
+    for kernel in ("forward", "grad_x"):
+        for shape in vit_layers("ViT-B", 768):
+            cut, sizes = tasks.cut_of(kernel, batch, shape), (shape.n, shape.k)
+            rows = len(cut.tiled) * cut.tiles.block_m
+            best, likely = predict(kernel, cut.tiles, rows, *sizes, "bf16", compiled(kernel, cut.tiles, "bf16", rows))
+            times = best, likely, library_us(kernel, batch.samples * batch.rows, *sizes, "bf16")
+            yield _beside_merged(f"{kernel} {shape.name}, {cut.padding:.0%} padding", *times)
+            total = [a + b for a, b in zip(total, times, strict=True)]
+        yield _beside_merged(f"{kernel}, all four", *total)
+        total = [0.0, 0.0, 0.0]
+
+
+def _beside_merged(name: str, best: float, likely: float, merged: float) -> str:
+    ratios = f"{likely / merged:.2f} ({best / merged:.2f})"
+    return f"{name}: {likely:.1f} ({best:.1f}); one merged model {merged:.1f}; ratio {ratios}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels import NormRescale, backends, numerics, rlrr_linear, rlrr_mlp, use_backend
-from rlrr_kernels.numerics import Case
+from rlrr_kernels import NormRescale, backends, numerics, rlrr_linear, rlrr_linear_multi, rlrr_mlp, use_backend
+from rlrr_kernels.numerics import Case, MultiCase
 from rlrr_kernels.ops.host import cache
+from rlrr_kernels.reference import rlrr_linear_multi_reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -109,6 +111,25 @@ def test_a_wrong_kernel_gives_way_with_one_warning(kernel: str, fault: Callable,
     assert ran.count(kernel) == 1, "it is not run again"
     reason = "RuntimeError: PassManager::run failed" if fault is fail else "unit roundoffs of its bound"
     assert all(reason in why for why in guard.given_up().values())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kernel", ["fwd", "bwd_dx", "bwd_scales", "mixed"])
+def test_a_wrong_kernel_of_several_tasks_gives_way(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlrr_kernels.ops.multi.triton.path.KERNEL_US", 0.0)
+    index = [0, -1, 2] if kernel != "mixed" else [0, 1, -1, 0]
+    tensors = MultiCase(tuple(index), 19 if kernel != "mixed" else 2, 48, 72, 3, groups=3).draw(0)
+    multi = partial(rlrr_linear_multi, index=torch.tensor(index), backend="triton")
+    formula = partial(rlrr_linear_multi_reference, index=torch.tensor(index))
+    ran = plant(monkeypatch, f"rlrr_linear_multi_{kernel}_kernel", lambda tensor: tensor.mul_(1.01))
+    with pytest.warns(UserWarning, match=f"gives way.*\n.*rlrr_linear_multi_{kernel}_kernel"):
+        first = numerics.outputs(multi, tensors, True)
+    second = numerics.outputs(multi, tensors, True)
+    exact = numerics.exact_outputs(tensors, True, formula)
+    for found in (first, second):
+        assert all(numerics.relative_error(value, exact[name]) < 1e-6 for name, value in found.items())
+    forms = 2 if kernel == "mixed" else 1  # forward, and the gradient in parts
+    assert ran.count(f"rlrr_linear_multi_{kernel}_kernel") == forms, "none is run again"
 
 
 @needs_interpreter

@@ -23,11 +23,16 @@ from torch import Tensor
 from benchmarks.common import Problem
 from benchmarks.gpu.correctness.guard import GuardedMemory, guarded
 from benchmarks.gpu.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
-from benchmarks.gpu.plan import Plan, Precision, Shape
+from benchmarks.gpu.plan import TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.timing import explain
 from benchmarks.gpu.work import Row, announce, sizes_of
-from rlrr_kernels import backends, norm_rescale, numerics, rlrr_linear, rlrr_mlp
-from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference, rlrr_mlp_reference
+from rlrr_kernels import backends, norm_rescale, numerics, rlrr_linear, rlrr_linear_multi, rlrr_mlp
+from rlrr_kernels.reference import (
+    norm_rescale_reference,
+    rlrr_linear_multi_reference,
+    rlrr_linear_reference,
+    rlrr_mlp_reference,
+)
 
 SAMPLED = "sampled rows"
 """The scale gradients from sampled rows, by a sample that stands for all of them."""
@@ -37,7 +42,10 @@ BY_IMAGES = "sampled rows by images"
 
 MLP, NORM = "mlp", "norm"
 
-CHECKED = ("triton.fused", "triton.merge", "torch", SAMPLED, BY_IMAGES, MLP, NORM)
+MULTI = "several tasks"
+"""``rlrr_linear_multi``: the problem's rows dealt out to a few tasks and the bare backbone."""
+
+CHECKED = ("triton.fused", "triton.merge", "torch", SAMPLED, BY_IMAGES, MULTI, MLP, NORM)
 
 _PATHS = ("triton.fused", "triton.merge")
 
@@ -80,6 +88,15 @@ def _norm(function: Callable[..., Tensor], t: Tensors) -> Tensors:
     }
 
 
+def _tasks(samples: int) -> tuple[int, ...]:
+    """The adapters of samples, a few and in no order; -1 for the bare backbone."""
+    return tuple(sample * 3 % 7 - 1 for sample in range(samples))
+
+
+def _multi(function: Callable[..., Tensor], x: Tensor, *tensors: Tensor, residual: bool) -> Tensor:
+    return function(x, *tensors, index=torch.tensor(_tasks(len(x))), residual=residual)
+
+
 def _outputs(function: Callable[..., Tensor], t: Tensors) -> Tensors:
     return numerics.outputs(function, t, True)
 
@@ -91,6 +108,9 @@ def subject(name: str) -> Subject:
     if name == MLP:
         ours = partial(rlrr_mlp, backend="triton")
         return Subject(partial(_outputs, ours), partial(_outputs, rlrr_mlp_reference), False)
+    if name == MULTI:
+        ours = partial(_multi, partial(rlrr_linear_multi, backend="triton"))
+        return Subject(partial(_outputs, ours), partial(_outputs, partial(_multi, rlrr_linear_multi_reference)), True)
     if name == BY_IMAGES:
         torch_path = partial(estimate_by_images, backend="torch")
         return Subject(partial(_outputs, estimate_by_images), partial(_outputs, torch_path), False)
@@ -100,7 +120,14 @@ def subject(name: str) -> Subject:
 
 
 def draw(name: str, problem: Problem, seed: int = 0) -> Tensors:
-    """The tensors of ``problem`` for a subject; MLP and norm take its sizes for theirs."""
+    """The tensors of ``problem`` for a subject; MLP and norm take its sizes for theirs, several tasks its rows."""
+    if name == MULTI:
+        rows = TOKENS if problem.m > TOKENS else -(-problem.m // 8)
+        case = numerics.MultiCase(
+            _tasks(-(-problem.m // rows)), rows, problem.n, problem.k, 6, problem.rank, problem.groups,
+            dtype=problem.dtype, weight_dtype=problem.weight_dtype, device=problem.device,
+        )  # fmt: skip
+        return case.draw(seed)
     if name == MLP:
         case = numerics.MlpCase(
             problem.m, problem.k, problem.n, problem.k, problem.rank, problem.groups, dtype=problem.dtype,
@@ -235,7 +262,7 @@ class Checks:
         return "; ".join(found) or None
 
     def _check_cases(self, name: str, precision: Precision) -> str | None:
-        backend = "triton" if name in (MLP, NORM) else name
+        backend = "triton" if name in (MULTI, MLP, NORM) else name
         reason = None if name in (SAMPLED, BY_IMAGES) else backends.unavailable(backend, self.plan.device)
         if reason:
             self._add(name, precision, None, "error rule", None, reason)
@@ -243,7 +270,7 @@ class Checks:
         reasons = []
         for m, n, k, groups, rank in self.plan.check_cases:
             problem = self.plan.problem(m, Shape("", n, k, groups, rank), precision)
-            if m <= self.plan.rule_m and name not in (BY_IMAGES, MLP, NORM):
+            if m <= self.plan.rule_m and name not in (BY_IMAGES, MULTI, MLP, NORM):
                 reasons.append(self._check(name, precision, problem, "error rule"))
             reasons.append(self._check(name, precision, problem, "one problem"))
         return next((reason for reason in reasons if reason), None)

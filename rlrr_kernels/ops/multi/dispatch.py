@@ -104,6 +104,9 @@ def backward(
 @functools.cache
 def _implementation(backend: str) -> tuple[ModuleType, dict[str, Any]]:
     """The module that serves a resolved backend, and what it is told besides."""
+    name, _, path = backend.partition(".")
+    if name == "triton":
+        return importlib.import_module("rlrr_kernels.ops.multi.triton_backend"), {"path": path} if path else {}
     if backend == "cpp":
         return importlib.import_module("rlrr_kernels.ops.multi.cpp_backend"), {}
     return loop_backend, {"backend": backend}

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.host.launch import Launch, Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
+from rlrr_kernels.ops.multi import triton_backend as multi_triton
 from tests.support.ptx.faults import Fault
 from tests.support.ptx.machine import Machine
 from tests.support.ptx.memory import GlobalMemory
@@ -200,6 +201,7 @@ def executed(arch: str, seed: int | None = None) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(Plan, "run", run),
         mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical(arch)),
+        mock.patch.object(multi_triton, "gpu_of", return_value=devices.typical(arch)),
         mock.patch.object(backends, "unavailable", return_value=None),
     ):
         yield launches

@@ -92,6 +92,74 @@ def rescale(
 
 
 @triton.jit
+def multiply(
+    acc, x_ptrs, w_ptrs, row, row_ptr, col_ptr, rows_n, mask_n, first, last, K, stride_xk, stride_wk,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc [n, m] += W' xᵀ over the columns from ``first`` to ``last``, where the tiles x_ptrs [k, m] and w_ptrs [n, k]
+    begin: the loop of every forward. ``row`` is of the tile's rows; col_ptr [r, K] is at its group."""
+    offs_k = tl.arange(0, BLOCK_K)
+    step = tl.full((), BLOCK_K, tl.int64)
+    for start in range(first, last, BLOCK_K):
+        here = start + offs_k
+        mask_k = here < K
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
+        col = load_col(col_ptr, here, mask_k, K, not EVEN_K, RANK, DOT_RANK)
+        w = rescale(
+            w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K,
+            RANK, RESIDUAL, False, ACC, DOT_RANK, DOT_PRECISION,
+        )  # fmt: skip
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION, out_dtype=ACC)
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
+    return acc
+
+
+@triton.jit
+def multiply_transposed(
+    acc, g_ptrs, w_ptrs, col, row_ptr, col_ptr, offs_k, mask_k, first_tile, last_tile, K, group_size,
+    stride_gn, stride_wn,
+    RANK: tl.constexpr, DOT_RANK: tl.constexpr, DOT_PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
+    ONE_GROUP: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc [k, m] += W'ᵀ gᵀ over these tiles of N: the loop of every ∂x. g_ptrs [n, m] and w_ptrs [k, n] are those of
+    tile 0; ``col`` is what :func:`load_col` gives of group 0."""
+    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
+    lanes_n = tl.arange(0, BLOCK_N)
+    for tile in range(first_tile, last_tile):
+        if ONE_GROUP:
+            group = 0
+            local_n = tile * BLOCK_N
+        else:
+            group = tile // tiles_per_group
+            local_n = (tile - group * tiles_per_group) * BLOCK_N
+            col = load_col(col_ptr + group.to(tl.int64) * RANK * K, offs_k, mask_k, K, True, RANK, DOT_RANK)
+        first = (group * group_size + local_n).to(tl.int64)
+        mask_n = local_n + lanes_n < group_size
+        offs_n = first + lanes_n
+        if EVEN_N:
+            g = tl.load(g_ptrs + first * stride_gn)
+            w = tl.load(w_ptrs + first * stride_wn, mask=mask_k[:, None], other=0.0)
+        else:
+            g = tl.load(g_ptrs + first * stride_gn, mask=mask_n[:, None], other=0.0)
+            w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        row = load_row(row_ptr, offs_n, mask_n, not EVEN_N, RANK, DOT_RANK)
+        group_ptr = col_ptr + group * RANK * K
+        w = rescale(
+            w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K,
+            RANK, RESIDUAL, True, ACC, DOT_RANK, DOT_PRECISION,
+        )  # fmt: skip
+        acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def store_product(acc, out_ptr, offs_m, offs_c, mask_m, mask_c, columns):
     """acc [c, m] as columns c of rows m of out [M, columns]: every product's epilogue. offs_m is int64."""
     ptrs = out_ptr + offs_m[None, :] * columns + offs_c[:, None]
@@ -132,7 +200,6 @@ def rlrr_linear_fwd_kernel(
     x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k[:, None].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :] * stride_wk
     col_ptr += group.to(tl.int64) * RANK * K
-    step = tl.full((), BLOCK_K, tl.int64)
     row = load_row(row_ptr, rows_n, mask_n, False, RANK, DOT_RANK)
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     if SPLIT:
@@ -144,23 +211,10 @@ def rlrr_linear_fwd_kernel(
     else:
         first = 0
         last = K
-    for start in range(first, last, BLOCK_K):
-        here = start + offs_k
-        mask_k = here < K
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[None, :], other=0.0)
-        col = load_col(col_ptr, here, mask_k, K, not EVEN_K, RANK, DOT_RANK)
-        w = rescale(
-            w, row, col, row_ptr, col_ptr, rows_n, here, mask_n, mask_k, K,
-            RANK, RESIDUAL, False, ACC, DOT_RANK, DOT_PRECISION,
-        )  # fmt: skip
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION, out_dtype=ACC)
-        x_ptrs += step * stride_xk
-        w_ptrs += step * stride_wk
+    acc = multiply(
+        acc, x_ptrs, w_ptrs, row, row_ptr, col_ptr, rows_n, mask_n, first, last, K, stride_xk, stride_wk,
+        RANK, DOT_RANK, DOT_PRECISION, RESIDUAL, EVEN_K, ACC, PRECISION, BLOCK_K,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
     store_product(acc, y_ptr, offs_m, offs_n, mask_m, mask_n, N)
@@ -201,30 +255,11 @@ def rlrr_linear_bwd_dx_kernel(
     else:
         first_tile = 0
         last_tile = tiles
-    for tile in range(first_tile, last_tile):
-        if ONE_GROUP:
-            group = 0
-            local_n = tile * BLOCK_N
-        else:
-            group = tile // tiles_per_group
-            local_n = (tile - group * tiles_per_group) * BLOCK_N
-            col = load_col(col_ptr + group.to(tl.int64) * RANK * K, offs_k, mask_k, K, True, RANK, DOT_RANK)
-        first = (group * group_size + local_n).to(tl.int64)
-        mask_n = local_n + lanes_n < group_size
-        offs_n = first + lanes_n
-        if EVEN_N:
-            g = tl.load(g_ptrs + first * stride_gn)
-            w = tl.load(w_ptrs + first * stride_wn, mask=mask_k[:, None], other=0.0)
-        else:
-            g = tl.load(g_ptrs + first * stride_gn, mask=mask_n[:, None], other=0.0)
-            w = tl.load(w_ptrs + first * stride_wn, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        row = load_row(row_ptr, offs_n, mask_n, not EVEN_N, RANK, DOT_RANK)
-        group_ptr = col_ptr + group * RANK * K
-        w = rescale(
-            w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K,
-            RANK, RESIDUAL, True, ACC, DOT_RANK, DOT_PRECISION,
-        )  # fmt: skip
-        acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc = multiply_transposed(
+        acc, g_ptrs, w_ptrs, col, row_ptr, col_ptr, offs_k, mask_k, first_tile, last_tile, K, group_size,
+        stride_gn, stride_wn,
+        RANK, DOT_RANK, DOT_PRECISION, RESIDUAL, ONE_GROUP, EVEN_N, ACC, PRECISION, BLOCK_N,
+    )  # fmt: skip
     store_product(acc, dx_ptr, offs_m, offs_k, mask_m, mask_k, K)
 
 
@@ -368,7 +403,7 @@ def rlrr_linear_bwd_scales_kernel(
 
 
 @triton.jit
-def _reduce_block(parts_ptr, out_ptr, count, size, block, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_block(parts_ptr, out_ptr, count, size, block, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
     """One block of out [size] = Σ over the first axis of parts [count, size], in a fixed order."""
     offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), parts_ptr.dtype.element_ty)
@@ -396,13 +431,13 @@ def rlrr_linear_bwd_reduce_kernel(
     row_blocks = tl.cdiv(row_size, BLOCK)
     col_blocks = tl.cdiv(col_size, BLOCK)
     if pid < row_blocks:
-        _reduce_block(parts_ptr, row_ptr, row_count, row_size, pid, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, row_ptr, row_count, row_size, pid, BLOCK_P, BLOCK)
     elif pid < row_blocks + col_blocks:
         parts_ptr += tl.cast(row_count, tl.int64) * row_size
-        _reduce_block(parts_ptr, col_ptr, col_count, col_size, pid - row_blocks, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, col_ptr, col_count, col_size, pid - row_blocks, BLOCK_P, BLOCK)
     else:
         parts_ptr += tl.cast(row_count, tl.int64) * row_size + tl.cast(col_count, tl.int64) * col_size
-        _reduce_block(parts_ptr, bias_ptr, bias_count, bias_size, pid - row_blocks - col_blocks, BLOCK_P, BLOCK)
+        reduce_block(parts_ptr, bias_ptr, bias_count, bias_size, pid - row_blocks - col_blocks, BLOCK_P, BLOCK)
 
 
 @triton.jit
