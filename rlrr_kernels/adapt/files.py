@@ -518,7 +518,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         raise ValueError("model is on the meta device; give it values before loading an adapter")
     if any(hasattr(present.get(name), "full_tensor") for name in tensors):
         raise ValueError("model is sharded by FSDP; load the adapter first, then shard it")
-    _check_values(folder / TENSORS, tensors, present)
+    check_values(folder / TENSORS, tensors, present)
     warn_other_weights(folder, model, info.backbone_sample, stacklevel=3)
     if plan is not None:
         apply_adaptation(model, plan)
@@ -534,7 +534,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
     return adapt_report(model)
 
 
-def _check_values(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+def check_values(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` for a tensor of another kind than the model's, or a parameter that is not finite."""
     for name, tensor in tensors.items():
         kind = present[name].dtype if name in present else torch.float32  # an adapter's own are floating-point
