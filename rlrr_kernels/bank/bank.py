@@ -18,7 +18,7 @@ from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.files import save_adapter
 from rlrr_kernels.adapt.model import adapter_parameters, check_not_distributed, is_adapted
 from rlrr_kernels.adapt.modules import find_module, named_modules, named_tensors, replace_submodules, unwrap
-from rlrr_kernels.bank.source import AdapterState, Backbone, Layout
+from rlrr_kernels.bank.source import Adapter, AdapterState, Backbone, Layout
 from rlrr_kernels.nn.multi.batch import ActiveBatch, Form, TaskBatch, TaskTensors
 from rlrr_kernels.nn.multi.modules import Multi, multi_module
 
@@ -40,7 +40,7 @@ class BankedAdapter:
         name: its name in the bank.
         config: how the backbone is adapted for it.
         metadata: of its folder, or as given.
-        classes: outputs of its head; None where it has no head of its own, or was never in memory.
+        classes: outputs of its head; None where it has no head of its own.
         folder: where it is read from again, or None.
         nbytes: of its tensors in memory; 0 while they are not there.
         trainable: whether :meth:`AdapterBank.trainable` was asked for it.
@@ -55,22 +55,32 @@ class BankedAdapter:
     trainable: bool
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldAdapter:
+    """One version of an adapter with its tensors, which are kept while this is: what a bank takes in place of a name.
+
+    Attributes:
+        info: what the bank knew of it.
+        task: its tensors.
+    """
+
+    info: BankedAdapter
+    task: TaskTensors
+
+
 class _Entry:
     """One version of an adapter: another one of the same name is another entry."""
 
     def __init__(
         self,
-        config: RLRRConfig,
-        metadata: Mapping[str, Any],
+        adapter: Adapter,
         task: TaskTensors | None,
         folder: Path | None = None,
         recipe: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        self.config, self.metadata, self.folder, self.recipe, self.model = config, metadata, folder, recipe, model
-        self.task = task
+        self.adapter, self.task, self.folder, self.recipe, self.model = adapter, task, folder, recipe, model
         self.nbytes = 0 if task is None else task.nbytes
-        self.classes: int | None = None
         self.loading = threading.Lock()
 
     @property
@@ -196,16 +206,15 @@ class AdapterBank:
             UnknownAdapterError: there is none of that name.
         """
         with self._lock:
-            entry = self._entry(name)
-            return BankedAdapter(
-                name=name,
-                config=entry.config,
-                metadata=entry.metadata,
-                classes=entry.classes,
-                folder=entry.folder,
-                nbytes=0 if entry.task is None else entry.nbytes,
-                trainable=entry.model is not None,
-            )
+            return _describe(name, self._entry(name))
+
+    def hold(self, name: str) -> HeldAdapter:
+        """An adapter as it is now, read again if it was evicted; swapping or removing the name does not change it.
+
+        Raises:
+            UnknownAdapterError, FileNotFoundError, ValueError: as for :meth:`tasks`.
+        """
+        return self._take([name])[name]
 
     def __repr__(self) -> str:
         budget = "" if self.memory_budget is None else f" of {self.memory_budget / 1e6:.1f}"
@@ -232,9 +241,9 @@ class AdapterBank:
             raise ValueError(f"name must be a text that is not empty; got {name!r}")
         if not replace and name in self:
             raise ValueError(f"the bank has an adapter {name!r} already; swap() replaces it")
-        config, metadata, task = self._backbone.read(source, recipe, load)  # files are read before anything is locked
+        adapter, task = self._backbone.read(source, recipe, load)  # files are read before anything is locked
         folder = None if isinstance(source, AdapterState) else Path(source)
-        entry = _Entry(config, metadata, task, folder, recipe)
+        entry = _Entry(adapter, task, folder, recipe)
         self._put(name, entry, replace)
         return self.info(name)
 
@@ -248,7 +257,7 @@ class AdapterBank:
                     f"memory_budget = {self.memory_budget} bytes is too small for the adapter {name!r} of "
                     f"{entry.nbytes} bytes beside what cannot be evicted"
                 )
-            self._replace_modules(self._backbone.layout(entry.config))
+            self._replace_modules(self._backbone.layout(entry.adapter.config))
             if old is not None:
                 self._forget(old)
             self._entries[name] = entry
@@ -281,7 +290,6 @@ class AdapterBank:
                     break
                 self._forget(other)
         assert entry.task is not None
-        entry.classes = self._backbone.classes(entry.task)
         self._recent[entry] = None
         self._nbytes += entry.nbytes
         return True
@@ -294,9 +302,9 @@ class AdapterBank:
         if entry.evictable:
             entry.task = None
 
-    def _take(self, names: Sequence[str | None]) -> dict[str, TaskTensors]:
-        """The tensors of the adapters called ``names``, as they all are in one moment."""
-        wanted = list(dict.fromkeys(name for name in names if name is not None))
+    def _take(self, names: Sequence[str | HeldAdapter | None]) -> dict[str, HeldAdapter]:
+        """The adapters called ``names``, as they all are in one moment."""
+        wanted = list(dict.fromkeys(name for name in names if isinstance(name, str)))
         read: dict[_Entry, TaskTensors] = {}
         while True:
             with self._lock:
@@ -306,7 +314,7 @@ class AdapterBank:
                     for entry in entries.values():
                         if entry in self._recent:
                             self._recent.move_to_end(entry)
-                    return {name: entry.task or read[entry] for name, entry in entries.items()}
+                    return {n: HeldAdapter(_describe(n, e), e.task or read[e]) for n, e in entries.items()}
             for entry in missing:
                 read[entry] = self._load(entry)
 
@@ -316,11 +324,11 @@ class AdapterBank:
             if task is not None:
                 return task
             assert entry.folder is not None
-            config, metadata, task = self._backbone.read(entry.folder, entry.recipe)
+            adapter, task = self._backbone.read(entry.folder, entry.recipe)
             assert task is not None
             with self._lock:
-                self._replace_modules(self._backbone.layout(config))
-                entry.config, entry.metadata, entry.nbytes = config, metadata, task.nbytes
+                self._replace_modules(self._backbone.layout(adapter.config))
+                entry.adapter, entry.nbytes = adapter, task.nbytes
                 if any(entry is present for present in self._entries.values()):
                     entry.task = task
                     if not self._keep(entry):
@@ -330,7 +338,7 @@ class AdapterBank:
     # ------------------------------------------------------------ running
 
     @contextlib.contextmanager
-    def tasks(self, names: Sequence[str | None]) -> Iterator[TaskBatch]:
+    def tasks(self, names: Sequence[str | HeldAdapter | None]) -> Iterator[TaskBatch]:
         """Within, this thread's calls of ``bank.model`` take samples of these tasks.
 
         ``bank.model(x)`` then gives what the model gives, for all samples: where heads have different numbers of
@@ -338,7 +346,8 @@ class AdapterBank:
         computes its forward again: it must be inside, too.
 
         Args:
-            names: the adapter of each of the S samples; None: the bare backbone, with the head of ``model``.
+            names: the adapter of each of the S samples, by name or as :meth:`hold` gave it; None: the bare backbone,
+                with the head of ``model``.
 
         Raises:
             UnknownAdapterError: a name is not in the bank; the nearest that are are named.
@@ -347,19 +356,20 @@ class AdapterBank:
         if isinstance(names, str):
             raise TypeError(f"names must be a sequence of names, one a sample; got the text {names!r}")
         taken = self._take(names)
-        batch = TaskBatch([None if name is None else taken[name] for name in names])
+        held = [taken[name] if isinstance(name, str) else name for name in names]
+        batch = TaskBatch([None if adapter is None else adapter.task for adapter in held])
         before, self._active.batch = self._active.batch, batch
         try:
             yield batch
         finally:
             self._active.batch = before
 
-    def __call__(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+    def __call__(self, x: Tensor, names: Sequence[str | HeldAdapter | None]) -> list[Tensor]:
         """The logits of each sample under its own adapter.
 
         Args:
             x: [S, ...] input of the model.
-            names: the adapter of each of the S samples; None: the bare backbone, with the head of ``model``.
+            names: the adapter of each of the S samples, as for :meth:`tasks`.
 
         Returns:
             For each sample its logits [C], C being the number of classes of its adapter's head, in the order of x.
@@ -412,11 +422,13 @@ class AdapterBank:
                 entry = self._entry(name)
                 if entry.model is not None:
                     return entry.model
-                config, metadata = entry.config, dict(entry.metadata)
-            model = self._backbone.adapted(config, _named(self._take([name])[name]))
+                config, metadata = entry.adapter.config, dict(entry.adapter.metadata)
+            model = self._backbone.adapted(config, _named(self.hold(name).task))
         form = self._backbone.layout(config).form
         task = TaskTensors(form, adapter_parameters(model), {head: find_module(model, head) for head in form.heads})
-        self._put(name, _Entry(config, metadata, task, model=model), replace=name in self)
+        shapes = {key: tuple(tensor.shape) for key, tensor in _named(task).items()}
+        adapter = Adapter(config, metadata, self._backbone.classes(config, shapes))
+        self._put(name, _Entry(adapter, task, model=model), replace=name in self)
         return model
 
     def freeze(self, name: str) -> BankedAdapter:
@@ -429,7 +441,7 @@ class AdapterBank:
             entry = self._entry(name)
             if entry.model is not None:
                 assert entry.task is not None
-                state = AdapterState(entry.config, _named(entry.task), entry.metadata)
+                state = AdapterState(entry.adapter.config, _named(entry.task), entry.adapter.metadata)
                 self._install(name, state, None, load=True, replace=True)
             return self.info(name)
 
@@ -446,8 +458,20 @@ class AdapterBank:
             ValueError, TypeError, OSError, ImportError: as for ``save_adapter``.
         """
         entry = self._entry(name)
-        model = entry.model or self._backbone.adapted(entry.config, _named(self._take([name])[name]))
-        return save_adapter(model, folder, metadata=entry.metadata if metadata is None else metadata)
+        model = entry.model or self._backbone.adapted(entry.adapter.config, _named(self.hold(name).task))
+        return save_adapter(model, folder, metadata=entry.adapter.metadata if metadata is None else metadata)
+
+
+def _describe(name: str, entry: _Entry) -> BankedAdapter:
+    return BankedAdapter(
+        name=name,
+        config=entry.adapter.config,
+        metadata=entry.adapter.metadata,
+        classes=entry.adapter.classes,
+        folder=entry.folder,
+        nbytes=0 if entry.task is None else entry.nbytes,
+        trainable=entry.model is not None,
+    )
 
 
 def _named(task: TaskTensors) -> dict[str, Tensor]:

@@ -47,6 +47,20 @@ class AdapterState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter is beside its tensors.
+
+    Attributes:
+        config: how a backbone is adapted for it. metadata: JSON types.
+        classes: outputs of its head; None where it has no head of its own.
+    """
+
+    config: RLRRConfig
+    metadata: Mapping[str, Any]
+    classes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """What a configuration means for a backbone: the plan, and the shapes of its tensors with the backbone's head."""
 
@@ -100,18 +114,18 @@ class Backbone:
                     expected[f"{name}.bias"] = given[:1]
         return expected
 
-    def classes(self, task: TaskTensors) -> int | None:
-        """How many classes the head of ``task`` has; None where it has none of its own."""
-        for head, module in task.heads.items():
-            name = _classifier(self.plain, head)
-            if name is not None:
-                return int(find_module(module, name[len(head) + 1 :]).weight.shape[0])
+    def classes(self, config: RLRRConfig, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """How many classes the head of an adapter with tensors of these shapes has; None where it has no own one."""
+        for head in self.layout(config).plan.heads:
+            shape = shapes.get(f"{_classifier(self.plain, head)}.weight")
+            if shape is not None:
+                return shape[0]
         return None
 
     def read(
         self, source: str | os.PathLike[str] | AdapterState, recipe: str | None, tensors: bool = True
-    ) -> tuple[RLRRConfig, dict[str, Any], TaskTensors | None]:
-        """Configuration, metadata and tensors of an adapter, or None for these, when everything fits the backbone.
+    ) -> tuple[Adapter, TaskTensors | None]:
+        """What an adapter is, and its tensors unless they are not asked for, when everything fits the backbone.
 
         Raises:
             FileNotFoundError, ValueError: as for :func:`rlrr_kernels.load_adapter`; or it trains more than adapter and
@@ -137,10 +151,11 @@ class Backbone:
         if not isinstance(state.config, RLRRConfig):
             raise TypeError(f"config must be an RLRRConfig; got {type(state.config).__name__}")
         layout = self._check_shapes(where, state.config, info_shapes)
+        adapter = Adapter(state.config, dict(state.metadata), self.classes(state.config, info_shapes))
         if not tensors and not state.tensors:
-            return state.config, dict(state.metadata), None
+            return adapter, None
         check_values(where / TENSORS, state.tensors, dict(named_tensors(self.plain)))
-        return state.config, dict(state.metadata), self.task(layout, state.tensors)
+        return adapter, self.task(layout, state.tensors)
 
     def _check_shapes(self, where: Path, config: RLRRConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ class Task:
             FileNotFoundError, ValueError: as for :func:`rlrr_kernels.train.methods.files.folder_info`; or it was not
                 written by ``rlrr finetune``.
         """
-        values = folder_info(folder).metadata.get("task")
+        return cls.of_metadata(folder_info(folder).metadata, folder)
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any], folder: str | Path) -> Task:
+        """The task that the metadata of the adapter in ``folder`` hold; raises ``ValueError`` as :meth:`of_adapter`."""
+        values = metadata.get("task")
         try:
             preprocessing = Preprocessing(**values["preprocessing"])
             return cls(values["model"], values["weights"], tuple(values["classes"]), preprocessing)

@@ -85,9 +85,8 @@ def test_what_has_no_folder_is_never_evicted_and_must_fit(folders):
 def test_adding_without_loading_reads_at_first_use(folders, tmp_path):
     bank = AdapterBank(tiny_model("vit"))
     info = bank.add("later", folders[2], load=False)
-    assert (info.nbytes, info.classes, info.config.recipe) == (0, None, "paper")
+    assert (info.nbytes, info.classes, info.config.recipe) == (0, 5, "paper")
     assert answers(bank, ["later"]) == [2]
-    assert bank.info("later").classes == 5
     gone = shutil.copytree(folders[1], tmp_path / "gone")
     bank.add("gone", gone, load=False)
     shutil.rmtree(gone)
@@ -97,6 +96,17 @@ def test_adding_without_loading_reads_at_first_use(folders, tmp_path):
     with torch.inference_mode():  # what is read within can still be trained on
         bank.add("for inference", folders[3])
     bank.trainable("for inference")(torch.randn(1, 3, 32, 32)).sum().backward()
+
+
+def test_a_held_adapter_outlives_its_name(folders):
+    bank = AdapterBank(tiny_model("vit"), memory_budget=1)
+    bank.add("a", folders[1], load=False)
+    held = bank.hold("a")
+    assert (held.info.name, held.info.folder) == ("a", folders[1])
+    bank.swap("a", folders[2], load=False)
+    assert answers(bank, [held, "a", held, None])[:3] == [1, 2, 1]
+    bank.remove("a")
+    assert answers(bank, [held]) == [1]
 
 
 @pytest.mark.parametrize("slots", [2, 100])
