@@ -575,8 +575,8 @@ def misfit(folder: Path, model: nn.Module, problems: list[str]) -> str:
     return "\n  ".join([f"the adapter in {folder} does not fit this {type(model).__name__}:", *problems])
 
 
-def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list[float]], *, stacklevel: int) -> None:
-    """Warns where the weights of ``model`` differ from ``sample``, which :func:`sample_backbone` took.
+def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list[float]], *, stacklevel: int) -> bool:
+    """Warns where the weights of ``model`` differ from ``sample``, which :func:`sample_backbone` took; whether they do.
 
     Raises:
         ValueError: ``sample`` is none, or names a layer that the model does not have.
@@ -602,3 +602,4 @@ def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list
             f"adapter in {folder} was trained on (the first is {differing[0]}): is this the right checkpoint?",
             stacklevel=stacklevel + 1,
         )
+    return bool(differing)

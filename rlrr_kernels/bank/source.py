@@ -79,6 +79,8 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         model.requires_grad_(False)
         self.plain = shared_copy(model, {})
+        self._tensors = dict(named_tensors(self.plain))
+        self._recognised: set[str] = set()  # samples of weights that were found to be this backbone's
         self._layouts: dict[str, Layout] = {}
         self._forms: dict[Hashable, Form] = {}
 
@@ -132,30 +134,37 @@ class Backbone:
                 head.
         """
         if isinstance(source, AdapterState):
-            where, state = Path("memory"), source
+            where, state, sample = Path("memory"), source, None
             info_shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
         elif (Path(source) / PEFT_CONFIG).is_file():
-            where, state = Path(source), self._from_peft(Path(source), recipe)
+            where, state, sample = Path(source), self._from_peft(Path(source), recipe), None
             info_shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
         else:
             where = Path(source)
             info, read = read_adapter(where, tensors)
+            sample = info.backbone_sample
             if info.also_trained:
                 raise ValueError(
                     f"the adapter in {where} trains more than adapter and head, which samples of other tasks in the "
                     f"batch would get too: {some(info.also_trained)}"
                 )
             state, info_shapes = AdapterState(info.config, read, info.metadata), info.shapes
-            self._check_shapes(where, info.config, info_shapes)
-            warn_other_weights(where, self.plain, info.backbone_sample, stacklevel=4)
         if not isinstance(state.config, RLRRConfig):
             raise TypeError(f"config must be an RLRRConfig; got {type(state.config).__name__}")
         layout = self._check_shapes(where, state.config, info_shapes)
+        if sample is not None:
+            self._recognise(where, sample)
         adapter = Adapter(state.config, dict(state.metadata), self.classes(state.config, info_shapes))
         if not tensors and not state.tensors:
             return adapter, None
-        check_values(where / TENSORS, state.tensors, dict(named_tensors(self.plain)))
+        check_values(where / TENSORS, state.tensors, self._tensors)
         return adapter, self.task(layout, state.tensors)
+
+    def _recognise(self, where: Path, sample: Mapping[str, list[float]]) -> None:
+        """Warns, as :func:`rlrr_kernels.load_adapter` does, where the adapter was trained on other weights."""
+        key = json.dumps(sample, sort_keys=True)
+        if key not in self._recognised and not warn_other_weights(where, self.plain, sample, stacklevel=4):
+            self._recognised.add(key)
 
     def _check_shapes(self, where: Path, config: RLRRConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         try:
@@ -170,7 +179,7 @@ class Backbone:
     def _from_peft(self, folder: Path, recipe: str | None) -> AdapterState:
         from rlrr_kernels.peft.convert import load_peft, read_peft
 
-        present, own = dict(named_tensors(self.plain)), {}
+        present, own = self._tensors, {}
         for name, tensor in read_peft(folder)[2].items():
             if name in present:
                 mine = present[name].detach()
@@ -182,8 +191,7 @@ class Backbone:
     def task(self, layout: Layout, tensors: Mapping[str, Tensor]) -> TaskTensors:
         """``tensors``, which fit, as copies on the device of the backbone."""
         with torch.inference_mode(False), torch.no_grad():  # a batch for inference may be what reads an adapter again
-            present, form = dict(named_tensors(self.plain)), layout.form
-            device = next(iter(present.values())).device
+            form, device = layout.form, next(iter(self._tensors.values())).device
             pieces = [tensors[name].reshape(-1).to(device, form.dtype) for name, _ in form.shapes]
             flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=form.dtype, device=device)
             heads = {}

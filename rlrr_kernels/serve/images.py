@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 from PIL import Image, UnidentifiedImageError
 
@@ -29,10 +28,8 @@ def decode(data: bytes, max_pixels: float) -> Image.Image:
         ImageError: its pixels cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the image has too many pixels: {error}") from error
     except UnidentifiedImageError as error:

@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any
 
+from PIL import Image
+
 logger = logging.getLogger("rlrr_kernels.serve")
 
 
@@ -43,4 +45,5 @@ def write_logs() -> None:
         found.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").handlers = []  # to its parent, uvicorn
     logging.getLogger("uvicorn.error").propagate = True
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the server's limit is another
     warnings.showwarning = lambda message, *_, **__: log(logging.WARNING, str(message))
