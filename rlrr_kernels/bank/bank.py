@@ -160,6 +160,17 @@ class AdapterBank:
         """
         return self._install(name, source, recipe, load, replace=False)
 
+    def examine(self, source: str | os.PathLike[str] | AdapterState, *, recipe: str | None = None) -> BankedAdapter:
+        """What the bank would know of an adapter, whose name is empty here, if :meth:`add` took it; nothing is added.
+
+        Of one of our folders only what it says about its adapter is read, as with ``load=False``.
+
+        Raises:
+            FileNotFoundError, ValueError, ImportError: as for :meth:`add`.
+        """
+        adapter, task = self._backbone.read(source, recipe, False)
+        return _describe("", _Entry(adapter, task, None if isinstance(source, AdapterState) else Path(source)))
+
     def swap(
         self, name: str, source: str | os.PathLike[str] | AdapterState, *, recipe: str | None = None, load: bool = True
     ) -> BankedAdapter:

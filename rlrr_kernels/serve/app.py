@@ -112,13 +112,13 @@ _PAGE_HEADERS = {
 }
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The service of the application that a request came to."""
     service: Service = request.app.state.service
     return service
 
 
-def check_token(request: Request) -> None:
+async def check_token(request: Request) -> None:
     """Raises 401 unless the request bears the token, where there is one."""
     token: str | None = request.app.state.token
     if token is None:
@@ -135,7 +135,7 @@ guarded = APIRouter(dependencies=[Depends(check_token)])
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-def page() -> HTMLResponse:
+async def page() -> HTMLResponse:
     """A page to drop an image on."""
     text = resources.files("rlrr_kernels.serve").joinpath("page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers=_PAGE_HEADERS)
@@ -148,13 +148,13 @@ def docs(request: Request) -> HTMLResponse:
 
 
 @router.get("/healthz", tags=["operation"])
-def healthz() -> State:
+async def healthz() -> State:
     """That the process answers."""
     return State(status="ok")
 
 
 @router.get("/readyz", tags=["operation"], responses=_problems(503))
-def readyz(request: Request) -> State:
+async def readyz(request: Request) -> State:
     """That requests are accepted: the backbone and its adapters are there, and the server is not stopping."""
     if request.app.state.stopping:
         raise HTTPException(503, "the server is stopping", {"Retry-After": "5"})
@@ -162,7 +162,7 @@ def readyz(request: Request) -> State:
 
 
 @router.get("/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics(service: Served) -> Response:
+async def metrics(service: Served) -> Response:
     """What Prometheus reads."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from rlrr_kernels.train.config.files import check_types
-from rlrr_kernels.train.models.backbones import HUB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +17,7 @@ class ServeConfig:
             of ``rlrr finetune``, which hold theirs as DIR/<name>/adapter.
         model: the backbone's name in timm; None: what the first adapter says.
         weights: of the backbone: ``hub`` fetches them, ``none`` is a random start, anything else is a file
-            (.safetensors, .pth, .npz).
+            (.safetensors, .pth, .npz); None: where the first adapter's came from, unless that was a file.
         image_size: pixels; None: what the adapters were trained at, else what the weights were made for.
         host: address to listen on; 0.0.0.0 is every network of this machine.
         port: to listen on.
@@ -42,7 +41,7 @@ class ServeConfig:
 
     adapters: Path
     model: str | None = None
-    weights: str | Path = HUB
+    weights: str | Path | None = None
     image_size: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000

@@ -18,7 +18,7 @@ from rlrr_kernels.serve.images import decode
 from rlrr_kernels.serve.logs import log
 from rlrr_kernels.serve.metrics import Metrics
 from rlrr_kernels.serve.store import AdapterStore, Changes, classes_of, first_task
-from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
+from rlrr_kernels.train.models.backbones import HUB, create_model
 
 
 class OverloadedError(RuntimeError):
@@ -64,9 +64,7 @@ class Service:
         if not name:
             raise ValueError(f"no adapter in {config.adapters} says which backbone it is for; name it with --model")
         size = config.image_size or (task.preprocessing.image_size if task else None)
-        weights = config.weights
-        if weights == HUB and task is not None and task.weights == NO_WEIGHTS:
-            weights = NO_WEIGHTS
+        weights = config.weights or (task.own_weights() if task else HUB)
         model, preprocessing = create_model(name, 1, image_size=size, weights=weights)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         budget = None if config.memory_mb is None else int(config.memory_mb * 1e6)

@@ -67,21 +67,19 @@ class AdapterStore:
                     stamp = _stamp(folder)
                     if self._seen.get(name) == stamp:
                         continue
+                    self._check(self.bank.examine(folder))
                     known = name in self.bank
                     budget = self.bank.memory_budget
                     load = budget is None or self.bank.nbytes < budget  # else at first use, when others are evicted
-                    info = (self.bank.swap if known else self.bank.add)(name, folder, load=load)
+                    (self.bank.swap if known else self.bank.add)(name, folder, load=load)
                     (swapped if known else added).append(name)
                     self._seen[name] = stamp
-                    self._check(info)
                 except (ValueError, OSError, ImportError) as error:
                     failed[name] = str(error)
             removed = [name for name in self.bank.names if name not in found]
-            for name in [*removed, *(name for name in failed if name in added)]:
+            for name in removed:
                 self.bank.remove(name)
-                self._seen.pop(name, None)
-            added = [name for name in added if name not in failed]
-            swapped = [name for name in swapped if name not in failed]
+                del self._seen[name]
             return Changes(tuple(added), tuple(swapped), tuple(removed), failed)
 
     def _check(self, info: BankedAdapter) -> None:
@@ -90,6 +88,8 @@ class AdapterStore:
             raise ValueError(
                 f"it was trained at {size} pixels; the server's backbone takes {self.preprocessing.image_size}"
             )
+        if info.classes is None:
+            raise ValueError("it has no head of its own, whose classes could be told")
         if len(names) != info.classes:
             raise ValueError(f"its head has {info.classes} outputs, and {len(names)} classes are named")
 

@@ -90,15 +90,21 @@ class Task:
         Raises:
             ValueError: weights are None and came from a file; or as for ``create_model``.
         """
-        if weights is None:
-            if self.weights not in (HUB, NO_WEIGHTS):
-                raise ValueError(
-                    f"the adapter was trained on weights from a file called {self.weights}; "
-                    "say where it is with --weights FILE"
-                )
-            weights = self.weights
         size = self.preprocessing.image_size
-        return create_model(self.model, len(self.classes), image_size=size, weights=weights)[0]
+        return create_model(self.model, len(self.classes), image_size=size, weights=weights or self.own_weights())[0]
+
+    def own_weights(self) -> str:
+        """Where the backbone's weights came from.
+
+        Raises:
+            ValueError: from a file, which may lie anywhere.
+        """
+        if self.weights not in (HUB, NO_WEIGHTS):
+            raise ValueError(
+                f"the adapter was trained on weights from a file called {self.weights}; "
+                "say where it is with --weights FILE"
+            )
+        return self.weights
 
 
 def load_task(

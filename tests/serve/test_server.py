@@ -234,10 +234,14 @@ def test_adapters_come_change_and_go_at_a_rescan(folder, tmp_path):
         assert client.classify("cells").json["classes"][0]["name"] == "cells 1-0"
         assert client.classify("new").json["classes"][0]["name"] == "new 0-0"
         assert client.classify("other size").status == 404
+        save_marked(root / "cells" / "adapter", "cells", 3, version=2, pixels=48)
+        assert list(rescan()["failed"]) == ["cells", "damaged", "other size"]
+        assert client.classify("cells").json["classes"][0]["name"] == "cells 1-0"  # the old version stays
         shutil.rmtree(root / "new")
         shutil.rmtree(root / "other size")
         shutil.rmtree(root / "damaged")
-        assert rescan() == {**nothing, "removed": ["new"]}
+        save_marked(root / "cells" / "adapter", "cells", 3, version=1)
+        assert rescan() == {**nothing, "removed": ["new"], "swapped": ["cells"]}
         assert client.classify("new").status == 404
         root.rename(tmp_path / "elsewhere")
         assert client.request("POST", "/v1/adapters/rescan").status == 500
