@@ -98,9 +98,6 @@ class Batcher(Generic[Item]):
             if not live:
                 continue
             self._compute(live)
-            seconds = time.monotonic() - now
-            self._per_item = 0.9 * self._per_item + 0.1 * seconds / len(live) if self._per_item else seconds / len(live)
-            self._observe(len(live), now - live[0].since, seconds)
 
     def _next(self) -> list[_Waiting[Item]]:
         """The next batch; empty when all is done and nothing more will come."""
@@ -115,6 +112,7 @@ class Batcher(Generic[Item]):
             return [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_size))]
 
     def _compute(self, batch: list[_Waiting[Item]]) -> None:
+        begin = time.monotonic()
         try:
             results = self._run([waiting.item for waiting in batch])
         except Exception as error:
@@ -124,5 +122,9 @@ class Batcher(Generic[Item]):
             for waiting in batch:
                 self._compute([waiting])
             return
+        seconds = time.monotonic() - begin
+        mean = seconds / len(batch)
+        self._per_item = 0.9 * self._per_item + 0.1 * mean if self._per_item else mean
+        self._observe(len(batch), begin - batch[0].since, seconds)  # before its answers are out
         for waiting, result in zip(batch, results, strict=True):
             waiting.future.set_result(result)
