@@ -381,19 +381,19 @@ def draw(document: dict[str, Any], file: Path) -> None:
         label = f"{ADAPTERS} adapters, mixed" if kind == KINDS[0] else kind
         offset = 0.38 * (place - 0.5)
         left.bar(at + offset, [row[kind]["throughput"] for row in rows], 0.36, color=colours[kind], label=label)
-        tops = [1e3 * row[kind]["p99"] for row in rows]
         right.bar(
             at + offset, [1e3 * row[kind]["p50"] for row in rows], 0.36, color=colours[kind], label=f"{label}: p50"
         )
-        right.scatter(at + offset, tops, marker="_", s=260, color=colours[kind], linewidths=2.5, label="p99")
+        tops = [1e3 * row[kind]["p99"] for row in rows]
+        dash = {"marker": "_", "s": 260, "color": "#222222", "zorder": 3}
+        right.scatter(at + offset, tops, label=None if place else "p99", **dash)
     for place, row in enumerate(rows):
         top = max(row[kind]["throughput"] for kind in KINDS)
-        left.annotate(
-            f"{row['share of throughput']:.2f}", (place, top), (0, 3), textcoords="offset points", ha="center"
-        )
-    left.set_ylabel("images a second (number: share)")
+        share = f"{row['share of throughput']:.2f}"
+        left.annotate(share, (place, top), (0, 3), textcoords="offset points", ha="center")
+    left.set_ylabel("images a second")
     right.set_ylabel("latency, ms")
-    left.margins(y=0.12)
+    left.margins(y=0.3)
     for axes in (left, right):
         axes.set_xticks(at, [str(row["clients"]) for row in rows])
         axes.set_xlabel("clients, one request each at a time")
@@ -434,7 +434,11 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=1) + "\n")
     if "comparison" in document:
-        lines = [f"{document['model']}, {document['environment']}", "", *table(document["comparison"])]
+        lines = [
+            f"{document['model']}; {', '.join(f'{k}: {v}' for k, v in document['environment'].items())}",
+            "",
+            *table(document["comparison"]),
+        ]
         file.with_suffix(".md").write_text("\n".join(lines))
         draw(document, file.with_suffix(".png"))
     if document.get("count", {}).get("crossed") or document.get("count", {}).get("lost"):

@@ -23,7 +23,7 @@ from rlrr_kernels.adapt.files import (
     trained_tensors,
     warn_other_weights,
 )
-from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.find import find_heads, some
 from rlrr_kernels.adapt.model import Adaptation, adaptation_of, apply_adaptation, plan_adaptation, planned_shapes
 from rlrr_kernels.adapt.modules import find_module, named_modules, named_tensors
 from rlrr_kernels.nn.multi.batch import Form, TaskTensors
@@ -79,6 +79,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         model.requires_grad_(False)
         self.plain = shared_copy(model, {})
+        self._heads = find_heads(self.plain, RLRRConfig())
         self._tensors = dict(named_tensors(self.plain))
         self._recognised: set[str] = set()  # samples of weights that were found to be this backbone's
         self._layouts: dict[str, Layout] = {}
@@ -108,7 +109,7 @@ class Backbone:
     def expected(self, layout: Layout, found: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The shapes that ``layout`` asks for, with as many classes as the head in ``found`` has."""
         expected = dict(layout.shapes)
-        for name in filter(None, (_classifier(self.plain, head) for head in layout.plan.heads)):
+        for name in self._classifiers(layout):
             shape, given = expected[f"{name}.weight"], found.get(f"{name}.weight", ())
             if len(given) == len(shape) and given[0] > 0:
                 expected[f"{name}.weight"] = (given[0], *shape[1:])
@@ -118,11 +119,15 @@ class Backbone:
 
     def classes(self, config: RLRRConfig, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """How many classes the head of an adapter with tensors of these shapes has; None where it has no own one."""
-        for head in self.layout(config).plan.heads:
-            shape = shapes.get(f"{_classifier(self.plain, head)}.weight")
-            if shape is not None:
-                return shape[0]
-        return None
+        return next((shapes[f"{name}.weight"][0] for name in self._classifiers(self.layout(config))), None)
+
+    def _classifiers(self, layout: Layout) -> list[str]:
+        """Names of the layers whose rows are the classes: of each head its last linear layer or convolution.
+
+        What else is trained as it is, such as norms in a PEFT folder, is none where the model says what its heads are.
+        """
+        heads = [head for head in layout.plan.heads if head in self._heads or not self._heads]
+        return [name for head in heads if (name := _classifier(self.plain, head)) is not None]
 
     def read(
         self, source: str | os.PathLike[str] | AdapterState, recipe: str | None, tensors: bool = True
@@ -223,7 +228,7 @@ class Backbone:
         if tensors is not None:
             own = {name: tensors[name].detach().clone() for name in own}
         model = shared_copy(self.plain, own)
-        classifiers = [name for head in layout.plan.heads if (name := _classifier(self.plain, head)) is not None]
+        classifiers = self._classifiers(layout)
         if tensors is None:
             for name in classifiers:
                 module = find_module(model, name)
@@ -241,7 +246,7 @@ class Backbone:
 
 
 def _classifier(model: nn.Module, head: str) -> str | None:
-    """Name of the layer of a head whose rows are the classes: its last linear layer or convolution."""
+    """Name of the last linear layer or convolution of a head."""
     names = [
         name
         for name, module in named_modules(find_module(model, head), head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import types
 
 import pytest
 import torch
@@ -233,6 +234,52 @@ def test_a_layer_that_does_not_see_samples_apart_is_named():
     bank.add("a", state(model))
     with pytest.raises(RuntimeError, match=r"cpb_mlp.0 must get the 3 samples .* got shape \(1, 15, 15, 2\)"):
         bank(tiny_images("swinv2"), ["a", None, "a"])
+
+
+class Net(torch.nn.Module):
+    """Any module, whose answer comes in a container."""
+
+    def __init__(self, container=lambda logits: {"logits": logits}):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.fc, self.container = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3), container
+
+    def forward(self, x, *, scale=1.0):
+        return self.container(self.fc(self.body(x[0] if isinstance(x, tuple) else x).relu()) * scale)
+
+
+def test_any_module_and_answers_in_containers():
+    banks = {
+        kind: AdapterBank(Net(container)) for kind, container in (("tensor", lambda x: x), ("list", lambda x: [x, 1]))
+    }
+    models = {}
+    for name, heads in (("a", None), ("b", None), ("shared head", ())):
+        models[name] = Net(lambda x: x)
+        adapt_model(models[name], RLRRConfig(heads=heads))
+        disturb(models[name])
+        for bank in banks.values():
+            info = bank.add(name, state(models[name]))
+            assert info.classes == (3 if heads is None else None)
+    x, names = torch.randn(5, 4, 6)[:, 0], ["b", "a", "shared head", None, "b"]
+    got = banks["tensor"](x, names)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(got[i], (Net(lambda x: x) if name is None else models[name])(x[i : i + 1])[0])
+    with banks["list"].tasks(names):
+        torch.testing.assert_close(banks["list"].model((x,), scale=2.0)[0], 2 * torch.stack(got))
+    with pytest.raises(TypeError, match="must return logits"):
+        banks["list"](x, names)
+    assert banks["tensor"](x[:0], []) == []
+
+
+def test_what_may_hold_samples_and_cannot_be_sorted_is_refused():
+    bank = AdapterBank(Net(lambda logits: types.SimpleNamespace(logits=logits)))
+    model = Net(lambda x: x)
+    adapt_model(model)
+    bank.add("a", state(model))
+    x = torch.randn(2, 6)
+    assert torch.equal(bank(x, ["a", "a"])[0], model(x)[0])  # nothing to sort
+    with pytest.raises(TypeError, match="a SimpleNamespace of the model may hold tensors"):
+        bank(x, ["a", None])
 
 
 def test_a_copied_model_is_bare():

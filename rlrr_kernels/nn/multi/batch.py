@@ -134,6 +134,9 @@ def _vector(flat: Tensor, place: tuple[int, int, tuple[int, ...]]) -> Tensor:
     return flat[offset : offset + size].view(shape)
 
 
+_WITHOUT_SAMPLES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
 class TaskBatch:
     """The samples of a batch, sorted so that each task's are adjacent: the bare backbone's first, then form by form.
 
@@ -158,7 +161,7 @@ class TaskBatch:
         keys = [-1 if task is None else ranks[id(task)] for task in tasks]
         order = sorted(range(self.samples), key=keys.__getitem__)
         self._order = None if order == list(range(self.samples)) else torch.tensor(order)
-        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._permutations: dict[torch.device, tuple[Tensor, Tensor]] = {}
         first = keys.count(-1)
         self.bare = first
         self.groups: list[TaskGroup] = []
@@ -184,9 +187,9 @@ class TaskBatch:
     def _permutation(self, device: torch.device, back: bool) -> Tensor | None:
         if self._order is None:
             return None
-        if device not in self._moved:
-            self._moved[device] = self._order.to(device), self._order.argsort().to(device)
-        return self._moved[device][back]
+        if device not in self._permutations:
+            self._permutations[device] = self._order.to(device), self._order.argsort().to(device)
+        return self._permutations[device][back]
 
     def permuted(self, tensor: Tensor, back: bool = False) -> Tensor:
         """``tensor`` [S ..., ...], sample by sample in sorted order, or ``back`` in the batch's own."""
@@ -202,13 +205,14 @@ class TaskBatch:
 
         Raises:
             ValueError: none has S samples.
+            TypeError: there is an object that may hold tensors of samples and that PyTorch's pytree does not know.
         """
         shapes: list[list[int]] = []
 
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
                 shapes.append(list(value.shape))
-            return self.permuted(value) if self._of_samples(value) else value
+            return self._moved_leaf(value, back=False)
 
         inputs = tree_map(moved, inputs)
         if not any(shape[:1] == [self.samples] for shape in shapes):
@@ -219,12 +223,23 @@ class TaskBatch:
         return inputs
 
     def leave(self, outputs: Any) -> Any:
-        """``outputs`` of the model with the samples in the order of the batch."""
-        self.sorted = False
-        return tree_map(lambda value: self.permuted(value, True) if self._of_samples(value) else value, outputs)
+        """``outputs`` of the model with the samples in the order of the batch.
 
-    def _of_samples(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.samples
+        Raises:
+            TypeError: as for :meth:`enter`.
+        """
+        self.sorted = False
+        return tree_map(lambda value: self._moved_leaf(value, back=True), outputs)
+
+    def _moved_leaf(self, value: Any, back: bool) -> Any:
+        if isinstance(value, Tensor):
+            return self.permuted(value, back) if value.dim() and value.shape[0] == self.samples else value
+        if self._order is not None and not isinstance(value, _WITHOUT_SAMPLES):
+            raise TypeError(
+                f"samples are sorted by task, and a {type(value).__name__} of the model may hold tensors of theirs; "
+                "tensors in tuples, lists, dictionaries and what torch.utils._pytree registers are put in order"
+            )
+        return value
 
     def parts(self) -> Iterator[tuple[int, int, TaskGroup | None]]:
         """(first, end, group) of the sorted samples: the bare ones, where there are any, with None."""
