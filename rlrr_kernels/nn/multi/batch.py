@@ -237,7 +237,7 @@ class TaskBatch:
         if self._order is not None and not isinstance(value, _WITHOUT_SAMPLES):
             raise TypeError(
                 f"samples are sorted by task, and a {type(value).__name__} of the model may hold tensors of theirs; "
-                "tensors in tuples, lists, dictionaries and what torch.utils._pytree registers are put in order"
+                "tensors in tuples, lists, dictionaries and classes registered with torch's pytree are put in order"
             )
         return value
 
