@@ -17,6 +17,7 @@ from rlrr_kernels.adapt import (
     save_adapter,
 )
 from rlrr_kernels.backends import backend_report, use_backend
+from rlrr_kernels.bank import AdapterBank
 from rlrr_kernels.explain import Explanation, explain
 from rlrr_kernels.nn.additive import AdditiveLinear
 from rlrr_kernels.nn.conv import RLRRConv2d
@@ -32,6 +33,7 @@ from rlrr_kernels.version import __version__
 
 __all__ = [
     "AdaptReport",
+    "AdapterBank",
     "AdapterInfo",
     "AdditiveLinear",
     "Explanation",

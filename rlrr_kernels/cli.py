@@ -20,6 +20,7 @@ except ImportError as error:
     raise SystemExit(f"the program rlrr needs the package {error.name}; install it with rlrr-kernels[train]") from error
 
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
+from rlrr_kernels.serve.config import ServeConfig
 from rlrr_kernels.train.config.options import Cpu, ImageSize, Weights, takes_options_of
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.models.backbones import HUB
@@ -144,6 +145,20 @@ def evaluate(
     if json_file is not None:
         text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
         write_files(json_file.parent, {json_file.name: text.encode()})
+
+
+@app.command()
+@takes_options_of(ServeConfig, required=("adapters",))
+def serve(config: ServeConfig) -> None:
+    """Classify images over HTTP with many adapters of one backbone, which share its forward passes.
+
+    POST /v1/classify?adapter=NAME with an image file as the body; / is a page to try it, /docs describes the rest.
+    """
+    try:
+        from rlrr_kernels.serve.run import serve as run
+    except ImportError as error:
+        raise ImportError(f"rlrr serve needs the package {error.name}; install it with rlrr-kernels[serve]") from error
+    run(config)
 
 
 @app.command()

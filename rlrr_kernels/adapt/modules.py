@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.multi.modules import Multi
 from rlrr_kernels.nn.norm_rescale import NormRescale
 from rlrr_kernels.nn.output_rescale import OutputRescale
 from rlrr_kernels.nn.rescaled import Rescaled
@@ -23,7 +24,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` and its like call, to compute new weights from those of layers."""
 
-_ADAPTED = (Rescaled, NormRescale, ChannelRescale, OutputRescale)
+_ADAPTED = (Rescaled, NormRescale, ChannelRescale, OutputRescale, Multi)
 
 
 def _wrapped_key(module: nn.Module) -> str | None:

@@ -116,7 +116,7 @@ class RLRRConv2d(Rescaled):
         self.layout = layout
         for name in _ATTRIBUTES:
             setattr(self, name, getattr(conv, name))
-        self._edges, self._zeros = _split_padding(conv)
+        self._edges, self._zeros = split_padding(conv)
         self._adopt(conv, rows, cols, col_groups=1, **options)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class RLRRConv2d(Rescaled):
         )
 
 
-def _split_padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, int]]:
+def split_padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, int]]:
     """What is to be padded beforehand, as ``F.pad`` counts it, and what the convolution pads with zeros."""
     if conv.padding == "same":
         both = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]

@@ -79,6 +79,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
         saved[frozen] = None
         tensors |= {f"{frozen}.{key}": tensor for key, tensor in folded.items()}
     also = [name for name in modules if name not in saved and name.endswith(tuple(saved))]  # as PEFT matches them
+    also = [name for name in also if name != adaptation.tokens]  # folded into the projection
     tensors |= {name: tensor for name, tensor in head_tensors(model, also).items() if name not in tensors}
     config = adaptation.config
     groups = {re.escape(name): modules[name].groups for name in adaptation.layers if modules[name].groups != 1}
@@ -174,6 +175,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
             saved = [rest.pop(f"{target}.{key}", None) for key in ("weight", "bias")]
             scale, shift = _unfolded(target, modules[target], *saved)
             state |= {f"{name}.scale": scale, f"{name}.shift": shift}
+    rest = {name: tensor for name, tensor in rest.items() if name not in state}  # earlier versions saved both
     groups = {n: p["scale_col"].shape[0] for n, p in layers.items() if "scale_col" in p and len(p["scale_col"]) > 1}
     shifted = sum("shift" in parts for parts in layers.values())
     plan = plan_adaptation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ class Task:
             FileNotFoundError, ValueError: as for :func:`rlrr_kernels.train.methods.files.folder_info`; or it was not
                 written by ``rlrr finetune``.
         """
-        values = folder_info(folder).metadata.get("task")
+        return cls.of_metadata(folder_info(folder).metadata, folder)
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any], folder: str | Path) -> Task:
+        """The task that the metadata of the adapter in ``folder`` hold; raises ``ValueError`` as :meth:`of_adapter`."""
+        values = metadata.get("task")
         try:
             preprocessing = Preprocessing(**values["preprocessing"])
             return cls(values["model"], values["weights"], tuple(values["classes"]), preprocessing)
@@ -84,15 +90,21 @@ class Task:
         Raises:
             ValueError: weights are None and came from a file; or as for ``create_model``.
         """
-        if weights is None:
-            if self.weights not in (HUB, NO_WEIGHTS):
-                raise ValueError(
-                    f"the adapter was trained on weights from a file called {self.weights}; "
-                    "say where it is with --weights FILE"
-                )
-            weights = self.weights
         size = self.preprocessing.image_size
-        return create_model(self.model, len(self.classes), image_size=size, weights=weights)[0]
+        return create_model(self.model, len(self.classes), image_size=size, weights=weights or self.own_weights())[0]
+
+    def own_weights(self) -> str:
+        """Where the backbone's weights came from.
+
+        Raises:
+            ValueError: from a file, which may lie anywhere.
+        """
+        if self.weights not in (HUB, NO_WEIGHTS):
+            raise ValueError(
+                f"the adapter was trained on weights from a file called {self.weights}; "
+                "say where it is with --weights FILE"
+            )
+        return self.weights
 
 
 def load_task(

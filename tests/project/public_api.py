@@ -18,7 +18,7 @@ import torch
 
 FILE = Path(__file__).with_suffix(".txt")
 
-MODULES = ("rlrr_kernels", "rlrr_kernels.peft", "rlrr_kernels.numerics", "rlrr_kernels.reference")
+MODULES = ("rlrr_kernels", "rlrr_kernels.bank", "rlrr_kernels.peft", "rlrr_kernels.numerics", "rlrr_kernels.reference")
 
 
 def describe() -> str:

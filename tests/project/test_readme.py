@@ -126,9 +126,11 @@ def test_readme_links_every_page():
     assert not [name for name in PAGES if name != "README.md" and f"]({name})" not in TEXTS["README.md"]]
 
 
-def test_the_picture_of_the_layers_shows_what_is_enforced():
+@pytest.mark.parametrize(("script", "picture"), [("layers.py", "layers.svg"), ("serving_picture.py", "serving.svg")])
+def test_drawn_pictures_are_what_their_scripts_draw(script, picture):
+    """That of the layers shows what is enforced."""
     pytest.importorskip("tomllib", reason="needs Python 3.11")
-    spec = importlib.util.spec_from_file_location("layers", ROOT / "docs" / "layers.py")
-    layers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layers)
-    assert layers.draw() == layers.PICTURE.read_text(encoding="utf-8"), "python docs/layers.py draws it anew"
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / "docs" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.draw() == (ROOT / "docs" / picture).read_text(encoding="utf-8"), f"python docs/{script} draws it anew"

@@ -56,6 +56,18 @@ and every call goes through the operator."""
 active_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
 """These modes. Without it: none, and a FLOP counter that was made before the first call does not count it."""
 
+
+def tree_map(function: Callable[[Any], Any], values: Any) -> Any:
+    """``values`` with ``function`` of each leaf, through tuples, lists, dictionaries and what torch's and other
+    packages' classes of outputs register. Without PyTorch's own: tuples, lists and dictionaries alone."""
+    pytree = getattr(torch.utils, "_pytree", None)
+    if pytree is not None:
+        return pytree.tree_map(function, values)
+    if isinstance(values, dict):
+        return {key: tree_map(function, value) for key, value in values.items()}
+    return type(values)(tree_map(function, v) for v in values) if type(values) in (tuple, list) else function(values)
+
+
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any kind of device, a cheap first question. Without it: the second is always asked."""
 

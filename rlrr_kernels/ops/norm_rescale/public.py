@@ -61,7 +61,7 @@ def norm_rescale(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
-    dtype = _result_dtype(x)
+    dtype = result_dtype(x)
     if torch.compiler.is_compiling() or private.transforms_active():
         compute = _traced if keep_output or not _partitioned() else _traced_again_in_backward
         return compute(x, weight, bias, scale, shift, eps, dtype)
@@ -105,7 +105,7 @@ def _compute_again(
         return module.forward(*in_memory(x, *parameters), eps, dtype)[0].to(wanted)
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of ``F.layer_norm``'s result: autocast widens it to float32, but not on CPUs."""
     if x.dtype in (torch.float16, torch.bfloat16) and x.device.type not in ("cpu", "meta"):
         return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,15 +22,19 @@ class ImageError(ValueError):
         super().__init__(message.rpartition(f"{ImageError.__name__}: ")[2].strip())
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path | BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
     """Opens an image as RGB, turned as its EXIF data say; grey of 16 or 12 bits keeps its upper 8 bits.
+
+    Args:
+        path: of a file, or an open one.
+        formats: Pillow's names of those that may be read; None: all that it knows.
 
     Raises:
         ImageError: a ``ValueError``: the file cannot be read as an image, or has pixels (32-bit numbers of a TIFF file)
             that do not say what is black and white. The message names the file and the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
             kind = image.format
             bits = 12 if kind == "TIFF" and tuple(image.tag_v2.get(_BITS_PER_SAMPLE, ())) == (12,) else 16
             image = ImageOps.exif_transpose(image)
@@ -41,7 +47,8 @@ def read_image(path: str | Path) -> Image.Image:
                 )
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything: OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"cannot read the image {path}: {error}") from error
+        name = f" {path}" if isinstance(path, str | Path) else ""
+        raise ImageError(f"cannot read the image{name}: {error}") from error
 
 
 def is_large(path: str | Path) -> bool:

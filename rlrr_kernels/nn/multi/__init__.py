@@ -1,0 +1,1 @@
+"""Frozen layers that compute each sample of a batch with the adapter of its own task."""

@@ -1,0 +1,37 @@
+"""Adapters of a small backbone whose answers tell which adapter gave them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rlrr_kernels import RLRRConfig, adapt_model, save_adapter
+from rlrr_kernels.train.models.backbones import NO_WEIGHTS, create_model
+from rlrr_kernels.train.task import Task
+from tests.support.tiny_models import disturb
+
+MODEL, PIXELS = "vit_tiny_patch16_224", 32
+
+
+def save_marked(folder: Path, name: str, classes: int = 3, *, version: int = 0, pixels: int = PIXELS) -> Path:
+    """An adapter whose first class, ``<name> <version>``, has a probability above 0.9 on every image."""
+    model, preprocessing = create_model(MODEL, 1, image_size=pixels, weights=NO_WEIGHTS)  # one, as the server's
+    model.reset_classifier(classes)
+    adapt_model(model, RLRRConfig(recipe="paper"))
+    torch.manual_seed(version)
+    disturb(model, 0.01)
+    with torch.no_grad():
+        model.head.weight.mul_(0.01)
+        model.head.bias.copy_(torch.tensor([6.0] + [0.0] * (classes - 1)))
+    task = Task(MODEL, NO_WEIGHTS, tuple(f"{name} {version}-{i}" for i in range(classes)), preprocessing)
+    return save_adapter(model, folder, metadata={"task": task.to_dict()})
+
+
+def png(size: tuple[int, int] = (40, 50), color: tuple[int, int, int] = (200, 30, 90), kind: str = "PNG") -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind)
+    return file.getvalue()
