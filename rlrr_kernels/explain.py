@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from rlrr_kernels.ops.checks import (
 from rlrr_kernels.ops.linear.public import known_call
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.dispatch import canonical_stacks
-from rlrr_kernels.ops.multi.task_index import TaskIndex
+from rlrr_kernels.ops.multi.task_index import BARE, TaskIndex, TaskRows
 
 _ARGUMENTS = ("weight", "scale_row", "scale_col", "bias")
 _MULTI = ("shift", "index")
@@ -37,7 +38,8 @@ class Step:
     Attributes:
         name: ``forward``, ``grad_x`` or ``grad_scales`` (∂s_r, ∂s_c and ∂b).
         path: ``fused`` (W is rescaled on its way into the product), ``merge`` (W' in scratch, then the library's
-            product); of the C++ operator ``fused``, ``panels`` or ``library``.
+            product); of the C++ operator ``fused``, ``panels`` or ``library``; of several adapters also ``mixed`` (x
+            is rescaled, and their rows share tiles) and ``library`` (the bare W).
         why: what decided it.
         launches: the kernels in their order.
         schedule: how the programs of the first kernel share its work; None without one of ours.
@@ -105,7 +107,7 @@ def explain(
     Args:
         layer: an ``RLRRLinear``, or the arguments of ``rlrr_linear`` by name: ``weight``, ``scale_row``, ``scale_col``
             and, where given, ``bias``, ``residual``, ``input_activation`` and ``backend``. With an ``index`` those of
-            ``rlrr_linear_multi``, whose steps are told for C++ and plain torch: one for each way that adapters take.
+            ``rlrr_linear_multi``, of which one step is told for each way that adapters take.
         x: [..., K].
         gpu: what a GPU of this name would do, such as "sm_90" or "gfx942", instead of the device of x.
         backend: instead of the one of the call.
@@ -182,18 +184,17 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     index = index if isinstance(index, TaskIndex) else TaskIndex(index)
     check_values(index, tasks)
     name, why = _backend(given["backend"], x, dtype, gpu)
-    if name.startswith("triton"):
-        raise ValueError(
-            f"explain knows the steps of rlrr_linear_multi by backends cpp and torch; this call takes {name}"
-        )
     rows = index.rows(x.shape[1:-1].numel())
     row, col = canonical_stacks(given["scale_row"], given["scale_col"], weight, tasks)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    if name == "cpp":
+    kind, _, forced = name.partition(".")
+    if kind == "cpp":
         steps = _cpp_multi_steps(flat, weight, row.shape[2], sorted(rows.counts.values()))
+    elif kind == "triton" and len(rows.counts) > 1:
+        steps = _triton_multi_steps(gpu, forced or None, _meta(flat), _meta(weight), _meta(col), rows)
     else:
         each = f"one call of rlrr_linear for each of {len(rows.counts)} adapters: "
-        alone = _steps(name, None, flat, weight, row[0], col[0], None) if tasks else ()
+        alone = _steps(name, gpu, flat, weight, row[0], col[0], None) if tasks else ()
         steps = tuple(dataclasses.replace(step, why=each + step.why) for step in alone)
     return Explanation(
         problem={
@@ -220,12 +221,54 @@ def _cpp_multi_steps(x: Tensor, weight: Tensor, rank: int, counts: list[int]) ->
         for count in counts:
             ways.setdefault(cpp_backend.path_of_task(x, weight, rank, count, backward), []).append(count)
         for path, of in ways.items():
-            span = f"{of[0]}" if of[0] == of[-1] else f"{of[0]} to {of[-1]}"
-            adapters = f"{len(of)} adapter{'s' * (len(of) > 1)} of {span} rows"
-            why = f"{adapters}, by the crossovers of csrc/dispatch.h at level {backends.cpu_level()}"
+            why = f"{_adapters(of)}, by the crossovers of csrc/dispatch.h at level {backends.cpu_level()}"
             done = launches[path] if not backward or path == "library" else (f"{path} loop for each",)
             steps.append(Step(name, path, why, done))
     return tuple(steps)
+
+
+def _adapters(counts: list[int]) -> str:
+    """So many adapters of so many rows; ``counts`` ascend."""
+    span = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return f"{len(counts)} adapter{'s' * (len(counts) > 1)} of {span} rows"
+
+
+def _triton_multi_steps(
+    gpu_name: str | None, path: str | None, x: Tensor, weight: Tensor, col: Tensor, rows: TaskRows
+) -> tuple[Step, ...]:
+    from rlrr_kernels.ops.multi import triton_backend
+
+    gpu = devices.gpu(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
+    steps = []
+    for name, first in (("forward", x), ("grad_x", x.new_empty(x.shape[0], weight.shape[0]))):
+        cut = triton_backend.cut_of(name, first, weight, col, rows, gpu, path)
+        kernel = "rlrr_linear_multi_fwd_kernel" if name == "forward" else "rlrr_linear_multi_bwd_dx_kernel"
+        bare = sum(end - start for task, start, end in cut.library if task == BARE)
+        if bare:
+            steps.append(Step(name, "library", f"{bare} rows of the bare W", ("library product",)))
+        if merged := sorted(end - start for task, start, end in cut.library if task != BARE):
+            why = f"{_adapters(merged)}, for which a merge pays as it does in rlrr_linear"
+            steps.append(Step(name, "merge", why, ("merge", "library product", "for each")))
+        for way, segments, tiles, launch in (
+            ("fused", cut.tiled, cut.tiles, kernel),
+            ("mixed", cut.mixed, cut.mixed_tiles, "rlrr_linear_multi_mixed_kernel"),
+        ):
+            if not segments:
+                continue
+            counts: collections.Counter[int] = collections.Counter()
+            for task, start, end in segments:
+                counts[task] += end - start
+            how = (
+                f"{len(segments)} tiles of rows, {cut.padding:.0%} of whose rows are no sample's"
+                if way == "fused" else "whose tiles they share"
+            )  # fmt: skip
+            sizes = {field: value for field, value in tiles._asdict().items() if field != "schedule"}
+            steps.append(
+                Step(name, way, f"{_adapters(sorted(counts.values()))}, {how}", (launch,), tiles.schedule, sizes)
+            )
+    kernels = "rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_kernel"
+    why = "parts of each adapter's rows leave the tiles of G, and are added up in a fixed order"
+    return (*steps, Step("grad_scales", "fused", why, kernels))
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -107,3 +107,25 @@ def test_many_adapters_in_one_batch(backend):
         explain(stacks | {"index": index + 9}, torch.ones(6, 2, 40))
     with pytest.raises(ValueError, match="alone; got input_activation"):
         explain(stacks | {"index": index, "input_activation": "gelu"}, torch.ones(6, 2, 40))
+
+
+def test_many_adapters_in_one_batch_on_a_gpu():
+    pytest.importorskip("triton", reason="needs Triton")
+    stacks = {"weight": torch.ones(768, 768), "scale_row": torch.ones(70, 768), "scale_col": torch.ones(70, 768)}
+    stacks = {name: tensor.bfloat16() for name, tensor in stacks.items()}
+    x = torch.ones(64, 197, 768, dtype=torch.bfloat16)
+
+    def forward(index: list[int], x: torch.Tensor, backend: str = "auto") -> dict:
+        found = explain(stacks | {"index": torch.tensor(index), "backend": backend}, x, gpu="sm_90")
+        assert found.steps[-1].name == "grad_scales"
+        return {step.path: step.why for step in found.steps if step.name == "forward"}
+
+    apart = forward([*range(64)], x)
+    assert apart == {"fused": "64 adapters of 197 rows, 64 tiles of rows, 23% of whose rows are no sample's"}
+    assert forward([*range(64)], x[:, 0]) == {"mixed": "64 adapters of 1 rows, whose tiles they share"}
+    many = forward([0] * 20 + [1] * 40 + [-1] * 4, x)
+    assert many.keys() == {"library", "merge"}
+    assert many["library"] == f"{4 * 197} rows of the bare W"
+    assert many["merge"].startswith(f"2 adapters of {20 * 197} to {40 * 197} rows")
+    assert "merge" not in forward([0] * 20 + [1] * 44, x, "triton.fused")
+    assert forward([5] * 64, x)["merge"].startswith("one call of rlrr_linear for each of 1 adapters")
