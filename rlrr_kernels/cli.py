@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -93,6 +93,60 @@ def finetune(
         )
     hint = ("--weights", config.weights) if result.task.weights not in ("hub", "none") else ()
     say(f"next: {command('merge', result.adapter, *hint)}")
+
+
+def _take_shared(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the settings that a file of tasks has for all of them the defaults of the options."""
+    if file is not None:
+        from rlrr_kernels.train.many.tasks import read_tasks
+
+        context.default_map = read_tasks(file)[0]
+    return file
+
+
+@app.command()
+@takes_options_of(FinetuneConfig, without=("data",), plain=True)
+def finetune_many(
+    settings: dict[str, Any],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER, or NAME=FOLDER,lr=1e-3,epochs=50 for settings of its own; repeat for each"),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_take_shared,
+            is_eager=True,
+            help="TOML file: settings for all tasks, and a table [tasks.NAME] with data and own settings for each",
+        ),
+    ] = None,
+    largest_batch: Annotated[
+        int, typer.Option(help="Most images that a forward pass takes, of all tasks together; less takes less memory")
+    ] = 128,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the tasks in --out were stopped, if they were")
+    ] = False,
+) -> None:
+    """Fine-tune one adapter a dataset, side by side over one frozen backbone: OUT/NAME is a run folder of each.
+
+    The other options are those of rlrr finetune, for all tasks that do not set their own.
+    """
+    from rlrr_kernels.train.many.run import finetune_many as run
+    from rlrr_kernels.train.many.tasks import configs_of, parse_task, read_tasks
+
+    listed = [] if tasks is None else [*read_tasks(tasks)[1].items()]
+    configs = configs_of(settings, [*listed, *map(parse_task, task or ())])
+    results = run(configs, largest_batch=largest_batch, resume=resume)
+    table = Table("task", "epoch", "chosen on", "accuracy", "macro-F1", "test accuracy", "test macro-F1")
+    for name, result in results.items():
+        chosen = result["validation"] or result["test"]
+        scores = [None if s is None else (s["accuracy"], s["macro_f1"]) for s in (chosen, result["test"])]
+        cells = ["-" if pair is None else f"{value:.4f}" for pair in scores for value in pair or (None, None)]
+        epoch = f"{result['epoch']} of {configs[name].train.epochs}"
+        table.add_row(escape(name), epoch, result["epoch_chosen_on"], *cells)
+    console.print(table)
+    out, weights = Path(settings["out"]), settings["weights"]
+    say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if weights != HUB else ()))}")
 
 
 @app.command()

@@ -136,8 +136,8 @@ class Run:
         self.tensors = trained_tensors(model)
         # Now, best and average, two moments of AdamW; and the old file is there until the new one is complete.
         copies = 2 * (4 + (config.ema_decay is not None))
-        size = copies * sum(p.nbytes for p in self.trained.values()) + 2**20
-        from_main(accelerator, lambda: checkpoint.require_space(folder, size))
+        self.space = copies * sum(p.nbytes for p in self.trained.values()) + 2**20  # bytes on the disk
+        from_main(accelerator, lambda: checkpoint.require_space(folder, self.space))
         if config.activation_checkpointing:
             set_activation_checkpointing(model, True)
         if accelerator.is_main_process:
