@@ -105,7 +105,7 @@ def _take_shared(context: typer.Context, file: Path | None) -> Path | None:
 
 
 @app.command()
-@takes_options_of(FinetuneConfig, without=("data",), plain=True)
+@takes_options_of(FinetuneConfig, without=("data", "out"), plain=True)
 def finetune_many(
     settings: dict[str, Any],
     task: Annotated[
@@ -120,6 +120,9 @@ def finetune_many(
             help="TOML file: settings for all tasks, and a table [tasks.NAME] with data and own settings for each",
         ),
     ] = None,
+    out: Annotated[Path, typer.Option(help="Folder that gets the run folder of each task, OUT/NAME")] = Path(
+        "runs/many"
+    ),
     largest_batch: Annotated[
         int, typer.Option(help="Most images that a forward pass takes, of all tasks together; less takes less memory")
     ] = 128,
@@ -127,7 +130,7 @@ def finetune_many(
         bool, typer.Option("--resume", help="Go on where the tasks in --out were stopped, if they were")
     ] = False,
 ) -> None:
-    """Fine-tune one adapter a dataset, side by side over one frozen backbone: OUT/NAME is a run folder of each.
+    """Fine-tune one adapter a dataset, side by side over one frozen backbone.
 
     The other options are those of rlrr finetune, for all tasks that do not set their own.
     """
@@ -135,7 +138,7 @@ def finetune_many(
     from rlrr_kernels.train.many.tasks import configs_of, parse_task, read_tasks
 
     listed = [] if tasks is None else [*read_tasks(tasks)[1].items()]
-    configs = configs_of(settings, [*listed, *map(parse_task, task or ())])
+    configs = configs_of(settings | {"out": out}, [*listed, *map(parse_task, task or ())])
     results = run(configs, largest_batch=largest_batch, resume=resume)
     table = Table("task", "epoch", "chosen on", "accuracy", "macro-F1", "test accuracy", "test macro-F1")
     for name, result in results.items():
@@ -145,7 +148,7 @@ def finetune_many(
         epoch = f"{result['epoch']} of {configs[name].train.epochs}"
         table.add_row(escape(name), epoch, result["epoch_chosen_on"], *cells)
     console.print(table)
-    out, weights = Path(settings["out"]), settings["weights"]
+    weights = settings["weights"]
     say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if weights != HUB else ()))}")
 
 
