@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,16 +141,22 @@ def finetune_many(
     listed = [] if tasks is None else [*read_tasks(tasks)[1].items()]
     configs = configs_of(settings | {"out": out}, [*listed, *map(parse_task, task or ())])
     results = run(configs, largest_batch=largest_batch, resume=resume)
-    table = Table("task", "epoch", "chosen on", "accuracy", "macro-F1", "test accuracy", "test macro-F1")
-    for name, result in results.items():
-        chosen = result["validation"] or result["test"]
-        scores = [None if s is None else (s["accuracy"], s["macro_f1"]) for s in (chosen, result["test"])]
-        cells = ["-" if pair is None else f"{value:.4f}" for pair in scores for value in pair or (None, None)]
-        epoch = f"{result['epoch']} of {configs[name].train.epochs}"
-        table.add_row(escape(name), epoch, result["epoch_chosen_on"], *cells)
-    console.print(table)
+    _show_tasks(results)
     weights = settings["weights"]
     say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if weights != HUB else ()))}")
+
+
+def _show_tasks(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the scores in the result documents of several tasks."""
+    table = Table("task", "epoch", "images", "accuracy", "macro-F1", "loss")
+    for name, result in results.items():
+        epoch = f"{result['epoch']} of {len(result['history'])}"
+        for images in ("validation", "test"):
+            scores = result[images]
+            if scores is not None:
+                cells = (f"{scores[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
+                table.add_row(escape(name), epoch, images, *cells)
+    console.print(table)
 
 
 @app.command()
@@ -211,11 +218,16 @@ def serve(config: ServeConfig) -> None:
 
     POST /v1/classify?adapter=NAME with an image file as the body; / is a page to try it, /docs describes the rest.
     """
+    _server()(config)
+
+
+def _server() -> Callable[[ServeConfig], None]:
+    """What serves; raises ``ImportError`` where a package is missing, and says which."""
     try:
         from rlrr_kernels.serve.run import serve as run
     except ImportError as error:
-        raise ImportError(f"rlrr serve needs the package {error.name}; install it with rlrr-kernels[serve]") from error
-    run(config)
+        raise ImportError(f"serving needs the package {error.name}; install it with rlrr-kernels[serve]") from error
+    return run
 
 
 @app.command()
@@ -376,6 +388,36 @@ def demo(
         run_demo(config, seeds[0], fresh=fresh)
     else:
         run_seeds(config, seeds, fresh=fresh)
+
+
+@app.command()
+def demo_serve(
+    out: Annotated[Path, typer.Option(help="Folder of the run folders of both tasks")] = Path("runs/demo-serve"),
+    cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
+    epochs: Annotated[int, typer.Option(help="Of the task that tells defective cells")] = 3,
+    kind_epochs: Annotated[int, typer.Option(help="Of the task that tells the kinds of cells")] = 1,
+    image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1, to listen on")] = 8000,
+    serving: Annotated[bool, typer.Option("--serve/--train-only", help="Serve them, or stop when trained")] = True,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew where OUT holds a finished or stopped run")
+    ] = False,
+) -> None:
+    """Train two tasks on photographs of solar cells side by side and serve both from one process, with a page to try.
+
+    A run that was stopped is gone on with; one that has ended is served.
+    """
+    from rlrr_kernels.demo.many import ManyDemoConfig, train_tasks
+
+    run_server = _server() if serving else None  # what it lacks is told before the training
+    config = ManyDemoConfig(out=out, cache=cache, epochs=epochs, kind_epochs=kind_epochs, image_size=image_size)
+    trained = train_tasks(config, fresh=fresh)
+    _show_tasks(trained.results)
+    if run_server is None:
+        say(f"next: {command('serve', '--adapters', out, '--weights', trained.weights)}")
+        return
+    say(f"serving: open http://127.0.0.1:{port}/ and drop a photograph of {trained.photographs} there; Ctrl-C ends it")
+    run_server(ServeConfig(adapters=out, weights=trained.weights, port=port))
 
 
 app.add_typer(data_app, name="data")
