@@ -143,7 +143,7 @@ def finetune_many(
     results = run(configs, largest_batch=largest_batch, resume=resume)
     _show_tasks(results)
     weights = settings["weights"]
-    say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if weights != HUB else ()))}")
+    say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if Path(weights).is_file() else ()))}")
 
 
 def _show_tasks(results: Mapping[str, Mapping[str, Any]]) -> None:
