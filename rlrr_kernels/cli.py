@@ -394,7 +394,7 @@ def demo(
 def demo_serve(
     out: Annotated[Path, typer.Option(help="Folder of the run folders of both tasks")] = Path("runs/demo-serve"),
     cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
-    epochs: Annotated[int, typer.Option(help="Of the task that tells defective cells")] = 3,
+    epochs: Annotated[int, typer.Option(help="Of the task that tells defective cells")] = 5,
     kind_epochs: Annotated[int, typer.Option(help="Of the task that tells the kinds of cells")] = 1,
     image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
     port: Annotated[int, typer.Option(help="Of 127.0.0.1, to listen on")] = 8000,

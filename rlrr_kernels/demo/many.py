@@ -32,7 +32,7 @@ class ManyDemoConfig:
 
     out: Path
     cache: Path
-    epochs: int = 3
+    epochs: int = 5
     kind_epochs: int = 1
     image_size: int = 112
 

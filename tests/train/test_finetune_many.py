@@ -40,10 +40,13 @@ ROUNDING = 1e-4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def quick():
+    """One thread, and no pictures, which take longer than these trainings."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlrr_kernels.train.finetune.learning_curve", lambda result, path, *_, **__: path.touch())
+        yield
     torch.set_num_threads(threads)
 
 

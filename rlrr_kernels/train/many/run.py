@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,11 @@ def finetune_many(
         resume: go on from the checkpoints that are there; tasks without one start.
         quiet: print nothing.
 
+    Where ``workers`` of a task is None, as many processes load its images beside a GPU as there is a processor for.
+
     Returns:
-        Name → result document, as in ``result.json``.
+        Name → result document, as in ``result.json``; its seconds are those of the clock while the task trained beside
+        the others.
 
     Raises:
         ValueError: the configurations do not go together, or as for ``finetune``; before any task trains.
@@ -155,7 +159,7 @@ class _Training:
         talk: bool,
         held: contextlib.ExitStack,
     ) -> None:
-        self.largest_batch, self.talk = largest_batch, talk
+        self.largest_batch, self.talk, self.count = largest_batch, talk, len(configs)
         first = next(iter(configs.values()))
         self.accelerator = make_accelerator(first.train, cpu=first.cpu)
         if self.accelerator.num_processes > 1:
@@ -229,6 +233,9 @@ class _Training:
 
     def _start(self, name: str, prepared: PreparedRun, found: bool) -> _TaskRun:
         config, model, sets = prepared.config, prepared.model, prepared.sets()
+        training = config.train
+        if training.workers is None and self.accelerator.device.type != "cpu":
+            training = dataclasses.replace(training, workers=(os.cpu_count() or 1) // self.count)
         accelerator = make_accelerator(config.train, cpu=config.cpu)  # of each: the scale of fp16 gradients is in it
         stream = RandomStream()
         with _of_task(name), stream.in_use():
@@ -237,7 +244,7 @@ class _Training:
                 optimizer_groups(model, config.lr, config.weight_decay),
                 sets["train"],
                 sets[prepared.deciding],
-                config.train,
+                training,
                 Path(config.out),
                 accelerator,
                 prepared.identity,
