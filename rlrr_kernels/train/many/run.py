@@ -16,7 +16,7 @@ from torch import nn
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.files import trained_tensors
 from rlrr_kernels.bank import AdapterBank, AdapterState
-from rlrr_kernels.train.data.folders import Samples, shorten
+from rlrr_kernels.train.data.folders import ImageDataset, Samples, shorten
 from rlrr_kernels.train.finetune import (
     RESULT,
     FinetuneConfig,
@@ -127,7 +127,7 @@ class _TaskRun:
 
     name: str
     prepared: PreparedRun
-    sets: Mapping[str, Any]
+    sets: Mapping[str, ImageDataset]
     accelerator: Accelerator
     run: Run
     stream: RandomStream
