@@ -3,9 +3,8 @@
     python -m benchmarks.many --model vit_base_patch16_224 --tasks 8 --batch-size 4
 
 Every task has random images of its own. Both ways train all tasks for one epoch from the same start, in turns after a
-round that does not count; the table has medians over the rounds. ``seconds`` are the clock's, of training and
-validation; ``processor seconds`` are of the whole call, from making the models to writing the adapters: other programs
-on the machine disturb them less.
+round that does not count; the table has medians over the rounds, of whole calls, from making the models to writing the
+adapters. ``seconds`` are the clock's; other programs on the machine disturb ``processor seconds`` less.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def measure(way: str, options: argparse.Namespace, folder: Path, round_number: int) -> tuple[float, float]:
-    """Seconds of the clock in training, and of the processor in all, of one round of ``way``."""
+    """Seconds of the clock and of the processor of one round of ``way``."""
     configs = {
         f"task-{i}": FinetuneConfig(
             model=options.model,
@@ -75,12 +74,13 @@ def measure(way: str, options: argparse.Namespace, folder: Path, round_number: i
         )
         for i in range(options.tasks)
     }
-    started = time.process_time()
+    clock, processor = time.perf_counter(), time.process_time()
     if way == TOGETHER:
-        clock = max(result["seconds"] for result in finetune_many(configs, quiet=True).values())
+        finetune_many(configs, quiet=True)
     else:
-        clock = sum(finetune(config, quiet=True).fit.seconds for config in configs.values())
-    return clock, time.process_time() - started
+        for config in configs.values():
+            finetune(config, quiet=True)
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def make_images(folder: Path, seed: int, count: int) -> Path:
