@@ -5,7 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize peft-suite demo demo-seeds evidence
+.PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize peft-suite demo demo-serve demo-seeds \
+  evidence
 
 setup: $(STAMP)
 
@@ -34,7 +35,7 @@ docs: $(STAMP)
 	$(VENV)/bin/mkdocs build --strict
 
 # Threads that spin while they wait make a training step up to eight times slower as soon as a core is shared.
-test test-all demo demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
+test test-all demo demo-serve demo-seeds evidence: export OMP_WAIT_POLICY = PASSIVE
 
 SHARED := -n 2 --dist worksteal  # both cores to the end: tests take from milliseconds to minutes
 
@@ -88,6 +89,10 @@ peft-suite: $(STAMP)
 # A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
 demo: $(STAMP)
 	$(VENV)/bin/rlrr demo $(DEMO)
+
+# Two tasks on the same photographs, trained side by side and served by one process: DEMO="--port 9000 --train-only"
+demo-serve: $(STAMP)
+	$(VENV)/bin/rlrr demo-serve $(DEMO)
 
 demo-seeds: $(STAMP)
 	$(VENV)/bin/rlrr demo --out runs/demo-seeds --seed 1 --seed 2 --seed 3 $(DEMO)

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -95,6 +96,69 @@ def finetune(
     say(f"next: {command('merge', result.adapter, *hint)}")
 
 
+def _take_shared(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the settings that a file of tasks has for all of them the defaults of the options."""
+    if file is not None:
+        from rlrr_kernels.train.many.tasks import read_tasks
+
+        context.default_map = read_tasks(file)[0]
+    return file
+
+
+@app.command()
+@takes_options_of(FinetuneConfig, without=("data", "out"), plain=True)
+def finetune_many(
+    settings: dict[str, Any],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER, or NAME=FOLDER,lr=1e-3,epochs=50 for settings of its own; repeat for each"),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_take_shared,
+            is_eager=True,
+            help="TOML file: settings for all tasks, and a table [tasks.NAME] with data and own settings for each",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder that gets the run folder of each task, OUT/NAME")] = Path(
+        "runs/many"
+    ),
+    largest_batch: Annotated[
+        int, typer.Option(help="Most images that a forward pass takes, of all tasks together; less takes less memory")
+    ] = 128,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the tasks in --out were stopped, if they were")
+    ] = False,
+) -> None:
+    """Fine-tune one adapter a dataset, side by side over one frozen backbone.
+
+    The other options are those of rlrr finetune, for all tasks that do not set their own.
+    """
+    from rlrr_kernels.train.many.run import finetune_many as run
+    from rlrr_kernels.train.many.tasks import configs_of, parse_task, read_tasks
+
+    listed = [] if tasks is None else [*read_tasks(tasks)[1].items()]
+    configs = configs_of(settings | {"out": out}, [*listed, *map(parse_task, task or ())])
+    results = run(configs, largest_batch=largest_batch, resume=resume)
+    _show_tasks(results)
+    weights = settings["weights"]
+    say(f"next: {command('serve', '--adapters', out, *(('--weights', weights) if Path(weights).is_file() else ()))}")
+
+
+def _show_tasks(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the scores in the result documents of several tasks."""
+    table = Table("task", "epoch", "images", "accuracy", "macro-F1", "loss")
+    for name, result in results.items():
+        epoch = f"{result['epoch']} of {len(result['history'])}"
+        for images in ("validation", "test"):
+            scores = result[images]
+            if scores is not None:
+                cells = (f"{scores[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
+                table.add_row(escape(name), epoch, images, *cells)
+    console.print(table)
+
+
 @app.command()
 def evaluate(
     adapter: AdapterFolder,
@@ -154,11 +218,16 @@ def serve(config: ServeConfig) -> None:
 
     POST /v1/classify?adapter=NAME with an image file as the body; / is a page to try it, /docs describes the rest.
     """
+    _server()(config)
+
+
+def _server() -> Callable[[ServeConfig], None]:
+    """What serves; raises ``ImportError`` where a package is missing, and says which."""
     try:
         from rlrr_kernels.serve.run import serve as run
     except ImportError as error:
-        raise ImportError(f"rlrr serve needs the package {error.name}; install it with rlrr-kernels[serve]") from error
-    run(config)
+        raise ImportError(f"serving needs the package {error.name}; install it with rlrr-kernels[serve]") from error
+    return run
 
 
 @app.command()
@@ -319,6 +388,36 @@ def demo(
         run_demo(config, seeds[0], fresh=fresh)
     else:
         run_seeds(config, seeds, fresh=fresh)
+
+
+@app.command()
+def demo_serve(
+    out: Annotated[Path, typer.Option(help="Folder of the run folders of both tasks")] = Path("runs/demo-serve"),
+    cache: Annotated[Path, typer.Option(help="Where the backbone and the photographs are kept")] = Path(".cache"),
+    epochs: Annotated[int, typer.Option(help="Of the task that tells defective cells")] = 5,
+    kind_epochs: Annotated[int, typer.Option(help="Of the task that tells the kinds of cells")] = 1,
+    image_size: Annotated[int, typer.Option(help="Pixels, a multiple of 14")] = 112,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1, to listen on")] = 8000,
+    serving: Annotated[bool, typer.Option("--serve/--train-only", help="Serve them, or stop when trained")] = True,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew where OUT holds a finished or stopped run")
+    ] = False,
+) -> None:
+    """Train two tasks on photographs of solar cells side by side and serve both from one process, with a page to try.
+
+    A run that was stopped is gone on with; one that has ended is served.
+    """
+    from rlrr_kernels.demo.many import ManyDemoConfig, train_tasks
+
+    run_server = _server() if serving else None  # what it lacks is told before the training
+    config = ManyDemoConfig(out=out, cache=cache, epochs=epochs, kind_epochs=kind_epochs, image_size=image_size)
+    trained = train_tasks(config, fresh=fresh)
+    _show_tasks(trained.results)
+    if run_server is None:
+        say(f"next: {command('serve', '--adapters', out, '--weights', trained.weights)}")
+        return
+    say(f"serving: open http://127.0.0.1:{port}/ and drop a photograph of {trained.photographs} there; Ctrl-C ends it")
+    run_server(ServeConfig(adapters=out, weights=trained.weights, port=port))
 
 
 app.add_typer(data_app, name="data")

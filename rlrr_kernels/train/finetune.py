@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,14 +264,94 @@ def finetune(
             the message says where it was saved instead, or how to get it out of the checkpoint.
     """
     out = Path(config.out)
+    check_start(config)
+    accelerator = make_accelerator(config.train, cpu=config.cpu)
+    from_main(accelerator, lambda: check_free(out))
+    found = from_main(accelerator, lambda: look_for_run(out, resume))
+    talk = accelerator.is_main_process and not quiet
+    prepared = prepare(config, splits)
+    if config.check:  # last: it may take minutes, what comes before takes seconds
+        from_main(accelerator, lambda: check_splits([prepared.splits], talk))
+    if talk:
+        _introduce(prepared, found, resume)
+    with contextlib.ExitStack() as held:
+        held.enter_context(fastest_attention(prepared.model, accelerator, prepared.task.preprocessing.image_size))
+        from_main(accelerator, lambda: take_folder(out, held))
+        found = from_main(accelerator, lambda: look_for_run(out, resume))  # another run may just have ended there
+        sets = prepared.sets()
+        result = fit(
+            prepared.model,
+            optimizer_groups(prepared.model, config.lr, config.weight_decay),
+            sets["train"],
+            sets[_deciding(config)],
+            config.train,
+            out,
+            identity=prepared.identity,
+            accelerator=accelerator,
+            chosen_on=config.epoch_chosen_on,
+            resume=found,
+            started=lambda: from_main(accelerator, lambda: describe_run(config, accelerator, found)),
+            quiet=quiet,
+        )
+        return conclude(prepared, sets, result, accelerator, talk)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run before its first step.
+
+    Attributes:
+        config: the run. splits: its images. model: adapted, at the start of its training. task: what it will classify.
+        method: how it is adapted. report: of the adaptation. digests: of images and backbone.
+    """
+
+    config: FinetuneConfig
+    splits: Mapping[str, Samples]
+    model: nn.Module
+    task: Task
+    method: RLRRConfig | Baseline
+    report: AdaptReport | BaselineReport
+    digests: Mapping[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the run what it is, beside its ``TrainConfig``: see :func:`rlrr_kernels.train.loop.fit.fit`."""
+        return {
+            "method": self.config.method,
+            "task": self.task.to_dict(),
+            "adaptation": self.method.to_dict(),
+            "epoch_chosen_on": self.config.epoch_chosen_on,
+            **self.digests,
+            **_settings(self.config),
+        }
+
+    @property
+    def deciding(self) -> str:
+        """The split that the epoch is chosen on."""
+        return _deciding(self.config)
+
+    def sets(self) -> dict[str, ImageDataset]:
+        """The images by split as the model takes them; those of ``train`` augmented."""
+        preprocessing, config = self.task.preprocessing, self.config
+        sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in self.splits.items()}
+        train = ImageDataset(self.splits["train"], preprocessing.transform(config.augment), config.train.seed)
+        return sets | {"train": train}
+
+
+def check_start(config: FinetuneConfig) -> None:
+    """Raises ``ValueError`` or ``ImportError`` where the model is unknown or a package is missing."""
     check_model_name(config.model)
     check_method(config.method)
     if config.train.tensorboard:
         require_tensorboard()
-    accelerator = make_accelerator(config.train, cpu=config.cpu)
-    from_main(accelerator, lambda: check_free(out))
-    found = from_main(accelerator, lambda: _look_for_run(out, resume))
-    talk = accelerator.is_main_process and not quiet
+
+
+def prepare(config: FinetuneConfig, splits: Mapping[str, Samples] | None = None) -> PreparedRun:
+    """Finds the images, makes the model and adapts it, drawing from the generators that ``config.train.seed`` seeds.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as for :func:`finetune`.
+    """
     splits = _splits(config, splits)
     torch.manual_seed(config.train.seed)
     model, preprocessing = create_model(
@@ -290,49 +370,31 @@ def finetune(
     report = apply_method(model, method)
     if config.recompute:
         recompute_activations(model)
-    if config.check:  # last: it may take minutes, what comes before takes seconds
-        from_main(accelerator, lambda: _check(splits, talk))
-    if talk:
-        _introduce(config, task, splits, report, found, resume)
-    with contextlib.ExitStack() as held:
-        held.enter_context(fastest_attention(model, accelerator, preprocessing.image_size))
-        from_main(accelerator, lambda: _take_folder(out, held))
-        found = from_main(accelerator, lambda: _look_for_run(out, resume))  # another run may just have ended there
-        sets = {split: ImageDataset(samples, preprocessing.transform()) for split, samples in splits.items()}
-        sets["train"] = ImageDataset(splits["train"], preprocessing.transform(config.augment), config.train.seed)
-        result = fit(
-            model,
-            optimizer_groups(model, config.lr, config.weight_decay),
-            sets["train"],
-            sets[_deciding(config)],
-            config.train,
-            out,
-            identity={
-                "method": config.method,
-                "task": task.to_dict(),
-                "adaptation": method.to_dict(),
-                "epoch_chosen_on": config.epoch_chosen_on,
-                **digests,
-                **_settings(config),
-            },
-            accelerator=accelerator,
-            chosen_on=config.epoch_chosen_on,
-            resume=found,
-            started=lambda: from_main(accelerator, lambda: _describe_run(out, config, accelerator, found)),
-            quiet=quiet,
-        )
-        adapter = out / ADAPTER
-        if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
-            _save(model, adapter, task, _metadata(config, task, accelerator, result, None), out)
-        if config.epoch_chosen_on == "test":
-            test = result.best
-        else:
-            test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
-        if accelerator.is_main_process:
-            if test is not None:
-                _save(model, adapter, task, _metadata(config, task, accelerator, result, test), out)
-            _write_result(config, _metadata(config, task, accelerator, result, test), report, result, talk)
-    return FinetuneResult(model, adapter, task, report, result, test)
+    return PreparedRun(config, splits, model, task, method, report, digests)
+
+
+def conclude(
+    prepared: PreparedRun, sets: Mapping[str, ImageDataset], result: FitResult, accelerator: Accelerator, talk: bool
+) -> FinetuneResult:
+    """Saves what was trained, scores it on the test images and writes the results to the run's folder.
+
+    Raises:
+        OSError: as for :func:`finetune`.
+    """
+    config, model, task = prepared.config, prepared.model, prepared.task
+    out = Path(config.out)
+    adapter = out / ADAPTER
+    if accelerator.is_main_process:  # first of all: whatever fails from here on, the work is kept
+        _save(model, adapter, task, _metadata(config, task, accelerator, result, None), out)
+    if config.epoch_chosen_on == "test":
+        test = result.best
+    else:
+        test = _score(model, sets.get("test"), task, config.train.batch_size, accelerator, talk)
+    if accelerator.is_main_process:
+        if test is not None:
+            _save(model, adapter, task, _metadata(config, task, accelerator, result, test), out)
+        _write_result(config, _metadata(config, task, accelerator, result, test), prepared.report, result, talk)
+    return FinetuneResult(model, adapter, task, prepared.report, result, test)
 
 
 def _deciding(config: FinetuneConfig) -> str:
@@ -360,8 +422,12 @@ def _splits(config: FinetuneConfig, given: Mapping[str, Samples] | None) -> dict
     return dict(splits)
 
 
-def _look_for_run(out: Path, resume: bool) -> bool:
-    """Whether there is a run in ``out`` to go on with."""
+def look_for_run(out: Path, resume: bool) -> bool:
+    """Whether there is a run in ``out`` to go on with.
+
+    Raises:
+        ValueError: there is one and ``resume`` is not set, or ``out`` is a file.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"the run folder {out} is a file")
     if not (out / checkpoint.NAME).exists():
@@ -371,19 +437,22 @@ def _look_for_run(out: Path, resume: bool) -> bool:
     return True
 
 
-def _take_folder(out: Path, held: contextlib.ExitStack) -> None:
+def take_folder(out: Path, held: contextlib.ExitStack) -> None:
     """Makes the run folder, and keeps other runs out of it until ``held`` is closed."""
     out.mkdir(parents=True, exist_ok=True)
     held.enter_context(hold(out))
     remove_leftovers(out / ADAPTER)
 
 
-def _check(splits: Mapping[str, Samples], talk: bool) -> None:
-    """Decodes all images once; warns of what is in two splits."""
-    paths = list(dict.fromkeys(path for samples in splits.values() for path in samples.paths))
-    check_images(paths, functools.partial(track, description="checking images", enabled=talk))
-    shared = shared_images(splits)
-    if shared:
+def check_splits(datasets: Sequence[Mapping[str, Samples]], talk: bool) -> None:
+    """Decodes all images once; warns of what is in two splits of one dataset.
+
+    Raises:
+        ValueError: as for :func:`rlrr_kernels.train.data.folders.check_images`.
+    """
+    paths = [path for splits in datasets for samples in splits.values() for path in samples.paths]
+    check_images(list(dict.fromkeys(paths)), functools.partial(track, description="checking images", enabled=talk))
+    for shared in filter(None, map(shared_images, datasets)):
         first, second = shared[0]
         warnings.warn(
             f"{len(shared)} images are, byte for byte, in two splits, such as {first} and {second}: scores on them are "
@@ -406,14 +475,8 @@ def _rlrr(config: FinetuneConfig) -> RLRRConfig:
     return RLRRConfig(rank=1 if config.rank is None else config.rank, **same)
 
 
-def _introduce(
-    config: FinetuneConfig,
-    task: Task,
-    splits: Mapping[str, Samples],
-    report: AdaptReport | BaselineReport,
-    found: bool,
-    resume: bool,
-) -> None:
+def _introduce(prepared: PreparedRun, found: bool, resume: bool) -> None:
+    config, task, splits, report = prepared.config, prepared.task, prepared.splits, prepared.report
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in splits.items())
     size = task.preprocessing.image_size
     say(f"{task.model}, weights {task.weights}, {size} x {size} px")
@@ -490,7 +553,9 @@ def _save(model: nn.Module, folder: Path, task: Task, metadata: dict[str, Any], 
         raise OSError(error.errno, f"{error.strerror}; {rescue}", str(folder)) from error
 
 
-def _describe_run(out: Path, config: FinetuneConfig, accelerator: Accelerator, resume: bool) -> None:
+def describe_run(config: FinetuneConfig, accelerator: Accelerator, resume: bool) -> None:
+    """Writes the settings and the environment of this session to the run's folder."""
+    out = Path(config.out)
     files = {ENVIRONMENT: add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)}
     if not resume or _epochs_of(out / CONFIG) != config.train.epochs:  # a run may be given more epochs
         files[CONFIG] = write_config(config)

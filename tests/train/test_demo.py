@@ -171,3 +171,77 @@ def test_linear_probe_is_a_logistic_regression_on_frozen_features(tmp_path):
     assert result.scores["train"].accuracy > 0.9
     assert result.scores["val"].count == result.scores["test"].count == 12
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def tiny_tasks(tmp_path, monkeypatch):
+    """The demo of two tasks on test_vit and generated images."""
+    from safetensors.torch import save_file
+
+    from rlrr_kernels.demo import many
+
+    weights = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    monkeypatch.setattr(many, "TIMM_NAME", "test_vit")
+    monkeypatch.setattr(many, "fetch_packages", lambda cache: None)
+    monkeypatch.setattr(many, "backbone_file", lambda cache: weights)
+    for name, classes in (("elpv_folder", ("functional", "defective")), ("elpv_kinds_folder", ("mono", "poly"))):
+        folder = make_splits(tmp_path / name)
+        for split in folder.iterdir():
+            for before, after in zip(("blue", "red"), classes, strict=True):
+                (split / before).rename(split / after)
+        monkeypatch.setattr(many, name, lambda cache, folder=folder: folder)
+    return many
+
+
+def test_two_tasks_are_trained_for_a_server(tiny_tasks, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from rlrr_kernels import cli
+    from rlrr_kernels.serve.config import ServeConfig
+    from rlrr_kernels.serve.store import find_adapters, first_task
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(cli.app, ["demo-serve", "--out", str(out), "--image-size", "32", *arguments])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    out, served = tmp_path / "run", []
+    monkeypatch.setattr(cli, "_server", lambda: served.append)
+    printed = run("--train-only", "--epochs", "2")
+    assert f"serve --adapters {out} --weights {tmp_path / 'weights.safetensors'}" in printed
+    assert not served
+    assert list(find_adapters(out)) == ["defects", "kinds"]
+    assert first_task(out).classes == ("defective", "functional")
+    results = {name: json.loads((out / name / "result.json").read_text()) for name in ("defects", "kinds")}
+    assert [len(result["history"]) for result in results.values()] == [2, 1]
+    stamp = (out / "kinds" / "result.json").stat().st_mtime_ns
+    printed = run("--epochs", "2", "--port", "8123")  # a finished run is served
+    assert "2 of 2 tasks are finished" in printed
+    assert "open http://127.0.0.1:8123/" in printed
+    assert served == [ServeConfig(adapters=out, weights=tmp_path / "weights.safetensors", port=8123)]
+    assert (out / "kinds" / "result.json").stat().st_mtime_ns == stamp
+    run("--train-only", "--epochs", "2", "--fresh")
+    assert (out / "kinds" / "result.json").stat().st_mtime_ns > stamp
+
+
+def test_photographs_are_sorted_by_the_kind_of_the_cell_too(tmp_path):
+    wheel = wheel_of(fetch.IMAGES)
+    folder = elpv.unpack(wheel, tmp_path / "kinds", elpv.kind)
+    rows = elpv.read_labels(wheel)
+    for split, numbers in elpv.split_labels(rows).items():
+        for kind, name in (("mono", "monocrystalline"), ("poly", "polycrystalline")):
+            expected = {Path(rows[number][0]).name for number in numbers if rows[number][2] == kind}
+            assert {path.name for path in (folder / split / name).iterdir()} == expected
+
+
+def test_a_missing_server_is_told_before_the_training(tiny_tasks, tmp_path, monkeypatch):
+    import sys
+
+    from rlrr_kernels import cli
+
+    monkeypatch.setitem(sys.modules, "rlrr_kernels.serve.run", None)
+    with pytest.raises(ImportError, match=r"install it with rlrr-kernels\[serve\]"):
+        cli.demo_serve(tmp_path / "run", tmp_path, serving=True)
+    assert not (tmp_path / "run").exists()

@@ -31,7 +31,13 @@ def split_names(given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def takes_options_of(
-    kind: type, *, required: Sequence[str] = (), arguments: Sequence[str] = (), config_file: bool = False
+    kind: type,
+    *,
+    required: Sequence[str] = (),
+    arguments: Sequence[str] = (),
+    without: Sequence[str] = (),
+    config_file: bool = False,
+    plain: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes ``command(config, ...)`` a typer command with one option for each setting of the dataclass ``kind``.
 
@@ -41,7 +47,9 @@ def takes_options_of(
         kind: what ``config`` is.
         required: settings that have to be given although they have a default.
         arguments: settings that are given by their place, not as options.
+        without: settings that cannot be given.
         config_file: whether ``--config FILE`` takes the settings from a file; options given beside it replace them.
+        plain: ``config`` is not a ``kind`` but the options by name, to make several of.
     """
 
     def set_defaults(context: typer.Context, file: Path | None) -> None:
@@ -60,9 +68,10 @@ def takes_options_of(
 
         def run(config: Path | None = None, **options: Any) -> None:
             others = {parameter.name: options.pop(parameter.name) for parameter in own}
-            command(config_of_options(kind, options), **others)
+            command(options if plain else config_of_options(kind, options), **others)
 
-        options = [*options_of(kind, required, arguments), *own, *([from_file] if config_file else [])]
+        settings = [option for option in options_of(kind, required, arguments) if option.name not in without]
+        options = [*settings, *own, *([from_file] if config_file else [])]
         run.__signature__ = inspect.Signature(options)
         run.__annotations__ = {}
         run.__name__, run.__doc__ = command.__name__, command.__doc__

@@ -130,20 +130,31 @@ def finished_result(run: GridRun, out: str | Path) -> dict[str, Any] | None:
         ValueError: there is one, of other settings or damaged.
     """
     path = Path(out) / run.name / RESULT
-    if not path.exists():
+    result = read_result(path)
+    if result is None:
         return None
-    try:
-        result = _checked(read_json(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or no result of this version: {error!r}; remove it to repeat the run"
-        ) from error
     differing = run.config.differing_settings(result["settings"])
     if differing:
         raise ValueError(
             f"{path} is of a run with other settings: {'; '.join(differing)}. Choose another folder, or remove this one"
         )
     return result
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result document in the file ``path``; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return _checked(read_json(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or no result of this version: {error!r}; remove it to repeat the run"
+        ) from error
 
 
 def _checked(result: Any) -> dict[str, Any]:

@@ -80,25 +80,48 @@ def fit(
         OSError: less space on the disk of ``folder`` than two checkpoints need.
     """
     accelerator = accelerator or make_accelerator(config)
-    run = _Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
+    run = Run(model, list(groups), train_set, val_set, config, Path(folder), accelerator, dict(identity or {}))
     if resume:
         run.load()
     started()
     talk = run.accelerator.is_main_process and not quiet
     with TrainProgress(config.epochs, chosen_on=chosen_on, enabled=talk) as progress:
-        run.start(progress)
-        while run.record.epoch < config.epochs:
-            run.train_epoch(progress)
-            run.validate(progress)
-            run.save(progress)
+        for step in run.steps(progress):
+            with accelerator.autocast():
+                logits = run.model(step.images)
+            step.loss = run.loss(logits.float(), step.targets)
+            accelerator.backward(step.loss)
     return run.finish()
 
 
-class _Run:
-    """One run: the model, what trains it, and how far it is."""
+@dataclasses.dataclass
+class Step:
+    """A batch between whose loading and whose optimizer step stand a forward and a backward.
+
+    Attributes:
+        images: [B, 3, H, W].
+        targets: labels [B], or [B, C] where they are mixed.
+        loss: mean over the batch, set by whoever computed it and its gradients.
+    """
+
+    images: Tensor
+    targets: Tensor
+    loss: Tensor | None = None
+
+
+class Run:
+    """One run: the model, what trains it, and how far it is. See :func:`fit` for the arguments."""
 
     def __init__(
-        self, model, groups, train_set, val_set, config: TrainConfig, folder: Path, accelerator, identity
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        train_set: ImageDataset,
+        val_set: ImageDataset,
+        config: TrainConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        identity: dict[str, Any],
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.train_set, self.classes = train_set, len(train_set.samples.classes)
@@ -113,8 +136,8 @@ class _Run:
         self.tensors = trained_tensors(model)
         # Now, best and average, two moments of AdamW; and the old file is there until the new one is complete.
         copies = 2 * (4 + (config.ema_decay is not None))
-        size = copies * sum(p.nbytes for p in self.trained.values()) + 2**20
-        from_main(accelerator, lambda: checkpoint.require_space(folder, size))
+        self.space = copies * sum(p.nbytes for p in self.trained.values()) + 2**20  # bytes on the disk
+        from_main(accelerator, lambda: checkpoint.require_space(folder, self.space))
         if config.activation_checkpointing:
             set_activation_checkpointing(model, True)
         if accelerator.is_main_process:
@@ -154,7 +177,18 @@ class _Run:
         torch.manual_seed(config.seed + accelerator.process_index)
         self.record = Record(batches)
 
-    def start(self, progress: TrainProgress) -> None:
+    def steps(self, progress: TrainProgress) -> Iterator[Step]:
+        """All that is left of the run: yields each batch, to get its loss and the gradients of that; ends when done.
+
+        Whoever drives several runs at once gives each the random states it had, when it goes on with it.
+        """
+        self._start(progress)
+        while self.record.epoch < self.config.epochs:
+            yield from self._train_epoch(progress)
+            self._validate(progress)
+            self.save(progress)
+
+    def _start(self, progress: TrainProgress) -> None:
         """What comes before the first epoch of a session."""
         decay, updates = self.config.ema_decay, self.config.epochs * self.updates_per_epoch
         if decay is not None and decay**updates > 0.1:
@@ -170,7 +204,7 @@ class _Run:
         if self.config.tensorboard and self.accelerator.is_main_process:
             self.board = Board(self.folder, self.record.steps, progress.warn)
 
-    def train_epoch(self, progress: TrainProgress) -> None:
+    def _train_epoch(self, progress: TrainProgress) -> Iterator[Step]:
         """The rest of the current epoch."""
         config, accelerator, record = self.config, self.accelerator, self.record
         self.sampler.epoch = self.train_set.epoch = record.epoch
@@ -186,23 +220,25 @@ class _Run:
             targets = labels
             if self.mixing is not None:
                 images, targets = self.mixing(images, labels, record.epoch, record.batch)
-            with accelerator.accumulate(self.model):
-                with accelerator.autocast():
-                    logits = self.model(images)
-                loss = self.loss(logits.float(), targets)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    self._check_gradients()
-                    if self.sharded:
-                        self.exchange.average_gradients(self.trained.values())
-                    if config.clip_grad is not None:
-                        accelerator.clip_grad_norm_(self.trained.values(), config.clip_grad)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            pending.append(loss.detach() * len(labels))
+            # Counted here, not by accelerate: it has one count for all the runs of a process.
+            updates = (record.batch + 1) % config.accumulate == 0 or record.batch + 1 == record.batches
+            with contextlib.nullcontext() if updates else accelerator.no_sync(self.model):
+                step = Step(images, targets)
+                yield step
+            assert step.loss is not None
+            accelerator.sync_gradients = updates
+            if updates:
+                self._check_gradients()
+                if self.sharded:
+                    self.exchange.average_gradients(self.trained.values())
+                if config.clip_grad is not None:
+                    accelerator.clip_grad_norm_(self.trained.values(), config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            pending.append(step.loss.detach() * len(labels))
             self.point_count += len(labels)
             record.batch += 1
-            if accelerator.sync_gradients:
+            if updates:
                 record.updates += 1
                 self.session_updates += 1
                 self.schedule.set(record.updates)
@@ -215,7 +251,7 @@ class _Run:
                     self.board.log(scalars, record.steps)
             progress.advance(record.mean_loss, self.lr)
             self._estimate(progress)
-            if accelerator.sync_gradients and self._checkpoint_is_due(saved):
+            if updates and self._checkpoint_is_due(saved):
                 self._add_losses(pending)
                 self.save(progress)
                 saved = time.monotonic()
@@ -291,7 +327,7 @@ class _Run:
             )
         self.checked_gradients = True
 
-    def validate(self, progress: TrainProgress) -> None:
+    def _validate(self, progress: TrainProgress) -> None:
         """Scores the validation images, and keeps the trained tensors when they are the best so far."""
         training = dataclasses.replace(self.exchange)
         with contextlib.nullcontext() if self.average is None else self.average.in_place():

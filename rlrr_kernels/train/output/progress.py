@@ -61,17 +61,26 @@ def track(items: Iterable, total: int, description: str, *, enabled: bool = True
             progress.advance(task)
 
 
+def time_to_go(seconds: float) -> str | None:
+    """What to say of the time a training still takes; None where that is no more than a minute."""
+    minutes = seconds / 60
+    if minutes <= 1:
+        return None
+    return f"about {minutes / 60:.1f} h to go" if minutes > 90 else f"about {minutes:.0f} min to go"
+
+
 class TrainProgress:
     """A bar over the epochs, one over the batches of the current one, and a printed line for each that is done."""
 
     def __init__(self, epochs: int, *, chosen_on: str = "validation", enabled: bool = True) -> None:
         """``chosen_on``: the images that are scored after every epoch, ``validation`` or ``test``."""
-        self.chosen_on, self.images = chosen_on, {"validation": "val"}.get(chosen_on, chosen_on)
-        self._progress = make_progress(enabled=enabled)
-        self._enabled = enabled
-        self._count = epochs
+        self._use(make_progress(enabled=enabled), epochs, chosen_on, enabled)
         self._epochs = self._progress.add_task("epochs", total=epochs, note="")
         self._batches = self._progress.add_task("training", total=None, note="", visible=False)
+
+    def _use(self, bars: Progress, epochs: int, chosen_on: str, enabled: bool) -> None:
+        self.chosen_on, self.images = chosen_on, {"validation": "val"}.get(chosen_on, chosen_on)
+        self._progress, self._count, self._enabled = bars, epochs, enabled
 
     def __enter__(self) -> TrainProgress:
         self._progress.start()
@@ -93,9 +102,8 @@ class TrainProgress:
 
     def expect(self, seconds: float) -> None:
         """Prints how long the training will still take, if that is more than a minute."""
-        if seconds > 60:
-            minutes = seconds / 60
-            self.say(f"about {minutes / 60:.1f} h to go" if minutes > 90 else f"about {minutes:.0f} min to go")
+        if (text := time_to_go(seconds)) is not None:
+            self.say(text)
 
     def validation(self, batches: Iterable) -> Iterable:
         """Yields from ``batches`` under the batch bar."""
@@ -107,7 +115,10 @@ class TrainProgress:
     def finish_epoch(self, entry: dict[str, float], improved: bool) -> None:
         """Prints the line of an epoch; ``entry`` as in ``FitResult.history``."""
         self._progress.update(self._epochs, completed=entry["epoch"])
-        self._print(
+        self._print(self._line(entry, improved))
+
+    def _line(self, entry: dict[str, float], improved: bool) -> str:
+        return (
             f"epoch {entry['epoch']:>{len(str(self._count))}}/{self._count}  train loss {entry['train_loss']:.3f}  "
             f"{self.images} loss {entry['val_loss']:.3f}  {self.images} accuracy {entry['val_accuracy']:.3f}  "
             f"{self.images} macro-F1 {entry['val_macro_f1']:.3f}  {entry['seconds']:.0f} s"
