@@ -118,7 +118,7 @@ def finetune_many(
         typer.Option(
             callback=_take_shared,
             is_eager=True,
-            help="TOML file: settings for all tasks, and a table [tasks.NAME] with data and own settings for each",
+            help="TOML file: settings for all tasks, and a table tasks.NAME with data and own settings for each",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder that gets the run folder of each task, OUT/NAME")] = Path(

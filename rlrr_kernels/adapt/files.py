@@ -464,7 +464,7 @@ def _read_tensors(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], di
         if with_tensors:
             # At once: safe_open's get_tensor never gives back 64 bytes of a tensor, and takes three times as long.
             data = path.read_bytes()
-            tensors = safetensors.torch.load(data)
+            tensors = dict(sorted(safetensors.torch.load(data).items()))  # as safe_open names them
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             return tensors, shapes, header.get("__metadata__", {}).get(_HEADER_KEY)

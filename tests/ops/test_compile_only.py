@@ -22,7 +22,6 @@ QUICK = {
     "sm_80": ("tf32",),
     "sm_90": ("bf16",),
     "sm_100": ("bf16",),
-    "gfx942": ("bf16",),
 }
 """One dtype for each family of tiles; the slow tests compile the rest."""
 

@@ -288,9 +288,10 @@ def test_nothing_the_size_of_the_weight_is_alive_after_the_forward(backend: str,
 
     forward().sum().backward()  # thread pools, packed buffers and gradients exist from here on
     layer.zero_grad(set_to_none=False)
-    # The least of a few: the allocator takes pages at times of its own, the layer would keep something at every call.
+    # The least of a few: the allocator takes pages at times of its own, and may keep a block of scratch (4 MiB); the
+    # layer would keep W' at every call.
     least = min(kept() for _ in range(3))
-    assert least < layer.weight.nbytes / 10, f"{least / 1e6:.0f} MB"
+    assert least < layer.weight.nbytes / 5, f"{least / 1e6:.0f} MB"
 
 
 @on_every_backend

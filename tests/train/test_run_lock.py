@@ -90,13 +90,13 @@ def test_a_run_that_ends_while_another_starts_is_not_overwritten(tmp_path, monke
         model="test_vit", weights="none", image_size=32, data=make_splits(tmp_path / "images"), out=tmp_path / "run",
         train=train,
     )  # fmt: skip
-    look = module._check
+    look = module.check_splits
 
     def first_run(splits, talk):
-        monkeypatch.setattr(module, "_check", look)
+        monkeypatch.setattr(module, "check_splits", look)
         finetune(config, quiet=True)
 
-    monkeypatch.setattr(module, "_check", first_run)
+    monkeypatch.setattr(module, "check_splits", first_run)
     with pytest.raises(ValueError, match="holds a run already"):
         finetune(dataclasses.replace(config, lr=1.0), quiet=True)
 
