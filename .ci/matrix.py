@@ -178,7 +178,8 @@ def known_result(row: Row, results: Path, earlier: bool) -> Path:
         return kept
     slow = results.name.endswith("-slow")
     found = [path for path in results.parent.glob(f"*/{kept.name}") if path.parent.name.endswith("-slow") == slow]
-    passed = [path for path in found if not failures(json.loads(path.read_text()))]
+    results_of = {path: json.loads(path.read_text()) for path in found}
+    passed = [path for path, result in results_of.items() if "commit" in result and not failures(result)]
     return max(passed, key=os.path.getmtime, default=kept)
 
 
@@ -290,8 +291,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(row.name for row in ROWS)}; default: all")
     parser.add_argument("--slow", action="store_true", help="slow tests too")
-    parser.add_argument("--again", action="store_true", help="repeat results that are there")
-    parser.add_argument(
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--again", action="store_true", help="repeat results that are there")
+    known.add_argument(
         "--earlier", action="store_true", help="nor repeat what passed with earlier files; the table names their commit"
     )
     parser.add_argument("--drop", action="store_true", help="remove an environment when its row is done: 6 GB each")

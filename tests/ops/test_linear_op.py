@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import itertools
 import pickle
@@ -264,6 +265,9 @@ def test_autocast_leaves_float64_alone():
 
 def resident_bytes() -> int:
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # a block of scratch that was given back may stay with glibc
+        trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -288,10 +292,9 @@ def test_nothing_the_size_of_the_weight_is_alive_after_the_forward(backend: str,
 
     forward().sum().backward()  # thread pools, packed buffers and gradients exist from here on
     layer.zero_grad(set_to_none=False)
-    # The least of a few: the allocator takes pages at times of its own, and may keep a block of scratch (4 MiB); the
-    # layer would keep W' at every call.
+    # The least of a few: the allocator takes pages at times of its own, the layer would keep something at every call.
     least = min(kept() for _ in range(3))
-    assert least < layer.weight.nbytes / 5, f"{least / 1e6:.0f} MB"
+    assert least < layer.weight.nbytes / 10, f"{least / 1e6:.0f} MB"
 
 
 @on_every_backend

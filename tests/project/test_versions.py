@@ -106,7 +106,7 @@ def test_what_passed_earlier_is_not_repeated_if_one_says_so(tmp_path: Path):
     for index, (name, failures) in enumerate([("old", []), ("new", []), ("bad", ["tests.a::bad"]), ("new-slow", [])]):
         path = tmp_path / name / f"{row.name}.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"suite": counted | {"failures": failures}, "interpreted": counted}))
+        path.write_text(json.dumps({"suite": counted | {"failures": failures}, "interpreted": counted, "commit": "1"}))
         os.utime(path, (index, index))
     assert matrix.known_result(row, here, earlier=True) == tmp_path / "new" / f"{row.name}.json"
     assert matrix.known_result(row, here, earlier=False) == here / f"{row.name}.json"
