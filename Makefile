@@ -4,21 +4,37 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TORCH := $(VENV)/.torch
+PACKAGES := $(VENV)/.packages
+EXTENSION := $(VENV)/.extension
 
 .PHONY: setup test test-all matrix test-gpu gpu lint docs extension bench sanitize peft-suite demo demo-serve demo-seeds \
   evidence
 
 setup: $(STAMP)
 
+# pip unpacks on one core: the C++ extension, which needs torch alone, compiles on another.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(PY) -m pip install --quiet --no-compile "torch>=2.9"
-	$(PY) -m pip install --quiet --no-compile --no-build-isolation --editable ".[all]"
+	$(MAKE) $(TORCH)
+	$(MAKE) --jobs 2 --output-sync $(PACKAGES) $(EXTENSION)
 	-$(PY) -m compileall -qq -j 0 $(VENV)/lib  # pip does it on one core; packages carry files that do not compile
 	touch $@
 
-# The C++ extension alone, beside the sources.
+$(TORCH):
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(PY) -m pip install --quiet --no-compile "torch>=2.9"
+	touch $@
+
+$(PACKAGES): pyproject.toml
+	RLRR_BUILD_CPP=0 $(PY) -m pip install --quiet --no-compile --no-build-isolation --editable ".[all]"
+	touch $@
+
+$(EXTENSION): setup.py $(wildcard csrc/*)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# The C++ extension alone, beside the sources; that it does not build is an error here.
 extension: $(STAMP)
 	RLRR_BUILD_CPP=1 $(PY) setup.py --quiet build_ext --inplace
 

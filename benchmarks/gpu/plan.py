@@ -167,13 +167,13 @@ def gpu_plan() -> Plan:
 def cpu_plan() -> Plan:
     """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
     shape, wide = Shape("ViT-B fc1", 32, 16), Shape("wide", 32, 32)
-    layers = [(1, shape, 128, "fp32"), (1, wide, 3, "fp32"), (3, shape.with_rank(16), 3, "fp32")]
+    layers = [(1, shape, 32, "fp32"), (1, wide, 3, "fp32"), (3, shape.with_rank(16), 3, "fp32")]
     models = [
         (tier, "vit_base_patch16_224", 8, "fp32", mode)
         for tier, mode in ((2, "eager"), (3, "compile"), (4, "estimate"))
     ]
     return Plan(
-        "cpu", True, "fp32", 128, layers, [(3, shape, 3, "fp32", "default")], [(5, shape, 128, "fp32")],
+        "cpu", True, "fp32", 32, layers, [(3, shape, 3, "fp32", "default")], [(5, shape, 32, "fp32")],
         [(2, shape, 8, "fp32")], [(2, 16, 1, 1, "fp32")], [(4, [(shape, 8), (wide, 8)], "fp32")],
-        [(70, 33, 40, 3, 4)], 60, shape, models, _build_tiny, {"backend": "eager"}, 0.0, False,
+        [(20, 33, 40, 3, 4)], 16, shape, models, _build_tiny, {"backend": "eager"}, 0.0, False,
     )  # fmt: skip

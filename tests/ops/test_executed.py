@@ -15,11 +15,10 @@ if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
 
 from rlrr_kernels.numerics import Case
-from tests.support.ptx.launcher import TARGETS, executed
+from tests.support.ptx.launcher import by_arch, executed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-on_every_arch = pytest.mark.parametrize("arch", TARGETS)
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -51,31 +50,23 @@ CASES = [  # M, N, K, rank, groups
 ]
 
 
-def cases_by_arch() -> list:
-    """Every case on one architecture after another; on the others the same is slow."""
-    return [
-        pytest.param(arch, *case.values, id=f"{case.id}-{arch}", marks=case.marks if quick else [pytest.mark.slow])
-        for i, case in enumerate(CASES)
-        for j, arch in enumerate(TARGETS)
-        for quick in [i % len(TARGETS) == j]
-    ]
-
-
 @poisoned
-@pytest.mark.parametrize(("arch", "case"), cases_by_arch())
+@pytest.mark.parametrize(("arch", "case"), by_arch(CASES))
 def test_fused(arch: str, case: Case):
     with executed(arch):
         numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case, seeds=3)
 
 
 @poisoned
-@on_every_arch
-def test_the_merge(arch: str):
+@pytest.mark.parametrize(("arch", "dtype"), by_arch([pytest.param(BF16, id="bf16"), pytest.param(FP32, id="fp32")]))
+def test_the_merge(arch: str, dtype: torch.dtype):
     with executed(arch) as launches:
-        for dtype in (BF16, FP32):
-            case = Case(33, 99, 70, 4, 3, dtype=dtype)
-            numerics.check_error_rule(partial(rlrr_linear, backend="triton.merge"), case, seeds=8)
+        case = Case(33, 99, 70, 4, 3, dtype=dtype)
+        numerics.check_error_rule(partial(rlrr_linear, backend="triton.merge"), case, seeds=8)
     assert {launch.plan.kernel.__name__ for launch in launches} >= {"merge_kernel"}
+
+
+TF32_SIZES = (69, 96, 144, 4, 3), (16, 64, 160, 1, 1), (67, 99, 70, 17, 3)
 
 
 @pytest.fixture
@@ -87,8 +78,7 @@ def tf32():
 
 
 @poisoned
-@on_every_arch
-@pytest.mark.parametrize("sizes", [(69, 96, 144, 4, 3), (16, 64, 160, 1, 1), (67, 99, 70, 17, 3)])
+@pytest.mark.parametrize(("arch", "sizes"), by_arch([pytest.param(sizes, id=str(sizes)) for sizes in TF32_SIZES]))
 def test_tf32_products(arch: str, sizes: tuple[int, ...], tf32: None):
     """Operands keep 10 bits of fp32's 23; half a unit of these is the roundoff."""
     with executed(arch) as launches:

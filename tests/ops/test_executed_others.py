@@ -20,7 +20,7 @@ from rlrr_kernels.ops.sampling import triton_draw
 from rlrr_kernels.ops.sampling.row_sample import sample_rows, smallest_keys
 from rlrr_kernels.reference import norm_rescale_reference, rlrr_mlp_reference
 from tests.ops.test_scale_grad_rows import draw_images, draw_sample, error_rule_of_estimate
-from tests.support.ptx.launcher import TARGETS, executed
+from tests.support.ptx.launcher import TARGETS, by_arch, executed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -81,8 +81,7 @@ def test_norm_rescale(arch: str, dtype: torch.dtype, rows: int, size: int, affin
 
 
 @poisoned
-@on_every_arch
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("arch", "activation"), by_arch([pytest.param(name, id=name) for name in ACTIVATIONS]))
 @pytest.mark.parametrize(
     "dtype", [BF16, pytest.param(FP16, marks=slow), pytest.param(FP32, marks=slow)], ids=["bf16", "fp16", "fp32"]
 )
@@ -100,16 +99,17 @@ def test_mlp(arch: str, activation: str, dtype: torch.dtype):
 
 
 @poisoned
-@on_every_arch
 @pytest.mark.parametrize(
-    ("shape", "sample", "dtype"),
-    [
-        pytest.param((197, 64, 80, 1, 1), draw_sample(197, 67, 17), BF16, id="plain"),
-        pytest.param((200, 99, 70, 1, 3), draw_images(8, 25, 1, 6), BF16, id="images"),
-        pytest.param((130, 66, 67, 4, 1), draw_images(2, 65, 0, 33), FP32, id="images, nothing kept"),
-        pytest.param((520, 96, 80, 1, 3), draw_images(4, 130, 1, 64), FP16, id="images, many drawn"),
-        pytest.param((130, 66, 67, 4, 1), draw_sample(130, 33, 0), FP32, id="plain, nothing kept", marks=slow),
-    ],
+    ("arch", "shape", "sample", "dtype"),
+    by_arch(
+        [
+            pytest.param((197, 64, 80, 1, 1), draw_sample(197, 67, 17), BF16, id="plain"),
+            pytest.param((200, 99, 70, 1, 3), draw_images(8, 25, 1, 6), BF16, id="images"),
+            pytest.param((130, 66, 67, 4, 1), draw_images(2, 65, 0, 33), FP32, id="images, nothing kept"),
+            pytest.param((520, 96, 80, 1, 3), draw_images(4, 130, 1, 64), FP16, id="images, many drawn"),
+            pytest.param((130, 66, 67, 4, 1), draw_sample(130, 33, 0), FP32, id="plain, nothing kept", marks=slow),
+        ]
+    ),
 )
 def test_sampled_scales(arch: str, shape: tuple[int, ...], sample, dtype: torch.dtype):
     with executed(arch) as launches:

@@ -14,11 +14,12 @@ from rlrr_kernels import backends, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.reference import rlrr_linear_reference
-from tests.support.implementations import BACKENDS, DTYPES, HALF, PROBLEMS
+from tests.support.implementations import BACKENDS, DTYPES, HALF, ONE_PATH, PROBLEMS
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned_memory")]
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+on_one_path = pytest.mark.parametrize("backend", ONE_PATH)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -31,7 +32,7 @@ def test_error_rule(backend: str, dtype: torch.dtype, shape: tuple):
     numerics.check_error_rule(partial(rlrr_linear, backend=backend), Case(*shape, dtype=dtype))
 
 
-@on_every_backend
+@on_one_path
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("scales", ["scales in the compute dtype", "fp32 weight"])
 def test_error_rule_of_mixed_dtypes(backend: str, dtype: torch.dtype, scales: str):
@@ -98,7 +99,7 @@ def test_error_rule_in_parts():
     numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case)
 
 
-@on_every_backend
+@on_one_path
 def test_strides(backend: str):
     tensors = exact_case(rank=2)
     reference = numerics.exact_outputs(tensors, True)
@@ -120,7 +121,7 @@ def test_strides(backend: str):
                 torch.testing.assert_close(value, reference[key], rtol=1e-12, atol=1e-12, msg=f"{layout} {name} {key}")
 
 
-@on_every_backend
+@on_one_path
 def test_expanded_gradient_and_leading_dimensions(backend: str):
     tensors = exact_case(rows=24)
     x = tensors["x"].view(2, 3, 4, 70).transpose(0, 2).requires_grad_()
@@ -166,7 +167,7 @@ def test_every_form_of_the_scales(backend: str, row_shape, col_shape):
             torch.testing.assert_close(mine, theirs)
 
 
-@on_every_backend
+@on_one_path
 def test_every_pattern_of_needed_gradients(backend: str):
     tensors = exact_case()
     names = ("x", "scale_row", "scale_col", "bias")
@@ -184,7 +185,7 @@ def test_every_pattern_of_needed_gradients(backend: str):
                 assert leaf.grad is None
 
 
-@on_every_backend
+@on_one_path
 def test_same_input_same_bits(backend: str):
     tensors = Case(197, 99, 131, 2, 3).draw(0)
     first = numerics.outputs(partial(rlrr_linear, backend=backend), tensors, True)
@@ -209,7 +210,7 @@ def test_gradcheck(backend: str, residual: bool, count: int, rank: int, groups: 
     torch.autograd.gradcheck(function, leaves, fast_mode=backends.INTERPRETING or count > 3)
 
 
-@on_every_backend
+@on_one_path
 @settings(max_examples=8 if backends.INTERPRETING else 150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape_stride_and_dtype(backend: str, data: st.DataObject):

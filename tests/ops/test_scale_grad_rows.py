@@ -299,6 +299,7 @@ def test_the_operator_is_the_function(backend: str, sample: RowSample):
 
 
 @on_every_backend
+@pytest.mark.slow_interpreted  # what is compiled is around the kernels
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_layer_compiles_without_a_graph_break(backend: str, compiler: str, dynamic: bool):

@@ -17,6 +17,11 @@ BACKENDS = (
     else tuple(name for name in ("torch", "cpp") if backends.unavailable(name, "cpu") is None)
 )
 
+ONE_PATH = tuple(
+    pytest.param(name, marks=pytest.mark.slow_interpreted) if name == "triton.merge" else name for name in BACKENDS
+)
+"""For tests of what Triton's paths share: strides, which gradients are wanted, repeated bits. One path is quick."""
+
 DTYPES = (
     (torch.float32, torch.float16, torch.bfloat16)
     if backends.INTERPRETING

@@ -171,6 +171,7 @@ def test_a_launcher_that_starts_too_few_processes_is_not_taken_for_one(monkeypat
         make_accelerator(TrainConfig(), cpu=True)
 
 
+@pytest.mark.slow  # under torchrun it trains on two processes too
 def test_accelerate_launch_trains_on_two_processes(tmp_path):
     make_splits(tmp_path / "images")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -35,6 +36,17 @@ from tests.support.ptx.parser import Program, parse
 from tests.support.ptx.tensor_copies import TensorMap
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+
+
+def by_arch(cases: Sequence[Any]) -> list[Any]:
+    """``pytest.param`` with an id each, on one architecture after another; on the others the same case is slow."""
+    found = []
+    for i, case in enumerate(cases):
+        for j, arch in enumerate(TARGETS):
+            marks = case.marks if i % len(TARGETS) == j else [pytest.mark.slow]
+            found.append(pytest.param(arch, *case.values, id=f"{case.id}-{arch}", marks=marks))
+    return found
+
 
 _THREADS = 1 << 14
 """Blocks run at once until they have as many: NumPy's cost of a call is then small beside that of its work."""
