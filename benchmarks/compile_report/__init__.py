@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlrr_kernels import devices
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.activation.functions import ACTIVATIONS
-from rlrr_kernels.ops.host.launch import Launch
+from rlrr_kernels.ops.host.launch import OPTIONS, Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
@@ -103,7 +103,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
     signature, constants, attributes = _signature(launch)
-    options = {key: launch.plan.meta[key] for key in ("num_warps", "num_stages") if key in launch.plan.meta}
+    options = {key: launch.plan.meta[key] for key in OPTIONS if key in launch.plan.meta}
     source = GluonASTSource if launch.plan.kernel.is_gluon() else ASTSource
     return triton.compile(
         source(launch.plan.kernel, signature, constants, attributes), target=TARGETS[arch], options=options

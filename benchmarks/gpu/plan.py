@@ -69,6 +69,15 @@ class Shape(NamedTuple):
         return self._replace(name=f"{self.name} (r = {rank})", rank=rank)
 
 
+class Batch(NamedTuple):
+    """Samples of some rows each, dealt out to tasks, through one layer."""
+
+    shape: Shape
+    samples: int
+    rows: int  # a sample
+    tasks: int
+
+
 def vit_layers(model: str, width: int) -> list[Shape]:
     """The four linear layers of a ViT block of this width."""
     sizes = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}
@@ -91,6 +100,7 @@ class Plan(NamedTuple):
     check_cases: list[tuple[int, int, int, int, int]]  # M, N, K, G, r of the correctness checks
     rule_m: int  # largest M of these on which the error rule takes its many seeds
     host: Shape
+    batches: list[tuple[int, Batch, str]]  # tier, samples of many tasks, precision
     models: list[tuple[int, str, int, str, str]]  # tier, model, batch, precision, mode
     build: Callable[[str], Any]  # a timm model by name
     compile_options: dict[str, Any]
@@ -151,6 +161,8 @@ def gpu_plan() -> Plan:
     for name in ("vit_large_patch16_224", "vit_huge_patch14_224"):
         models += [(7, name, batch, "bf16/fp32", mode) for batch in (8, 64) for mode in ("eager", "graph")]
         models.append((9, name, 8, "bf16/fp32", "compile"))
+    many_tasks = (64, TOKENS, 64), (64, TOKENS, 4), (64, 1, 64)
+    batches = [(5, Batch(shape, *sizes), "bf16") for sizes in many_tasks for shape in base]
     # Tiles differ at M = 16, 64 and above, for strides that are no multiple of 16 and for ranks over 4; M of 1 and of
     # multiples of 16 are compiled differently; few rows take split-K; the large ones take many waves of programs.
     check_cases = [
@@ -160,7 +172,7 @@ def gpu_plan() -> Plan:
     ]  # fmt: skip
     return Plan(
         "cuda", False, "bf16", 4096, layers, compiled, [(3, *entry, "bf16") for entry in first], memory, blocks, tuned,
-        check_cases, 256, base[1], models, _build, {}, 0.15, True,
+        check_cases, 256, base[1], batches, models, _build, {}, 0.15, True,
     )  # fmt: skip
 
 
@@ -175,5 +187,6 @@ def cpu_plan() -> Plan:
     return Plan(
         "cpu", True, "fp32", 32, layers, [(3, shape, 3, "fp32", "default")], [(5, shape, 32, "fp32")],
         [(2, shape, 8, "fp32")], [(2, 16, 1, 1, "fp32")], [(4, [(shape, 8), (wide, 8)], "fp32")],
-        [(20, 33, 40, 3, 4)], 16, shape, models, _build_tiny, {"backend": "eager"}, 0.0, False,
+        [(20, 33, 40, 3, 4)], 16, shape,
+        [(3, Batch(Shape("small", 16, 16), 3, 3, 2), "fp32")], models, _build_tiny, {"backend": "eager"}, 0.0, False,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common import markdown_table, number
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.targets import layer_groups, measured, merge_crossovers, time_of, verdicts
+from benchmarks.gpu.targets import TASK_KEYS, layer_groups, measured, merge_crossovers, time_of, verdicts
 from benchmarks.gpu.work import Row
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
@@ -101,6 +101,9 @@ def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
     lines += ["## Training steps", ""]
     keys = ["model", "batch", "precision", "mode", "implementation", "ms", "images_per_s", "peak_bytes", "trained"]
     lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "steps")])
+    lines += ["## Many adapters in one batch", ""]
+    keys = [*TASK_KEYS, "implementation", "graph_us", "wall_us"]
+    lines += markdown_table(keys, [[r[key] for key in keys] for r in measured(rows, "tasks")])
     lines += ["## Tuned tiles: rows for the table of tiles", ""]
     lines += markdown_table(
         ["arch", "precision", "M x N x K", "row", "µs", "µs of those in use before"],

@@ -139,6 +139,20 @@ def other_verdicts(rows: list[Row]) -> list[Verdict]:
     return verdicts
 
 
+def task_verdicts(rows: list[Row]) -> list[Verdict]:
+    """The target for many adapters in one batch."""
+    cases = []
+    for head, group in _groups(rows, "tasks", TASK_KEYS):
+        if head["work"] == "forward" and head["rows_a_sample"] > 1 and {"auto", "merged"} <= set(group):
+            where = f"{head['shape']}, {head['samples']} x {head['rows_a_sample']} rows, {head['tasks']} tasks"
+            cases.append((time_of(group["auto"]) / time_of(group["merged"]), 1.5, where))
+    return [at_most("many adapters in one batch, forward: time over one merged Linear's ≤ 1.5", cases)]
+
+
+TASK_KEYS = ("shape", "samples", "rows_a_sample", "tasks", "precision", "work")
+"""What rows of the section ``tasks`` that were measured together have in common."""
+
+
 def step_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
     """The targets for training steps, by model."""
     groups = _groups(rows, "steps", ("model", "batch", "precision", "mode"))
@@ -182,7 +196,7 @@ def _graph_against_compiled(groups: list[tuple[Row, dict[str, Row]]]) -> list[Ca
 
 def verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
     """Every target."""
-    return layer_verdicts(rows, plan) + other_verdicts(rows) + step_verdicts(rows, plan)
+    return layer_verdicts(rows, plan) + other_verdicts(rows) + task_verdicts(rows) + step_verdicts(rows, plan)
 
 
 def merge_crossovers(rows: list[Row]) -> list[tuple[str, str, str, int | None]]:

@@ -147,6 +147,47 @@ def interleave(
     return timings, failures
 
 
+def timing_rows(
+    head: dict,
+    steps_of: dict[str, Callable[[], list[Step]]],
+    skipped: dict[str, str],
+    device: str,
+    seconds: float,
+    graphs: bool,
+    starting: Callable[[str], object],
+) -> list[dict]:
+    """One row for every implementation, timed by :func:`interleave`, or with the reason why it was not.
+
+    Args:
+        head: what all rows begin with.
+        steps_of: name → what makes its steps; one that raises is no one else's failure.
+        skipped: name → why it is not to be timed.
+        device: as the following, of :func:`interleave`.
+        seconds: for all rounds.
+        graphs: whether steps are also replayed.
+        starting: told the name of each before its steps are made and before they are called.
+    """
+    steps, skipped = {}, dict(skipped)
+    for name, make in steps_of.items():
+        if name not in skipped:
+            try:
+                starting(name)
+                steps[name] = make()
+            except Exception as error:
+                skipped[name] = explain(error, device)
+    timings, failures = interleave(steps, device, seconds, graphs, starting)
+    skipped |= failures
+    rows = []
+    for name in steps_of:
+        row = {**head, "implementation": name}
+        if name in skipped:
+            rows.append(row | {"skipped": skipped[name]})
+        else:
+            graph_us, wall_us, note = timings[name]
+            rows.append(row | {"graph_us": graph_us, "wall_us": wall_us} | ({"note": note} if note else {}))
+    return rows
+
+
 def host_us(call: Callable[[], object], device: str, calls: int, rounds: int) -> float:
     """Median microseconds the host takes to issue one call, without waiting for the device."""
     for _ in range(10):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,7 @@ from benchmarks.gpu.launch_model import Ceilings, model_us
 from benchmarks.gpu.measurements.implementations import OURS, PLAIN, compiled_formula, layer_steps
 from benchmarks.gpu.measurements.tune import is_tuned
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
-from benchmarks.gpu.timing import copies_for, explain, host_us, interleave, release
+from benchmarks.gpu.timing import copies_for, host_us, release, timing_rows
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from rlrr_kernels import rlrr_linear
 
@@ -76,30 +78,18 @@ def layer_rows(
         compiled = compiled_formula(mode, plan.compile_options) if compiling else None
         with precision.applied():
             tensors = [problem.tensors(seed) for seed in range(copies_for(problem))]
-            steps = {}
-            for name in names:
-                if name not in skipped:
-                    try:
-                        starting(name)
-                        steps[name] = layer_steps(name, work, tensors, precision, compiled)
-                    except Exception as error:
-                        skipped[name] = explain(error, plan.device)
-            timings, failures = interleave(steps, plan.device, plan.seconds, plan.graphs, starting)
+            steps_of = {name: partial(layer_steps, name, work, tensors, precision, compiled) for name in names}
+            rows = timing_rows(head, steps_of, skipped, plan.device, plan.seconds, plan.graphs, starting)
     finally:
-        tensors = steps = None
+        tensors = steps_of = None
         release(plan.device)
-    skipped |= failures
-    result = []
-    for name in names:
-        row = {**head, "implementation": f"compiled ({mode})" if name == "compiled" else name}
-        if name in skipped:
-            result.append({**row, "skipped": skipped[name]})
-            continue
-        timing = timings[name]
-        row |= {"graph_us": timing.graph_us, "wall_us": timing.wall_us}
-        row["model_us"] = ceilings and model_us(name, work, problem, precision.name, ceilings, ESTIMATES.get(name))
-        result.append(row | ({"note": timing.note} if timing.note else {}))
-    return result
+    for row in rows:
+        name = row["implementation"]
+        if "skipped" not in row:
+            row["model_us"] = ceilings and model_us(name, work, problem, precision.name, ceilings, ESTIMATES.get(name))
+        if name == "compiled":
+            row["implementation"] = f"compiled ({mode})"
+    return rows
 
 
 def _names(plan: Plan, m: int, work: str, mode: str) -> tuple[str, ...]:

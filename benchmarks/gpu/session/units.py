@@ -6,17 +6,18 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.correctness.check import CHECKED, MLP, NORM
+from benchmarks.gpu.correctness.check import CHECKED, MLP, MULTI, NORM
 from benchmarks.gpu.measurements.ceilings import ceiling_rows
 from benchmarks.gpu.measurements.layers import layer_units
 from benchmarks.gpu.measurements.memory import memory_units
 from benchmarks.gpu.measurements.steps import step_units
+from benchmarks.gpu.measurements.tasks import task_units
 from benchmarks.gpu.measurements.tune import fallback_rows, tune_units
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, cpu_plan, gpu_plan
 from benchmarks.gpu.session.worker import Bench
 from benchmarks.gpu.work import Row, Unit
 
-SECTIONS = ("layers", "host", "memory", "steps", "tune")
+SECTIONS = ("layers", "host", "memory", "steps", "tasks", "tune")
 """Those that can be left out. In this order within a tier, after the checks and the ceilings."""
 
 _ORDER = ("ceilings", "correctness", *SECTIONS)
@@ -30,7 +31,7 @@ def make_units(sections: tuple[str, ...], device: str) -> tuple[Plan, list[Unit]
 
 def units_of(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
     """The units of these sections, most valuable first."""
-    units = [*layer_units(plan), *memory_units(plan), *step_units(plan), *tune_units(plan)]
+    units = [*layer_units(plan), *memory_units(plan), *step_units(plan), *task_units(plan), *tune_units(plan)]
     units = [unit for unit in units if unit.section in sections]
     ceilings = [Unit(0, "ceilings", "copy and products", 5.0, lambda bench: ceiling_rows(plan))]
     units += ceilings + check_units(plan, sections)
@@ -47,7 +48,7 @@ def check_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
                 key = name, precision
                 tiers[key] = min(tier, tiers.get(key, tier))
 
-    linear = tuple(name for name in CHECKED if name not in (MLP, NORM))
+    linear = tuple(name for name in CHECKED if name not in (MLP, MULTI, NORM))
     if "layers" in sections:
         need(linear, [(tier, name) for tier, _, _, name in plan.layers])
     if "host" in sections:
@@ -57,6 +58,8 @@ def check_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
         need(CHECKED, [(tier, name) for tier, *_, name in plan.blocks])
     if "steps" in sections:
         need(CHECKED, [(tier, name) for tier, _, _, name, _ in plan.models])
+    if "tasks" in sections:
+        need((MULTI,), [(tier, name) for tier, _, name in plan.batches])
     if "tune" in sections:
         need((), [(tier, name) for tier, _, name in plan.tuned])
     return [

@@ -74,6 +74,10 @@ def give_up_direct(reason: str) -> None:
         )
 
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""What of a plan's ``meta`` is for the compiler; the rest are the kernel's constants."""
+
+
 class Plan:
     """A kernel with its grid, numbers and constants: all of a launch but the tensors, its first parameters.
 
@@ -98,7 +102,7 @@ class Plan:
         self.kernel = kernel
         self.grid = grid
         self.numbers = numbers
-        self.meta = meta
+        self.meta = meta | {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not said: 3.10's default is False
         self.compiled: Any = None  # what Triton's launcher last ran; None from its interpreter
         self.verdicts: dict[tuple, bool] = {}  # of rlrr_kernels.ops.host.guard, by key: whether the kernel may serve
         self._starts: dict[tuple, tuple[Any, StartKernel]] = {}

@@ -27,7 +27,7 @@ from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 # By kernel, bytes of an element and the largest M of the class (0: any). What ships is always tried as well.
 CANDIDATES = {
-    ("forward", 2, 16): [(16, 32, 128, 4, 4), (16, 32, 256, 4, 3), (16, 64, 128, 4, 5), (16, 64, 256, 4, 3)],
+    ("forward", 2, 16): [(16, 32, 128, 4, 4), (16, 32, 256, 8, 3), (16, 64, 128, 4, 5), (16, 64, 256, 4, 3)],
     ("forward", 2, 64): [(64, 64, 64, 4, 5), (64, 64, 128, 4, 3), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4)],
     ("forward", 2, 256): [
         (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 128, 32, 8, 4),

@@ -26,7 +26,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from rlrr_kernels import backends, devices
-from rlrr_kernels.ops.host.launch import Launch, Plan
+from rlrr_kernels.ops.host.launch import OPTIONS, Launch, Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.multi import triton_backend as multi_triton
 from tests.support.ptx.faults import Fault
@@ -75,7 +75,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     """The PTX of a launch for ``sm_80`` or ``sm_90``, parsed; each is compiled once in a process."""
     kernel, meta = launch.plan.kernel, launch.plan.meta
     signature, constants, attributes, arguments = _specialise(launch)
-    options = {name: value for name, value in meta.items() if name in ("num_warps", "num_stages")}
+    options = {name: value for name, value in meta.items() if name in OPTIONS}
     key = (kernel.cache_key, arch, *map(repr, (signature, constants, attributes, options)))
     if key not in _compiled:
         source, by_hand = ASTSource, getattr(kernel, "is_gluon", lambda: False)()
