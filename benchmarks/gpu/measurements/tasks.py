@@ -89,7 +89,7 @@ def task_units(plan: Plan) -> list[Unit]:
         label = f"{batch.shape.name}, {batch.samples} x {batch.rows} rows, {batch.tasks} tasks, {name}, {work}"
         precision = PRECISIONS[name]
         return Unit(
-            tier, "tasks", label, 4.0, lambda bench: task_rows(bench.plan, bench.checks, batch, precision, work)
+            tier, "tasks", label, 8.0, lambda bench: task_rows(bench.plan, bench.checks, batch, precision, work)
         )
 
     return [unit(*entry, work) for entry in plan.batches for work in IMPLEMENTATIONS]
