@@ -302,6 +302,18 @@ def test_loading_weights_into_the_model_reaches_every_module():
     assert torch.equal(bank.model(images), other(images))
 
 
+@pytest.mark.slow  # every composition of a batch compiles
+def test_a_compiled_model_answers_as_the_eager_one():
+    bank = AdapterBank(backbone())
+    for seed, name in enumerate("abc"):
+        bank.add(name, state(alone(seed=seed, recipe="paper")))
+    torch._dynamo.reset()
+    compiled, images = torch.compile(bank.model, backend="aot_eager"), torch.randn(6, 3, 32, 32)
+    for names in ("abcabc", "cbacba", "bbbbbb", "aabacb"):
+        with torch.no_grad(), bank.tasks(list(names)):
+            torch.testing.assert_close(compiled(images), bank.model(images))
+
+
 # ---------------------------------------------------------------- training
 
 
