@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
 from rlrr_kernels.adapt.config import WITH_BIAS
-from rlrr_kernels.adapt.files import differences, misfit, trained_tensors
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.merge import folded_projection
 from rlrr_kernels.adapt.model import (
@@ -33,6 +32,7 @@ from rlrr_kernels.adapt.model import (
     planned_shapes,
 )
 from rlrr_kernels.adapt.modules import named_modules, named_tensors, unwrap
+from rlrr_kernels.adapt.save_load import differences, misfit, trained_tensors
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.peft.config import RLRRPeftConfig
