@@ -126,11 +126,10 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
         return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
     if name == "torch":
         return name
-    name = check_name(name, "backend")
     reason = unavailable(name, device_type)
     if reason:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
-    return name
+    return _FORMER.get(name, name)
 
 
 def unavailable(name: str, device_type: str) -> str | None:

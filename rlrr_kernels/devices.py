@@ -105,11 +105,6 @@ def typical(name: str) -> Gpu:
     return Gpu(name, family_of(name), multiprocessors, peaks)
 
 
-def gpu(arch: Gpu | str) -> Gpu:
-    """``arch`` itself, or the GPU that stands for its name."""
-    return typical(arch) if isinstance(arch, str) else arch
-
-
 def from_properties(name: str, properties: Any) -> Gpu:
     """The GPU of ``torch.cuda.get_device_properties``.
 

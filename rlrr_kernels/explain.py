@@ -13,14 +13,8 @@ from torch import Tensor
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.nn.linear import RLRRLinear
-from rlrr_kernels.ops.checks import (
-    canonical,
-    check_dtypes,
-    check_input,
-    check_parameters,
-    check_tensors,
-    compute_dtype,
-)
+from rlrr_kernels.ops.checks import canonical, check_dtypes, check_linear, check_tensors, compute_dtype
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear.public import known_call
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.dispatch import canonical_stacks
@@ -121,13 +115,7 @@ def explain(
     if "index" in given:
         return _explain_multi(given, x, gpu)
     tensors = {name: given[name] for name in _ARGUMENTS}
-    check_tensors(x, **tensors)
-    dtype, autocast = compute_dtype(x)
-    weight, others = tensors["weight"], (tensors["scale_row"], tensors["scale_col"], tensors["bias"])
-    check_dtypes(dtype, weight.dtype, *others, autocast)
-    check_input(x, weight)
-    check_parameters(weight, *others)
-
+    dtype, weight = check_linear(x, **tensors), tensors["weight"]
     call = None if gpu is not None else known_call(x, **tensors, **{name: given[name] for name in _OPTIONS})
     if gpu is not None:
         x = _meta(x)
@@ -238,7 +226,7 @@ def _triton_multi_steps(
 ) -> tuple[Step, ...]:
     from rlrr_kernels.ops.multi import triton_backend
 
-    gpu = devices.gpu(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
+    gpu = devices.typical(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
     steps = []
     for name, first in (("forward", x), ("grad_x", x.new_empty(x.shape[0], weight.shape[0]))):
         cut = triton_backend.cut_of(name, first, weight, col, rows, gpu, path)
@@ -307,7 +295,7 @@ def _steps(
             Step("grad_x", "merge", library, ("merge", "library product")),
             Step("grad_scales", "library", blocks, ("library product", "sums")),
         )
-    gpu = devices.gpu(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
+    gpu = devices.typical(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
     return _triton_steps(gpu, forced, x, weight, row.contiguous(), col.contiguous(), bias)
 
 
@@ -330,7 +318,7 @@ def _triton_steps(
     from rlrr_kernels.ops.linear.triton import launches
     from rlrr_kernels.ops.tuning import store
 
-    groups, rank, _ = col.shape
+    (groups, rank, _), precision = col.shape, matmul_precision()
     grad_y = x.new_empty(x.shape[0], weight.shape[0])
     given, grad_x = (weight, row, col), torch.empty_like(x)
     products = {
@@ -342,7 +330,9 @@ def _triton_steps(
     }
     steps = []
     for name, (first, build) in products.items():
-        choice = store.path_choice(gpu, first, weight, rank)
+        choice = store.path_choice(
+            gpu, precision, first.device, first.dtype, weight.dtype, len(first), weight.shape, rank
+        )
         path = forced or choice.path
         why = (
             "asked for by the call" if forced else
@@ -352,9 +342,9 @@ def _triton_steps(
             merge = launches.merge_launch(*given, True, torch.empty_like(weight, dtype=first.dtype))
             steps.append(Step(name, path, why, (_kernel_name(merge), "library product")))
             continue
-        tiles = store.choose_tiles(name, gpu, first, weight, weight, rank, groups)
+        tiles = store.choose_tiles(name, gpu, precision, first, weight, weight, rank, groups)
         steps.append(_fused(name, why, tiles, build(tiles)))
-    tiles = store.choose_tiles("grad_scales", gpu, x, grad_y, weight, rank, groups)
+    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups)
     grads = (torch.empty_like(row), torch.empty_like(col), x.new_empty(weight.shape[0]))
     found = launches.grad_scales_launches(grad_y, x, *given, grads, gpu, tiles)
     return (*steps, _fused("grad_scales", "sums leave the tiles of G, and G never reaches memory", tiles, found))

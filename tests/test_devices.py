@@ -64,7 +64,6 @@ def test_a_property_that_is_missing_or_zero_is_the_datasheets():
 def test_a_gpu_without_a_datasheet_is_its_familys():
     assert devices.typical("sm_101")[2:] == devices.typical("sm_100")[2:]
     assert devices.typical("gfx1100")[2:] == devices.typical("sm_80")[2:]
-    assert devices.gpu("sm_90") == devices.gpu(devices.typical("sm_90")) == devices.typical("sm_90")
     assert isinstance(devices.typical("sm_86").peaks, Peaks)
 
 

@@ -121,7 +121,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         dtypes = x_dtype, w_dtype
         for kernel in configs.KERNELS:
-            for limit, tiles in configs.table(arch)[kernel, x_dtype.itemsize]:
+            for limit, tiles in configs.TABLE[devices.family_of(arch)][kernel, x_dtype.itemsize]:
                 rows = limit or 4096
                 # Of ViT-B's layers, the one whose product few rows split, where there is any.
                 sizes = (768, 3072) if kernel == "forward" and limit else (3072, 768)
@@ -131,7 +131,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
                 yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=4, groups=3)
                 # Ranks of HiRA, where the table serves them.
                 for rank in (8, 32):
-                    if configs.multiplied_in_pipeline(rank, x_dtype, w_dtype.itemsize, arch):
+                    if configs.multiplied_in_pipeline(rank, x_dtype, w_dtype.itemsize, devices.typical(arch)):
                         yield _case(kernel, arch, dtype, tiles, dtypes, rows, *sizes, rank=rank)
             if persistent := configs.PERSISTENT.get(devices.family_of(arch), {}).get((kernel, x_dtype.itemsize)):
                 yield _case(kernel, arch, dtype, persistent, dtypes, 4096)
@@ -140,7 +140,7 @@ def linear_cases(arch: str) -> Iterator[Case]:
             yield _case(kernel, arch, dtype, tiles, dtypes, 197, 771, 773, rank=4, groups=3)
             for rank in (8, 17, 32, 64) if dtype in ("bf16", "fp32") else (17,):
                 yield _case(kernel, arch, dtype, tiles, dtypes, 4096, rank=rank)
-        shipped = configs.table(arch)["grad_scales", x_dtype.itemsize][-1][1]
+        shipped = configs.TABLE[devices.family_of(arch)]["grad_scales", x_dtype.itemsize][-1][1]
         yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096, images=64)
         if dtype in ("bf16", "fp32"):
             yield from _sampled_cases(arch, dtype, shipped, dtypes, 4096)
@@ -151,25 +151,27 @@ def linear_cases(arch: str) -> Iterator[Case]:
         weight, merged = _meta(2304, 768, dtype=w_dtype), _meta(2304, 768, dtype=x_dtype)
         merge = linear_launches.merge_launch(weight, _meta(2304, 1), _meta(3, 1, 768), True, merged)
         yield Case("merge", dtype, "2304 x 768, rank 1", merge)
+    gpu = devices.typical(arch)
     x, y, weight = _meta(4096, 768), _meta(4096, 3072), _meta(3072, 768)
-    tiles = configs.tiles_for("grad_scales", arch, torch.float32, 4096)
-    _, reduction = _scale_launches(x, y, weight, _meta(3072, 1), _meta(1, 1, 768), arch, tiles)
+    tiles = configs.tiles_for("grad_scales", gpu, torch.float32, 4096)
+    _, reduction = _scale_launches(x, y, weight, _meta(3072, 1), _meta(1, 1, 768), gpu, tiles)
     yield Case("reduce", "fp32", "4096 x 3072 x 768, rank 1", reduction)
     yield _sum_of_parts(arch)
 
 
 def _sum_of_parts(arch: str) -> Case:
     x, y, weight = (_meta(*shape, dtype=torch.bfloat16) for shape in ((16, 3072), (16, 768), (768, 3072)))
-    tiles = configs.tiles_for("forward", arch, torch.bfloat16, 16)
+    gpu = devices.typical(arch)
+    tiles = configs.tiles_for("forward", gpu, torch.bfloat16, 16)
     scales = _meta(768, 1), _meta(1, 1, 3072)
-    _, launch = linear_launches.forward_launches(x, weight, *scales, _meta(768), True, y, arch, tiles)
+    _, launch = linear_launches.forward_launches(x, weight, *scales, _meta(768), True, y, gpu, tiles)
     return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
 
 
 def experimental_cases(arch: str) -> Iterator[Case]:
     """What the tuner tries for ``arch`` when asked for kernels that no GPU has run."""
     for dtype, kernel in product(("bf16", "fp16"), configs.KERNELS):
-        for tiles in tuning.candidates(kernel, arch, _NAMES[dtype], 4096, experimental=True):
+        for tiles in tuning.candidates(kernel, devices.typical(arch), _NAMES[dtype], 4096, experimental=True):
             if tiles.schedule not in configs.MAY_HANG:
                 continue
             yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
@@ -191,7 +193,7 @@ def multi_cases(arch: str) -> Iterator[Case]:
 
 
 def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) -> Iterator[Case]:
-    gpu, images, head = devices.gpu(arch), TaskIndex(range(64)).rows(197), f"{n} x {k}, rank {rank}"
+    gpu, images, head = devices.typical(arch), TaskIndex(range(64)).rows(197), f"{n} x {k}, rank {rank}"
     x_dtype, w_dtype = (_NAMES[name] for name in (dtype.split("/") * 2)[:2])
     x, grad_y = _meta(images.count, k, dtype=x_dtype), _meta(images.count, n, dtype=x_dtype)
     weight, stacks = _meta(n, k, dtype=w_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
@@ -261,6 +263,7 @@ def activation_cases() -> Iterator[Case]:
 
 
 def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, groups=1) -> Case:
+    gpu = devices.typical(arch)
     blocks = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
     split = "" if tiles.max_splits > 1 else ", never split"
     config = f"{tiles.schedule}, MxNxK {blocks}, {tiles.warps} warps, {tiles.stages} stages{split}"
@@ -268,11 +271,11 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, arch, tiles)
+        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, gpu, tiles)
     elif kernel == "grad_x":
-        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, arch, tiles)
+        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, gpu, tiles)
     else:
-        launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles)
+        launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, gpu, tiles)
     matrices = launch.plan.meta.get("DOT_RANK", 0)
     return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes, matrices))
 
@@ -291,16 +294,16 @@ def _sampled_cases(
     sample = RowSample(_meta(size, dtype=torch.int64), images, 4.0, images)
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(n)
     *means, launch, _ = linear_rows_triton.grad_scales_launches(
-        y, x, sample, weight, scale_row, scale_col, grads, arch, tiles
+        y, x, sample, weight, scale_row, scale_col, grads, devices.typical(arch), tiles
     )
     for mean in means:
         yield Case("image_means", dtype, config, mean)
     yield Case("sampled_grad_scales", dtype, config, launch)
 
 
-def _scale_launches(x, y, weight, scale_row, scale_col, arch, tiles) -> tuple[Launch, ...]:
+def _scale_launches(x, y, weight, scale_row, scale_col, gpu, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
-    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, arch, tiles)
+    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, gpu, tiles)
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ ARCHITECTURE = "sm_90"
 SCHEDULES = ("tiled", "persistent")
 """What the shipped tiles may be of."""
 
-_, _, MULTIPROCESSORS, PEAKS = devices.typical(ARCHITECTURE)
+GPU = devices.typical(ARCHITECTURE)
+_, _, MULTIPROCESSORS, PEAKS = GPU
 BANDWIDTH = linear_paths.REACHED_BANDWIDTH * PEAKS.bandwidth
 CLOCK_HZ = 1.755e9
 """Of an H100 or H200 SXM under load; the datasheet's 989 TFLOP/s are 132 times 4096 operations at 1.83 GHz."""
@@ -123,23 +124,23 @@ def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype, 
     if kernel == "grad_scales":
         moved = bm * (bn + bk) * size
         if tiles.schedule == "persistent":
-            iterations = linear_tiles.steps_a_program(of_n * of_k * of_m, tiles, ARCHITECTURE)
+            iterations = linear_tiles.steps_a_program(of_n * of_k * of_m, tiles, GPU)
             ends = iterations / of_m + 1
             splits = max(1, -(-of_m // iterations))
             programs = -(-of_n * of_k * of_m // iterations)
             return Grid(programs, iterations, moved, round(4 * (bn + bk) * ends), of_m, splits, ends)
         programs = of_n * (of_k + 1)  # those that sum g for the bias among them
-        splits = linear_tiles.splits_for(m, tiles, programs, ARCHITECTURE)
+        splits = linear_tiles.splits_for(m, tiles, programs, GPU)
         return Grid(programs * splits, -(-of_m // splits), moved, 4 * (bn + bk), of_m, splits, 1.0)
     output_tiles, steps, width, contracted = (of_n, of_k, bn, bk) if kernel == "forward" else (of_k, of_n, bk, bn)
     output_tiles *= of_m
     moved = bm * contracted * size + bn * bk * weight_size
     if tiles.schedule != "tiled":
-        running = MULTIPROCESSORS if tiles.schedule == "gluon" else linear_tiles.wave(tiles, ARCHITECTURE)
+        running = MULTIPROCESSORS if tiles.schedule == "gluon" else linear_tiles.wave(tiles, GPU)
         programs = min(output_tiles, running)
         ends = -(-output_tiles // programs)
         return Grid(programs, ends * steps, moved, ends * bm * width * size, of_m, 1, ends)
-    splits = linear_tiles.contraction_splits(steps, output_tiles, tiles, ARCHITECTURE)
+    splits = linear_tiles.contraction_splits(steps, output_tiles, tiles, GPU)
     iterations = -(-steps // splits)
     splits = -(-steps // iterations)
     return Grid(output_tiles * splits, iterations, moved, bm * width * (4 if splits > 1 else size), of_m, splits)
@@ -179,7 +180,7 @@ class _Layer:
         """y or ∂x: ``library`` with a given W, ``merge``, ``fused`` (fused) or ``auto``."""
         if path == "auto":
             dtypes = self.dtype, self.weight_dtype, self.tf32
-            path = linear_paths.choose_path(linear_paths.merge_gain(*self.sizes, self.rank, ARCHITECTURE, *dtypes))
+            path = "merge" if linear_paths.merge_gain(*self.sizes, self.rank, GPU, *dtypes) > 1 else "fused"
         if path == "fused":
             return self._fused(kernel)
         merged = Launch(self.weight + self.merged, self.multiply_adds((self.rank - 1) * self.n * self.k))
@@ -189,8 +190,8 @@ class _Layer:
 
     def _fused(self, kernel: str) -> list[Launch]:
         itemsize, weight_itemsize = self.dtype.itemsize, self.weight_dtype.itemsize
-        tiles = linear_tiles.tiles_for(kernel, ARCHITECTURE, self.dtype, self.m)
-        in_pipeline = linear_tiles.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, ARCHITECTURE)
+        tiles = linear_tiles.tiles_for(kernel, GPU, self.dtype, self.m)
+        in_pipeline = linear_tiles.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, GPU)
         if self.rank > linear_tiles.UNROLLED_RANK and not in_pipeline:
             tiles = linear_tiles.IRREGULAR[kernel, itemsize]
         cut = grid(kernel, tiles, *self.sizes, self.dtype, self.weight_dtype)
@@ -207,7 +208,7 @@ class _Layer:
     def scales(self, share: float) -> list[Launch]:
         """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
         schedules = SCHEDULES if share == 1 and self.rank <= linear_tiles.UNROLLED_RANK else SCHEDULES[:1]
-        tiles = linear_tiles.tiles_for("grad_scales", ARCHITECTURE, self.dtype, self.m, schedules)
+        tiles = linear_tiles.tiles_for("grad_scales", GPU, self.dtype, self.m, schedules)
         rows = max(1, round(self.m * share))
         cut = grid("grad_scales", tiles, rows, self.n, self.k, self.dtype, self.weight_dtype)
         bm, bn, bk = tiles[:3]

@@ -22,6 +22,7 @@ from benchmarks.gpu.launch_model import (
     ARCHITECTURE,
     BANDWIDTH,
     CLOCK_HZ,
+    GPU,
     H200,
     L2_BYTES_A_CLOCK,
     MULTIPROCESSORS,
@@ -291,7 +292,7 @@ def overheads(kernel: str, precision: str) -> list[float]:
     """
     rate, found = H200.rates[precision.split("/")[0]], []
     for m in OVERHEAD_M:
-        tiles = linear_tiles.tiles_for(kernel, ARCHITECTURE, PRECISIONS[precision].dtype, m)
+        tiles = linear_tiles.tiles_for(kernel, GPU, PRECISIONS[precision].dtype, m)
         code = compiled(kernel, tiles, precision, 4096)
         for shape in (shape for width in (768, 1024, 1280) for shape in vit_layers("", width)):
             sizes = m, shape.n, shape.k
@@ -336,11 +337,11 @@ def report(kernels: list[str], precisions: list[str], sizes: list[int], candidat
                 yield f"{kernel}, {precision}: median overhead {statistics.median(overheads(kernel, precision)):.2f}"
             for m in sizes:
                 dtype = PRECISIONS[precision].dtype
-                tried = [linear_tiles.tiles_for(kernel, ARCHITECTURE, dtype, m, SCHEDULES)]
+                tried = [linear_tiles.tiles_for(kernel, GPU, dtype, m, SCHEDULES)]
                 if candidates:
                     from rlrr_kernels.ops.tuning import tiles as tuning
 
-                    tried = tuning.candidates(kernel, ARCHITECTURE, dtype, m, experimental=True)
+                    tried = tuning.candidates(kernel, GPU, dtype, m, experimental=True)
                 yield f"\n{kernel}, {precision}, M = {m}"
                 yield "  ".join(HEADS)
                 yield from ("  ".join(map(str, _line(kernel, tiles, precision, m))) for tiles in tried)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.launch_model import ARCHITECTURE, H200, Launch, grid, library_product, whole_waves
+from benchmarks.gpu.launch_model import GPU, H200, Launch, grid, library_product, whole_waves
 from benchmarks.gpu.plan import TOKENS, Shape, vit_layers
-from rlrr_kernels import devices
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_tiles
 from rlrr_kernels.ops.linear.tiles import Operand, Product
@@ -38,12 +37,10 @@ def cut_of(kernel: str, batch: Batch, shape: Shape) -> Cut:
     """Which way the rows of each task go on an H200."""
     width = shape.k if kernel == "forward" else shape.n
     operands = Operand((1, width), (width, 1), SIZE, True), Operand((shape.n, shape.k), (shape.k, 1), SIZE, True)
-    gpu = devices.gpu(ARCHITECTURE)
-    product = Product(kernel, gpu, DTYPE, DTYPE, (shape.n, shape.k), 1, 1, *operands)
+    product = Product(kernel, GPU, DTYPE, DTYPE, (shape.n, shape.k), 1, 1, *operands)
 
     def merges(first: int, end: int) -> bool:
-        gain = linear_paths.merge_gain(end - first, shape.n, shape.k, 1, gpu, DTYPE, DTYPE)
-        return linear_paths.choose_path(gain) == "merge"
+        return linear_paths.merge_gain(end - first, shape.n, shape.k, 1, GPU, DTYPE, DTYPE) > 1
 
     index = TaskIndex(sorted(sample % batch.tasks for sample in range(batch.samples)))
     return path.cut_rows(index.rows(batch.rows).segments, product, merges)
@@ -66,7 +63,7 @@ def launches(kernel: str, batch: Batch, shape: Shape) -> list[Launch]:
         tiles, rows = cut.mixed_tiles, sum(end - first for _, first, end in cut.mixed)
         blocks = -(-contracted // tiles.block_k)
         programs = -(-columns // tiles.block_n) * -(-rows // (tiles.block_m // path.lines_a_row(1)))
-        splits = linear_tiles.contraction_splits(blocks, programs, tiles, ARCHITECTURE)
+        splits = linear_tiles.contraction_splits(blocks, programs, tiles, GPU)
         result, steps = SIZE * rows * columns, programs * blocks
         parts = 4 * splits * rows * columns if splits > 1 else 0
         operations = 2.0 * steps * tiles.block_m * tiles.block_n * tiles.block_k

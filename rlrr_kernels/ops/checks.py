@@ -14,6 +14,18 @@ _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
 
 
+def check_linear(
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
+) -> torch.dtype:
+    """All that a linear operator asks of its tensors; returns the compute dtype, that of x after autocast."""
+    check_tensors(x, weight, scale_row, scale_col, bias, prefix)
+    dtype, autocast = compute_dtype(x)
+    check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast, prefix)
+    check_input(x, weight, prefix)
+    check_parameters(weight, scale_row, scale_col, bias, prefix)
+    return dtype
+
+
 def check_tensors(
     x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
     prefix: str = "", shift: Tensor | None = None,
@@ -23,7 +35,8 @@ def check_tensors(
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"{prefix}weight must be a Tensor; got {type(weight).__name__}")
-    check_frozen(weight, f"{prefix}weight", "linear")
+    if weight.requires_grad:
+        check_frozen(weight, f"{prefix}weight", "linear")
     device = x.device
     if weight.device != device:
         raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
@@ -94,11 +107,9 @@ def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:
     """x [..., K] fits weight [N, K]."""
     if weight.dim() != 2:
         raise ValueError(f"{prefix}weight must be [N, K]; got shape {tuple(weight.shape)}")
-    rows, cols = weight.shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise ValueError(
-            f"x must be [..., K] with K = {cols} as in {prefix}weight {[rows, cols]}; got shape {tuple(x.shape)}"
-        )
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., K] with K = {K} as in {prefix}weight {[N, K]}; got shape {tuple(x.shape)}")
 
 
 def check_parameters(
@@ -106,14 +117,14 @@ def check_parameters(
     prefix: str = "", stacked: bool = False,
 ) -> None:  # fmt: skip
     """Scales and bias fit weight [N, K]; ``stacked`` scales have a dimension T before all others."""
-    rows, cols = weight.shape
+    N, K = weight.shape
     rank = 1
     first, t = (1, "T, ") if stacked else (0, "")
     if scale_row is not None:
         shape = scale_row.shape[first:]
-        if len(shape) not in (1, 2) or shape[0] != rows:
+        if len(shape) not in (1, 2) or shape[0] != N:
             raise ValueError(
-                f"{prefix}scale_row must be [{t}N] or [{t}N, r] with N = {rows}; got shape {tuple(scale_row.shape)}"
+                f"{prefix}scale_row must be [{t}N] or [{t}N, r] with N = {N}; got shape {tuple(scale_row.shape)}"
             )
         if len(shape) == 2:
             rank = shape[1]
@@ -130,12 +141,12 @@ def check_parameters(
             expected, fits = f"[{t}r, K] or [{t}G, r, K] with r = {rank}", len(shape) in (2, 3) and shape[-2] == rank
             groups = shape[0] if len(shape) == 3 else 1
         given = f"got shape {tuple(scale_col.shape)}"
-        if not fits or shape[-1] != cols:
-            raise ValueError(f"{prefix}scale_col must be {expected} with K = {cols}; {given}")
-        if groups < 1 or rows % groups:
-            raise ValueError(f"{prefix}scale_col has G = {groups} groups, which must divide N = {rows}; {given}")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows):
-        raise ValueError(f"{prefix}bias must be [N] with N = {rows}; got shape {tuple(bias.shape)}")
+        if not fits or shape[-1] != K:
+            raise ValueError(f"{prefix}scale_col must be {expected} with K = {K}; {given}")
+        if groups < 1 or N % groups:
+            raise ValueError(f"{prefix}scale_col has G = {groups} groups, which must divide N = {N}; {given}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+        raise ValueError(f"{prefix}bias must be [N] with N = {N}; got shape {tuple(bias.shape)}")
 
 
 def canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:

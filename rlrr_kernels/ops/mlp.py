@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlrr_kernels.ops.activation.functions import check_name
-from rlrr_kernels.ops.checks import check_dtypes, check_input, check_parameters, check_tensors, compute_dtype
+from rlrr_kernels.ops.checks import check_dtypes, check_linear, check_parameters, check_tensors, compute_dtype
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
@@ -52,18 +52,15 @@ def rlrr_mlp(
     fc1 = fc1_weight, fc1_scale_row, fc1_scale_col, fc1_bias
     fc2 = fc2_weight, fc2_scale_row, fc2_scale_col, fc2_bias
     check_name("activation", activation)
-    check_tensors(x, *fc1, prefix="fc1_")
+    check_linear(x, *fc1, prefix="fc1_")
     check_tensors(x, *fc2, prefix="fc2_")
     dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, fc1_weight.dtype, *fc1[1:], autocast, prefix="fc1_")
     check_dtypes(dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
-    check_input(x, fc1_weight, prefix="fc1_")
     hidden = fc1_weight.shape[0]
     if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
         raise ValueError(
             f"fc2_weight must be [N, H] with H = {hidden}, the rows of fc1_weight; got shape {tuple(fc2_weight.shape)}"
         )
-    check_parameters(*fc1, prefix="fc1_")
     check_parameters(*fc2, prefix="fc2_")
     for name, sample in (("fc1_scale_grad_rows", fc1_scale_grad_rows), ("fc2_scale_grad_rows", fc2_scale_grad_rows)):
         if sample is not None:

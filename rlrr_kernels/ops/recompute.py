@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlrr_kernels.ops.host import private
 
-_ATTRIBUTE = "_rlrr_recompute"
+RECOMPUTED = "_rlrr_recompute"
+"""The attribute of a tensor that can be computed again, with its :class:`Recompute`."""
 
 
 class Recompute(NamedTuple):
@@ -33,12 +34,12 @@ def attach_recompute(result: Tensor, compute: Callable[..., Tensor], tensors: tu
     """Says how ``result`` can be computed again, where a backward can follow."""
     present = [tensor for tensor in (result, *tensors) if tensor is not None]
     if torch.is_grad_enabled() and not any(tensor.is_inference() for tensor in present):
-        setattr(result, _ATTRIBUTE, Recompute(compute, tensors, tuple(tensor._version for tensor in present)))
+        setattr(result, RECOMPUTED, Recompute(compute, tensors, tuple(tensor._version for tensor in present)))
 
 
 def recompute_of(x: Tensor) -> Recompute | None:
     """How ``x`` is computed again; None where it cannot be: changed in place since, or a transform is at work."""
-    recompute = None if torch.compiler.is_compiling() else getattr(x, _ATTRIBUTE, None)
+    recompute = None if torch.compiler.is_compiling() else getattr(x, RECOMPUTED, None)
     if recompute is None or private.transforms_active():
         return None
     present = [tensor for tensor in (x, *recompute.tensors) if tensor is not None]

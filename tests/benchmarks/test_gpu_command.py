@@ -22,7 +22,7 @@ from benchmarks.gpu.measurements import steps
 from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.session import units
 from benchmarks.gpu.session.units import SECTIONS
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from tests.support.paths import ROOT
 from tests.support.pretended_gpu import pretended_gpu
@@ -277,10 +277,11 @@ def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
     assert {entry[4] for entry in plan.compiled} == {"default", "max-autotune"}
     assert {entry[1:] for entry in plan.again} <= {entry[1:] for entry in first}
     tuning = pytest.importorskip("rlrr_kernels.ops.tuning.tiles", reason="needs Triton")
+    gpu = devices.typical("sm_90")
     for tier, problems, name in plan.tuned:
         for kernel in linear_configs.KERNELS:
             precision = PRECISIONS[name]
-            classes = {linear_configs.shape_class(kernel, "sm_90", precision.dtype, rows) for _, rows in problems}
+            classes = {linear_configs.shape_class(kernel, gpu, precision.dtype, rows) for _, rows in problems}
             assert len(classes) == 1  # one row of the table is the result
             assert (kernel, precision.dtype.itemsize, classes.pop()) in tuning.CANDIDATES, (problems, name)
         assert all(

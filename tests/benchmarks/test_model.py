@@ -13,7 +13,7 @@ from benchmarks.gpu import launch_model as model
 from benchmarks.gpu.launch_model import Launch, grid, library_product
 from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import __main__ as command
-from rlrr_kernels import backends
+from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.linear.tiles import KERNEL_US, Tiles, tiles_for
 from tests.support.versions import version_of
 
@@ -182,7 +182,7 @@ def test_the_figures_of_the_pages(machine_code):
     """docs/gpu.md and the constants of ops/linear/path.py; the compiler's version moves them by a few per cent."""
     sizes, scales = (12608, 3072, 768), {}
     for schedules in (("tiled",), model.SCHEDULES):
-        tiles = tiles_for("grad_scales", "sm_90", BF16, 12608, schedules)
+        tiles = tiles_for("grad_scales", devices.typical("sm_90"), BF16, 12608, schedules)
         code = machine_code.compiled("grad_scales", tiles, "bf16", 12608)
         scales[tiles.schedule] = machine_code.predict("grad_scales", tiles, *sizes, "bf16", code).likely_us
     assert scales == pytest.approx({"persistent": 94, "tiled": 139}, rel=0.05)

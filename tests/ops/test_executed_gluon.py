@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends, numerics
+from rlrr_kernels import backends, devices, numerics
 
 if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
@@ -28,6 +28,8 @@ from tests.support.ptx.launcher import changed, execute
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     pytest.skip(f"Triton {triton.__version__} lacks what the kernel uses of Gluon", allow_module_level=True)
+
+SM_90 = devices.typical("sm_90")
 
 KERNELS = ("forward", "grad_x")
 ORDERS = (None, 0, 1)
@@ -61,10 +63,10 @@ def problem(kernel: str, shape: tuple[int, ...], residual: bool = True) -> tuple
     tiles = Tiles(block_m, *((128, 64) if kernel == "forward" else (64, 128)), 4, stages, schedule="gluon")
     if kernel == "forward":
         result = torch.full_like(t["grad_y"], torch.nan)
-        (launch,) = linear_launches.forward_launches(t["x"], *given, t["bias"], residual, result, "sm_90", tiles)
+        (launch,) = linear_launches.forward_launches(t["x"], *given, t["bias"], residual, result, SM_90, tiles)
     else:
         result = torch.full_like(t["x"], torch.nan)
-        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, residual, result, "sm_90", tiles)
+        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, residual, result, SM_90, tiles)
     exact = numerics.exact_outputs(t, residual)["y" if kernel == "forward" else "x"]
     grid = (min(programs, *launch.plan.grid),)
     return changed(launch, Path(), grid=grid), result, exact

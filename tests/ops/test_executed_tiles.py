@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels import backends, numerics
+from rlrr_kernels import backends, devices, numerics
 
 if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
@@ -54,16 +54,16 @@ def parameters(find, *marks) -> list:
 
 def launches_and_outputs(kernel: str, t: dict[str, torch.Tensor], arch: str, tiles: Tiles):
     """The launches, and the tensors that they fill, by the names of :data:`numerics.OUTPUTS`; these are NaN."""
-    given = t["weight"], t["scale_row"], t["scale_col"]
+    given, gpu = (t["weight"], t["scale_row"], t["scale_col"]), devices.typical(arch)
     if kernel == "forward":
         y = torch.full_like(t["grad_y"], torch.nan)
-        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, arch, tiles), {"y": y}
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, gpu, tiles), {"y": y}
     if kernel == "grad_x":
         grad_x = torch.full_like(t["x"], torch.nan)
-        return linear_launches.grad_x_launches(t["grad_y"], *given, True, grad_x, arch, tiles), {"x": grad_x}
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, grad_x, gpu, tiles), {"x": grad_x}
     wide = accumulate_dtype(t["x"].dtype)
     outputs = {name: torch.full_like(t[name], torch.nan, dtype=wide) for name in ("scale_row", "scale_col", "bias")}
-    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, (*outputs.values(),), arch, tiles), outputs
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, (*outputs.values(),), gpu, tiles), outputs
 
 
 def sizes(kernel: str, limit: int, tiles: Tiles, ragged: bool) -> tuple[int, int, int]:

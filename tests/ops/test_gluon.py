@@ -40,7 +40,7 @@ def drawn(*sizes: int, **options) -> dict[str, torch.Tensor]:
 def launch_of(kernel: str, rows=300, n=2304, k=768, groups=3, tiles: Tiles | None = None):
     draw = drawn(rows, n, k, groups=groups)
     tiles = tiles or tuning.EXPERIMENTAL_CANDIDATES[kernel, 2][0]
-    (launch,) = tuning.launches_of(kernel, draw, "sm_90", tiles)
+    (launch,) = tuning.launches_of(kernel, draw, devices.typical("sm_90"), tiles)
     return launch, draw
 
 
@@ -88,9 +88,8 @@ def checked_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tried(kernel="forward", arch="sm_90", dtype=torch.bfloat16, rows=4096, experimental=True) -> list[Tiles]:
-    return [
-        t for t in tuning.candidates(kernel, arch, dtype, rows, experimental) if t.schedule in linear_configs.MAY_HANG
-    ]
+    found = tuning.candidates(kernel, devices.typical(arch), dtype, rows, experimental)
+    return [tiles for tiles in found if tiles.schedule in linear_configs.MAY_HANG]
 
 
 @pytest.mark.usefixtures("checked_compiler")
@@ -118,7 +117,9 @@ def test_tuned_tiles_serve_only_what_it_can(kernel: str):
     def chosen(rows=1576, shape=(768, 768), dtype=torch.bfloat16, groups=1, rank=1, arch="sm_90") -> str:
         x, weight = torch.empty(rows, shape[1], dtype=dtype), torch.empty(shape, dtype=torch.bfloat16)
         with tuned_tiles.only_tiles(kernel, gluon):
-            return tuned_tiles.choose_tiles(kernel, devices.gpu(arch), x, weight, weight, rank, groups).schedule
+            return tuned_tiles.choose_tiles(
+                kernel, devices.typical(arch), "ieee", x, weight, weight, rank, groups
+            ).schedule
 
     assert chosen() == chosen(groups=3) == "gluon"
     others = {"shape": (772, 768)}, {"shape": (768, 772)}, {"groups": 4}, {"rank": 2}, {"arch": "sm_80"}
@@ -128,7 +129,9 @@ def test_tuned_tiles_serve_only_what_it_can(kernel: str):
 
 def test_the_tuner_says_what_it_does_not_serve():
     draw = drawn(300, 768, 768, rank=2)
-    reason = tuning.rejection("forward", draw, "sm_90", tuning.EXPERIMENTAL_CANDIDATES["forward", 2][0])
+    reason = tuning.rejection(
+        "forward", draw, devices.typical("sm_90"), tuning.EXPERIMENTAL_CANDIDATES["forward", 2][0]
+    )
     assert reason == "the schedule gluon does not serve this problem"
 
 

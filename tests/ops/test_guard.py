@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels import NormRescale, backends, numerics, rlrr_linear, rlrr_linear_multi, rlrr_mlp, use_backend
+from rlrr_kernels import NormRescale, backends, devices, numerics, rlrr_linear, rlrr_linear_multi, rlrr_mlp, use_backend
 from rlrr_kernels.numerics import Case, MultiCase
 from rlrr_kernels.ops.host import cache
 from rlrr_kernels.reference import rlrr_linear_multi_reference
@@ -153,14 +153,17 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch):
     plant(monkeypatch, FORWARD, lambda tensor: tensor.fill_(7.0))
     tensors = Case(40, 48, 72).draw(0)
     monkeypatch.setenv(guard.VARIABLE, "off")
+    guard.forget()
     assert (outputs(tensors)["y"] == 7.0).all()
     monkeypatch.setenv(guard.VARIABLE, "sometimes")
+    guard.forget()
     with pytest.raises(ValueError, match="RLRR_CHECK must be on or off; got 'sometimes'"):
         outputs(tensors)
 
 
 def test_gpus_are_checked_and_the_interpreter_is_not_unless_asked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(guard.VARIABLE)
+    guard.forget()
     assert guard.enabled(torch.device("cuda"))
     assert not guard.enabled(torch.device("cpu"))
 
@@ -271,7 +274,8 @@ def test_the_compilers_own_output_is_understood(arch: str, fault: bool):
 
     x, y, weight = (torch.empty(64, 64, dtype=torch.float16, device="meta") for _ in range(3))
     row, col = torch.empty(64, 1, device="meta"), torch.empty(1, 1, 64, device="meta")
-    launch, *_ = grad_x_launches(y, weight, row, col, True, x, arch, Tiles(64, 32, 64, 4, 2, max_splits=1))
+    tiles = Tiles(64, 32, 64, 4, 2, max_splits=1)
+    launch, *_ = grad_x_launches(y, weight, row, col, True, x, devices.typical(arch), tiles)
     compiled = compile_report.compile_launch(launch, arch)
     assert (guard.compiler_fault(compiled) is not None) is fault
 

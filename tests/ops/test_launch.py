@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrr_kernels import RLRRLinear, backends
+from rlrr_kernels import RLRRLinear, backends, devices
 
 if backends.INTERPRETING or shutil.which("cc") is None:
     pytest.skip("needs Triton's compiler and a C compiler", allow_module_level=True)
@@ -33,6 +33,7 @@ from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from tests.support.versions import version_of
 
+SM_90 = devices.typical("sm_90")
 TILES = Tiles(16, 32, 32, 4, 1)
 
 
@@ -70,9 +71,9 @@ def every_launch(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x: T
     row, col, bias = torch.zeros(rows, 1), torch.zeros(groups, 1, cols), torch.zeros(rows)
     grads = torch.zeros_like(row), torch.zeros_like(col), torch.zeros_like(bias)
     return [
-        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, "sm_90", TILES),
-        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", TILES),
-        *linear_launches.grad_scales_launches(y, x, weight, row, col, grads, "sm_90", TILES),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, TILES),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, TILES),
+        *linear_launches.grad_scales_launches(y, x, weight, row, col, grads, SM_90, TILES),
         linear_launches.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
     ]
 
@@ -141,9 +142,9 @@ def persistent_launches(count=40, rows=64, cols=96, dtype=torch.float16) -> list
     grads, given = (torch.zeros_like(row), torch.zeros_like(col), bias), (weight, row, col)
     tiles = Tiles(16, 32, 64, 4, 2, schedule="persistent")
     return [
-        *linear_launches.forward_launches(x, *given, bias, True, y, "sm_90", tiles),
-        *linear_launches.grad_x_launches(y, *given, True, x, "sm_90", tiles),
-        linear_launches.grad_scales_launches(y, x, *given, grads, "sm_90", tiles)[0],
+        *linear_launches.forward_launches(x, *given, bias, True, y, SM_90, tiles),
+        *linear_launches.grad_x_launches(y, *given, True, x, SM_90, tiles),
+        linear_launches.grad_scales_launches(y, x, *given, grads, SM_90, tiles)[0],
     ]
 
 
@@ -182,8 +183,8 @@ def gluon_launches(count=300, rows=256, cols=384) -> list[Launch]:
     row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
     forward, backward = (Tiles(128, *blocks, 4, 3, schedule="gluon") for blocks in ((128, 64), (64, 128)))
     return [
-        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, "sm_90", forward),
-        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), "sm_90", backward),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, forward),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, backward),
     ]
 
 
@@ -234,7 +235,7 @@ def test_the_one_switch_leaves_everything_to_tritons_launcher(cuda: FakeCuda, mo
     launch, known = every_launch(count=52)[0], every_launch(count=53)[0]
     known.run()
     assert starts(known) == 1
-    monkeypatch.setattr(launching, "_direct", None)
+    monkeypatch.setattr(launching, "direct", None)
     monkeypatch.setenv(launching.LAUNCH_VARIABLE, "triton")
     assert not launching.direct_allowed()
     assert sent(cuda, launch) == sent(cuda, launch, by_triton)
@@ -242,7 +243,7 @@ def test_the_one_switch_leaves_everything_to_tritons_launcher(cuda: FakeCuda, mo
     monkeypatch.setitem(known.plan._starts, known.plan.key(known.tensors), (None, pytest.fail))
     assert sent(cuda, known) == sent(cuda, known, by_triton)
     assert known.plan.known_start(known.tensors) is None, "nor is it replayed"
-    monkeypatch.setattr(launching, "_direct", None)
+    monkeypatch.setattr(launching, "direct", None)
     monkeypatch.setenv(launching.LAUNCH_VARIABLE, "quickly")
     with pytest.raises(ValueError, match="RLRR_LAUNCH must be direct or triton; got 'quickly'"):
         launch.run()
@@ -265,7 +266,7 @@ def unlike(plan, compiled):
 def test_what_goes_wrong_past_tritons_launcher_is_left_to_it_with_one_warning(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, maker, reason: str
 ):
-    monkeypatch.setattr(launching, "_direct", True)
+    monkeypatch.setattr(launching, "direct", True)
     monkeypatch.setattr(launching, "_make_start", maker)
     launch, other = every_launch(count=60 + (maker is older))[:2]
     expected = sent(cuda, launch, by_triton)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlrr_kernels import backends, numerics, rlrr_linear
+from rlrr_kernels import backends, devices, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.reference import rlrr_linear_reference
@@ -94,8 +94,9 @@ def test_products_that_fill_no_gpu_are_computed_in_parts(
 @pytest.mark.skipif(not backends.INTERPRETING, reason="Triton's kernels alone split products")
 def test_error_rule_in_parts():
     case = Case(16, 40, 260, dtype=torch.float16)
-    tiles = linear_configs.tiles_for("forward", "interpreter", case.dtype, case.rows)
-    assert linear_configs.contraction_splits(5, 2, tiles, "interpreter") == 2
+    gpu = devices.typical("interpreter")
+    tiles = linear_configs.tiles_for("forward", gpu, case.dtype, case.rows)
+    assert linear_configs.contraction_splits(5, 2, tiles, gpu) == 2
     numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case)
 
 

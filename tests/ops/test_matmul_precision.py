@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlrr_kernels import backends, rlrr_linear
+from rlrr_kernels import backends, devices, rlrr_linear
 from rlrr_kernels.numerics import Case, check_bound
 from rlrr_kernels.ops.dtypes import matmul_precision
 from tests.support.matmul_precision import CUBLAS, ONEDNN, TF32_SWITCHES, switched
@@ -65,10 +65,11 @@ def test_kernels_multiply_in_tf32_where_it_was_asked_for_and_triton_has_it():
     pytest.importorskip("triton", reason="needs Triton")
     from rlrr_kernels.ops.linear.triton.launches import precision_of
 
-    nvidia, amd = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), ("gfx90a", "gfx950", "gfx1100", "gfx1201")
+    able = (*map(devices.typical, ("sm_90", "sm_80", "sm_86", "sm_100", "sm_120", "gfx942", "interpreter")),)
+    amd = (*map(devices.typical, ("gfx90a", "gfx950", "gfx1100", "gfx1201")),)
     for switch in TF32_SWITCHES.values():
         with switch():
-            assert {precision_of(torch.float32, name) for name in (*nvidia, "gfx942", "interpreter")} == {"tf32"}
-            assert {precision_of(torch.float32, name) for name in amd} == {"ieee"}, "tl.dot does not compile there"
-            assert precision_of(torch.float16, "sm_90") == "ieee"
-    assert precision_of(torch.float32, "sm_90") == "ieee"
+            assert {precision_of(torch.float32, gpu) for gpu in able} == {"tf32"}
+            assert {precision_of(torch.float32, gpu) for gpu in amd} == {"ieee"}, "tl.dot does not compile there"
+            assert precision_of(torch.float16, able[0]) == "ieee"
+    assert precision_of(torch.float32, able[0]) == "ieee"

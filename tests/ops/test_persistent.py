@@ -36,7 +36,7 @@ def chosen(rows=1576, dtype=torch.bfloat16, gpu="sm_90", offset=0, transposed=Fa
     x = storage[offset:].view(rows, 64)
     grad_y = torch.empty(128, rows, dtype=dtype).t() if transposed else torch.empty(rows, 128, dtype=dtype)
     weight = torch.empty(128, 64, dtype=dtype)
-    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), x, grad_y, weight, 1, 1, sampled)
+    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, grad_y, weight, 1, 1, sampled)
 
 
 def test_the_table_serves_it_where_tma_can_load():
@@ -50,12 +50,13 @@ def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
     forced = Tiles(16, 32, 32, 4, 1, schedule="persistent")
     with tuned_tiles.only_tiles("grad_scales", forced):
         assert chosen(rows=8) == forced
-        assert chosen(gpu="sm_80") == linear_configs.tiles_for("grad_scales", "sm_80", torch.bfloat16, 1576)
+        shipped = linear_configs.tiles_for("grad_scales", devices.typical("sm_80"), torch.bfloat16, 1576)
+        assert chosen(gpu="sm_80") == shipped
     x, weight, vector = torch.empty(8, 64), torch.empty(32, 64), torch.empty(32)
     with pytest.raises(ValueError, match=r"schedule of forward must be one of \['tiled'.*; got 'spiral'"):
         linear_launches.forward_launches(
-            x, weight, vector.view(32, 1), torch.empty(1, 1, 64), vector, True, torch.empty(8, 32), "sm_90",
-            forced._replace(schedule="spiral"),
+            x, weight, vector.view(32, 1), torch.empty(1, 1, 64), vector, True, torch.empty(8, 32),
+            devices.typical("sm_90"), forced._replace(schedule="spiral"),
         )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_shares_cover_every_step_once_and_no_tile_has_more_pieces_than_said():
 
 def test_all_programs_run_at_once_with_the_smallest_share():
     for warps, steps in itertools.product((4, 8), (1, 130, 1000, 14184, 10**7)):
-        span = linear_configs.steps_a_program(steps, Tiles(64, 128, 256, warps, 4), "sm_90")
+        span = linear_configs.steps_a_program(steps, Tiles(64, 128, 256, warps, 4), devices.typical("sm_90"))
         wave = 132 * 8 // warps
         assert -(-steps // span) <= wave
         assert span == 4 or -(-steps // (span - 1)) > wave, "a smaller share would do"
@@ -163,5 +164,5 @@ def test_operands_that_tma_cannot_load_take_the_tiled_way():
     with persistent(TILES):
         numerics.check_bound(fused, tensors)
         assert "does not serve" in tuning.rejection(
-            "grad_scales", tensors, "interpreter", TILES._replace(schedule="persistent")
+            "grad_scales", tensors, devices.typical("interpreter"), TILES._replace(schedule="persistent")
         )

@@ -289,8 +289,8 @@ def test_autocast_and_its_absence_do_not_share_a_call(recorder: Recorder):
 def test_scratch_buffers_do_not_overlap(sizes: dict[str, int], buffers: list[int], recorder: Recorder):
     """Parts of a product and of the scale gradients lie in one piece of memory."""
     run(problem(lead=(3,), **sizes))
-    (call,) = public._calls._calls.values()
-    replays = [*call._forward._replays.values(), *call._backward._replays.values()]
+    (call,) = public._calls.values()
+    replays = [*call._replays._replays.values()]
     assert [len(replay._offsets) for replay in replays] == buffers
     for replay in replays:
         edges = [*replay._offsets, replay._scratch]
@@ -379,7 +379,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
     path = "merge"
     call = autograd.Call("triton", True, eager=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned_tiles, "path_for", lambda *arguments: path)
+        patch.setattr(tuned_tiles, "path_choice", lambda *arguments: tuned_tiles.PathChoice(path, 0.0, 1.0))
         for _ in range(5):
             call.forward(**inputs)
         assert not recorder.started
@@ -387,7 +387,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
         for _ in range(2):
             call.forward(**inputs)
         assert not recorder.started  # nobody has said that anything changed
-        tuned_tiles.forget()
+        tuned_tiles._changed()
         for _ in range(2):
             call.forward(**inputs)
     assert recorder.started
@@ -421,8 +421,8 @@ def test_a_replays_first_bits_are_those_of_the_call_that_it_repeats(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ):
     """A start that writes something else ends all replays, with the right results and one warning."""
-    monkeypatch.setenv("RLRR_CHECK", "on")
-    monkeypatch.setattr(launching, "_direct", True)
+    monkeypatch.setattr("rlrr_kernels.ops.host.guard.enabled", lambda device: True)
+    monkeypatch.setattr(launching, "direct", True)
     for seed in range(3):
         run(problem(seed))
     recorder.started.clear()
@@ -443,7 +443,7 @@ def test_a_replays_first_bits_are_those_of_the_call_that_it_repeats(
 
 
 def test_a_replay_that_fails_is_computed_anew(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launching, "_direct", True)
+    monkeypatch.setattr(launching, "direct", True)
     tensors = problem()
     run(tensors)
 

@@ -20,6 +20,7 @@ from tests.support.paths import ROOT
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import cache, launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
@@ -46,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chosen(kernel="forward", rows=8, dtype=torch.float32, rank=1, stride=64) -> Tiles:
     x, weight = torch.empty_strided((rows, 64), (stride, 1), dtype=dtype), torch.empty(64, 64, dtype=dtype)
-    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), x, weight, weight, rank)
+    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), matmul_precision(), x, weight, weight, rank)
 
 
 def keep(tiles: Tiles = FASTER, kernel: str = "forward", precision: str = "float32") -> None:
@@ -165,7 +166,7 @@ def test_tiles_whose_schedule_no_gpu_has_proven_serve_when_asked_for_alone(
     def schedule(kernel: str, rows: int = 1576) -> str:
         x, y, weight = (torch.empty(*s, dtype=torch.bfloat16) for s in ((rows, 64), (rows, 128), (128, 64)))
         operands = {"forward": (x, weight), "grad_x": (y, weight), "grad_scales": (x, y)}[kernel]
-        return tuned_tiles.choose_tiles(kernel, hopper, *operands, weight, 1).schedule
+        return tuned_tiles.choose_tiles(kernel, hopper, "ieee", *operands, weight, 1).schedule
 
     tiles = Tiles(128, 128, 64, 8, 3, schedule="persistent")
     names = {kernel: tuned_tiles.entry_name("H200", kernel, "bfloat16", 0) for kernel in linear_configs.KERNELS}
@@ -244,7 +245,7 @@ def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatc
 def test_candidates_that_spill_or_do_not_fit_are_rejected_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
     tensors = tuning.draw(tuning.numerics.Case(8, 32, 64))
     huge = Tiles(128, 512, 512, 8, 8)
-    assert "KiB of shared memory" in tuning.rejection("forward", tensors, "sm_90", huge)
+    assert "KiB of shared memory" in tuning.rejection("forward", tensors, devices.typical("sm_90"), huge)
 
     class Compiled:
         n_spills = 12
@@ -255,7 +256,7 @@ def test_candidates_that_spill_or_do_not_fit_are_rejected_before_they_are_timed(
 
     plan = launch.Plan(Kernel(), (1,), (), {})
     monkeypatch.setattr(tuning, "launches_of", lambda *args: [launch.Launch(plan, (tensors["x"],))])
-    assert tuning.rejection("forward", tensors, "sm_90", FASTER) == "spills 12 registers"
+    assert tuning.rejection("forward", tensors, devices.typical("sm_90"), FASTER) == "spills 12 registers"
 
 
 @pytest.mark.parametrize(
@@ -287,17 +288,18 @@ def test_without_a_gpu_the_program_says_so(folder: Path):
 
 
 def test_schedules_that_no_gpu_has_proven_are_tried_when_asked_for_alone():
-    for gpu, kernel in itertools.product(("sm_80", "sm_90", "sm_100", "sm_103"), linear_configs.KERNELS):
+    for name, kernel in itertools.product(("sm_80", "sm_90", "sm_100", "sm_103"), linear_configs.KERNELS):
+        gpu = devices.typical(name)
         plain, asked = (tuning.candidates(kernel, gpu, torch.bfloat16, 4096, asked) for asked in (False, True))
         assert all(linear_configs.proven(kernel, tiles.schedule, gpu) for tiles in plain)
         assert set(plain) <= set(asked)
-        assert any(tiles.schedule == "persistent" for tiles in asked) == (gpu != "sm_80")
+        assert any(tiles.schedule == "persistent" for tiles in asked) == (name != "sm_80")
 
 
 def test_the_arch_of_the_default_device_has_candidates():
     for kernel in linear_configs.KERNELS:
         for rows in (8, 64, 1576):
-            assert len(tuning.candidates(kernel, "sm_90", torch.bfloat16, rows)) > 3
+            assert len(tuning.candidates(kernel, devices.typical("sm_90"), torch.bfloat16, rows)) > 3
 
 
 # ---------------------------------------------------------------- the path
@@ -316,8 +318,8 @@ def path_timer(faster_from: int):
 
 
 def path_of(rows: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> str:
-    x, weight = torch.empty(rows, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype)
-    return tuned_tiles.path_for(devices.gpu_of(CPU), x, weight, rank)
+    gpu, shape = devices.gpu_of(CPU), torch.Size((32, 64))
+    return tuned_tiles.path_choice(gpu, matmul_precision(), CPU, dtype, dtype, rows, shape, rank).path
 
 
 @needs_interpreter

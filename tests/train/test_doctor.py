@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RLRR_CACHE_DIR", str(tmp_path))
     for variable in (guard.VARIABLE, launch.LAUNCH_VARIABLE, store.EXPERIMENTAL_VARIABLE, store.SWITCH_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(launch, "_direct", None)
+    monkeypatch.setattr(launch, "direct", None)
     guard.forget()
     yield
     guard.forget()
@@ -59,12 +59,14 @@ def test_the_switches(monkeypatch: pytest.MonkeyPatch):
     assert found["launches (RLRR_LAUNCH)"].startswith("past Triton's launcher")
     assert found["check at first use (RLRR_CHECK)"].startswith("on; ")
     monkeypatch.setenv(launch.LAUNCH_VARIABLE, "triton")
-    monkeypatch.setattr(launch, "_direct", None)
+    monkeypatch.setattr(launch, "direct", None)
     monkeypatch.setenv(guard.VARIABLE, "off")
+    guard.forget()
     found = states()
     assert found["launches (RLRR_LAUNCH)"] == "by Triton's launcher, never replayed"
     assert found["check at first use (RLRR_CHECK)"].startswith("off; ")
     monkeypatch.setenv(guard.VARIABLE, "perhaps")
+    guard.forget()
     assert states()["check at first use (RLRR_CHECK)"] == "environment RLRR_CHECK must be on or off; got 'perhaps'"
 
 

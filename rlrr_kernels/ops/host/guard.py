@@ -46,8 +46,9 @@ _MATRIX_INSTRUCTION = {
 }
 
 
+@functools.cache
 def enabled(device: torch.device) -> bool:
-    """Whether kernels on a device are looked at.
+    """Whether kernels on a device are looked at; the environment is asked once, and again after :func:`forget`.
 
     Raises:
         ValueError: ``RLRR_CHECK`` is neither "on" nor "off".
@@ -68,18 +69,21 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
         forced: whether the caller asked for these kernels by name: then they are run, whatever is known of them.
         find_error: what is wrong with the results, None for nothing; called once for each kernel, device and version.
     """
-    if forced:
-        return _run(launches)
-    known = [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
+    device, known = launches[0].tensors[0].device, [True]
+    if not forced and enabled(device):
+        known = [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
     if False in known:
         return False
-    if None not in known or not enabled(device := launches[0].tensors[0].device):
-        return _run(launches)
+    if None not in known:
+        for launch in launches:
+            launch.run()
+        return True
     names = [_name(launch, device) for launch in launches]
     if any(name in _given_up for name in names):
         return _settle(launches, False)
     try:
-        _run(launches)
+        for launch in launches:
+            launch.run()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
@@ -139,18 +143,13 @@ def compiler_fault(compiled: object) -> str | None:
 
 
 def forget() -> None:
-    """Looks at every kernel again."""
+    """Looks at every kernel, and at the environment, again."""
+    enabled.cache_clear()
     _given_up.clear()
     _kept.cache_clear()
 
 
 _given_up: dict[str, str] = {}
-
-
-def _run(launches: Sequence[Launch]) -> bool:
-    for launch in launches:
-        launch.run()
-    return True
 
 
 def _settle(launches: Sequence[Launch], verdict: bool) -> bool:

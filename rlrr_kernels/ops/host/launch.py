@@ -29,8 +29,11 @@ from rlrr_kernels import backends
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.private import StartKernel
 
-TL_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
-"""Triton's name of a dtype of sums."""
+TL_ACCUMULATE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), tl.float32),
+    torch.float64: tl.float64,
+}
+"""By dtype, Triton's name of what :func:`rlrr_kernels.ops.dtypes.accumulate_dtype` says of it."""
 
 LAUNCH_VARIABLE = "RLRR_LAUNCH"
 """The one switch: "direct" (default), or "triton" for Triton's own launcher always, and no replays."""
@@ -43,7 +46,8 @@ current_device = private.current_device
 if backends.INTERPRETING:
     private.mend_interpreter()
 
-_direct: bool | None = None
+direct: bool | None = None
+"""Whether kernels are started past Triton's launcher; None until :func:`direct_allowed` has asked the environment."""
 
 
 def direct_allowed() -> bool:
@@ -52,20 +56,20 @@ def direct_allowed() -> bool:
     Raises:
         ValueError: ``RLRR_LAUNCH`` is neither "direct" nor "triton".
     """
-    global _direct
-    if _direct is None:
+    global direct
+    if direct is None:
         value = os.environ.get(LAUNCH_VARIABLE, "direct").lower()
         if value not in ("direct", "triton"):
             raise ValueError(f"environment {LAUNCH_VARIABLE} must be direct or triton; got {value!r}")
-        _direct = value == "direct"
-    return _direct
+        direct = value == "direct"
+    return direct
 
 
 def give_up_direct(reason: str) -> None:
     """Leaves every launch of this process to Triton's launcher from now on, with one warning."""
-    global _direct
+    global direct
     if direct_allowed():
-        _direct = False
+        direct = False
         warnings.warn(
             f"kernels are started by Triton's own launcher from now on, which costs the host more: {reason}. The "
             f"results are not affected. Please report it with the version of Triton, {triton.__version__}; "
@@ -121,7 +125,8 @@ class Plan:
         if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self.run(*tensors)
-        known, failure = self._starts.get(self.key(tensors)), None
+        key, failure = self.key(tensors), None
+        known = self._starts.get(key)
         if known is not None and direct_allowed():
             driver, start = known
             pointers = list(map(_address, tensors))
@@ -137,19 +142,28 @@ class Plan:
         self.compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
         if failure is not None:
             give_up_direct(f"a start past it failed with {type(failure).__name__}: {failure}")
-        elif self._direct_from_now_on(tensors):
-            self._keep_start(tensors)
+        else:
+            self._keep_start(key, tensors)
         return None
 
-    def _keep_start(self, tensors: Sequence[Tensor]) -> None:
+    def _keep_start(self, key: tuple, tensors: Sequence[Tensor]) -> None:
         """Starts the kernel that Triton just launched without it from now on, where that can be done."""
+        if (
+            not direct_allowed()
+            or _make_start is None
+            or not isinstance(self.kernel, triton.JITFunction)
+            or triton.runtime.driver.active.get_current_target().backend != "cuda"
+            or any(tensor.data_ptr() % 16 for tensor in tensors)
+            or watched(self.kernel)
+        ):
+            return None
         try:
             start = _make_start(self, self.compiled)
         except Exception as error:
             return give_up_direct(f"a compiled kernel is not as expected: {type(error).__name__}: {error}")
         if start is not None:
             start = _by_tma(start, tensors[: len(self.blocks)]) if self.blocks else start
-            self._starts[self.key(tensors)] = triton.runtime.driver.active, start
+            self._starts[key] = triton.runtime.driver.active, start
         return None
 
     def forget_starts(self) -> None:
@@ -165,19 +179,8 @@ class Plan:
 
     def known_start(self, tensors: Sequence[Tensor]) -> StartKernel | None:
         """How the kernel for these tensors is started past Triton; None before it was launched, or if it cannot be."""
-        known = self._starts.get(self.key(tensors)) if direct_allowed() else None
+        known = self._starts.get(self.key(tensors)) if direct else None
         return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
-
-    def _direct_from_now_on(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernel that Triton just launched may be started without it the next time."""
-        return (
-            _make_start is not None
-            and direct_allowed()
-            and isinstance(self.kernel, triton.JITFunction)
-            and triton.runtime.driver.active.get_current_target().backend == "cuda"
-            and not any(tensor.data_ptr() % 16 for tensor in tensors)
-            and not watched(self.kernel)
-        )
 
 
 class Launch(NamedTuple):
@@ -194,11 +197,16 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the device of the first tensor."""
         self.plan.run(*self.tensors)
-        if (record := getattr(_thread, "record", None)) is not None:
-            record.append(self)
+        if thread.record is not None:
+            thread.record.append(self)
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    record: list[Launch] | None = None
+    """The launches that this thread has run within :func:`recorded`; None outside."""
+
+
+thread = _Thread()
 
 
 @contextmanager
@@ -207,19 +215,14 @@ def recorded() -> Iterator[list[Launch]]:
 
     Within it no call is replayed, so that none is missing.
     """
-    outer = getattr(_thread, "record", None)
-    _thread.record = launches = []
+    outer = thread.record
+    thread.record = launches = []
     try:
         yield launches
     finally:
-        _thread.record = outer
+        thread.record = outer
         if outer is not None:
             outer += launches
-
-
-def is_recording() -> bool:
-    """Whether this thread is within :func:`recorded`."""
-    return getattr(_thread, "record", None) is not None
 
 
 class _Descriptor:

@@ -161,14 +161,10 @@ def _arguments_after_tensors(plan: Any) -> tuple:
     return (*plan.numbers, *(plan.meta[name] for name in names))
 
 
-def _grid(plan: Any) -> tuple[int, int, int]:
-    return (*plan.grid, 1, 1)[:3]
-
-
 def _start_3_5(plan: Any, compiled: Any) -> StartKernel | None:
     """For Triton 3.5 and 3.6, where every signature has a C function of its own."""
     launcher, launch = compiled.run, compiled.run.launch
-    x, y, z = _grid(plan)
+    x, y, z = (*plan.grid, 1, 1)[:3]
     function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     if launcher.global_scratch_size or launcher.profile_scratch_size:
@@ -185,7 +181,7 @@ def _start_3_5(plan: Any, compiled: Any) -> StartKernel | None:
 def _start_3_7(plan: Any, compiled: Any) -> StartKernel | None:
     """For Triton 3.7 to 3.9, where one C function reads a description of the signature."""
     launcher, launch = compiled.run, compiled.run.launch
-    x, y, z = _grid(plan)
+    x, y, z = (*plan.grid, 1, 1)[:3]
     function, metadata, rest = compiled.function, compiled.packed_metadata, _arguments_after_tensors(plan)
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     kinds, signature = launcher.arg_annotations, launcher.kernel_signature

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import private
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ _ALIGNMENT = 256
 """Bytes, between the buffers of a call's scratch memory."""
 
 _address = Tensor.data_ptr
+_precision = private.fp32_precision
 _is_wrapped = private.is_transformed
 
 
@@ -63,7 +63,7 @@ def plain_layout(*tensors: Tensor | None) -> tuple | None:
 
 
 class Replays:
-    """The replays of one function's calls, by the layouts of its tensors."""
+    """The replays of calls, by all that each depends on but the values in its tensors."""
 
     __slots__ = ("_attempts", "_replays")
 
@@ -71,8 +71,8 @@ class Replays:
         self._replays: dict[Any, Replay] = {}
         self._attempts: dict[Any, tuple[int, int]] = {}
 
-    def __len__(self) -> int:
-        return len(self._replays)
+    def __contains__(self, key: object) -> bool:
+        return key in self._replays
 
     def run(
         self,
@@ -104,14 +104,11 @@ class Replays:
         """The results of a first replay, if they are those of the call that it repeats; else these."""
         from rlrr_kernels.ops.host import guard
 
-        replay = self._replays[key]
-        if not guard.enabled(next(result for result in results if result is not None).device):
-            replay.checked = True
-        elif not guard.capturing():
-            expected = compute()
-            replay.checked = guard.same_bits(results, expected)
-            return expected
-        return results
+        if guard.capturing():
+            return results
+        expected = compute()
+        self._replays[key].checked = guard.same_bits(results, expected)
+        return expected
 
     def _recorded(self, key: tuple, tensors: Sequence[Tensor | None], compute: Callable) -> tuple[Tensor | None, ...]:
         from rlrr_kernels.ops.host import launch
@@ -121,7 +118,7 @@ class Replays:
         changes, attempts = self._attempts.get(key, (store.changes, 0))
         if changes != store.changes:
             attempts = 0
-        if attempts == _MOST_ATTEMPTS or launch.is_recording():
+        if attempts == _MOST_ATTEMPTS or launch.thread.record is not None:
             return compute()
         with launch.recorded() as launches:
             results = compute()
@@ -146,10 +143,12 @@ class Replay:
         """``positions`` of the call's tensors, by address; all others are scratch, which the call made for itself."""
         import triton
 
+        from rlrr_kernels.ops.host import guard
         from rlrr_kernels.ops.host import launch as host
         from rlrr_kernels.ops.tuning import store
 
-        self.checked = False  # whether its first results were those of the call that it repeats
+        first = launches[0].tensors[0]
+        self.checked = not guard.enabled(first.device)  # else when its first results were those of the call it repeats
         positions, self._offsets, self._scratch = dict(positions), [], 0
         self._steps: list[tuple[StartKernel, Callable]] = []
         for launch, start in zip(launches, starts, strict=True):
@@ -160,10 +159,9 @@ class Replay:
                     self._scratch += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
             taken = operator.itemgetter(*(positions[tensor.data_ptr()] for tensor in launch.tensors))
             self._steps.append((start, taken))
-        first = launches[0].tensors[0]
         self._host, self._store, self._drivers = host, store, triton.runtime.driver
         self._device, self._driver, self._changes = first.get_device(), self._drivers.active, store.changes
-        self._precision = matmul_precision() if first.dtype == torch.float32 else None
+        self._precision = _precision("cuda", "matmul") if first.dtype == torch.float32 else None
         self._kernels = tuple({launch.plan.kernel for launch in launches})
 
     @classmethod
@@ -185,7 +183,7 @@ class Replay:
         return (
             self._changes != self._store.changes
             or self._driver is not self._drivers.active
-            or (self._precision is not None and self._precision != matmul_precision())
+            or (self._precision is not None and self._precision != _precision("cuda", "matmul"))
         )
 
     def ready(self) -> bool:
@@ -193,8 +191,8 @@ class Replay:
         device = self._device
         return not (
             self.outdated()
-            or self._host.is_recording()
-            or not self._host.direct_allowed()
+            or self._host.thread.record is not None
+            or not self._host.direct
             or self._host.watched(*self._kernels)
             or (device >= 0 and device != self._host.current_device())
         )

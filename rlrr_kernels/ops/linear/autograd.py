@@ -36,7 +36,7 @@ class Call:
         eager: whether all tensors are plain and no transform or mode is at work.
     """
 
-    __slots__ = ("_backward", "_forward", "backend", "dtype", "eager", "input_activation", "residual")
+    __slots__ = ("_replays", "backend", "dtype", "eager", "input_activation", "residual")
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Call:
     ) -> None:
         self.backend, self.residual, self.input_activation = backend, residual, input_activation
         self.dtype, self.eager = dtype, eager
-        self._forward, self._backward = Replays(), Replays()
+        self._replays = Replays()
 
     @property
     def replayed(self) -> bool:
         """Whether the next forward is a replay."""
-        return len(self._forward) > 0
+        return "forward" in self._replays
 
     def forward(self, x: Tensor, weight: Tensor, scale_row, scale_col, bias: Tensor | None) -> Tensor:
         """y [..., N] of an x [..., K] that was cast."""
@@ -61,7 +61,7 @@ class Call:
         options = self.residual, self.backend, self.input_activation
         if not (self.eager and self.backend.startswith("triton")):
             return dispatch.forward(*tensors, *options)
-        return self._forward.run(
+        return self._replays.run(
             "forward",  # of tensors in the layout by which this call is known
             tensors,
             lambda: (x.new_empty((*x.shape[:-1], weight.shape[0])),),
@@ -85,7 +85,7 @@ class Call:
             return dispatch.backward(*tensors, *options)
         # Of every tensor anew: a hook on saved tensors, ``.data`` or offloading may have moved it since the forward.
         of_tensors = layout(*tensors)
-        return self._backward.run(
+        return self._replays.run(
             None if of_tensors is None else (needs, of_tensors),
             tensors,
             lambda: _empty_grads(*tensors, needs),
@@ -93,25 +93,20 @@ class Call:
         )
 
 
-class CallCache:
-    """The calls that are known, by all that they depend on."""
+class CallCache(dict[tuple, Call]):
+    """The calls that are known, by all that they depend on.
+
+    Calls that cannot be known again stay away from it: a compiler that traces a look-up guards every key, which takes
+    seconds, and each new layout compiles again.
+    """
 
     _MOST = 4096  # a model has a few dozen
 
-    def __init__(self) -> None:
-        self._calls: dict[tuple, Call] = {}
-
-    def get(self, key: tuple | None) -> Call | None:
-        """The call of ``key``, where it is known; None stands for what cannot be known again."""
-        # A compiler that traces a look-up guards every key: that takes seconds, and each new layout compiles again.
-        return None if key is None else self._calls.get(key)
-
-    def keep(self, key: tuple | None, call: Call) -> None:
+    def keep(self, key: tuple, call: Call) -> None:
         """From now on ``call`` is the one of ``key``."""
-        if key is not None:
-            if len(self._calls) >= self._MOST:
-                self._calls.clear()
-            self._calls[key] = call
+        if len(self) >= self._MOST:
+            self.clear()
+        self[key] = call
 
 
 def is_watched() -> bool:
@@ -134,8 +129,6 @@ def linear(
     sample: RowSample | None, recompute: Recompute | None,
 ) -> Tensor:  # fmt: skip
     """y [..., N] of checked tensors, differentiable; ``recompute`` says how x is computed again."""
-    if call.eager:
-        return _apply(x, weight, scale_row, scale_col, bias, (call, sample, recompute, False))
     options = call.residual, call.backend, call.input_activation, *flatten_sample(sample)
     if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or is_watched():
         scale_row, scale_col = canonical(scale_row, scale_col, weight)
@@ -166,7 +159,9 @@ class _Linear(torch.autograd.Function):
             reads_x = need_scales or call.input_activation is not None
             recompute = recompute if reads_x else None
             reads_x = reads_x and recompute is None
-            kept = dispatch.rows_for_backward(x, sample, call.input_activation) if reads_x else None
+            kept = x if reads_x else None
+            if reads_x and sample is not None:
+                kept = dispatch.rows_for_backward(x, sample, call.input_activation)
             index, ingredients = sample[:1] if sample else (), recompute.tensors if recompute else ()
             ctx.save_for_backward(kept, weight, scale_row, scale_col, *index, *ingredients)
         needs = need_x, need_row, need_col, need_bias
@@ -223,7 +218,7 @@ _is_batch = private.is_batch
 """Whether a gradient stands for a batch of them, as ``is_grads_batched=True`` and vectorized jacobians have it."""
 
 linear_function = _Linear.apply
-_apply = super(torch.autograd.Function, _Linear).apply
+eager_linear = super(torch.autograd.Function, _Linear).apply
 """``_Linear.apply`` but for what ``torch.func`` transforms need there, 2 µs of Python before PyTorch 2.15."""
 
 

@@ -98,13 +98,14 @@ def _call_for(residual, input_activation, backend, *tensors: Tensor | None, chec
     """What calls with tensors of this layout share; the first tensor decides the backend."""
     of_tensors = plain_layout(*tensors)
     key = of_tensors and (of_tensors, residual, input_activation, backend, backend == "auto" and default_backend())
-    call = _calls.get(key)
+    call = None if key is None else _calls.get(key)
     if call is None:
         if check:
             _check_canonical(*tensors, input_activation)
         first = tensors[0]
         call = Call(resolve(backend, first.device, first.dtype), residual, input_activation, None, key is not None)
-        _calls.keep(key, call)
+        if key is not None:
+            _calls.keep(key, call)
     return call
 
 

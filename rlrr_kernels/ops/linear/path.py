@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlrr_kernels import devices
-from rlrr_kernels.devices import Gpu
+from rlrr_kernels.devices import INTERPRETER, Gpu
 from rlrr_kernels.ops.linear.tiles import (
     IRREGULAR,
     KERNEL_US,
@@ -49,28 +48,29 @@ def precision_kind(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def merge_gain(
-    rows: int, out_features: int, in_features: int, rank: int, arch: Gpu | str, dtype: torch.dtype,
+    M: int, N: int, K: int, rank: int, gpu: Gpu, dtype: torch.dtype,
     weight_dtype: torch.dtype, tf32: bool = False,
 ) -> float:  # fmt: skip
-    """How many times its cost a merge saves, by the model; in proportion to M = ``rows``.
+    """How many times its cost a merge saves, by the model; in proportion to M.
 
-    It saves what a one-pass kernel takes longer than the library's product of 2 M N K operations. It costs a kernel
-    that reads W and writes W', N K elements each; the product then finds W' in the L2 cache, where that holds it.
-    Forward and ∂x each decide, and merge, for themselves: nothing W-sized is kept between them.
+    Above 1, or the least gain that was measured to pay, the path is ``merge`` (W' in scratch, then the library's
+    product), else ``fused`` (the weight is rescaled in registers).
+
+    A merge saves what a one-pass kernel takes longer than the library's product of 2 M N K operations. It costs a
+    kernel that reads W and writes W', N K elements each; the product then finds W' in the L2 cache, where there is room
+    for it. Forward and ∂x each decide, and merge, for themselves: nothing W-sized is kept between them.
 
     Args:
-        rows: M, rows of x.
-        out_features: N.
-        in_features: K.
+        M: rows of x.
+        N, K: of W.
         rank: r of the scales.
-        arch: the GPU, or the name of one, which stands for its datasheet's.
+        gpu: the one that computes.
         dtype: of x.
         weight_dtype: of W.
         tf32: whether products of float32 are rounded to TF32.
     """
-    gpu = devices.gpu(arch)
-    if gpu.name == devices.INTERPRETER:
-        return rows / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
+    if gpu.name == INTERPRETER:
+        return M / INTERPRETER_ROWS * min(rank, UNROLLED_RANK + 1)
     kind = precision_kind(dtype, tf32)
     trail = TRAIL["half of float32" if kind == "half" and weight_dtype.itemsize == 4 else kind]
     if rank <= UNROLLED_RANK:
@@ -79,17 +79,9 @@ def merge_gain(
         in_pipeline = multiplied_in_pipeline(rank, dtype, weight_dtype.itemsize, gpu)
         trail = trail if in_pipeline else max(trail, TRAIL_UNPIPELINED)
         if kind == "half":
-            tiles = tiles_for("forward", gpu, dtype, rows) if in_pipeline else IRREGULAR["forward", dtype.itemsize]
+            tiles = tiles_for("forward", gpu, dtype, M) if in_pipeline else IRREGULAR["forward", dtype.itemsize]
             trail += MATRIX_OPERATIONS * padded_rank(rank) / tiles.block_m
-    weights, peaks = out_features * in_features, gpu.peaks
-    saved = trail * 2.0 * rows * weights / (REACHED_RATE * getattr(peaks, kind))
+    weights, peaks = N * K, gpu.peaks
+    saved = trail * 2.0 * M * weights / (REACHED_RATE * getattr(peaks, kind))
     moved = weights * (weight_dtype.itemsize + dtype.itemsize)
     return saved / (1e-6 * KERNEL_US + moved / (REACHED_BANDWIDTH * peaks.bandwidth))
-
-
-def choose_path(gain: float, least_gain: float = 1.0) -> str:
-    """``fused`` (the weight is rescaled in registers) or ``merge`` (W' in scratch, then the library's product).
-
-    ``gain`` is :func:`merge_gain`; a merge pays above ``least_gain``, which is 1 unless it was measured.
-    """
-    return "merge" if gain > least_gain else "fused"

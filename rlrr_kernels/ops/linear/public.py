@@ -7,18 +7,12 @@ from torch import Tensor
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
-from rlrr_kernels.ops.checks import (
-    check_dtypes,
-    check_input,
-    check_parameters,
-    check_tensors,
-    compute_dtype,
-)
+from rlrr_kernels.ops.checks import check_linear, compute_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import plain_layout
 from rlrr_kernels.ops.linear import library  # noqa: F401  (registers torch.ops.rlrr_kernels)
-from rlrr_kernels.ops.linear.autograd import Call, CallCache, linear
-from rlrr_kernels.ops.recompute import recompute_of
+from rlrr_kernels.ops.linear.autograd import Call, CallCache, eager_linear, linear
+from rlrr_kernels.ops.recompute import RECOMPUTED, recompute_of
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
 
@@ -69,24 +63,23 @@ def rlrr_linear(
             a gradient, the activation is unknown, or the backend cannot run here.
         IndexError: a row of ``scale_grad_rows`` is not in x (on a GPU: a device-side assertion).
     """
-    recompute = recompute_of(x)
     if input_activation is not None:
         activation.check_name("input_activation", input_activation)
     key = _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend)
-    call = _calls.get(key)
+    call = None if key is None else _calls.get(key)
     if call is None:
-        check_tensors(x, weight, scale_row, scale_col, bias)
-        dtype, autocast = compute_dtype(x)
-        check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast)
-        check_input(x, weight)
-        check_parameters(weight, scale_row, scale_col, bias)
+        dtype = check_linear(x, weight, scale_row, scale_col, bias)
         resolved = backends.resolve(backend, x.device, dtype)
         call = Call(resolved, residual, input_activation, None if dtype == x.dtype else dtype, key is not None)
-        _calls.keep(key, call)
+        if key is not None:
+            _calls.keep(key, call)
+    recompute = recompute_of(x) if key is None or hasattr(x, RECOMPUTED) else None
     if call.dtype is not None:
         x = x.to(call.dtype)
     if scale_grad_rows is not None:
         check_sample("scale_grad_rows", scale_grad_rows, x)
+    if call.eager:
+        return eager_linear(x, weight, scale_row, scale_col, bias, (call, scale_grad_rows, recompute, False))
     return linear(x, weight, scale_row, scale_col, bias, call, scale_grad_rows, recompute)
 
 
@@ -95,7 +88,8 @@ def known_call(
     *, residual: bool = True, input_activation: str | None = None, backend: str = "auto",
 ) -> Call | None:  # fmt: skip
     """What earlier calls of :func:`rlrr_linear` with arguments in this layout share; None before the first."""
-    return _calls.get(_key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend))
+    key = _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend)
+    return None if key is None else _calls.get(key)
 
 
 _calls = CallCache()

@@ -166,7 +166,7 @@ EDGE_BLOCKS, MOST_SPLITS = 2, 16
 clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
 
 
-def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu | str) -> int:
+def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu) -> int:
     """How many vectors, some of them zeros, a kernel of the tiled schedule multiplies as matrices; 0: one by one.
 
     fp64 has no such products. A tile of G leaves them registers where a thread has at most 32 values of it, or as the
@@ -184,13 +184,13 @@ def padded_rank(rank: int) -> int:
     return max(LEAST_DOT_RANK, 1 << (rank - 1).bit_length())
 
 
-def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu | str) -> bool:
+def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu) -> bool:
     """Whether tiles of :data:`TABLE` multiply the scales as matrices inside their pipeline.
 
     Beside an fp32 W these have no room for it: up to 256 KiB of shared memory, and spills.
     """
     narrow = dtype.itemsize == weight_itemsize == 2
-    return narrow and devices.gpu(gpu).family == "sm_90" and UNROLLED_RANK < rank <= MOST_PIPELINED_RANK
+    return narrow and gpu.family == "sm_90" and UNROLLED_RANK < rank <= MOST_PIPELINED_RANK
 
 
 def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, dot_rank: int = 0) -> int:
@@ -222,20 +222,15 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers + result)
 
 
-def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, gpu: Gpu | str) -> bool:
+def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, gpu: Gpu) -> bool:
     """Whether a GPU has a program's shared memory; an unknown one is taken to have the least."""
-    limit = devices.SHARED_BYTES.get(devices.gpu(gpu).name, devices.LEAST_SHARED_BYTES)
+    limit = devices.SHARED_BYTES.get(gpu.name, devices.LEAST_SHARED_BYTES)
     return shared_bytes(kernel, tiles, dtype, weight_dtype) <= limit
 
 
-def table(gpu: Gpu | str) -> dict[tuple[str, int], list[tuple[int, Tiles]]]:
-    """The entries of :data:`TABLE` that serve a GPU."""
-    return TABLE[devices.gpu(gpu).family]
-
-
-def shape_class(kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int) -> int:
+def shape_class(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int) -> int:
     """The largest M of the table's class that serves ``rows``; 0 for the last, which has none."""
-    return next((limit for limit, _ in table(gpu)[kernel, dtype.itemsize][:-1] if rows <= limit), 0)
+    return next((limit for limit, _ in TABLE[gpu.family][kernel, dtype.itemsize][:-1] if rows <= limit), 0)
 
 
 # ---------------------------------------------------------------- which schedules serve a product
@@ -290,8 +285,8 @@ def schedules_for(product: Product) -> tuple[str, ...]:
     leaves. ``gluon`` besides wants operands of one 16-bit dtype and rank 1, rows of the result and of the scales that
     begin at multiples of 16 bytes, and no tile of W that straddles two groups.
     """
-    kernel, gpu, dtype, weight_dtype, (rows, cols), rank, groups, first, second, sampled = product
-    if sampled or gpu.family not in TMA_FAMILIES or not (_loaded_by_tma(first) and _loaded_by_tma(second)):
+    kernel, gpu, dtype, weight_dtype, (N, K), rank, groups, first, second, sampled = product
+    if sampled or gpu.family not in TMA_FAMILIES or not _loaded_by_tma(first, second):
         return ("tiled",)
     if kernel == "grad_scales":
         return ("tiled", "persistent") if rank <= UNROLLED_RANK else ("tiled",)
@@ -300,21 +295,20 @@ def schedules_for(product: Product) -> tuple[str, ...]:
         and dtype == weight_dtype
         and dtype in (torch.bfloat16, torch.float16)
         and rank == 1
-        and rows % 8 == 0
-        and cols % 8 == 0
-        and (groups == 1 or rows // groups % 128 == 0)
+        and N % 8 == 0
+        and K % 8 == 0
+        and (groups == 1 or N // groups % 128 == 0)
     )
     return ("tiled", "persistent", "gluon") if by_hand else ("tiled", "persistent")
 
 
-def _loaded_by_tma(operand: Operand) -> bool:
-    """Whether the tensor memory accelerator can load blocks of a matrix.
+def _loaded_by_tma(*operands: Operand) -> bool:
+    """Whether the tensor memory accelerator can load blocks of all of these matrices.
 
-    Its rows must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another; coordinates
-    are 32 bits wide.
+    The rows of one must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another;
+    coordinates are 32 bits wide.
     """
-    (rows, columns), (stride, inner), itemsize, aligned = operand
-    return (
+    return all(
         0 < rows < 2**31
         and 0 < columns < 2**31
         and inner == 1
@@ -322,30 +316,28 @@ def _loaded_by_tma(operand: Operand) -> bool:
         and stride * itemsize % 16 == 0
         and stride * itemsize < 2**40
         and aligned
+        for (rows, columns), (stride, inner), itemsize, aligned in operands
     )
 
 
-def proven(kernel: str, schedule: str, gpu: Gpu | str) -> bool:
+def proven(kernel: str, schedule: str, gpu: Gpu) -> bool:
     """Whether a schedule may serve without being asked for."""
-    return schedule == "tiled" or (kernel, schedule, devices.gpu(gpu).name) in EXECUTED + PROVEN
+    return schedule == "tiled" or (kernel, schedule, gpu.name) in EXECUTED + PROVEN
 
 
 def tiles_of(product: Product) -> Tiles:
     """The shipped tiles of a product."""
-    if not product.regular and product.gpu.family != devices.INTERPRETER:
+    if product.gpu.family != devices.INTERPRETER and not product.regular:
         return IRREGULAR[product.kernel, product.dtype.itemsize]
     return tiles_for(product.kernel, product.gpu, product.dtype, product.rows, schedules_for(product))
 
 
 @functools.lru_cache(maxsize=4096)
-def tiles_for(
-    kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int, schedules: tuple[str, ...] = ("tiled",)
-) -> Tiles:
+def tiles_for(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, schedules: tuple[str, ...] = ("tiled",)) -> Tiles:
     """The shipped tiles of ``kernel`` for M = ``rows`` rows of x of ``dtype``, where ``schedules`` can serve.
 
     For operands that are :attr:`Product.regular`.
     """
-    gpu = devices.gpu(gpu)
     persistent = PERSISTENT.get(gpu.family, {}).get((kernel, dtype.itemsize))
     if (
         persistent is not None
@@ -354,41 +346,36 @@ def tiles_for(
         and proven(kernel, "persistent", gpu)
     ):
         return persistent
-    entries = table(gpu)[kernel, dtype.itemsize]
+    entries = TABLE[gpu.family][kernel, dtype.itemsize]
     return next((tiles for limit, tiles in entries[:-1] if rows <= limit), entries[-1][1])
 
 
-def check_schedule(kernel: str, tiles: Tiles) -> None:
-    """Refuses tiles whose schedule the kernel does not have.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if kernel not in SCHEDULES.get(tiles.schedule, ()):
-        known = [name for name, kernels in SCHEDULES.items() if kernel in kernels]
-        raise ValueError(f"schedule of {kernel} must be one of {known}; got {tiles.schedule!r}")
+def no_such_schedule(kernel: str, tiles: Tiles) -> ValueError:
+    """The error of tiles whose schedule the kernel does not have."""
+    known = [name for name, kernels in SCHEDULES.items() if kernel in kernels]
+    return ValueError(f"schedule of {kernel} must be one of {known}; got {tiles.schedule!r}")
 
 
 # ---------------------------------------------------------------- how work is cut
 
 
-def wave(tiles: Tiles, gpu: Gpu | str) -> int:
+def wave(tiles: Tiles, gpu: Gpu) -> int:
     """Programs that run at once: one of 8 warps has a multiprocessor's registers to itself; of 4, two share it."""
-    return devices.gpu(gpu).multiprocessors * max(1, 8 // tiles.warps)
+    return gpu.multiprocessors * max(1, 8 // tiles.warps)
 
 
-def steps_a_program(steps: int, tiles: Tiles, gpu: Gpu | str) -> int:
+def steps_a_program(steps: int, tiles: Tiles, gpu: Gpu) -> int:
     """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4."""
     return max(4, -(-steps // wave(tiles, gpu)))
 
 
-def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu | str) -> int:
+def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu) -> int:
     """Into how many parts M is split for the scale gradients, of which ``programs`` tiles cover one part.
 
     The number that is done first where a multiprocessor runs one program at a time: whole waves of programs, each as
     long as its blocks of M and EDGE_BLOCKS. A part keeps at least 4 blocks.
     """
-    multiprocessors = devices.gpu(gpu).multiprocessors
+    multiprocessors = gpu.multiprocessors
     blocks, programs = -(-rows // tiles.block_m), max(programs, 1)
     most = min(rows // (4 * tiles.block_m), max(MOST_SPLITS, 2 * multiprocessors // programs))
 
@@ -398,7 +385,7 @@ def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu | str) -> int:
     return min(range(1, max(most, 1) + 1), key=length)
 
 
-def contraction_splits(blocks: int, programs: int, tiles: Tiles, gpu: Gpu | str) -> int:
+def contraction_splits(blocks: int, programs: int, tiles: Tiles, gpu: Gpu) -> int:
     """Into how many parts forward and ∂x cut the ``blocks`` they contract, where tiles alone fill no GPU.
 
     A 768-wide layer at M ≤ 64 has 12 tiles for 132 multiprocessors. 1 when there are as many programs as
@@ -406,7 +393,6 @@ def contraction_splits(blocks: int, programs: int, tiles: Tiles, gpu: Gpu | str)
     blocks that a program is spared take no longer than the kernel that sums the parts: one block takes as long as its
     products at half the GPU's peak, and no less than its tiles take to arrive, ``stages`` - 1 of them at a time.
     """
-    gpu = devices.gpu(gpu)
     splits = max(1, min(gpu.multiprocessors // max(programs, 1), blocks // 2, tiles.max_splits))
     if splits == 1 or gpu.name == devices.INTERPRETER:  # small tests must meet products in parts
         return splits

@@ -24,10 +24,10 @@ _DEFAULT_BLOCK_ELEMENTS = 1 << 24  # elsewhere a launch costs more than a cache 
 
 def _row_blocks(weight: Tensor, groups: int) -> Iterator[tuple[int, int, int]]:
     """(group, first row, end row) of blocks that never straddle two groups."""
-    rows, cols = weight.shape
-    size = rows // groups
+    N, K = weight.shape
+    size = N // groups
     limit = BLOCK_ELEMENTS.get(weight.device.type, _DEFAULT_BLOCK_ELEMENTS)
-    step = max(1, min(size, limit // max(cols, 1)))
+    step = max(1, min(size, limit // max(K, 1)))
     for group in range(groups):
         for start in range(group * size, (group + 1) * size, step):
             yield group, start, min(start + step, (group + 1) * size)

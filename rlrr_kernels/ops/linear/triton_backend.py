@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlrr_kernels.devices import gpu_of
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import Launch, check_interpreter
 from rlrr_kernels.ops.linear import first_use
@@ -55,12 +55,14 @@ def forward(
     ``path`` forces ``fused`` or ``merge``.
     """
     check_interpreter(x.dtype, weight.dtype)
-    count, gpu = x.shape[0], gpu_of(x.device)
-    if (path or tuned_tiles.path_for(gpu, x, weight, scale_row.shape[1])) == "merge":
+    M, N, (groups, rank, _) = x.shape[0], weight.shape[0], scale_col.shape
+    gpu, precision = gpu_of(x.device), matmul_precision()
+    choice = tuned_tiles.path_choice(gpu, precision, x.device, x.dtype, weight.dtype, M, weight.shape, rank)
+    if (path or choice.path) == "merge":
         return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
-    y = x.new_empty(count, weight.shape[0])
+    y = x.new_empty(M, N)
     if y.numel():
-        tiles = tuned_tiles.choose_tiles("forward", gpu, x, weight, weight, scale_col.shape[1], len(scale_col))
+        tiles = tuned_tiles.choose_tiles("forward", gpu, precision, x, weight, weight, rank, groups)
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         given = x, weight, scale_row, scale_col, bias, residual, y
@@ -98,8 +100,8 @@ def backward(
     check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
-    dtype, gpu = accumulate_dtype(grad_y.dtype), gpu_of(grad_y.device)
-    grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu) if need_x else None
+    dtype, gpu, precision = accumulate_dtype(grad_y.dtype), gpu_of(grad_y.device), matmul_precision()
+    grad_x = _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision) if need_x else None
     if not (need_row or need_col):
         return grad_x, None, None, grad_y.sum(0, dtype=dtype) if need_bias else None
     grads = (
@@ -108,7 +110,7 @@ def backward(
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
     groups, rank, _ = scale_col.shape
-    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, x, grad_y, weight, rank, groups, sample is not None)
+    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups, sample is not None)
     find_error = None
     if sample is None:
         given = grad_y, x, weight, scale_row, scale_col, grads
@@ -125,15 +127,16 @@ def backward(
     return grad_x, *grads
 
 
-def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu) -> Tensor:
-    count = grad_y.shape[0]
-    if (path or tuned_tiles.path_for(gpu, grad_y, weight, scale_row.shape[1])) == "merge":
+def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision) -> Tensor:
+    M, (N, K), (groups, rank, _) = grad_y.shape[0], weight.shape, scale_col.shape
+    choice = tuned_tiles.path_choice(gpu, precision, grad_y.device, grad_y.dtype, weight.dtype, M, weight.shape, rank)
+    if (path or choice.path) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
-    if weight.shape[0] == 0:
-        return grad_y.new_zeros(count, weight.shape[1])
-    grad_x = grad_y.new_empty(count, weight.shape[1])
+    if N == 0:
+        return grad_y.new_zeros(M, K)
+    grad_x = grad_y.new_empty(M, K)
     if grad_x.numel():
-        tiles = tuned_tiles.choose_tiles("grad_x", gpu, grad_y, weight, weight, scale_col.shape[1], len(scale_col))
+        tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight, rank, groups)
         given = grad_y, weight, scale_row, scale_col, residual, grad_x
         launches = grad_x_launches(*given, gpu, tiles)
         if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, _tf32(launches))):

@@ -38,8 +38,8 @@ def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample:
         totals[task] += end - first
     few = rows.count <= MOST_MIXED_ROWS and rank <= MOST_MIXED_RANK and x.dtype == weight.dtype
     long = per_sample >= LEAST_RUN and sum(task == BARE for task, _, _ in rows.segments) < 2
-    most = x.new_empty(max(totals.values(), default=0), 0)
-    return (few or long) and tuned_tiles.path_for(gpu_of(x.device), most, weight, rank) != "merge"
+    most, of = max(totals.values(), default=0), (gpu_of(x.device), matmul_precision(), x.device, x.dtype, weight.dtype)
+    return (few or long) and tuned_tiles.path_choice(*of, most, weight.shape, rank).path != "merge"
 
 
 def cut_of(
@@ -51,11 +51,13 @@ def cut_of(
     """
     _, groups, rank, _ = scale_col.shape
     product = Product(kernel, gpu, a.dtype, weight.dtype, weight.shape, rank, groups, Operand.of(a), Operand.of(weight))
-    key = product._replace(first=Operand((0, 0), a.stride(), 0, True)), matmul_precision(), path
+    precision, kinds = matmul_precision(), (a.device, a.dtype, weight.dtype)
+    key = product._replace(first=Operand((0, 0), a.stride(), 0, True)), precision, path
     if key not in rows.cache:
 
         def merges(first: int, end: int) -> bool:
-            return (path or tuned_tiles.path_for(gpu, a[first:end], weight, rank)) == "merge"
+            choice = tuned_tiles.path_choice(gpu, precision, *kinds, end - first, weight.shape, rank)
+            return (path or choice.path) == "merge"
 
         rows.cache[key] = cut_rows(_filled(rows), product, merges)
     return rows.cache[key]
@@ -144,7 +146,7 @@ def backward(
         for need, (shape, dtype) in zip(needs[1:], shapes, strict=True)
     )
     tiles = tuned_tiles.choose_tiles(
-        "grad_scales", gpu, x, grad_y, weight, scale_col.shape[2], scale_col.shape[1], sampled=True
+        "grad_scales", gpu, matmul_precision(), x, grad_y, weight, scale_col.shape[2], scale_col.shape[1], sampled=True
     )
     launches = grad_scales_launches(grad_y, x, weight, *stacks, grads, rows, gpu, tiles)
 

@@ -86,8 +86,7 @@ def tune_path(
 
 
 def _total(points: list[tuple[float, float, float]], least_gain: float) -> float:
-    paths = {"fused": 1, "merge": 2}
-    return sum(point[paths[linear_paths.choose_path(point[0], least_gain)]] for point in points)
+    return sum(merged if gain > least_gain else fused for gain, fused, merged in points)
 
 
 def _best_cut(points: list[tuple[float, float, float]]) -> float:

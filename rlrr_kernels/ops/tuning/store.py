@@ -154,7 +154,7 @@ def _entries() -> dict[str, Tiles | float]:
 
 _forced: dict[str, Tiles] = {}
 changes = 0
-"""How often what :func:`choose_tiles` and :func:`path_for` answer may have changed."""
+"""How often what :func:`choose_tiles` and :func:`path_choice` answer may have changed."""
 
 
 def _changed() -> None:
@@ -177,7 +177,7 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
 
 
 def choose_tiles(
-    kernel: str, gpu: Gpu, first: Tensor, second: Tensor, weight: Tensor, rank: int, groups: int = 1,
+    kernel: str, gpu: Gpu, precision: str, first: Tensor, second: Tensor, weight: Tensor, rank: int, groups: int = 1,
     sampled: bool = False,
 ) -> Tiles:  # fmt: skip
     """The tiles of ``kernel``: the user's own where there are any, else those of the table.
@@ -188,6 +188,7 @@ def choose_tiles(
     Args:
         kernel: of :data:`rlrr_kernels.ops.linear.tiles.KERNELS`.
         gpu: the one that the tensors are on.
+        precision: of products of float32, as :func:`rlrr_kernels.ops.dtypes.matmul_precision` tells it now.
         first: [M, ...], x or g; with ``second``, W or x, the operands of its product.
         second: see ``first``.
         weight: W [N, K].
@@ -199,25 +200,23 @@ def choose_tiles(
         kernel, gpu, first.dtype, weight.dtype, weight.shape, rank, groups,
         Operand.of(first), Operand.of(second), sampled,
     )  # fmt: skip
-    return _choose(product, first.device, matmul_precision(), _forced.get(kernel) if _forced else None)
+    return _choose(product, first.device, precision, _forced.get(kernel))
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _choose(product: Product, device: torch.device, precision: str, forced: Tiles | None) -> Tiles:
     # precision is part of the key alone
-    schedules = linear_configs.schedules_for(product)
-    if forced is not None and forced.schedule in schedules:
-        return forced
-    own = _own(product, device)
-    if own is not None and own.schedule in schedules:
-        return own
+    own = _own(product, device, entries) if (entries := _entries()) else None
+    for tiles in (forced, own):
+        if tiles is not None and tiles.schedule in linear_configs.schedules_for(product):
+            return tiles
     return linear_configs.tiles_of(product)
 
 
-def _own(product: Product, device: torch.device) -> Tiles | None:
+def _own(product: Product, device: torch.device, entries: dict[str, Tiles | float]) -> Tiles | None:
     """The user's own tiles for a product, where they may serve."""
     kernel, rows = product.kernel, product.rows
-    if not product.regular or not (product.rank == 1 or kernel == "grad_scales") or not (entries := _entries()):
+    if not product.regular or not (product.rank == 1 or kernel == "grad_scales"):
         return None
     limit = linear_configs.shape_class(kernel, product.gpu, product.dtype, rows)
     precision = precision_name(product.dtype, product.weight_dtype)
@@ -229,36 +228,42 @@ def _own(product: Product, device: torch.device) -> Tiles | None:
 
 
 class PathChoice(NamedTuple):
-    """``path`` is "merge" where a merge saves ``gain`` times its cost, and that is more than ``least_gain`` times."""
+    """``path`` is "merge" where a merge saves ``gain`` times its cost and that is more than ``least_gain``, which is 1
+    unless it was measured here; else "fused"."""
 
     path: str
     gain: float
     least_gain: float
 
 
-def path_choice(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> PathChoice:
-    """Which path a product of x [M, K] or g [M, N] and a rescaled weight [N, K] takes, and why."""
-    return _path(gpu, x.device, x.dtype, weight.dtype, matmul_precision(), x.shape[0], weight.shape, rank)
-
-
-def path_for(gpu: Gpu, x: Tensor, weight: Tensor, rank: int) -> str:
-    """``fused`` or ``merge``: :func:`path_choice`."""
-    return path_choice(gpu, x, weight, rank).path
-
-
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
-def _path(gpu, device, dtype, weight_dtype, precision, rows, weight_shape, rank) -> PathChoice:
+def path_choice(
+    gpu: Gpu, precision: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int,
+    weight_shape: torch.Size, rank: int,
+) -> PathChoice:  # fmt: skip
+    """Which path a product of x [M, K] or g [M, N] and a rescaled weight [N, K] takes, and why.
+
+    Args:
+        gpu: the one that is ``device``.
+        precision: of products of float32, as :func:`rlrr_kernels.ops.dtypes.matmul_precision` tells it now.
+        device: by whose name the user's own measurement is kept.
+        dtype: of x and g.
+        weight_dtype: of W.
+        rows: M.
+        weight_shape: [N, K].
+        rank: r of the scales.
+    """
     gain = linear_paths.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
     least_gain = 1.0
     if entries := _entries():
         name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
         least_gain = entries.get(name, least_gain)
-    return PathChoice(linear_paths.choose_path(gain, least_gain), gain, least_gain)
+    return PathChoice("merge" if gain > least_gain else "fused", gain, least_gain)
 
 
 def forget() -> None:
     """Makes the next launch read the environment and the file again."""
     _entries.cache_clear()
     _choose.cache_clear()
-    _path.cache_clear()
+    path_choice.cache_clear()
     _changed()

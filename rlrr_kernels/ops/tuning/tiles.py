@@ -98,13 +98,12 @@ class Tuned(NamedTuple):
         return self.us < GAIN * self.shipped_us
 
 
-def candidates(kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
+def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
     """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts.
 
     Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`. Last among
     them are those whose kernel may hang, for a process that can be killed.
     """
-    gpu = devices.gpu(gpu)
     tma = gpu.family in linear_configs.TMA_FAMILIES and rows >= linear_configs.TMA_MIN_ROWS
     schedules = ("tiled", "persistent") if tma else ("tiled",)
     found = [linear_configs.tiles_for(kernel, gpu, dtype, rows, schedules)]
@@ -125,7 +124,7 @@ def candidates(kernel: str, gpu: Gpu | str, dtype: torch.dtype, rows: int, exper
     return list(dict.fromkeys(found))
 
 
-def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -> tuple[Launch, ...]:
+def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> tuple[Launch, ...]:
     """The launches of a one-pass kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
@@ -137,10 +136,10 @@ def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles)
     return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), gpu, tiles)
 
 
-def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu | str, tiles: Tiles) -> str | None:
+def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str | None:
     """Why a candidate must not be chosen; None where it may."""
     x, weight = t["x"], t["weight"]
-    gpu, (groups, rank, _) = devices.gpu(gpu), t["scale_col"].shape
+    groups, rank, _ = t["scale_col"].shape
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
     product = Product(
         kernel, gpu, x.dtype, weight.dtype, weight.shape, rank, groups, *map(Operand.of, operands)

@@ -14,26 +14,25 @@ import torch
 import triton
 from torch import Tensor
 
-from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles, check_schedule
+from rlrr_kernels.ops.linear.tiles import Tiles, no_such_schedule
 from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def precision_of(dtype: torch.dtype, gpu: Gpu | str) -> str:
+def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
     """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU."""
-    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and devices.gpu(gpu).tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and gpu.tf32 else "ieee"
 
 
 def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
     """Constants and options of a launch with ``tiles`` whose products are of ``dtype``."""
     return {
-        "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
+        "ACC": TL_ACCUMULATE[dtype],
         "PRECISION": precision,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -44,14 +43,14 @@ def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, A
 
 
 def rank_meta(
-    kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu | str, weight_itemsize: int = 0
+    kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu, weight_itemsize: int = 0
 ) -> dict[str, Any]:
     """How a kernel of the tiled schedule multiplies the scales (:func:`rlrr_kernels.ops.linear.tiles.dot_rank`).
 
     As matrices in three TF32 products for one of fp32, 21 bits of mantissa, where Triton has them. The size of W's
     elements is asked for by the scale gradients alone.
     """
-    precision = "tf32x3" if devices.gpu(gpu).name.startswith(("sm_8", "sm_9", "sm_1")) else "ieee"
+    precision = "tf32x3" if gpu.name.startswith(("sm_8", "sm_9", "sm_1")) else "ieee"
     return {
         "RANK": rank,
         "DOT_RANK": linear_configs.dot_rank(kernel, rank, tiles, dtype, weight_itemsize, gpu),
@@ -78,7 +77,7 @@ class _Product(NamedTuple):
 
 def _split_product(
     kernel: triton.JITFunction, programs: int, iterations: int, span: int, numbers: tuple[int, ...],
-    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], gpu: Gpu | str, tiles: Tiles,
+    strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], gpu: Gpu, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     """A product of ``shape`` whose programs loop over ``iterations`` blocks, split where these programs fill no GPU.
 
@@ -102,7 +101,7 @@ def _split_product(
 
 def _persistent_product(
     kernel: triton.JITFunction, output_tiles: int, numbers: tuple[int, ...], meta: dict[str, Any],
-    blocks: tuple[tuple[int, int], tuple[int, int]], gpu: Gpu | str, tiles: Tiles,
+    blocks: tuple[tuple[int, int], tuple[int, int]], gpu: Gpu, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     return _Product(Plan(kernel, (min(output_tiles, linear_configs.wave(tiles, gpu)),), numbers, meta, blocks))
 
@@ -110,7 +109,7 @@ def _persistent_product(
 @_plans
 def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str,
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu,
     tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, K), N, (groups, rank, _) = x_shape, weight_shape[0], col_shape
@@ -124,6 +123,8 @@ def _forward_plans(
         kernel = kernels_persistent.rlrr_linear_fwd_persistent_kernel
         blocks = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
+    if tiles.schedule != "tiled":
+        raise no_such_schedule("forward", tiles)
     return _split_product(
         kernels.rlrr_linear_fwd_kernel, output_tiles, triton.cdiv(K, tiles.block_k), tiles.block_k, numbers,
         (*x_strides, *weight_strides), meta | rank_meta("forward", rank, tiles, dtype, gpu), (M, N), gpu, tiles,
@@ -132,10 +133,9 @@ def _forward_plans(
 
 def forward_launches(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
-    gpu: Gpu | str, tiles: Tiles,
+    gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """y [M, N] = x W'ᵀ + b in one pass over W; by a second launch where the pass is split along K."""
-    check_schedule("forward", tiles)
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon  # older versions of Triton do not have its language
 
@@ -151,7 +151,7 @@ def forward_launches(
 @_plans
 def _grad_x_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, N), K, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     group_size = N // groups
@@ -165,6 +165,8 @@ def _grad_x_plans(
         kernel = kernels_persistent.rlrr_linear_bwd_dx_persistent_kernel
         blocks = (tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)
         return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
+    if tiles.schedule != "tiled":
+        raise no_such_schedule("grad_x", tiles)
     return _split_product(
         kernels.rlrr_linear_bwd_dx_kernel, output_tiles, groups * triton.cdiv(group_size, tiles.block_n), 1, numbers,
         (*grad_strides, *weight_strides),
@@ -174,10 +176,9 @@ def _grad_x_plans(
 
 def grad_x_launches(
     grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor,
-    gpu: Gpu | str, tiles: Tiles,
+    gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂x [M, K] = g W' in one pass over W; by a second launch where the pass is split along N."""
-    check_schedule("grad_x", tiles)
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon
 
@@ -239,7 +240,7 @@ def most_parts(output_tiles: int, iterations: int, span: int) -> int:
 def _grad_scales_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_strides: tuple[int, int], weight_shape: torch.Size,
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, needs: tuple[bool, bool, bool],
-    dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
+    dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
 ) -> tuple[Plan, PartialSums]:  # fmt: skip
     M, (N, K), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
@@ -265,6 +266,8 @@ def _grad_scales_plans(
             ((tiles.block_m, tiles.block_n), (tiles.block_m, tiles.block_k)),
         )
         return partial, sums
+    if tiles.schedule != "tiled":
+        raise no_such_schedule("grad_scales", tiles)
     splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, gpu)
     rows_per_split = max(1, triton.cdiv(triton.cdiv(M, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, triton.cdiv(M, rows_per_split))
@@ -283,13 +286,12 @@ def _grad_scales_plans(
 
 def grad_scales_launches(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], gpu: Gpu | str, tiles: Tiles,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """Partial sums over tiles and splits of M, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b).
 
     A gradient that is not needed is None.
     """
-    check_schedule("grad_scales", tiles)
     needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
     partial, sums = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), weight.itemsize, scale_col.shape,
@@ -308,7 +310,7 @@ def _merge_plan(
     (N, K), (groups, rank, _) = weight_shape, col_shape
     block_n, block_k = 16, 128
     meta = {
-        "RANK": rank, "RESIDUAL": residual, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
+        "RANK": rank, "RESIDUAL": residual, "ACC": TL_ACCUMULATE[dtype],
         "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4,
     }  # fmt: skip
     grid = (triton.cdiv(K, block_k) * groups * triton.cdiv(N // groups, block_n),)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rlrr_kernels import devices
+from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.host.launch import Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels_gluon import SIDE, rescaled_product_kernel
@@ -46,10 +46,10 @@ def _layout(tensor: Tensor, block: tuple[int, int]) -> NVMMASharedLayout:
 
 @_plans
 def _plan(
-    count: int, rows: int, contracted: int, groups: int, group_size: int, transposed: bool, residual: bool,
-    has_bias: bool, arch: str, tiles: linear_configs.Tiles,
+    M: int, rows: int, contracted: int, groups: int, group_size: int, transposed: bool, residual: bool,
+    has_bias: bool, gpu: Gpu, tiles: linear_configs.Tiles,
 ) -> Plan:  # fmt: skip
-    """For a result of ``count`` x ``rows``.
+    """For a result of [M, rows].
 
     Raises:
         ValueError: the kernel has no such tiles.
@@ -62,10 +62,10 @@ def _plan(
             f"block_m up to 256; got {tiles}"
         )
     row_tiles = triton.cdiv(rows, 2 * side)
-    output_tiles = row_tiles * triton.cdiv(count, tiles.block_m)
+    output_tiles = row_tiles * triton.cdiv(M, tiles.block_m)
     return _GluonPlan(
         rescaled_product_kernel,
-        (min(output_tiles, devices.gpu(arch).multiprocessors),),
+        (min(output_tiles, gpu.multiprocessors),),
         (output_tiles, row_tiles, 2 * triton.cdiv(contracted, 2 * side), rows, group_size),
         {
             "TRANSPOSED": transposed, "ONE_GROUP": groups == 1, "RESIDUAL": residual, "HAS_BIAS": has_bias,
@@ -83,13 +83,13 @@ def forward_launches(
     bias: Tensor | None,
     residual: bool,
     y: Tensor,
-    arch: str,
+    gpu: Gpu,
     tiles: linear_configs.Tiles,
 ) -> tuple[Launch]:
     """y [M, N] = x W'ᵀ + b, as :func:`rlrr_kernels.ops.linear.triton.launches.forward_launches` gives it."""
-    (rows, cols), groups = weight.shape, scale_col.shape[0]
-    plan = _plan(len(x), rows, cols, groups, rows // groups, False, residual, bias is not None, arch, tiles)
-    row, col = scale_row.float(), scale_col.float().view(groups, cols)
+    (N, K), groups = weight.shape, scale_col.shape[0]
+    plan = _plan(len(x), N, K, groups, N // groups, False, residual, bias is not None, gpu, tiles)
+    row, col = scale_row.float(), scale_col.float().view(groups, K)
     return (Launch(plan, (x, weight, col, y, row, x if bias is None else bias)),)
 
 
@@ -100,11 +100,11 @@ def grad_x_launches(
     scale_col: Tensor,
     residual: bool,
     grad_x: Tensor,
-    arch: str,
+    gpu: Gpu,
     tiles: linear_configs.Tiles,
 ) -> tuple[Launch]:
     """∂x [M, K] = g W', as :func:`rlrr_kernels.ops.linear.triton.launches.grad_x_launches` gives it."""
-    (rows, cols), groups = weight.shape, scale_col.shape[0]
-    plan = _plan(len(grad_y), cols, rows, groups, rows // groups, True, residual, False, arch, tiles)
-    row, col = scale_row.float().view(1, rows), scale_col.float()
+    (N, K), groups = weight.shape, scale_col.shape[0]
+    plan = _plan(len(grad_y), K, N, groups, N // groups, True, residual, False, gpu, tiles)
+    row, col = scale_row.float().view(1, N), scale_col.float()
     return (Launch(plan, (grad_y, weight, row, grad_x, col, grad_y)),)

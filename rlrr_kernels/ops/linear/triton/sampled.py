@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
@@ -185,34 +185,32 @@ def _bits(value: float) -> int:
 def _plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_shape: torch.Size, x_strides: tuple[int, int],
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, kept: int, row_weight: float,
-    images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, arch: str,
+    images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, gpu: Gpu,
     tiles: linear_configs.Tiles,
 ) -> tuple[Plan | None, Plan, PartialSums]:  # fmt: skip
     """The launch of the images' means, that of the partial sums, and how these are added up."""
-    (count, rows), (size, cols), (groups, rank, _) = grad_shape, x_shape, col_shape
+    (M, N), (S, K), (groups, rank, _) = grad_shape, x_shape, col_shape
     need_row, need_col, need_bias = needs
-    tiles_k, tiles_per_group = triton.cdiv(cols, tiles.block_k), triton.cdiv(rows // groups, tiles.block_n)
-    wanted = linear_configs.splits_for(size, tiles, tiles_k * tiles_per_group * groups, arch)
-    rows_per_split = max(1, triton.cdiv(triton.cdiv(size, wanted), tiles.block_m)) * tiles.block_m
-    splits = max(1, sum(triton.cdiv(part, rows_per_split) for part in (kept, images, size - kept)))
+    tiles_k, tiles_per_group = triton.cdiv(K, tiles.block_k), triton.cdiv(N // groups, tiles.block_n)
+    wanted = linear_configs.splits_for(S, tiles, tiles_k * tiles_per_group * groups, gpu)
+    rows_per_split = max(1, triton.cdiv(triton.cdiv(S, wanted), tiles.block_m)) * tiles.block_m
+    splits = max(1, sum(triton.cdiv(part, rows_per_split) for part in (kept, images, S - kept)))
     sums_bias = need_bias and not images
-    columns = (
-        min(_MOST_BIAS_COLUMNS, max(1, triton.cdiv(triton.cdiv(count, rows_per_split), splits))) if sums_bias else 0
-    )
-    rows_per_sum = max(1, triton.cdiv(triton.cdiv(count, max(1, columns * splits)), tiles.block_m)) * tiles.block_m
+    columns = min(_MOST_BIAS_COLUMNS, max(1, triton.cdiv(triton.cdiv(M, rows_per_split), splits))) if sums_bias else 0
+    rows_per_sum = max(1, triton.cdiv(triton.cdiv(M, max(1, columns * splits)), tiles.block_m)) * tiles.block_m
     counts = splits * tiles_k, splits * tiles_per_group, images or splits * columns
-    sums = PartialSums.of(counts, needs, rows, col_shape)
+    sums = PartialSums.of(counts, needs, N, col_shape)
     partial = Plan(
         _rlrr_linear_bwd_sampled_scales_kernel,
         (tiles_k + columns, groups * tiles_per_group, splits),
         (
-            sums.col_offset, sums.bias_offset, count, rows, cols, rows // groups, size, kept, images, _bits(row_weight),
+            sums.col_offset, sums.bias_offset, M, N, K, N // groups, S, kept, images, _bits(row_weight),
             rows_per_split, rows_per_sum, *grad_strides, *x_strides, *weight_strides,
         ),
         {
-            **rank_meta("grad_scales", rank, tiles, dtype, arch, weight_itemsize),
+            **rank_meta("grad_scales", rank, tiles, dtype, gpu, weight_itemsize),
             "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
-            "EVEN_M": not any(part % tiles.block_m for part in (kept, images, size)),
+            "EVEN_M": not any(part % tiles.block_m for part in (kept, images, S)),
             **launch_meta(dtype, precision, tiles),
         },
     )  # fmt: skip
@@ -220,13 +218,13 @@ def _plans(
         return None, partial, sums
     means = Plan(
         _rlrr_linear_bwd_image_means_kernel,
-        (images, triton.cdiv(rows, _MEANS_BLOCK) + triton.cdiv(cols, _MEANS_BLOCK)),
+        (images, triton.cdiv(N, _MEANS_BLOCK) + triton.cdiv(K, _MEANS_BLOCK)),
         (
-            sums.bias_offset, _bits(row_weight), rows, cols, count // images, kept // images, (size - kept) // images,
+            sums.bias_offset, _bits(row_weight), N, K, M // images, kept // images, (S - kept) // images,
             *grad_strides, *x_strides,
         ),
         {
-            "NEED_BIAS": need_bias, "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)],
+            "NEED_BIAS": need_bias, "ACC": TL_ACCUMULATE[dtype],
             "BLOCK": _MEANS_BLOCK, "BLOCK_ROWS": 64, "num_warps": 8,
         },
     )  # fmt: skip
@@ -241,7 +239,7 @@ def grad_scales_launches(
     scale_row: Tensor,
     scale_col: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    arch: str,
+    gpu: Gpu,
     tiles: linear_configs.Tiles,
 ) -> tuple[Launch, ...]:
     """Partial sums of ∂s_r and ∂s_c from x [S, K] and its rows of grad_y [M, N], of ∂b from all of it; their reduction.
@@ -262,7 +260,7 @@ def grad_scales_launches(
         kept = x.shape[0]
     means, partial, sums = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), weight.itemsize, scale_col.shape, kept,
-        row_weight, images, needs, dtype, precision_of(dtype, arch), arch, tiles,
+        row_weight, images, needs, dtype, precision_of(dtype, gpu), gpu, tiles,
     )  # fmt: skip
     missed, mean = grad_y, x
     if means is not None:

@@ -66,7 +66,7 @@ def tiles_for(product: Product) -> tuple[Tiles, ...]:
     """What tiles of rows may be of."""
     if not product.regular and product.gpu.family != devices.INTERPRETER:
         return (linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize],)
-    found = [tiles for _, tiles in linear_configs.table(product.gpu)[product.kernel, product.dtype.itemsize]]
+    found = [tiles for _, tiles in linear_configs.TABLE[product.gpu.family][product.kernel, product.dtype.itemsize]]
     narrow = product.dtype.itemsize == product.weight_dtype.itemsize == 2
     if product.gpu.family == "sm_90" and narrow and product.rank <= linear_configs.UNROLLED_RANK:
         found.append(WIDE[product.kernel])
