@@ -39,8 +39,8 @@ def test_a_product_of_microseconds_is_not_worth_another_kernel():
 
 
 def test_the_arithmetic_of_one_case():
-    for dtypes, size, trail in ((DTYPES[0], 4, "half"), (DTYPES[1], 6, "half of float32")):
-        saved = paths.TRAIL[trail] * 2 * 12608 * 3072 * 768 / (0.8 * 989e12)
+    for dtypes, size, kind in ((DTYPES[0], 4, "half"), (DTYPES[1], 6, "half of float32")):
+        saved = paths.OVERHEAD[kind] * 2 * 12608 * 3072 * 768 / (0.8 * 989e12)
         cost = 1e-6 * configs.KERNEL_US + size * 3072 * 768 / (0.9 * 4.8e12)
         assert math.isclose(paths.merge_gain(12608, 3072, 768, 1, SM_90, *dtypes), saved / cost)
 

@@ -24,10 +24,10 @@ the second, sm_90's tiles have registers and shared memory for it beside their p
 
 
 class Tiles(NamedTuple):
-    """Block sizes over rows of x, rows of W and columns of W, with warps and pipeline stages per program.
+    """Block sizes over M, N and K, with warps and pipeline stages per program.
 
-    ``max_splits`` is the largest number of parts into which :func:`contraction_splits` may cut a product, ``schedule``
-    one of :data:`SCHEDULES`.
+    ``max_splits`` is the most splits of a product that :func:`contraction_splits` may choose, ``schedule`` one of
+    :data:`SCHEDULES`.
     """
 
     block_m: int
@@ -45,7 +45,7 @@ SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS, "gluon": ("forward", "grad
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
-each an equal share of all steps, operands by TMA. ``gluon``: scheduled by hand for Hopper
+each an equal share of all iterations, operands by TMA. ``gluon``: warp-specialised for Hopper
 (``triton/kernels_gluon.py``), its ``warps`` are those of each half of a tile. What they serve is in
 :func:`schedules_for`.
 """
@@ -162,15 +162,16 @@ ARRIVAL_US = 0.7
 """From the request of a tile to its arrival from memory, under load. Modelled, not measured, as is KERNEL_US."""
 
 EDGE_BLOCKS, MOST_SPLITS = 2, 16
-"""What a program of the scale gradients does beside its loop, in trips through it (1,300 instructions a warp beside 840
-clocks a trip, both read off the sm_90 code); and the most parts where every part has enough tiles for the GPU."""
+"""EDGE_BLOCKS: prologue and epilogue of a program of the scale gradients, in iterations of its loop (1,300 instructions
+a warp and 840 clocks an iteration, both read off the sm_90 code). MOST_SPLITS: the most splits of M where each of them
+has enough tiles for the GPU."""
 
 
 def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_itemsize: int, gpu: Gpu) -> int:
-    """How many vectors, some of them zeros, a kernel of the tiled schedule multiplies as matrices; 0: one by one.
+    """The rank, padded with zeros, at which a tiled kernel multiplies the scales as matrices; 0: vector by vector.
 
-    fp64 has no such products. A tile of G leaves them registers where a thread has at most 32 values of it, or as the
-    tiles of a pipeline do.
+    fp64 has no such products. The kernel of the scale gradients has registers for them where a thread holds at most 32
+    values of a tile of G, or where the tiles of a pipeline leave room.
     """
     if rank <= UNROLLED_RANK or dtype == torch.float64:
         return 0
@@ -180,7 +181,7 @@ def dot_rank(kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, weight_it
 
 
 def padded_rank(rank: int) -> int:
-    """How many vectors a product of the scales as matrices is of, zeros among them: a power of two."""
+    """The rank to which scales that are multiplied as matrices are padded with zeros: a power of two."""
     return max(LEAST_DOT_RANK, 1 << (rank - 1).bit_length())
 
 
@@ -365,15 +366,15 @@ def wave(tiles: Tiles, gpu: Gpu) -> int:
 
 
 def steps_a_program(steps: int, tiles: Tiles, gpu: Gpu) -> int:
-    """How many of ``steps`` blocks each program of a persistent grid does, so that all run at once; at least 4."""
+    """Iterations of each program of a persistent grid that shares ``steps``, so that all run at once; at least 4."""
     return max(4, -(-steps // wave(tiles, gpu)))
 
 
 def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu) -> int:
-    """Into how many parts M is split for the scale gradients, of which ``programs`` tiles cover one part.
+    """The number of splits of M for the scale gradients, each of which ``programs`` tiles cover.
 
-    The number that is done first where a multiprocessor runs one program at a time: whole waves of programs, each as
-    long as its blocks of M and EDGE_BLOCKS. A part keeps at least 4 blocks.
+    The one that is done first if a multiprocessor runs one program at a time: whole waves of programs, each as long as
+    its blocks of M and EDGE_BLOCKS. A split keeps at least 4 blocks.
     """
     multiprocessors = gpu.multiprocessors
     blocks, programs = -(-rows // tiles.block_m), max(programs, 1)
@@ -386,15 +387,15 @@ def splits_for(rows: int, tiles: Tiles, programs: int, gpu: Gpu) -> int:
 
 
 def contraction_splits(blocks: int, programs: int, tiles: Tiles, gpu: Gpu) -> int:
-    """Into how many parts forward and ∂x cut the ``blocks`` they contract, where tiles alone fill no GPU.
+    """Split-K: the number of splits of the ``blocks`` along K (forward) or N (∂x), where tiles alone fill no GPU.
 
     A 768-wide layer at M ≤ 64 has 12 tiles for 132 multiprocessors. 1 when there are as many programs as
-    multiprocessors; each part keeps at least 2 blocks, and all parts together start at most one wave. 1 also where the
-    blocks that a program is spared take no longer than the kernel that sums the parts: one block takes as long as its
+    multiprocessors; each split keeps at least 2 blocks, and all of them start at most one wave. 1 also where the blocks
+    that a program is spared take no longer than the kernel that sums the splits: one block takes as long as its
     products at half the GPU's peak, and no less than its tiles take to arrive, ``stages`` - 1 of them at a time.
     """
     splits = max(1, min(gpu.multiprocessors // max(programs, 1), blocks // 2, tiles.max_splits))
-    if splits == 1 or gpu.name == devices.INTERPRETER:  # small tests must meet products in parts
+    if splits == 1 or gpu.name == devices.INTERPRETER:  # small tests must meet split products
         return splits
     rate = gpu.peaks.half / 2 / gpu.multiprocessors
     products_us = 2e6 * tiles.block_m * tiles.block_n * tiles.block_k / rate

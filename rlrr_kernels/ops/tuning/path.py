@@ -1,4 +1,4 @@
-"""``tune_path``: measures on the user's GPU from when a merge is faster than one pass, and keeps it beside their tiles.
+"""``tune_path``: measures on the user's GPU from when a merge is faster than the fused kernel; kept beside their tiles.
 
 What is kept is one number, the least :func:`rlrr_kernels.ops.linear.path.merge_gain` at which the measured merges were
 faster: the model then goes on choosing for shapes that were not measured, from a better start.
@@ -63,7 +63,7 @@ def tune_path(
     check_problems(shapes, rows, dtype, device)
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
     gpu, tf32 = devices.gpu_of(device), matmul_precision() == "tf32"
-    points: list[tuple[float, float, float]] = []  # gain, log of the time by one pass and by a merge
+    points: list[tuple[float, float, float]] = []  # gain, log of the time fused and merged
     for n, k in shapes:
         for count in rows:
             t = draw(numerics.Case(count, n, k, dtype=dtype, device=str(device)))

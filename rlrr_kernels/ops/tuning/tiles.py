@@ -99,7 +99,7 @@ class Tuned(NamedTuple):
 
 
 def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
-    """The tiles to try at M = ``rows``; the shipped ones come first, and products in parts are tried without parts.
+    """The tiles to try at M = ``rows``; the shipped ones come first, and split products are tried unsplit too.
 
     Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`. Last among
     them are those whose kernel may hang, for a process that can be killed.
@@ -125,7 +125,7 @@ def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimenta
 
 
 def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> tuple[Launch, ...]:
-    """The launches of a one-pass kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
+    """The launches of a fused kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
     given = t["weight"], t["scale_row"], t["scale_col"]
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)

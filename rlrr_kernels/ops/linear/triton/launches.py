@@ -62,7 +62,7 @@ def rank_meta(
 
 
 class _Product(NamedTuple):
-    """A product in one pass over W and, where it is split, the sum of its partial results [partial_sums]."""
+    """A fused product and, where it is split (split-K), the sum of its partial results [partial_sums]."""
 
     product: Plan
     sum: Plan | None = None
@@ -79,7 +79,7 @@ def _split_product(
     kernel: triton.JITFunction, programs: int, iterations: int, span: int, numbers: tuple[int, ...],
     strides: tuple[int, ...], meta: dict[str, Any], shape: tuple[int, int], gpu: Gpu, tiles: Tiles,
 ) -> _Product:  # fmt: skip
-    """A product of ``shape`` whose programs loop over ``iterations`` blocks, split where these programs fill no GPU.
+    """A product of ``shape`` whose programs loop over ``iterations`` blocks, split where they alone fill no GPU.
 
     ``span``: what the kernel counts a split's work in, for one iteration (K elements in the forward, one tile of N in
     ∂x).
@@ -135,7 +135,7 @@ def forward_launches(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
     gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    """y [M, N] = x W'ᵀ + b in one pass over W; by a second launch where the pass is split along K."""
+    """y [M, N] = x W'ᵀ + b; a second launch adds the partial results up where the product is split along K."""
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon  # older versions of Triton do not have its language
 
@@ -178,7 +178,7 @@ def grad_x_launches(
     grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor,
     gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    """∂x [M, K] = g W' in one pass over W; by a second launch where the pass is split along N."""
+    """∂x [M, K] = g W'; a second launch adds the partial results up where the product is split along N."""
     if tiles.schedule == "gluon":
         from rlrr_kernels.ops.linear.triton import launches_gluon
 

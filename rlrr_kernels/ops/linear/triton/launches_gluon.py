@@ -1,4 +1,4 @@
-"""Launches of the kernel that is scheduled by hand for Hopper.
+"""Launches of the warp-specialised kernel for Hopper.
 
 What :func:`rlrr_kernels.ops.linear.tiles.schedules_for` says of a problem must hold.
 """
