@@ -322,10 +322,10 @@ def _triton_steps(
     grad_y = x.new_empty(x.shape[0], weight.shape[0])
     given, grad_x = (weight, row, col), torch.empty_like(x)
     products = {
-        "forward": (x, lambda tiles: launches.forward_launches(x, *given, bias, True, grad_y, gpu, tiles)),
+        "forward": (x, lambda tiles: launches.forward_launches(x, *given, bias, True, grad_y, gpu, precision, tiles)),
         "grad_x": (
             grad_y,
-            lambda tiles: launches.grad_x_launches(grad_y, *given, True, grad_x, gpu, tiles),
+            lambda tiles: launches.grad_x_launches(grad_y, *given, True, grad_x, gpu, precision, tiles),
         ),
     }
     steps = []
@@ -346,7 +346,7 @@ def _triton_steps(
         steps.append(_fused(name, why, tiles, build(tiles)))
     tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups)
     grads = (torch.empty_like(row), torch.empty_like(col), x.new_empty(weight.shape[0]))
-    found = launches.grad_scales_launches(grad_y, x, *given, grads, gpu, tiles)
+    found = launches.grad_scales_launches(grad_y, x, *given, grads, gpu, precision, tiles)
     return (*steps, _fused("grad_scales", "sums leave the tiles of G, and G never reaches memory", tiles, found))
 
 

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlrr_kernels import devices
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.activation.functions import ACTIVATIONS
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host.launch import OPTIONS, Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
@@ -164,7 +165,9 @@ def _sum_of_parts(arch: str) -> Case:
     gpu = devices.typical(arch)
     tiles = configs.tiles_for("forward", gpu, torch.bfloat16, 16)
     scales = _meta(768, 1), _meta(1, 1, 3072)
-    _, launch = linear_launches.forward_launches(x, weight, *scales, _meta(768), True, y, gpu, tiles)
+    _, launch = linear_launches.forward_launches(
+        x, weight, *scales, _meta(768), True, y, gpu, matmul_precision(), tiles
+    )
     return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
 
 
@@ -271,9 +274,13 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     weight, scale_row, scale_col = _meta(n, k, dtype=dtypes[1]), _meta(n, rank), _meta(groups, rank, k)
     x, y = _meta(rows, k, dtype=dtypes[0]), _meta(rows, n, dtype=dtypes[0])
     if kernel == "forward":
-        launch, *_ = linear_launches.forward_launches(x, weight, scale_row, scale_col, _meta(n), True, y, gpu, tiles)
+        launch, *_ = linear_launches.forward_launches(
+            x, weight, scale_row, scale_col, _meta(n), True, y, gpu, matmul_precision(), tiles
+        )
     elif kernel == "grad_x":
-        launch, *_ = linear_launches.grad_x_launches(y, weight, scale_row, scale_col, True, x, gpu, tiles)
+        launch, *_ = linear_launches.grad_x_launches(
+            y, weight, scale_row, scale_col, True, x, gpu, matmul_precision(), tiles
+        )
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, gpu, tiles)
     matrices = launch.plan.meta.get("DOT_RANK", 0)
@@ -294,7 +301,7 @@ def _sampled_cases(
     sample = RowSample(_meta(size, dtype=torch.int64), images, 4.0, images)
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(n)
     *means, launch, _ = linear_rows_triton.grad_scales_launches(
-        y, x, sample, weight, scale_row, scale_col, grads, devices.typical(arch), tiles
+        y, x, sample, weight, scale_row, scale_col, grads, devices.typical(arch), matmul_precision(), tiles
     )
     for mean in means:
         yield Case("image_means", dtype, config, mean)
@@ -303,7 +310,9 @@ def _sampled_cases(
 
 def _scale_launches(x, y, weight, scale_row, scale_col, gpu, tiles) -> tuple[Launch, ...]:
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(weight.shape[0])
-    return linear_launches.grad_scales_launches(y, x, weight, scale_row, scale_col, grads, gpu, tiles)
+    return linear_launches.grad_scales_launches(
+        y, x, weight, scale_row, scale_col, grads, gpu, matmul_precision(), tiles
+    )
 
 
 def report_row(case: Case, arch: str) -> dict[str, Any]:

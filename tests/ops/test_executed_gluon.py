@@ -63,10 +63,10 @@ def problem(kernel: str, shape: tuple[int, ...], residual: bool = True) -> tuple
     tiles = Tiles(block_m, *((128, 64) if kernel == "forward" else (64, 128)), 4, stages, schedule="gluon")
     if kernel == "forward":
         result = torch.full_like(t["grad_y"], torch.nan)
-        (launch,) = linear_launches.forward_launches(t["x"], *given, t["bias"], residual, result, SM_90, tiles)
+        (launch,) = linear_launches.forward_launches(t["x"], *given, t["bias"], residual, result, SM_90, "ieee", tiles)
     else:
         result = torch.full_like(t["x"], torch.nan)
-        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, residual, result, SM_90, tiles)
+        (launch,) = linear_launches.grad_x_launches(t["grad_y"], *given, residual, result, SM_90, "ieee", tiles)
     exact = numerics.exact_outputs(t, residual)["y" if kernel == "forward" else "x"]
     grid = (min(programs, *launch.plan.grid),)
     return changed(launch, Path(), grid=grid), result, exact

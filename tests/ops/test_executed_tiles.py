@@ -57,13 +57,15 @@ def launches_and_outputs(kernel: str, t: dict[str, torch.Tensor], arch: str, til
     given, gpu = (t["weight"], t["scale_row"], t["scale_col"]), devices.typical(arch)
     if kernel == "forward":
         y = torch.full_like(t["grad_y"], torch.nan)
-        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, gpu, tiles), {"y": y}
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, gpu, "ieee", tiles), {"y": y}
     if kernel == "grad_x":
         grad_x = torch.full_like(t["x"], torch.nan)
-        return linear_launches.grad_x_launches(t["grad_y"], *given, True, grad_x, gpu, tiles), {"x": grad_x}
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, grad_x, gpu, "ieee", tiles), {"x": grad_x}
     wide = accumulate_dtype(t["x"].dtype)
     outputs = {name: torch.full_like(t[name], torch.nan, dtype=wide) for name in ("scale_row", "scale_col", "bias")}
-    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, (*outputs.values(),), gpu, tiles), outputs
+    return linear_launches.grad_scales_launches(
+        t["grad_y"], t["x"], *given, (*outputs.values(),), gpu, "ieee", tiles
+    ), outputs
 
 
 def sizes(kernel: str, limit: int, tiles: Tiles, ragged: bool) -> tuple[int, int, int]:

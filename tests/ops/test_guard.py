@@ -275,7 +275,7 @@ def test_the_compilers_own_output_is_understood(arch: str, fault: bool):
     x, y, weight = (torch.empty(64, 64, dtype=torch.float16, device="meta") for _ in range(3))
     row, col = torch.empty(64, 1, device="meta"), torch.empty(1, 1, 64, device="meta")
     tiles = Tiles(64, 32, 64, 4, 2, max_splits=1)
-    launch, *_ = grad_x_launches(y, weight, row, col, True, x, devices.typical(arch), tiles)
+    launch, *_ = grad_x_launches(y, weight, row, col, True, x, devices.typical(arch), "ieee", tiles)
     compiled = compile_report.compile_launch(launch, arch)
     assert (guard.compiler_fault(compiled) is not None) is fault
 

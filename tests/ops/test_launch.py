@@ -71,9 +71,9 @@ def every_launch(count=20, rows=64, cols=96, dtype=torch.float16, groups=1, x: T
     row, col, bias = torch.zeros(rows, 1), torch.zeros(groups, 1, cols), torch.zeros(rows)
     grads = torch.zeros_like(row), torch.zeros_like(col), torch.zeros_like(bias)
     return [
-        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, TILES),
-        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, TILES),
-        *linear_launches.grad_scales_launches(y, x, weight, row, col, grads, SM_90, TILES),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, "ieee", TILES),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, "ieee", TILES),
+        *linear_launches.grad_scales_launches(y, x, weight, row, col, grads, SM_90, "ieee", TILES),
         linear_launches.merge_launch(weight, row, col, True, torch.zeros_like(weight)),
     ]
 
@@ -142,9 +142,9 @@ def persistent_launches(count=40, rows=64, cols=96, dtype=torch.float16) -> list
     grads, given = (torch.zeros_like(row), torch.zeros_like(col), bias), (weight, row, col)
     tiles = Tiles(16, 32, 64, 4, 2, schedule="persistent")
     return [
-        *linear_launches.forward_launches(x, *given, bias, True, y, SM_90, tiles),
-        *linear_launches.grad_x_launches(y, *given, True, x, SM_90, tiles),
-        linear_launches.grad_scales_launches(y, x, *given, grads, SM_90, tiles)[0],
+        *linear_launches.forward_launches(x, *given, bias, True, y, SM_90, "ieee", tiles),
+        *linear_launches.grad_x_launches(y, *given, True, x, SM_90, "ieee", tiles),
+        linear_launches.grad_scales_launches(y, x, *given, grads, SM_90, "ieee", tiles)[0],
     ]
 
 
@@ -183,8 +183,8 @@ def gluon_launches(count=300, rows=256, cols=384) -> list[Launch]:
     row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
     forward, backward = (Tiles(128, *blocks, 4, 3, schedule="gluon") for blocks in ((128, 64), (64, 128)))
     return [
-        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, forward),
-        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, backward),
+        *linear_launches.forward_launches(x, weight, row, col, bias, True, y, SM_90, "ieee", forward),
+        *linear_launches.grad_x_launches(y, weight, row, col, True, torch.zeros_like(x), SM_90, "ieee", backward),
     ]
 
 

@@ -69,7 +69,9 @@ def test_kernels_multiply_in_tf32_where_it_was_asked_for_and_triton_has_it():
     amd = (*map(devices.typical, ("gfx90a", "gfx950", "gfx1100", "gfx1201")),)
     for switch in TF32_SWITCHES.values():
         with switch():
-            assert {precision_of(torch.float32, gpu) for gpu in able} == {"tf32"}
-            assert {precision_of(torch.float32, gpu) for gpu in amd} == {"ieee"}, "tl.dot does not compile there"
-            assert precision_of(torch.float16, able[0]) == "ieee"
-    assert precision_of(torch.float32, able[0]) == "ieee"
+            assert {precision_of(torch.float32, gpu, matmul_precision()) for gpu in able} == {"tf32"}
+            assert {precision_of(torch.float32, gpu, matmul_precision()) for gpu in amd} == {"ieee"}, (
+                "tl.dot does not compile there"
+            )
+            assert precision_of(torch.float16, able[0], matmul_precision()) == "ieee"
+    assert precision_of(torch.float32, able[0], matmul_precision()) == "ieee"

@@ -56,7 +56,7 @@ def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
     with pytest.raises(ValueError, match=r"schedule of forward must be one of \['tiled'.*; got 'spiral'"):
         linear_launches.forward_launches(
             x, weight, vector.view(32, 1), torch.empty(1, 1, 64), vector, True, torch.empty(8, 32),
-            devices.typical("sm_90"), forced._replace(schedule="spiral"),
+            devices.typical("sm_90"), "ieee", forced._replace(schedule="spiral"),
         )  # fmt: skip
 
 

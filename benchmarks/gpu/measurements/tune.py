@@ -18,6 +18,7 @@ from benchmarks.gpu.timing import ContextLost, copies_for, interleave, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
 
@@ -27,7 +28,7 @@ def _entry(plan: Plan, kernel: str, precision: Precision, m: int) -> str:
 
     device = torch.device(plan.device)
     limit = linear_configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, m)
-    names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype)
+    names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype, matmul_precision())
     return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
 
 

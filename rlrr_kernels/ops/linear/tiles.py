@@ -266,11 +266,6 @@ class Product(NamedTuple):
     sampled: bool = False  # whether G is an estimate from sampled rows
 
     @property
-    def rows(self) -> int:
-        """M."""
-        return self.first.shape[0]
-
-    @property
     def regular(self) -> bool:
         """Whether :data:`TABLE` applies: rows 16 elements apart or contiguous, and no loop in the product's loop."""
         strides = *self.first.strides, *self.second.strides
@@ -330,7 +325,7 @@ def tiles_of(product: Product) -> Tiles:
     """The shipped tiles of a product."""
     if product.gpu.family != devices.INTERPRETER and not product.regular:
         return IRREGULAR[product.kernel, product.dtype.itemsize]
-    return tiles_for(product.kernel, product.gpu, product.dtype, product.rows, schedules_for(product))
+    return tiles_for(product.kernel, product.gpu, product.dtype, product.first.shape[0], schedules_for(product))
 
 
 @functools.lru_cache(maxsize=4096)

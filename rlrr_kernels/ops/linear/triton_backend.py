@@ -66,7 +66,7 @@ def forward(
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         given = x, weight, scale_row, scale_col, bias, residual, y
-        launches = forward_launches(*given, gpu, tiles)
+        launches = forward_launches(*given, gpu, precision, tiles)
         if not guard.ran(launches, path is not None, lambda: first_use.forward_error(*given, _tf32(launches))):
             return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     return y
@@ -114,12 +114,12 @@ def backward(
     find_error = None
     if sample is None:
         given = grad_y, x, weight, scale_row, scale_col, grads
-        launches = grad_scales_launches(*given, gpu, tiles)
+        launches = grad_scales_launches(*given, gpu, precision, tiles)
         if x.numel() and weight.numel():
             find_error = lambda: first_use.grad_scales_error(*given, _tf32(launches))  # noqa: E731
     else:
         launches = linear_rows_triton.grad_scales_launches(
-            grad_y, x, sample, weight, scale_row, scale_col, grads, gpu, tiles
+            grad_y, x, sample, weight, scale_row, scale_col, grads, gpu, precision, tiles
         )
     if not guard.ran(launches, path is not None, find_error):
         needs = False, need_row, need_col, need_bias
@@ -138,7 +138,7 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision
     if grad_x.numel():
         tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight, rank, groups)
         given = grad_y, weight, scale_row, scale_col, residual, grad_x
-        launches = grad_x_launches(*given, gpu, tiles)
+        launches = grad_x_launches(*given, gpu, precision, tiles)
         if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, _tf32(launches))):
             return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
     return grad_x

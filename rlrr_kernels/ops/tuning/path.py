@@ -62,13 +62,13 @@ def tune_path(
     device, shapes, rows = torch.device(device), list(shapes), list(rows)
     check_problems(shapes, rows, dtype, device)
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
-    gpu, tf32 = devices.gpu_of(device), matmul_precision() == "tf32"
+    gpu, precision = devices.gpu_of(device), matmul_precision()
     points: list[tuple[float, float, float]] = []  # gain, log of the time fused and merged
     for n, k in shapes:
         for count in rows:
             t = draw(numerics.Case(count, n, k, dtype=dtype, device=str(device)))
             given = t["weight"], t["scale_row"], t["scale_col"]
-            gain = linear_paths.merge_gain(count, n, k, 1, gpu, dtype, dtype, tf32)
+            gain = linear_paths.merge_gain(count, n, k, 1, gpu, dtype, dtype, precision == "tf32")
             forward = functools.partial(linear_triton.forward, t["x"], *given, t["bias"], True)
             backward = functools.partial(
                 linear_triton.backward, t["grad_y"], None, *given, True, (True, False, False, False)
@@ -78,7 +78,7 @@ def tune_path(
                 points.append((gain, *map(math.log, times)))
     least_gain = _best_cut(points)
     us, shipped_us = (math.exp(_total(points, cut) / len(points)) for cut in (least_gain, 1.0))
-    found = TunedPath(tuned_tiles.precision_name(dtype, dtype), least_gain, us, shipped_us)
+    found = TunedPath(tuned_tiles.precision_name(dtype, dtype, precision), least_gain, us, shipped_us)
     entry = {"least_gain": least_gain, "us": round(us, 3), "shipped_us": round(shipped_us, 3)}
     name = tuned_tiles.path_entry_name(tuned_tiles.gpu_name(device), found.precision)
     tuned_tiles.write(path, {name: entry if found.kept else None})

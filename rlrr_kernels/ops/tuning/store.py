@@ -21,7 +21,6 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
-from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host.cache import cache_folder, gpu_name, switched_on, write_json
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
@@ -53,9 +52,12 @@ def experimental_allowed() -> bool:
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def precision_name(dtype: torch.dtype, other: torch.dtype) -> str:
-    """The dtypes of a product's operands, in one word where they agree; "tf32" where fp32 may be rounded to it."""
-    if dtype == torch.float32 and matmul_precision() == "tf32":
+def precision_name(dtype: torch.dtype, other: torch.dtype, precision: str) -> str:
+    """The dtypes of a product's operands, in one word where they agree; "tf32" where fp32 may be rounded to it.
+
+    ``precision`` is what :func:`rlrr_kernels.ops.dtypes.matmul_precision` says, here and in all functions of this file.
+    """
+    if dtype == torch.float32 and precision == "tf32":
         return "tf32"
     return _NAMES[dtype] if dtype == other else f"{_NAMES[dtype]}/{_NAMES[other]}"
 
@@ -188,7 +190,7 @@ def choose_tiles(
     Args:
         kernel: of :data:`rlrr_kernels.ops.linear.tiles.KERNELS`.
         gpu: the one that the tensors are on.
-        precision: of products of float32, as :func:`rlrr_kernels.ops.dtypes.matmul_precision` tells it now.
+        precision: of products of float32, see :func:`precision_name`.
         first: [M, ...], x or g; with ``second``, W or x, the operands of its product.
         second: see ``first``.
         weight: W [N, K].
@@ -205,26 +207,25 @@ def choose_tiles(
 
 @functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 def _choose(product: Product, device: torch.device, precision: str, forced: Tiles | None) -> Tiles:
-    # precision is part of the key alone
-    own = _own(product, device, entries) if (entries := _entries()) else None
+    own = _own(product, device, precision, entries) if (entries := _entries()) else None
     for tiles in (forced, own):
         if tiles is not None and tiles.schedule in linear_configs.schedules_for(product):
             return tiles
     return linear_configs.tiles_of(product)
 
 
-def _own(product: Product, device: torch.device, entries: dict[str, Tiles | float]) -> Tiles | None:
+def _own(product: Product, device: torch.device, precision: str, entries: dict[str, Tiles | float]) -> Tiles | None:
     """The user's own tiles for a product, where they may serve."""
-    kernel, rows = product.kernel, product.rows
+    kernel, M = product.kernel, product.first.shape[0]
     if not product.regular or not (product.rank == 1 or kernel == "grad_scales"):
         return None
-    limit = linear_configs.shape_class(kernel, product.gpu, product.dtype, rows)
-    precision = precision_name(product.dtype, product.weight_dtype)
-    tiles = entries.get(entry_name(gpu_name(device), kernel, precision, limit))
+    limit = linear_configs.shape_class(kernel, product.gpu, product.dtype, M)
+    name = precision_name(product.dtype, product.weight_dtype, precision)
+    tiles = entries.get(entry_name(gpu_name(device), kernel, name, limit))
     if tiles is None or tiles.schedule == "tiled":
         return tiles
     asked_for = linear_configs.proven(kernel, tiles.schedule, product.gpu) or experimental_allowed()
-    return tiles if asked_for and rows >= linear_configs.TMA_MIN_ROWS else None
+    return tiles if asked_for and M >= linear_configs.TMA_MIN_ROWS else None
 
 
 class PathChoice(NamedTuple):
@@ -245,7 +246,7 @@ def path_choice(
 
     Args:
         gpu: the one that is ``device``.
-        precision: of products of float32, as :func:`rlrr_kernels.ops.dtypes.matmul_precision` tells it now.
+        precision: of products of float32, see :func:`precision_name`.
         device: by whose name the user's own measurement is kept.
         dtype: of x and g.
         weight_dtype: of W.
@@ -256,7 +257,7 @@ def path_choice(
     gain = linear_paths.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
     least_gain = 1.0
     if entries := _entries():
-        name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype))
+        name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype, precision))
         least_gain = entries.get(name, least_gain)
     return PathChoice("merge" if gain > least_gain else "fused", gain, least_gain)
 

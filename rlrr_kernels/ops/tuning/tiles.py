@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlrr_kernels import backends, devices, numerics
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.public import rlrr_linear
@@ -126,14 +127,14 @@ def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimenta
 
 def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> tuple[Launch, ...]:
     """The launches of a fused kernel on tensors as :meth:`rlrr_kernels.numerics.Case.draw` gives them."""
-    given = t["weight"], t["scale_row"], t["scale_col"]
+    given, how = (t["weight"], t["scale_row"], t["scale_col"]), (gpu, matmul_precision(), tiles)
     if kernel == "forward":
         y = torch.empty(t["x"].shape[0], t["weight"].shape[0], dtype=t["x"].dtype, device=t["x"].device)
-        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, gpu, tiles)
+        return linear_launches.forward_launches(t["x"], *given, t["bias"], True, y, *how)
     if kernel == "grad_x":
-        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), gpu, tiles)
+        return linear_launches.grad_x_launches(t["grad_y"], *given, True, torch.empty_like(t["x"]), *how)
     grads = [torch.empty_like(t[name]) for name in ("scale_row", "scale_col", "bias")]
-    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), gpu, tiles)
+    return linear_launches.grad_scales_launches(t["grad_y"], t["x"], *given, tuple(grads), *how)
 
 
 def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str | None:
@@ -158,7 +159,7 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str 
     except Exception as error:  # compilers fail in many ways, and one candidate must not end the tuning
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     # The operands of a TF32 product keep 10 bits of fp32's 23.
-    bound = numerics.BOUND * (2**13 if tuned_tiles.precision_name(x.dtype, weight.dtype) == "tf32" else 1)
+    bound = numerics.BOUND * (2**13 if x.dtype == torch.float32 and matmul_precision() == "tf32" else 1)
     broken = {name: round(error, 2) for name, error in errors.items() if not error <= bound}
     return f"over {bound} unit roundoffs of the bound: {broken}" if broken else None
 
@@ -262,7 +263,7 @@ def _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer
             logs[tiles] += math.log(timer(lambda launches=launches: [launch.run() for launch in launches]))
     times = {tiles: math.exp(total / len(problems)) for tiles, total in logs.items()}
     best = min(times, key=times.get)
-    precision = tuned_tiles.precision_name(dtype, dtype)
+    precision = tuned_tiles.precision_name(dtype, dtype, matmul_precision())
     return Tuned(kernel, precision, limit, best, shipped, times[best], times[shipped], rejected)
 
 

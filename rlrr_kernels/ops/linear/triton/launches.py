@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
-from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
+from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles, no_such_schedule
@@ -24,9 +24,12 @@ from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
 
 
-def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
-    """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU."""
-    return "tf32" if dtype == torch.float32 and matmul_precision() == "tf32" and gpu.tf32 else "ieee"
+def precision_of(dtype: torch.dtype, gpu: Gpu, precision: str) -> str:
+    """What the kernels' products of ``dtype`` are told of fp32 and TF32, which Triton has not for every GPU.
+
+    ``precision`` is what :func:`rlrr_kernels.ops.dtypes.matmul_precision` says, here and in all functions of this file.
+    """
+    return "tf32" if dtype == torch.float32 and precision == "tf32" and gpu.tf32 else "ieee"
 
 
 def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _persistent_product(
 @_plans
 def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu,
+    col_shape: torch.Size, has_bias: bool, residual: bool, dtype: torch.dtype, gpu: Gpu, precision: str,
     tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, K), N, (groups, rank, _) = x_shape, weight_shape[0], col_shape
@@ -117,7 +120,7 @@ def _forward_plans(
     numbers = M, N, K, N // groups
     meta = {
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
+        "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
     }  # fmt: skip
     if tiles.schedule == "persistent":
         kernel = kernels_persistent.rlrr_linear_fwd_persistent_kernel
@@ -133,7 +136,7 @@ def _forward_plans(
 
 def forward_launches(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, residual: bool, y: Tensor,
-    gpu: Gpu, tiles: Tiles,
+    gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """y [M, N] = x W'ᵀ + b; a second launch adds the partial results up where the product is split along K."""
     if tiles.schedule == "gluon":
@@ -142,7 +145,7 @@ def forward_launches(
         return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, gpu, tiles)
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, bias is not None, residual, x.dtype,
-        precision_of(x.dtype, gpu), gpu, tiles,
+        gpu, precision, tiles,
     )  # fmt: skip
     bias = x if bias is None else bias
     return plans.launches((x, weight, scale_row, scale_col, bias), bias, y)
@@ -151,7 +154,7 @@ def forward_launches(
 @_plans
 def _grad_x_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
-    col_shape: torch.Size, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
+    col_shape: torch.Size, residual: bool, dtype: torch.dtype, gpu: Gpu, precision: str, tiles: Tiles,
 ) -> _Product:  # fmt: skip
     (M, N), K, (groups, rank, _) = grad_shape, weight_shape[1], col_shape
     group_size = N // groups
@@ -159,7 +162,7 @@ def _grad_x_plans(
     numbers = M, N, K, group_size
     meta = {
         "RANK": rank, "RESIDUAL": residual,
-        "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+        "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
     }  # fmt: skip
     if tiles.schedule == "persistent":
         kernel = kernels_persistent.rlrr_linear_bwd_dx_persistent_kernel
@@ -176,7 +179,7 @@ def _grad_x_plans(
 
 def grad_x_launches(
     grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor,
-    gpu: Gpu, tiles: Tiles,
+    gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂x [M, K] = g W'; a second launch adds the partial results up where the product is split along N."""
     if tiles.schedule == "gluon":
@@ -185,7 +188,7 @@ def grad_x_launches(
         return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, gpu, tiles)
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, grad_y.dtype,
-        precision_of(grad_y.dtype, gpu), gpu, tiles,
+        gpu, precision, tiles,
     )  # fmt: skip
     return plans.launches((grad_y, weight, scale_row, scale_col), grad_y, grad_x)
 
@@ -240,7 +243,7 @@ def most_parts(output_tiles: int, iterations: int, span: int) -> int:
 def _grad_scales_plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_strides: tuple[int, int], weight_shape: torch.Size,
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, needs: tuple[bool, bool, bool],
-    dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
+    dtype: torch.dtype, gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Plan, PartialSums]:  # fmt: skip
     M, (N, K), (groups, rank, _) = grad_shape[0], weight_shape, col_shape
     need_row, need_col, need_bias = needs
@@ -248,7 +251,7 @@ def _grad_scales_plans(
     tiles_k, tiles_per_group = triton.cdiv(K, tiles.block_k), triton.cdiv(group_size, tiles.block_n)
     meta = {
         "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-        **launch_meta(dtype, precision, tiles),
+        **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
     }  # fmt: skip
     if tiles.schedule == "persistent":
         output_tiles, iterations = groups * tiles_per_group * tiles_k, triton.cdiv(M, tiles.block_m)
@@ -286,16 +289,16 @@ def _grad_scales_plans(
 
 def grad_scales_launches(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], gpu: Gpu, tiles: Tiles,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """Partial sums over tiles and splits of M, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b).
 
     A gradient that is not needed is None.
     """
-    needs, dtype = tuple(grad is not None for grad in grads), grad_y.dtype
+    needs = tuple(grad is not None for grad in grads)
     partial, sums = _grad_scales_plans(
         grad_y.shape, grad_y.stride(), x.stride(), weight.shape, weight.stride(), weight.itemsize, scale_col.shape,
-        needs, dtype, precision_of(dtype, gpu), gpu, tiles,
+        needs, grad_y.dtype, gpu, precision, tiles,
     )  # fmt: skip
     return sums.launches(partial, (grad_y, x, weight, scale_row, scale_col), grads)
 

@@ -185,7 +185,7 @@ def _bits(value: float) -> int:
 def _plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_shape: torch.Size, x_strides: tuple[int, int],
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, kept: int, row_weight: float,
-    images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, precision: str, gpu: Gpu,
+    images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, gpu: Gpu, precision: str,
     tiles: linear_configs.Tiles,
 ) -> tuple[Plan | None, Plan, PartialSums]:  # fmt: skip
     """The launch of the images' means, that of the partial sums, and how these are added up."""
@@ -211,7 +211,7 @@ def _plans(
             **rank_meta("grad_scales", rank, tiles, dtype, gpu, weight_itemsize),
             "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
             "EVEN_M": not any(part % tiles.block_m for part in (kept, images, S)),
-            **launch_meta(dtype, precision, tiles),
+            **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
         },
     )  # fmt: skip
     if not images:
@@ -240,6 +240,7 @@ def grad_scales_launches(
     scale_col: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     gpu: Gpu,
+    precision: str,
     tiles: linear_configs.Tiles,
 ) -> tuple[Launch, ...]:
     """Partial sums of ∂s_r and ∂s_c from x [S, K] and its rows of grad_y [M, N], of ∂b from all of it; their reduction.
@@ -260,7 +261,7 @@ def grad_scales_launches(
         kept = x.shape[0]
     means, partial, sums = _plans(
         grad_y.shape, grad_y.stride(), x.shape, x.stride(), weight.stride(), weight.itemsize, scale_col.shape, kept,
-        row_weight, images, needs, dtype, precision_of(dtype, gpu), gpu, tiles,
+        row_weight, images, needs, dtype, gpu, precision, tiles,
     )  # fmt: skip
     missed, mean = grad_y, x
     if means is not None:

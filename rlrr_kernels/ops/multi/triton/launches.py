@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
-from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
@@ -45,7 +45,7 @@ def table(rows: TaskRows, key: tuple, device: torch.device, entries: Callable[[]
 @_plans
 def _forward_plan(
     count: int, strides: tuple[int, ...], weight_shape: torch.Size, col_shape: torch.Size, has_bias: bool,
-    has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
+    has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
 ) -> Plan:  # fmt: skip
     (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
@@ -58,13 +58,13 @@ def _forward_plan(
 
 def forward_launch(
     x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: bool, tiled: Tensor, y: Tensor, gpu: Gpu | str, tiles: Tiles,
+    residual: bool, tiled: Tensor, y: Tensor, gpu: Gpu, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     """Rows of y [M, N] that are in tiles, a table [·, 3] of (task, first row, end row)."""
     strides = *x.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _forward_plan(
         len(tiled), strides, weight.shape, scale_col.shape, bias is not None, shift is not None, residual, x.dtype,
-        precision_of(x.dtype, gpu), gpu, tiles,
+        precision_of(x.dtype, gpu, matmul_precision()), gpu, tiles,
     )  # fmt: skip
     added = (x if bias is None else bias, x if shift is None else shift)
     return Launch(plan, (x, weight, scale_row, scale_col, *added, tiled, y))
@@ -73,7 +73,7 @@ def forward_launch(
 @_plans
 def _grad_x_plan(
     count: int, strides: tuple[int, ...], weight_shape: torch.Size, col_shape: torch.Size, residual: bool,
-    dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
+    dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
 ) -> Plan:  # fmt: skip
     (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
@@ -86,13 +86,13 @@ def _grad_x_plan(
 
 def grad_x_launch(
     grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, tiled: Tensor,
-    grad_x: Tensor, gpu: Gpu | str, tiles: Tiles,
+    grad_x: Tensor, gpu: Gpu, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     """Rows of ∂x [M, K] that are in tiles, a table [·, 3] of (task, first row, end row)."""
     strides = *grad_y.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _grad_x_plan(
-        len(tiled), strides, weight.shape, scale_col.shape, residual, grad_y.dtype, precision_of(grad_y.dtype, gpu),
-        gpu, tiles,
+        len(tiled), strides, weight.shape, scale_col.shape, residual, grad_y.dtype,
+        precision_of(grad_y.dtype, gpu, matmul_precision()), gpu, tiles,
     )  # fmt: skip
     return Launch(plan, (grad_y, weight, scale_row, scale_col, tiled, grad_x))
 
@@ -114,7 +114,7 @@ class _Scale(NamedTuple):
 @_plans
 def _mixed_plans(
     count: int, contracted: int, columns: int, groups_in: int, groups_out: int, strides: tuple[int, ...], rank: int,
-    has_bias: bool, has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu | str, tiles: Tiles,
+    has_bias: bool, has_shift: bool, residual: bool, dtype: torch.dtype, precision: str, gpu: Gpu, tiles: Tiles,
 ) -> tuple[Plan, Plan | None, int]:  # fmt: skip
     """The products and, where they are in parts, the sum of these and how many values they have."""
     rows = tiles.block_m // lines_a_row(rank)
@@ -151,7 +151,7 @@ def _mixed_plans(
 
 def mixed_launches(
     kernel: str, a: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: bool, rows: Tensor, out: Tensor, gpu: Gpu | str, tiles: Tiles,
+    shift: Tensor | None, residual: bool, rows: Tensor, out: Tensor, gpu: Gpu, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """Rows of y [M, N] (kernel "forward", a = x) or ∂x [M, K] ("grad_x", a = g): a table [·, 2] of (row, task)."""
     (N, K), (_, groups, rank, _) = weight.shape, scale_col.shape
@@ -165,7 +165,7 @@ def mixed_launches(
         weight_strides = weight.stride()
     product, total, size = _mixed_plans(
         len(rows), *sizes, (*a.stride(), *weight_strides, *before[1], *after[1]), rank, bias is not None,
-        shift is not None, residual, a.dtype, precision_of(a.dtype, gpu), gpu, tiles,
+        shift is not None, residual, a.dtype, precision_of(a.dtype, gpu, matmul_precision()), gpu, tiles,
     )  # fmt: skip
     added = (a if bias is None else bias, a if shift is None else shift)
     given = a, weight, before[0], after[0], *added, rows
@@ -180,7 +180,7 @@ def mixed_launches(
 
 def product_launches(
     kernel: str, a: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: bool, rows: TaskRows, cut: Cut, out: Tensor, gpu: Gpu | str,
+    shift: Tensor | None, residual: bool, rows: TaskRows, cut: Cut, out: Tensor, gpu: Gpu,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The rows of y (kernel "forward", a = x) or ∂x ("grad_x", a = g) that a cut does not leave to the library."""
     launches: tuple[Launch, ...] = ()
@@ -223,7 +223,7 @@ def parts_of(segments: Segments, rows_a_part: int, block: int) -> tuple[Segments
 @_plans
 def _grad_scales_plans(
     parts: int, tasks: int, strides: tuple[int, ...], weight_shape: torch.Size, weight_itemsize: int,
-    col_shape: torch.Size, needs: tuple[bool, bool, bool, bool], dtype: torch.dtype, precision: str, gpu: Gpu | str,
+    col_shape: torch.Size, needs: tuple[bool, bool, bool, bool], dtype: torch.dtype, precision: str, gpu: Gpu,
     tiles: Tiles,
 ) -> tuple[Plan, Plan, int]:  # fmt: skip
     """The launch of the partial sums, that of their reduction, and how many values the former writes."""
@@ -255,7 +255,7 @@ def _grad_scales_plans(
 
 def grad_scales_launches(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], rows: TaskRows, gpu: Gpu | str,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], rows: TaskRows, gpu: Gpu,
     tiles: Tiles,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """Partial sums over parts of the tasks' rows, then their reduction into ``grads`` = (∂s_r, ∂s_c, ∂b, ∂f).
@@ -276,7 +276,7 @@ def grad_scales_launches(
     needs = tuple(grad is not None for grad in grads)
     partial, reduction, size = _grad_scales_plans(
         len(parts), len(tasks), strides, weight.shape, weight.itemsize, scale_col.shape, needs, grad_y.dtype,
-        precision_of(grad_y.dtype, gpu), gpu, tiles,
+        precision_of(grad_y.dtype, gpu, matmul_precision()), gpu, tiles,
     )  # fmt: skip
     part_table = table(rows, (key, "rows"), x.device, lambda: parts)
     task_table = table(rows, (key, "tasks"), x.device, lambda: tasks)
