@@ -13,7 +13,7 @@ from torch import Tensor
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.nn.linear import RLRRLinear
-from rlrr_kernels.ops.checks import canonical, check_dtypes, check_linear, check_tensors, compute_dtype
+from rlrr_kernels.ops.checks import canonical, check_linear, check_tensors
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear.public import known_call
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
@@ -163,9 +163,7 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     """The same of a call of ``rlrr_linear_multi``."""
     weight, shift, index = given["weight"], given.get("shift"), given["index"]
     stacks = given["scale_row"], given["scale_col"], given["bias"]
-    check_tensors(x, weight, *stacks, shift=shift)
-    dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, weight.dtype, *stacks, autocast, shift=shift)
+    dtype = check_tensors(x, weight, *stacks, shift=shift)
     check_samples(x, weight)
     tasks = check_stacks(weight, *stacks, shift)
     check_index_of(index, x)

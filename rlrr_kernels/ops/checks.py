@@ -18,9 +18,7 @@ def check_linear(
     x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None, prefix: str = ""
 ) -> torch.dtype:
     """All that a linear operator asks of its tensors; returns the compute dtype, that of x after autocast."""
-    check_tensors(x, weight, scale_row, scale_col, bias, prefix)
-    dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast, prefix)
+    dtype = check_tensors(x, weight, scale_row, scale_col, bias, prefix)
     check_input(x, weight, prefix)
     check_parameters(weight, scale_row, scale_col, bias, prefix)
     return dtype
@@ -29,14 +27,16 @@ def check_linear(
 def check_tensors(
     x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
     prefix: str = "", shift: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Types and devices; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages."""
+) -> torch.dtype:  # fmt: skip
+    """Types, devices and dtypes; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages.
+
+    Returns the compute dtype, that of x after autocast.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"{prefix}weight must be a Tensor; got {type(weight).__name__}")
-    if weight.requires_grad:
-        check_frozen(weight, f"{prefix}weight", "linear")
+    check_frozen(weight, f"{prefix}weight", "linear")
     device = x.device
     if weight.device != device:
         raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
@@ -52,6 +52,7 @@ def check_tensors(
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
+    return check_dtypes(x, weight, scale_row, scale_col, bias, prefix, shift)
 
 
 def check_frozen(tensor: Tensor, name: str, function: str) -> None:
@@ -81,26 +82,22 @@ def compute_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
 
 
 def check_dtypes(
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    scale_row: Tensor | None,
-    scale_col: Tensor | None,
-    bias: Tensor | None,
-    autocast: bool,
-    prefix: str = "",
-    shift: Tensor | None = None,
-) -> None:
-    """``dtype`` is that of x, after autocast."""
+    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
+    prefix: str = "", shift: Tensor | None = None,
+) -> torch.dtype:  # fmt: skip
+    """Returns the compute dtype, that of x after autocast, which decides what the others may have."""
+    dtype, autocast = compute_dtype(x)
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
-    if weight_dtype != dtype and not (
-        dtype in _HALF and (weight_dtype == torch.float32 or (autocast and weight_dtype in _HALF))
+    if weight.dtype != dtype and not (
+        dtype in _HALF and (weight.dtype == torch.float32 or (autocast and weight.dtype in _HALF))
     ):
         expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
-        raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight_dtype}")
+        raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight.dtype}")
     for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)):
-        if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight_dtype):
+        if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight.dtype):
             raise TypeError(f"{prefix}{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
+    return dtype
 
 
 def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen, compute_dtype
+from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
@@ -59,9 +59,7 @@ def rlrr_conv2d(
         TypeError: an argument has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
-    dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast)
-    x = x.to(dtype)
+    x = x.to(check_dtypes(x, weight, scale_row, scale_col, bias))
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter

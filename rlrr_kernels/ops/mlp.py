@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlrr_kernels.ops.activation.functions import check_name
-from rlrr_kernels.ops.checks import check_dtypes, check_linear, check_parameters, check_tensors, compute_dtype
+from rlrr_kernels.ops.checks import check_linear, check_parameters, check_tensors
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
@@ -54,8 +54,6 @@ def rlrr_mlp(
     check_name("activation", activation)
     check_linear(x, *fc1, prefix="fc1_")
     check_tensors(x, *fc2, prefix="fc2_")
-    dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, fc2_weight.dtype, *fc2[1:], autocast, prefix="fc2_")
     hidden = fc1_weight.shape[0]
     if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_dtypes, check_tensors, compute_dtype
+from rlrr_kernels.ops.checks import check_tensors
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.linear.autograd import is_watched
@@ -59,14 +59,12 @@ def rlrr_linear_multi(
         IndexError: ``index`` has a value below -1 or above T - 1.
         NotImplementedError: inside a ``torch.func`` transform.
     """
-    check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
+    dtype = check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
     if private.transforms_active():
         raise NotImplementedError(
             "rlrr_linear_multi does not work inside torch.func transforms; use rlrr_linear for each task there, or "
             "rlrr_kernels.reference.rlrr_linear_multi_reference"
         )
-    dtype, autocast = compute_dtype(x)
-    check_dtypes(dtype, weight.dtype, scale_row, scale_col, bias, autocast, shift=shift)
     check_samples(x, weight)
     tasks = check_stacks(weight, scale_row, scale_col, bias, shift)
     check_index_of(index, x)
