@@ -72,7 +72,7 @@ def test_every_job_of_the_plan_can_be_compiled(monkeypatch: pytest.MonkeyPatch):
         launched.clear()
         counts = [aot_compile.compile_part(90, part, parts, plan) for part in range(parts)]
         assert sum(count["failed"] for count in counts) == 0
-        assert sum(count["done"] for count in counts) == len(aot_compile.jobs(plan, "sm_90"))
+        assert sum(count["done"] for count in counts) == len(aot_compile.jobs(plan, devices.typical("sm_90")))
     assert {name.removeprefix("_").removeprefix("rlrr_linear_") for name in launched} >= {
         "fwd_kernel", "bwd_dx_kernel", "bwd_scales_kernel", "bwd_reduce_kernel", "merge_kernel", "sum_splits_kernel",
         "bwd_sampled_scales_kernel", "norm_rescale_fwd_kernel", "norm_rescale_bwd_kernel", "activation_bwd_kernel",
@@ -86,7 +86,7 @@ def test_the_first_jobs_are_those_needed_first():
     )  # fmt: skip
     seen = []
     with mock.patch.object(aot_compile, "linear_jobs", lambda problem, *rest: iter([lambda: seen.append(problem.m)])):
-        for job in aot_compile.jobs(plan, "sm_90"):
+        for job in aot_compile.jobs(plan, devices.typical("sm_90")):
             job()
     assert seen == [16, 99]
 
