@@ -48,7 +48,11 @@ def extension_options():
             except Exception as error:
                 give_up(error)
 
-    names = ("level_avx2", "level_avx512", "level_portable", "levels", "module", "multi", "ops", "runtime")
+    # The longest to compile first, so that processors are busy to the end.
+    names = (
+        *("level_avx512", "pairs_avx512", "level_avx2", "level_portable", "multi", "ops"),
+        *("runtime", "levels", "module"),
+    )
     headers = os.listdir("csrc")
     flags = os.environ.get("RLRR_CPP_FLAGS", "").split()
     extension = CppExtension(

@@ -4,6 +4,58 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
+// Single numbers: widened, and rounded to nearest even with NaN kept; without branches, which would keep loops from vectors.
+INLINE float value(float a) { return a; }
+INLINE double value(double a) { return a; }
+INLINE float value(bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+INLINE uint32_t select(bool condition, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (a & mask) | (b & ~mask);
+}
+
+INLINE float value(half a) {
+  const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000) << 16, magnitude = a.bits & 0x7fff;
+  // Shifted into place the exponent is 112 too small; the product repairs normal and subnormal numbers alike.
+  const uint32_t bits = magnitude << 13;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  out *= 0x1p112f;
+  uint32_t out_bits;
+  __builtin_memcpy(&out_bits, &out, sizeof out_bits);
+  out_bits = select(magnitude >= 0x7c00, 0x7f800000u | bits, out_bits) | sign;
+  __builtin_memcpy(&out, &out_bits, sizeof out);
+  return out;
+}
+
+INLINE void assign(float& out, float a) { out = a; }
+INLINE void assign(double& out, double a) { out = a; }
+INLINE void assign(bf16& out, float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(a != a ? 0x7fc0 : rounded);
+}
+INLINE void assign(half& out, float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  float shifted;  // adding 2^-1 leaves a subnormal's 10 bits, rounded, at the bottom of the sum
+  __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
+  shifted += 0.5f;
+  uint32_t subnormal;
+  __builtin_memcpy(&subnormal, &shifted, sizeof subnormal);
+  uint32_t out_bits = select(magnitude < 0x38800000u, subnormal - 0x3f000000u, normal);
+  out_bits = select(magnitude >= 0x47800000u, 0x7c00u, out_bits);
+  out_bits = select(magnitude > 0x7f800000u, 0x7e00u, out_bits);
+  out.bits = static_cast<uint16_t>(sign | out_bits);
+}
+
 // A whole vector, or the first `n` lanes and zeros, or zeros alone.
 template <class T>
 INLINE Vec load_upto(const T* p, int64_t n) {
@@ -16,6 +68,19 @@ INLINE void store_upto(T* p, Vec a, int64_t n) {
   } else if (n > 0) {
     store_first(p, a, n);
   }
+}
+
+// The same at the element `at` of a matrix of float32 or bfloat16.
+INLINE void store_upto(Type type, void* p, int64_t at, Vec a, int64_t n) {
+  type == Type::f32 ? store_upto(static_cast<float*>(p) + at, a, n) : store_upto(static_cast<bf16*>(p) + at, a, n);
+}
+
+// visit(w): the element at row n and column k of a weight of float32 or bfloat16, and what follows it.
+template <class Visit>
+INLINE void with_weight(const Weight& weight, int64_t n, int64_t k, Visit visit) {
+  const int64_t at = n * weight.stride + k;
+  weight.type == Type::f32 ? visit(static_cast<const float*>(weight.data) + at)
+                           : visit(static_cast<const bf16*>(weight.data) + at);
 }
 
 // base + Σ_j row[j] col[j], of which `n` lanes exist. High ranks are summed by eights: one chain would lose to eager.
@@ -41,6 +106,15 @@ template <int N>
 struct Count {
   static constexpr int value = N;
 };
+
+// visit(W(), Count<0 or 1>()) with the type of the weight, float32 or bfloat16, and whether its rank is one.
+template <class Visit>
+INLINE void with_form(const Weight& weight, Visit visit) {
+  const auto with_rank = [&](auto w) __attribute__((always_inline)) {
+    weight.rank == 1 ? visit(w, Count<1>()) : visit(w, Count<0>());
+  };
+  weight.type == Type::f32 ? with_rank(float()) : with_rank(bf16());
+}
 
 // body(Count<n>) for 1 <= n <= N.
 template <int N, class Body>

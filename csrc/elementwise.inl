@@ -1,93 +1,79 @@
 // The passes around the library's matrix product, for every dtype: W' into scratch, and G reduced where it lies.
 // Plain loops over short arrays, left to the compiler to vectorise; vectors where bfloat16 and float32 are at stake.
 
-INLINE float value(float a) { return a; }
-INLINE double value(double a) { return a; }
-INLINE float value(bf16 a) {
-  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-INLINE float value(half a) {
-  const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000) << 16, magnitude = a.bits & 0x7fff;
-  // Shifted into place the exponent is 112 too small; the product repairs normal and subnormal numbers alike.
-  const uint32_t bits = magnitude << 13, infinite = 0x7f800000u | bits;
-  float out, special;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  out *= 0x1p112f;
-  __builtin_memcpy(&special, &infinite, sizeof special);
-  out = magnitude >= 0x7c00 ? special : out;
-  return sign != 0 ? -out : out;
-}
-
-INLINE void assign(float& out, float a) { out = a; }
-INLINE void assign(double& out, double a) { out = a; }
-INLINE void assign(bf16& out, float a) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &a, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = static_cast<uint16_t>(a != a ? 0x7fc0 : rounded);
-}
-INLINE void assign(half& out, float a) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &a, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  float shifted;  // adding 2^-1 leaves a subnormal's 10 bits, rounded, at the bottom of the sum
-  __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
-  shifted += 0.5f;
-  uint32_t subnormal;
-  __builtin_memcpy(&subnormal, &shifted, sizeof subnormal);
-  uint32_t out_bits = magnitude < 0x38800000u ? subnormal - 0x3f000000u : normal;
-  out_bits = magnitude >= 0x47800000u ? 0x7c00u : out_bits;
-  out_bits = magnitude > 0x7f800000u ? 0x7e00u : out_bits;
-  out.bits = static_cast<uint16_t>(sign | out_bits);
-}
-
 constexpr int64_t kStrip = 256;  // columns handled at once
 
-// A: the accumulation type. out [rows, cols] = W'.
-template <class A, class W, class T>
-void merge_matrix(const Weight& weight, T* out) {
+// visit(T()) for an element type beside sums in A, float or double.
+template <class A, class Visit>
+INLINE void with_type(Type type, Visit visit) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    visit(double());
+  } else {
+    type == Type::f32 ? visit(float()) : type == Type::bf16 ? visit(bf16()) : visit(half());
+  }
+}
+
+// strip [count] *= the elements of a matrix from the one at `at` on.
+template <class A>
+INLINE void multiply_strip(Type type, const void* from, int64_t at, int64_t count, A* strip) {
+  with_type<A>(type, [&](auto element) {
+    const auto* p = static_cast<const decltype(element)*>(from) + at;
+    for (int64_t i = 0; i < count; ++i) strip[i] *= value(p[i]);
+  });
+}
+
+// A: the accumulation type. out [rows, cols] = W' of `type`.
+template <class A>
+void merge_matrix(const Weight& weight, Type type, void* out) {
   const int64_t cols = weight.cols, rank = weight.rank;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
       const A* row = static_cast<const A*>(weight.row) + n * rank;
       const A* col = static_cast<const A*>(weight.col) + n / weight.group_rows() * rank * cols;
       for (int64_t k = 0; k < cols; k += kStrip) {
         const int64_t some = least(kStrip, cols - k);
         A f[kStrip];
-        for (int64_t i = 0; i < some; ++i) f[i] = static_cast<A>(weight.base);
-        for (int64_t j = 0; j < rank; ++j) {
+        const A base = static_cast<A>(weight.base);
+        for (int64_t i = 0; i < some; ++i) f[i] = base + row[0] * col[k + i];
+        for (int64_t j = 1; j < rank; ++j) {
           const A scale = row[j];
           const A* col_j = col + j * cols + k;
           for (int64_t i = 0; i < some; ++i) f[i] += scale * col_j[i];
         }
-        for (int64_t i = 0; i < some; ++i) assign(out[n * cols + k + i], value(w[k + i]) * f[i]);
+        multiply_strip(weight.type, weight.data, n * weight.stride + k, some, f);
+        with_type<A>(type, [&](auto element) {
+          auto* to = static_cast<decltype(element)*>(out) + n * cols + k;
+          for (int64_t i = 0; i < some; ++i) assign(to[i], f[i]);
+        });
       }
     }
   };
   parallel(weight.rows, body);
 }
 
-template <class W, class T>
-void merge_vectors(const Weight& weight, T* out) {
+// float32 and bfloat16 alone.
+void merge_vectors(const Weight& weight, Type type, void* out) {
   const int64_t cols = weight.cols, rank = weight.rank;
   const Vec base = splat(static_cast<float>(weight.base));
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
       const float* row = static_cast<const float*>(weight.row) + n * rank;
       const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
-      for (int64_t k = 0; k < cols; k += kWidth) {
-        const Vec f = factor(base, row, col + k, cols, rank, cols - k);
-        store_upto(out + n * cols + k, mul(load_upto(w + k, cols - k), f), cols - k);
-      }
+      with_weight(weight, n, 0, [&](const auto* w) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < cols; k += kWidth) {
+          const Vec f = factor(base, row, col + k, cols, rank, cols - k);
+          store_upto(type, out, n * cols + k, mul(load_upto(w + k, cols - k), f), cols - k);
+        }
+      });
     }
   };
   parallel(weight.rows, body);
+}
+
+void merge(const Weight& weight, Type type, void* out) {
+  if (type == Type::f64) return merge_matrix<double>(weight, type, out);
+  if (type == Type::f16 || weight.type == Type::f16) return merge_matrix<float>(weight, type, out);
+  merge_vectors(weight, type, out);
 }
 
 // Lane sums first, in A; their totals in double.
@@ -104,8 +90,8 @@ INLINE double dot(const A* a, const A* b, int64_t size) {
   return total;
 }
 
-template <class A, class W, class T>
-void reduce_matrix(const Weight& weight, const T* product, A* grad_row, A* grad_col) {
+template <class A>
+void reduce_matrix(const Weight& weight, Type type, const void* product, A* grad_row, A* grad_col) {
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, group_rows = weight.group_rows();
   const int64_t strips = (cols + kStrip - 1) / kStrip, slots = worker_count(strips), size = rows * rank;
   constexpr int64_t kRun = 16;  // rows summed in A before they go to double
@@ -126,11 +112,13 @@ void reduce_matrix(const Weight& weight, const T* product, A* grad_row, A* grad_
         for (int64_t start = group * group_rows; start < last; start += kRun) {
           __builtin_memset(runs, 0, rank * kStrip * sizeof(A));
           for (int64_t n = start; n < least(start + kRun, last); ++n) {
-            const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-            const T* g = product + n * cols + k;
             const A* row = static_cast<const A*>(weight.row) + n * rank;
             A h[kStrip];
-            for (int64_t i = 0; i < some; ++i) h[i] = value(g[i]) * value(w[i]);
+            with_type<A>(type, [&](auto element) {
+              const auto* g = static_cast<const decltype(element)*>(product) + n * cols + k;
+              for (int64_t i = 0; i < some; ++i) h[i] = value(g[i]);
+            });
+            multiply_strip(weight.type, weight.data, n * weight.stride + k, some, h);
             for (int64_t j = 0; j < rank; ++j) {
               row_sum[n * rank + j] += dot(h, col + j * cols, some);
               const A scale = row[j];
@@ -155,39 +143,15 @@ void reduce_matrix(const Weight& weight, const T* product, A* grad_row, A* grad_
   }
 }
 
-// Calls visit(A, W, T) with values whose types are those of the accumulation, the weight and the activations.
-template <class Visit>
-void with_types(Type weight, Type type, Visit visit) {
-  if (type == Type::f64) return visit(double(), double(), double());
-  if (type == Type::f32) return visit(float(), float(), float());
-  const auto with_weight = [&](auto t) {
-    if (weight == Type::f32) return visit(float(), float(), t);
-    if (weight == Type::bf16) return visit(float(), bf16(), t);
-    return visit(float(), half(), t);
-  };
-  type == Type::bf16 ? with_weight(bf16()) : with_weight(half());
-}
-
-void merge(const Weight& weight, Type type, void* out) {
-  if (type == Type::f32) return merge_vectors<float>(weight, static_cast<float*>(out));
-  if (type == Type::bf16 && weight.type == Type::bf16) return merge_vectors<bf16>(weight, static_cast<bf16*>(out));
-  if (type == Type::bf16 && weight.type == Type::f32) return merge_vectors<float>(weight, static_cast<bf16*>(out));
-  with_types(weight.type, type, [&](auto a, auto w, auto t) {
-    merge_matrix<decltype(a), decltype(w), decltype(t)>(weight, static_cast<decltype(t)*>(out));
-  });
-}
-
 void reduce(const Weight& weight, Type type, const void* product, void* grad_row, void* grad_col) {
-  with_types(weight.type, type, [&](auto a, auto w, auto t) {
-    using A = decltype(a);
-    using T = decltype(t);
-    reduce_matrix<A, decltype(w), T>(weight, static_cast<const T*>(product), static_cast<A*>(grad_row),
-                                     static_cast<A*>(grad_col));
-  });
+  if (type == Type::f64) {
+    return reduce_matrix(weight, type, product, static_cast<double*>(grad_row), static_cast<double*>(grad_col));
+  }
+  reduce_matrix(weight, type, product, static_cast<float*>(grad_row), static_cast<float*>(grad_col));
 }
 
-template <class A, class T>
-void sum_rows_of(const Matrix& from, int64_t count, int64_t cols, A* out) {
+template <class A>
+void sum_rows_of(Type type, const Matrix& from, int64_t count, int64_t cols, A* out) {
   constexpr int64_t kRun = 8;  // rows summed in A before they go to double
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = begin * kStrip; k < least(end * kStrip, cols); k += kStrip) {
@@ -196,8 +160,10 @@ void sum_rows_of(const Matrix& from, int64_t count, int64_t cols, A* out) {
       for (int64_t start = 0; start < count; start += kRun) {
         A run[kStrip] = {};
         for (int64_t m = start; m < least(start + kRun, count); ++m) {
-          const T* row = static_cast<const T*>(from.data) + m * from.stride + k;
-          for (int64_t i = 0; i < some; ++i) run[i] += value(row[i]);
+          with_type<A>(type, [&](auto element) {
+            const auto* row = static_cast<const decltype(element)*>(from.data) + m * from.stride + k;
+            for (int64_t i = 0; i < some; ++i) run[i] += value(row[i]);
+          });
         }
         for (int64_t i = 0; i < kStrip; ++i) totals[i] += run[i];
       }
@@ -210,7 +176,6 @@ void sum_rows_of(const Matrix& from, int64_t count, int64_t cols, A* out) {
 }
 
 void sum_rows(Type type, const Matrix& from, int64_t count, int64_t cols, void* out) {
-  with_types(Type::f32, type, [&](auto a, auto, auto t) {
-    sum_rows_of<decltype(a), decltype(t)>(from, count, cols, static_cast<decltype(a)*>(out));
-  });
+  type == Type::f64 ? sum_rows_of(type, from, count, cols, static_cast<double*>(out))
+                    : sum_rows_of(type, from, count, cols, static_cast<float*>(out));
 }

@@ -4,9 +4,9 @@
 constexpr int64_t kChain = 128;
 
 // y tile [MR, NR] of rows n.. of W; every row of the tile lies in one group. `kFetch`: W comes from memory.
-template <int MR, int NR, class W, bool kRankOne, bool kFetch = true>
-INLINE void fused_tile(const Weight& weight, const float* x, int64_t x_stride, int64_t n, const float* bias, float* y,
-                          int64_t y_stride) {
+template <int MR, int NR, class W, bool kRankOne, bool kFetch>
+SHARED void fused_tile(const Weight& weight, int64_t n, const float* x, int64_t x_stride, const float* bias, float* y,
+                       int64_t y_stride) {
   const int64_t cols = weight.cols, rank = weight.rank;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
   const float* row = static_cast<const float*>(weight.row) + n * rank;
@@ -68,11 +68,13 @@ void fused_rows(const Forward& p, const float* x, int64_t x_stride, float* y) {
       int64_t n = first_row + block % blocks * kRows;
       const int64_t last = least(n + kRows, first_row + group_rows);
       if (n + kRows == last) {
-        fused_tile<MR, kRows, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
+        fused_tile<MR, kRows, W, kRankOne, true>(p.weight, n, x, x_stride, p.bias, y + n, p.weight.rows);
         continue;
       }
       for (; n < last; ++n) {
-        fused_tile<MR, 1, W, kRankOne>(p.weight, x, x_stride, n, p.bias, y + n, p.weight.rows);
+        for (int64_t m = 0; m < MR; ++m) {
+          fused_tile<1, 1, W, kRankOne, false>(p.weight, n, x + m * x_stride, x_stride, p.bias, y + m * p.weight.rows + n, 1);
+        }
       }
     }
   };
@@ -108,15 +110,11 @@ void fused_forward(const Forward& p) {
 }
 
 void forward_fused(const Forward& p) {
-  const bool one = p.weight.rank == 1;
 #ifdef RLRR_PAIRS
-  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return forward_stacked(&p, 1);
+  const bool stacks = p.weight.rank == 1 && p.type == Type::bf16 && p.weight.type == Type::bf16;
+  if (stacks && pairs_supported()) return pairs_avx512.forward_stacked(&p, 1);
 #endif
-  if (p.weight.type == Type::f32) {
-    one ? fused_forward<float, true>(p) : fused_forward<float, false>(p);
-  } else {
-    one ? fused_forward<bf16, true>(p) : fused_forward<bf16, false>(p);
-  }
+  with_form(p.weight, [&](auto w, auto one) { fused_forward<decltype(w), decltype(one)::value>(p); });
 }
 
 // ---------------------------------------------------------------- backward
@@ -326,13 +324,9 @@ void fused_backward(const Backward& p) {
 }
 
 void backward_fused(const Backward& p) {
-  const bool one = p.weight.rank == 1;
 #ifdef RLRR_PAIRS
-  if (one && p.type == Type::bf16 && p.weight.type == Type::bf16 && pairs_supported()) return backward_stacked(p);
+  const bool stacks = p.weight.rank == 1 && p.type == Type::bf16 && p.weight.type == Type::bf16;
+  if (stacks && pairs_supported()) return pairs_avx512.backward_stacked(p);
 #endif
-  if (p.weight.type == Type::f32) {
-    one ? fused_backward<float, true>(p) : fused_backward<float, false>(p);
-  } else {
-    one ? fused_backward<bf16, true>(p) : fused_backward<bf16, false>(p);
-  }
+  with_form(p.weight, [&](auto w, auto one) { fused_backward<decltype(w), decltype(one)::value>(p); });
 }

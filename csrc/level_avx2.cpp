@@ -9,9 +9,6 @@
 
 #pragma GCC target("avx2,fma")
 
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace rlrr {
 namespace avx2 {
 namespace {

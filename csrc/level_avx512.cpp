@@ -1,17 +1,14 @@
-// The kernels compiled for AVX-512. Everything below the pragma has this level's own namespace: a function shared
-// with another unit could be the copy the linker keeps, and fail on a processor without these instructions.
+// The kernels compiled for AVX-512, but for those of bf16 pairs (pairs_avx512.cpp). Everything below the pragma has this
+// level's own namespace: a function shared with another unit could be the copy the linker keeps, and fail on a processor
+// without these instructions.
 #include "levels.h"
 
 #ifdef RLRR_X86
 #include <immintrin.h>
 
-#include "dispatch.h"
 #include "runtime.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
-
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
 namespace rlrr {
 namespace avx512 {
@@ -22,10 +19,6 @@ namespace {
 #include "common.inl"
 #include "elementwise.inl"
 #include "rank.inl"
-#include "pairs.inl"
-#include "pairs_dots.inl"
-#include "pairs_backward.inl"
-#include "stacked.inl"
 #include "fused.inl"
 #include "panels.inl"
 #include "together.inl"

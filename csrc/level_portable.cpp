@@ -2,9 +2,6 @@
 #include "levels.h"
 #include "runtime.h"
 
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace rlrr {
 namespace portable {
 namespace {

@@ -7,6 +7,11 @@
 #define RLRR_X86 1
 #endif
 
+// What that code is written with.
+#define INLINE inline __attribute__((always_inline))
+#define SHARED __attribute__((noinline, noclone))  // one copy for all callers
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace rlrr {
 
 // The code of one instruction set. `forward_*` and `backward_*` serve float32 and bfloat16.
@@ -26,10 +31,20 @@ struct Level {
   void (*sum_rows)(Type type, const Matrix&, int64_t count, int64_t cols, void* out);
 };
 
+// The code for bfloat16 rows of x where pairs_supported(), a unit of its own: panels, beside a weight of any type, and one
+// pass over a bfloat16 weight, of rank 1 in backward.
+struct PairLevel {
+  void (*forward_panels)(const Forward&);
+  void (*forward_stacked)(const Forward* calls, int64_t size);
+  void (*backward_panels)(const Backward&);
+  void (*backward_stacked)(const Backward&);
+};
+
 extern const Level level_portable;
 #ifdef RLRR_X86
 extern const Level level_avx2;
 extern const Level level_avx512;
+extern const PairLevel pairs_avx512;
 #endif
 
 // Numbers that the Python side names: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16 (the code of 2 with bf16 pairs).

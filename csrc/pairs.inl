@@ -88,7 +88,7 @@ INLINE void factor_split(Vec base, const float* row, const float* col, const flo
 
 // panel [⌈depth / 2⌉.., kPairPanel] = W'ᵀ of `rows` rows from n and `depth` columns from k, zero-padded.
 template <class W, bool kRankOne>
-void pack_transposed(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+SHARED void pack_transposed(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
                      uint32_t* panel) {
   const Vec base = splat(static_cast<float>(weight.base));
   const int64_t group_rows = weight.group_rows(), ahead = rows_ahead<W>(weight, kWidth);
@@ -133,7 +133,6 @@ INLINE void store_row(bf16* out, Vec a, Vec b, Vec c, Vec d, int64_t some) {
   store_pairs(out + 2 * kWidth, round_both(c, d), first_elements(some - 2 * kWidth));
 }
 
-template <class W, bool kRankOne>
 void pairs_forward(const Forward& p) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols;
@@ -154,7 +153,9 @@ void pairs_forward(const Forward& p) {
       for (int64_t k = 0; k < cols; k += kPairDepth) {
         const int64_t depth = least(kPairDepth, cols - k);
         const bool last = k + depth == cols;
-        pack_transposed<W, kRankOne>(weight, split, n, some, k, depth, panel);
+        with_form(weight, [&](auto w, auto one) __attribute__((always_inline)) {
+          pack_transposed<decltype(w), decltype(one)::value>(weight, split, n, some, k, depth, panel);
+        });
         auto multiply_rows = [&](int64_t m, int64_t row, int64_t height) __attribute__((always_inline)) {
           auto multiply = [&](auto rows) __attribute__((always_inline)) {
             constexpr int MR = decltype(rows)::value;

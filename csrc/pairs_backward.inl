@@ -3,7 +3,7 @@
 
 // panel [⌈rows / 2⌉, kPairPanel] = W' of `rows` rows from n and the columns from k, of which `left` exist; zero-padded.
 template <class W, bool kRankOne>
-void pack_rescaled(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t left,
+SHARED void pack_rescaled(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t left,
                    uint32_t* panel) {
   constexpr int64_t kAhead = 24;
   const Vec base = splat(static_cast<float>(weight.base));
@@ -55,7 +55,6 @@ INLINE void pack_columns(const bf16* x, int64_t stride, int64_t count, int64_t l
 }
 
 // ∂x [:, k..k + kPairPanel) = g W'. `panel` holds kPairDepth rows of W', `sums` [count, kPairPanel] if W has more.
-template <class W, bool kRankOne>
 void panel_of_grad_x(const Backward& p, const PairedRows& g, const SplitPanels& split, int64_t k, uint32_t* panel,
                      float* sums) {
   const Weight& weight = p.weight;
@@ -63,7 +62,9 @@ void panel_of_grad_x(const Backward& p, const PairedRows& g, const SplitPanels& 
   for (int64_t n = 0; n < rows; n += kPairDepth) {
     const int64_t depth = least(kPairDepth, rows - n);
     const bool last = n + depth == rows;
-    pack_rescaled<W, kRankOne>(weight, split, n, depth, k, left, panel);
+    with_form(weight, [&](auto w, auto one) __attribute__((always_inline)) {
+      pack_rescaled<decltype(w), decltype(one)::value>(weight, split, n, depth, k, left, panel);
+    });
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = p.count * tile / tiles, after = p.count * (tile + 1) / tiles;
       auto multiply = [&](auto height) __attribute__((always_inline)) {
@@ -123,19 +124,20 @@ struct PackedChunk {
 };
 
 // h = G ⊙ W for a tile of G, rows from n and columns from k.
-template <int MR, class W>
+template <int MR>
 INLINE void times_weight(const Weight& weight, int64_t n, int64_t k, Vec (&h)[MR][kPairVectors]) {
   const int64_t left = weight.cols - k;
-  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   const __mmask32 elements[] = {first_elements(left), first_elements(left - 2 * kWidth)};
-  UNROLL for (int i = 0; i < MR; ++i) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-      Vec even, odd;
-      load_split(w + i * weight.stride + 2 * kWidth * half, elements[half], even, odd);
-      h[i][2 * half] = mul(h[i][2 * half], even);
-      h[i][2 * half + 1] = mul(h[i][2 * half + 1], odd);
+  with_weight(weight, n, k, [&](const auto* w) __attribute__((always_inline)) {
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int half = 0; half < 2; ++half) {
+        Vec even, odd;
+        load_split(w + i * weight.stride + 2 * kWidth * half, elements[half], even, odd);
+        h[i][2 * half] = mul(h[i][2 * half], even);
+        h[i][2 * half + 1] = mul(h[i][2 * half + 1], odd);
+      }
     }
-  }
+  });
 }
 
 // Rank 1: adds a tile h to the lanes of ∂s_r [kPairRows, kWidth] and to the panel's ∂s_c [kPairPanel].
@@ -167,11 +169,9 @@ struct ScaleSums {
 constexpr int64_t kPairHeld = 8;
 
 // The columns [k, end) of x, as many rows as a chunk of g, contracted with it: adds to the sums.
-template <class W, bool kRankOne>
 void panels_of_scales(const Weight& weight, const SplitPanels& split, const PackedChunk& g, const bf16* x,
                       int64_t x_stride, int64_t k, int64_t end, const ScaleSums& sums) {
-  constexpr int64_t kHeld = kRankOne ? 1 : kPairHeld;
-  const int64_t rank = weight.rank, steps = g.steps();
+  const int64_t rank = weight.rank, steps = g.steps(), held = rank == 1 ? 1 : kPairHeld;
   const float* row = static_cast<const float*>(weight.row);
   for (int64_t at = k, i = 0; at < end; at += kPairPanel, ++i) {
     pack_columns(x + at, x_stride, g.count, weight.cols - at, sums.panels + i * steps * kPairPanel);
@@ -179,25 +179,26 @@ void panels_of_scales(const Weight& weight, const SplitPanels& split, const Pack
   for (int64_t group = 0; group < weight.groups; ++group) {
     __builtin_memset(sums.col, 0, (end - k + kPairPanel - 1) / kPairPanel * rank * kPairPanel * sizeof(float));
     const int64_t last_tile = (group + 1) * g.group_tiles();
-    for (int64_t first_tile = group * g.group_tiles(); first_tile < last_tile; first_tile += kHeld) {
-      const int64_t until = least(first_tile + kHeld, last_tile), first = g.first_row(first_tile);
-      if (kRankOne) __builtin_memset(sums.tiles, 0, kPairRows * kWidth * sizeof(float));
+    for (int64_t first_tile = group * g.group_tiles(); first_tile < last_tile; first_tile += held) {
+      const int64_t until = least(first_tile + held, last_tile), first = g.first_row(first_tile);
+      if (rank == 1) __builtin_memset(sums.tiles, 0, kPairRows * kWidth * sizeof(float));
       for (int64_t at = k, i = 0; at < end; at += kPairPanel, ++i) {
         float *col_sums = sums.col + i * rank * kPairPanel, *h = sums.tiles;
         for (int64_t tile = first_tile; tile < until; ++tile) {
           const int64_t n = g.first_row(tile), height = g.height(tile);
-          const W* next = static_cast<const W*>(weight.data) + (n + height) * weight.stride + at;
-          for (int64_t line = 0; line < height; ++line, next += weight.stride) {
-            __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + 2 * kWidth, 0, 2);
-          }
+          with_weight(weight, n + height, at, [&](const auto* next) __attribute__((always_inline)) {
+            for (int64_t line = 0; line < height; ++line, next += weight.stride) {
+              __builtin_prefetch(next, 0, 2);
+              __builtin_prefetch(next + 2 * kWidth, 0, 2);
+            }
+          });
           auto multiply = [&](auto rows) __attribute__((always_inline)) {
             constexpr int MR = decltype(rows)::value;
             Vec total[MR][kPairVectors];
             clear(total);
             multiply_tile<MR, true>(g.at(tile), 0, sums.panels + i * steps * kPairPanel, steps, total);
-            times_weight<MR, W>(weight, n, at, total);
-            if (kRankOne) return reduce_pairs<MR>(row + n, split.at(group, at), total, sums.tiles, col_sums);
+            times_weight<MR>(weight, n, at, total);
+            if (rank == 1) return reduce_pairs<MR>(row + n, split.at(group, at), total, sums.tiles, col_sums);
             UNROLL for (int r = 0; r < MR; ++r) {
               UNROLL for (int j = 0; j < kPairVectors; ++j) store(h + r * kPairPanel + j * kWidth, total[r][j]);
             }
@@ -205,11 +206,10 @@ void panels_of_scales(const Weight& weight, const SplitPanels& split, const Pack
           with_count<kPairRows>(height, multiply);
           h += height * kPairPanel;
         }
-        if (kRankOne) continue;
-        auto add_col = [&](int64_t to, Vec value) { store(col_sums + to, add(load(col_sums + to), value)); };
-        split.reduce(weight, first, (h - sums.tiles) / kPairPanel, at, sums.tiles, add_col, sums.row);
+        if (rank == 1) continue;
+        split.reduce<false>(weight, first, (h - sums.tiles) / kPairPanel, at, sums.tiles, col_sums, nullptr, sums.row);
       }
-      for (int64_t i = 0; kRankOne && i < g.height(first_tile); ++i) {
+      for (int64_t i = 0; rank == 1 && i < g.height(first_tile); ++i) {
         sums.row[first + i] += sum(load(sums.tiles + i * kWidth));
       }
     }
@@ -225,15 +225,14 @@ void panels_of_scales(const Weight& weight, const SplitPanels& split, const Pack
   }
 }
 
-template <class W, bool kRankOne>
-void pairs_backward(const Backward& p) {
+void backward_pairs(const Backward& p) {
   const Weight& weight = p.weight;
   const int64_t rows = weight.rows, cols = weight.cols, rank = weight.rank, panels = (cols + kPairPanel - 1) / kPairPanel;
-  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr;
+  const bool scales = p.grad_row != nullptr || p.grad_col != nullptr, one = rank == 1;
   const Run all{0, p.count};
   const PairedRows g(p.grad_y, &all, p.count, rows);
-  const SplitPanels split(weight, scales && !kRankOne);
-  const int64_t slots = worker_count(panels), size = rows * (kRankOne ? 1 : split.lanes);
+  const SplitPanels split(weight, scales && !one);
+  const int64_t slots = worker_count(panels), size = rows * (one ? 1 : split.lanes);
   const Buffer partial(scales ? slots * size * sizeof(float) : 0);
   float* row_sums = static_cast<float*>(partial.data());
   if (scales) __builtin_memset(row_sums, 0, slots * size * sizeof(float));
@@ -258,7 +257,7 @@ void pairs_backward(const Backward& p) {
       const bool need_x = p.grad_x != nullptr && start == 0;
       const int64_t held = most(need_x ? (least(rows, kPairDepth) + 1) / 2 : 0, scales ? together * chunk.steps() : 0);
       const int64_t tall = need_x && rows > kPairDepth ? p.count * kPairPanel : 0;
-      const int64_t tiles = kRankOne ? kPairRows * kWidth : kPairHeld * kPairRows * kPairPanel;
+      const int64_t tiles = one ? kPairRows * kWidth : kPairHeld * kPairRows * kPairPanel;
       const int64_t scale_sums = scales ? rank * together * kPairPanel + tiles : 0;
       const Buffer panel_buffer(held * kPairPanel * sizeof(uint32_t)), sums_buffer((tall + scale_sums) * sizeof(float));
       uint32_t* panels = static_cast<uint32_t*>(panel_buffer.data());
@@ -268,28 +267,19 @@ void pairs_backward(const Backward& p) {
       for (int64_t index = begin; index < end; index += together) {
         const int64_t last = least(index + together, end);
         for (int64_t i = index; need_x && i < last; ++i) {
-          panel_of_grad_x<W, kRankOne>(p, g, split, i * kPairPanel, panels, sums);
+          panel_of_grad_x(p, g, split, i * kPairPanel, panels, sums);
         }
         if (!scales) continue;
         const bf16* x = static_cast<const bf16*>(p.x.data) + start * p.x.stride;
-        panels_of_scales<W, kRankOne>(weight, split, chunk, x, p.x.stride, index * kPairPanel, last * kPairPanel, scale);
+        panels_of_scales(weight, split, chunk, x, p.x.stride, index * kPairPanel, last * kPairPanel, scale);
       }
     };
     parallel(panels, body);
   }
-  if (!kRankOne && p.grad_row != nullptr) return split.finish(row_sums, slots, rows, p.grad_row);
+  if (!one && p.grad_row != nullptr) return split.finish(row_sums, slots, rows, p.grad_row);
   for (int64_t i = 0; p.grad_row != nullptr && i < size; ++i) {
     float total = 0;
     for (int64_t s = 0; s < slots; ++s) total += row_sums[s * size + i];
     p.grad_row[i] = total;
-  }
-}
-
-void backward_pairs(const Backward& p) {
-  const bool one = p.weight.rank == 1;
-  if (p.weight.type == Type::f32) {
-    one ? pairs_backward<float, true>(p) : pairs_backward<float, false>(p);
-  } else {
-    one ? pairs_backward<bf16, true>(p) : pairs_backward<bf16, false>(p);
   }
 }

@@ -21,7 +21,7 @@ INLINE void split_rows(const Forward& p, int64_t stride, bf16* out) {
 
 // block [4, stride] = `rows` rows of W' from n, columns from k, in the order of split_rows; further rows are zero.
 template <class W, bool kRankOne>
-void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
+SHARED void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int64_t rows, int64_t k, int64_t depth,
                   int64_t stride, bf16* block) {
   const Vec base = splat(static_cast<float>(weight.base));
   const int64_t ahead = 4 * weight.stride, across = kRankOne ? depth : kPairPanel;
@@ -44,7 +44,6 @@ void rescale_rows(const Weight& weight, const SplitPanels& split, int64_t n, int
   }
 }
 
-template <class W, bool kRankOne>
 void dots_forward(const Forward& p) {
   const Weight& weight = p.weight;
   const int64_t cols = weight.cols, stride = round_up(cols, 2 * kWidth);
@@ -65,7 +64,9 @@ void dots_forward(const Forward& p) {
       for (int64_t k = 0; k < cols; k += kDotDepth) {
         const int64_t depth = least(kDotDepth, cols - k);
         const bool last = k + depth == cols;
-        rescale_rows<W, kRankOne>(weight, split, n, some, k, depth, deepest, block);
+        with_form(weight, [&](auto w, auto one) __attribute__((always_inline)) {
+          rescale_rows<decltype(w), decltype(one)::value>(weight, split, n, some, k, depth, deepest, block);
+        });
         auto multiply_rows = [&](int64_t m, int64_t row, int64_t rows) __attribute__((always_inline)) {
           auto multiply = [&](auto height) __attribute__((always_inline)) {
             constexpr int MR = decltype(height)::value;
@@ -105,16 +106,4 @@ void dots_forward(const Forward& p) {
   parallel((weight.rows + 3) / 4, body);
 }
 
-template <class W, bool kRankOne>
-void pairs_forward_for(const Forward& p) {
-  p.count <= kFewPairRows ? dots_forward<W, kRankOne>(p) : pairs_forward<W, kRankOne>(p);
-}
-
-void forward_pairs(const Forward& p) {
-  const bool one = p.weight.rank == 1;
-  if (p.weight.type == Type::f32) {
-    one ? pairs_forward_for<float, true>(p) : pairs_forward_for<float, false>(p);
-  } else {
-    one ? pairs_forward_for<bf16, true>(p) : pairs_forward_for<bf16, false>(p);
-  }
-}
+void forward_pairs(const Forward& p) { p.count <= kFewPairRows ? dots_forward(p) : pairs_forward(p); }

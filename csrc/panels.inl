@@ -29,6 +29,24 @@ INLINE void rescale_two(const W* w, int64_t ahead, int64_t left, Vec f0, Vec f1,
   store(out + kWidth, mul(f1, b));
 }
 
+// out [rows, kPanel], rows `stride` apart, = W' of higher ranks: rows from n, of which w is the first, and columns from k.
+// `ahead`: which row to fetch.
+template <class W>
+SHARED void rescale_ranks(const Weight& weight, const Panels& panels, int64_t n, int64_t rows, int64_t k, const W* w,
+                          int64_t ahead, float* out, int64_t stride) {
+  const int64_t left = weight.cols - k;
+  const auto put = [&](int64_t i, const Vec (&f)[2], int64_t columns) __attribute__((always_inline)) {
+    rescale_two(w + i * weight.stride, ahead * weight.stride, columns, f[0], f[1], out + i * stride);
+  };
+  if (left >= kPanel) {
+    panels.factors(weight, n, rows, k, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
+      put(i, f, kPanel);
+    });
+  } else {
+    panels.factors(weight, n, rows, k, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) { put(i, f, left); });
+  }
+}
+
 // ---------------------------------------------------------------- forward: vectors run along the contraction
 
 // out [MR, 4], rows `stride` apart, (+)= x [MR, depth] · w [4, depth]ᵀ; w is zero-padded to whole vectors.
@@ -60,36 +78,36 @@ void dot_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride
 }
 
 // block [kBlockRows, stride] = W' [n.., k..k + depth), zero-padded to whole panels and to kBlockRows rows of one group.
-template <class W>
 void prepare_rows(const Weight& weight, const Panels& panels, int64_t n, int64_t rows, int64_t k, int64_t depth,
                   float* block, int64_t stride) {
-  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  if (weight.rank == 1) {
-    const float* row = static_cast<const float*>(weight.row) + n;
-    const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
-    const Vec base = splat(static_cast<float>(weight.base));
-    for (int64_t i = 0; i < rows; ++i) {
-      const W* w_i = w + i * weight.stride;
-      const Vec scale = splat(row[i]);
-      for (int64_t at = 0; at < stride; at += kWidth) {
-        const Vec f = fma(scale, load_upto(col + at, depth - at), base);
-        store(block + i * stride + at, mul(load_upto(w_i + at, depth - at), f));
+  const float* row = static_cast<const float*>(weight.row) + n;
+  const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
+  const Vec base = splat(static_cast<float>(weight.base));
+  with_weight(weight, n, k, [&](const auto* w) __attribute__((always_inline)) {
+    if (weight.rank == 1) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const auto* w_i = w + i * weight.stride;
+        const Vec scale = splat(row[i]);
+        for (int64_t at = 0; at < stride; at += kWidth) {
+          const Vec f = fma(scale, load_upto(col + at, depth - at), base);
+          store(block + i * stride + at, mul(load_upto(w_i + at, depth - at), f));
+        }
       }
+      return;
     }
-  } else {
     for (int64_t at = 0; at < stride; at += kPanel) {
-      panels.factors(weight, n, rows, k + at, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
-        rescale_two(w + i * weight.stride + at, kBlockRows * weight.stride, depth - at, f[0], f[1],
-                    block + i * stride + at);
-      });
+      rescale_ranks(weight, panels, n, rows, k + at, w + at, kBlockRows, block + at, stride);
     }
-  }
+  });
   __builtin_memset(block + rows * stride, 0, (kBlockRows - rows) * stride * sizeof(float));
 }
 
-template <class W, class Y>
-void panels_forward(const Forward& p, const Widened& x) {
+void forward_panels(const Forward& p) {
+#ifdef RLRR_PAIRS
+  if (p.type == Type::bf16 && pairs_supported()) return pairs_avx512.forward_panels(p);
+#endif
   const Weight& weight = p.weight;
+  const Widened x(p.x, p.type, p.runs, p.count, weight.cols);
   const int64_t cols = weight.cols, group_rows = weight.group_rows();
   const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
   const int64_t deepest = round_up(least(cols, kDepth), kPanel);
@@ -110,7 +128,7 @@ void panels_forward(const Forward& p, const Widened& x) {
         for (int64_t k = 0; k < cols; k += kDepth) {
           const int64_t depth = least(kDepth, cols - k), stride = round_up(depth, kPanel), size = kBlockRows * stride;
           for (int64_t b = 0; b < some; ++b) {
-            prepare_rows<W>(weight, panels, first_row(block + b), height(block + b), k, depth, w + b * size, stride);
+            prepare_rows(weight, panels, first_row(block + b), height(block + b), k, depth, w + b * size, stride);
           }
           for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t rows) __attribute__((always_inline)) {
             for (int64_t m = 0; m < rows; m += kDotRows) {
@@ -131,11 +149,10 @@ void panels_forward(const Forward& p, const Widened& x) {
           for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t some_rows) {
             for (int64_t m = 0; m < some_rows; ++m) {
               const float* from = sums + (first - start + m) * width + b * kBlockRows;
-              Y* y = static_cast<Y*>(p.y) + (row + m) * weight.rows + n;
               for (int64_t i = 0; i < rows; i += kWidth) {
                 Vec value = load_upto(from + i, kBlockRows - i);
                 if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
-                store_upto(y + i, value, rows - i);
+                store_upto(p.type, p.y, (row + m) * weight.rows + n + i, value, rows - i);
               }
             }
           });
@@ -146,20 +163,11 @@ void panels_forward(const Forward& p, const Widened& x) {
   parallel(blocks * weight.groups, body);
 }
 
-void forward_panels(const Forward& p) {
-#ifdef RLRR_PAIRS
-  if (p.type == Type::bf16 && pairs_supported()) return forward_pairs(p);
-#endif
-  const Widened x(p.x, p.type, p.runs, p.count, p.weight.cols);
-  if (p.type == Type::f32) return panels_forward<float, float>(p, x);
-  p.weight.type == Type::f32 ? panels_forward<float, bf16>(p, x) : panels_forward<bf16, bf16>(p, x);
-}
-
 // ---------------------------------------------------------------- backward: vectors run along the columns of W
 
 // out [MR, kPanel] (+)= Σ_s a[s, :MR] ⊗ b[s, :]; a has rows of kTileRows, b of kPanel.
 template <int MR>
-void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool first) {
+INLINE void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool first) {
   Vec total[MR][2];
   clear(total);
   multiply_broadcast(a, 1, kTileRows, b, kPanel, steps, total);
@@ -170,15 +178,15 @@ void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool 
   }
 }
 
-template <int MR>
-INLINE void outer_rows(int64_t rows, const float* a, const float* b, int64_t steps, float* out, bool first) {
-  if constexpr (MR > 1) {
-    if (rows < MR) return outer_rows<MR - 1>(rows, a, b, steps, out, first);
-  }
-  // One accumulator over thousands of terms would lose digits to eager's blocked sums.
-  for (int64_t s = 0; s < steps; s += kRun) {
-    outer_tile<MR>(a + s * kTileRows, b + s * kPanel, least(kRun, steps - s), out, first && s == 0);
-  }
+// The same for the first `rows` of kTileRows, or as many as there are.
+SHARED void outer_rows(int64_t rows, const float* a, const float* b, int64_t steps, float* out, bool first) {
+  auto tile = [&](auto height) __attribute__((always_inline)) {
+    // One accumulator over thousands of terms would lose digits to eager's blocked sums.
+    for (int64_t s = 0; s < steps; s += kRun) {
+      outer_tile<decltype(height)::value>(a + s * kTileRows, b + s * kPanel, least(kRun, steps - s), out, first && s == 0);
+    }
+  };
+  with_count<kTileRows>(least(kTileRows, rows), tile);
 }
 
 // Both packings of a chunk of g, [tiles][steps][kTileRows]: `across` contracts n for ∂x, its tiles hold rows m;
@@ -209,24 +217,21 @@ struct PackedGradient {
 };
 
 // block [rows, kPanel] = W' [n.., k..k + kPanel) for `rows` rows, zero-padded.
-template <class W>
 void prepare_columns(const Weight& weight, const Panels& panels, int64_t n, int64_t rows, int64_t k, float* block) {
   constexpr int64_t kAhead = 24;
   const int64_t left = weight.cols - k, group_rows = weight.group_rows();
-  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
-  if (weight.rank > 1) {
-    return panels.factors(weight, n, rows, k, [&](int64_t i, const Vec (&f)[2]) __attribute__((always_inline)) {
-      rescale_two(w + i * weight.stride, kAhead * weight.stride, left, f[0], f[1], block + i * kPanel);
-    });
-  }
   const Vec base = splat(static_cast<float>(weight.base));
-  for (int64_t i = 0; i < rows; ++i, block += kPanel, w += weight.stride) {
-    const float* col = static_cast<const float*>(weight.col) + (n + i) / group_rows * weight.cols + k;
-    const Vec scale = splat(static_cast<const float*>(weight.row)[n + i]);
-    Vec a, b;
-    InOrder::load_two(col, left, a, b);
-    rescale_two(w, kAhead * weight.stride, left, fma(scale, a, base), fma(scale, b, base), block);
-  }
+  with_weight(weight, n, k, [&](const auto* w) __attribute__((always_inline)) {
+    if (weight.rank > 1) return rescale_ranks(weight, panels, n, rows, k, w, kAhead, block, kPanel);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* col = static_cast<const float*>(weight.col) + (n + i) / group_rows * weight.cols + k;
+      const Vec scale = splat(static_cast<const float*>(weight.row)[n + i]);
+      Vec a, b;
+      InOrder::load_two(col, left, a, b);
+      rescale_two(w + i * weight.stride, kAhead * weight.stride, left, fma(scale, a, base), fma(scale, b, base),
+                  block + i * kPanel);
+    }
+  });
 }
 
 // panel [count, kPanel] = x [:, k..k + kPanel), zero-padded.
@@ -247,9 +252,9 @@ struct PanelSums {
 
 // Rank 1: few rows of x leave so little to multiply that this pass over a tile h of G is half the work.
 template <bool kWhole, class W>
-void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, const PanelSums& sums) {
+void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const W* w, const float* h,
+                 const PanelSums& sums) {
   const int64_t left = kWhole ? kPanel : weight.cols - k;
-  const W* w = static_cast<const W*>(weight.data) + n * weight.stride + k;
   const float* row = static_cast<const float*>(weight.row) + n;
   const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * weight.cols + k;
   Vec col0, col1, sum0 = zero(), sum1 = zero();
@@ -276,7 +281,6 @@ void reduce_tile(const Weight& weight, int64_t n, int64_t rows, int64_t k, const
 }
 
 // Adds the rows `at`.. of a group, at most kReduceRows, and the panel of column k: G from `g` and the panel of x, into `tile`.
-template <class W>
 void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradient& g, int64_t group, int64_t at, int64_t k,
                  const float* x, float* tile, const PanelSums& sums) {
   const int64_t last = least(at + kReduceRows, g.group_rows), n = group * g.group_rows, left = weight.cols - k;
@@ -284,23 +288,23 @@ void reduce_rows(const Weight& weight, const Panels& panels, const PackedGradien
   for (int64_t row = at; row < last; row += kTileRows) {
     const int64_t some = least(kTileRows, last - row);
     const float* a = g.down + (group * g.group_tiles() + row / kTileRows) * g.count * kTileRows;
-    outer_rows<kTileRows>(some, a, x, g.count, h, true);
-    if (weight.rank == 1) {
-      (left >= kPanel ? reduce_tile<true, W> : reduce_tile<false, W>)(weight, n + row, some, k, h, sums);
-      continue;
-    }
-    const W* w = static_cast<const W*>(weight.data) + (n + row) * weight.stride + k;
-    for (int64_t i = 0; i < some; ++i, h += kPanel, w += weight.stride) {
-      rescale_two(w, kTileRows * weight.stride, left, load(h), load(h + kWidth), h);
-    }
+    outer_rows(some, a, x, g.count, h, true);
+    with_weight(weight, n + row, k, [&](const auto* w) __attribute__((always_inline)) {
+      if (weight.rank == 1) {
+        left >= kPanel ? reduce_tile<true>(weight, n + row, some, k, w, h, sums)
+                       : reduce_tile<false>(weight, n + row, some, k, w, h, sums);
+        return;
+      }
+      for (int64_t i = 0; i < some; ++i, h += kPanel) {
+        rescale_two(w + i * weight.stride, kTileRows * weight.stride, left, load(h), load(h + kWidth), h);
+      }
+    });
   }
   if (weight.rank == 1) return;
-  auto add_col = [&](int64_t to, Vec value) { add_compensated(sums.col + to, sums.error + to, value); };
-  panels.reduce(weight, n + at, last - at, k, tile, add_col, sums.row_lanes);
+  panels.reduce<true>(weight, n + at, last - at, k, tile, sums.col, sums.error, sums.row_lanes);
 }
 
 // One chunk of rows of x and grad_y. `partial`, the ∂s_r of PanelSums by slot, sums over chunks.
-template <class W, class X>
 void backward_chunk(const Backward& p, const Panels& panels, const float* x, int64_t x_stride, const float* grad_y,
                     int64_t grad_y_stride, int64_t start, int64_t count, void* partial) {
   const Weight& weight = p.weight;
@@ -338,22 +342,21 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
       for (int64_t n = 0; need_x && n < rows; n += kBlock) {
         const int64_t some = least(kBlock, rows - n);
         for (int64_t i = 0; i < some_panels; ++i) {
-          prepare_columns<W>(weight, panels, n, some, k + i * kPanel, blocks + i * block_size);
+          prepare_columns(weight, panels, n, some, k + i * kPanel, blocks + i * block_size);
         }
         for (int64_t m = 0; m < count; m += kTileRows) {
           const float* a = g.across + m / kTileRows * across_size + n * kTileRows;
           for (int64_t i = 0; i < some_panels; ++i) {
-            outer_rows<kTileRows>(count - m, a, blocks + i * block_size, some, tiles + i * tile_size + m * kPanel, n == 0);
+            outer_rows(count - m, a, blocks + i * block_size, some, tiles + i * tile_size + m * kPanel, n == 0);
           }
         }
       }
       for (int64_t m = 0; need_x && m < count; ++m) {
-        X* out = static_cast<X*>(p.grad_x) + (start + m) * cols + k;
-        for (int64_t i = 0; i < some_panels; ++i, out += kPanel) {
+        for (int64_t i = 0; i < some_panels; ++i) {
           const float* from = tiles + i * tile_size + m * kPanel;
-          const int64_t left = cols - k - i * kPanel;
-          store_upto(out, load(from), left);
-          store_upto(out + kWidth, load(from + kWidth), left - kWidth);
+          const int64_t at = k + i * kPanel, out = (start + m) * cols + at;
+          store_upto(p.type, p.grad_x, out, load(from), cols - at);
+          store_upto(p.type, p.grad_x, out + kWidth, load(from + kWidth), cols - at - kWidth);
         }
       }
       if (!scales) continue;
@@ -364,7 +367,7 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
         __builtin_memset(cols_sums, 0, some_panels * 2 * col_size * sizeof(float));
         for (int64_t at = 0; at < group_rows; at += kReduceRows) {
           for (int64_t i = 0; i < some_panels; ++i) {
-            reduce_rows<W>(weight, panels, g, group, at, k + i * kPanel, blocks + i * block_size, tiles, sums_of(i));
+            reduce_rows(weight, panels, g, group, at, k + i * kPanel, blocks + i * block_size, tiles, sums_of(i));
           }
         }
         for (int64_t i = 0; p.grad_col != nullptr && i < some_panels; ++i) {
@@ -381,8 +384,11 @@ void backward_chunk(const Backward& p, const Panels& panels, const float* x, int
   parallel((cols + kPanel - 1) / kPanel, body);
 }
 
-template <class W, class X>
-void panels_backward(const Backward& p, const float* x, int64_t x_stride, const float* grad_y, int64_t grad_y_stride) {
+void backward_panels(const Backward& p) {
+#ifdef RLRR_PAIRS
+  if (p.type == Type::bf16 && pairs_supported()) return pairs_avx512.backward_panels(p);
+#endif
+  const Widened x(p.x, p.type, p.count, p.weight.cols), g(p.grad_y, p.type, p.count, p.weight.rows);
   const bool scales = p.grad_row != nullptr || p.grad_col != nullptr, one = p.weight.rank == 1;
   const int64_t slots = worker_count((p.weight.cols + kPanel - 1) / kPanel), rows = p.weight.rows;
   const Panels panels(p.weight, scales && !one);
@@ -391,24 +397,10 @@ void panels_backward(const Backward& p, const float* x, int64_t x_stride, const 
   if (scales) __builtin_memset(partial.data(), 0, bytes);
   const int64_t chunks = (p.count + kChunk - 1) / kChunk, chunk = round_up((p.count + chunks - 1) / chunks, kTileRows);
   for (int64_t m = 0; m < p.count; m += chunk) {
-    backward_chunk<W, X>(p, panels, x == nullptr ? nullptr : x + m * x_stride, x_stride, grad_y + m * grad_y_stride,
-                         grad_y_stride, m, least(chunk, p.count - m), scales ? partial.data() : nullptr);
+    backward_chunk(p, panels, scales ? x.data + m * x.stride : nullptr, x.stride, g.data + m * g.stride, g.stride, m,
+                   least(chunk, p.count - m), scales ? partial.data() : nullptr);
   }
   if (p.grad_row == nullptr) return;
   if (one) return finish_grad_row(static_cast<const double*>(partial.data()), slots, rows, p.grad_row);
   panels.finish(static_cast<const float*>(partial.data()), slots, rows, p.grad_row);
-}
-
-void backward_panels(const Backward& p) {
-  const bool wide_weight = p.weight.type == Type::f32;
-  if (p.type == Type::f32) {
-    return panels_backward<float, float>(p, static_cast<const float*>(p.x.data), p.x.stride,
-                                         static_cast<const float*>(p.grad_y.data), p.grad_y.stride);
-  }
-#ifdef RLRR_PAIRS
-  if (pairs_supported()) return backward_pairs(p);
-#endif
-  const Widened x(p.x, p.type, p.count, p.weight.cols), g(p.grad_y, p.type, p.count, p.weight.rows);
-  wide_weight ? panels_backward<float, bf16>(p, x.data, x.stride, g.data, g.stride)
-              : panels_backward<bf16, bf16>(p, x.data, x.stride, g.data, g.stride);
 }

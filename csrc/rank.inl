@@ -23,6 +23,24 @@ INLINE void clear(Vec (&total)[MR][NV]) {
   }
 }
 
+// NV vectors of lanes of ∂s_r: out [rows <= kTileRows, lanes] += h [rows, cols] · across [cols / kShare, lanes].
+template <int kShare, int NV>
+SHARED void reduce_lanes(const float* h, int64_t cols, int64_t rows, const float* across, int64_t lanes, float* out) {
+  auto tile = [&](auto height) __attribute__((always_inline)) {
+    constexpr int MR = decltype(height)::value;
+    Vec total[MR][NV];
+    clear(total);
+    multiply_broadcast<kShare>(h, cols, kShare, across, lanes, cols / kShare, total);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int v = 0; v < NV; ++v) {
+        float* at = out + i * lanes + v * kWidth;
+        store(at, add(load(at), total[i][v]));
+      }
+    }
+  };
+  with_count<kTileRows>(rows, tile);
+}
+
 // The order of columns in a panel: as they are. pairs.inl has another one.
 struct InOrder {
   // Two vectors from p, of whose elements `left` exist; the others are zero.
@@ -79,12 +97,13 @@ class ScalePanels {
 
   // put(i, f) for the rows n + i of W, i < rows: f [NV] = base + s_r s_c of the panel of column k.
   template <class Put>
-  void factors(const Weight& weight, int64_t n, int64_t rows, int64_t k, Put put) const {
+  INLINE void factors(const Weight& weight, int64_t n, int64_t rows, int64_t k, Put put) const {
+    constexpr int64_t kMost = kRows < 8 ? kRows : 8;
     const int64_t group_rows = weight.group_rows();
     const Vec base = splat(static_cast<float>(weight.base));
     for (int64_t start = 0; start < rows;) {
       const int64_t group = (n + start) / group_rows, until = (group + 1) * group_rows - n;
-      const int64_t some = least(least(rows, until) - start, kRows);
+      const int64_t some = least(least(rows, until) - start, kMost);
       auto tile = [&](auto height) __attribute__((always_inline)) {
         constexpr int MR = decltype(height)::value;
         Vec total[MR][NV];
@@ -96,23 +115,24 @@ class ScalePanels {
           put(start + i, total[i]);
         }
       };
-      with_count<kRows>(some, tile);
+      with_count<kMost>(some, tile);
       start += some;
     }
   }
 
   // The same in out [rows, kCols].
-  void factors_to(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* out) const {
+  SHARED void factors_to(const Weight& weight, int64_t n, int64_t rows, int64_t k, float* out) const {
     factors(weight, n, rows, k, [out](int64_t i, const Vec (&f)[NV]) __attribute__((always_inline)) {
       UNROLL for (int v = 0; v < NV; ++v) store(out + i * kCols + v * kWidth, f[v]);
     });
   }
 
   // Adds what the block h [rows, kCols] of G ⊙ W gives, the rows n.. of W (of one group) and the panel of column k: to
-  // the panel's ∂s_c by add_col(at, vector), `at` an offset into [rank, kCols], and to ∂s_r in row_sums [N, lanes].
-  template <class AddCol>
-  void reduce(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, AddCol add_col,
-              float* row_sums) const {
+  // the panel's ∂s_c in col_sums [rank, kCols], if compensated with the rounding errors in `error`, and to ∂s_r in row_sums
+  // [N, lanes].
+  template <bool kCompensated>
+  SHARED void reduce(const Weight& weight, int64_t n, int64_t rows, int64_t k, const float* h, float* col_sums, float* error,
+                     float* row_sums) const {
     const int64_t tiles = (rank + kRows - 1) / kRows;  // of nearly equal height
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t j = rank * t / tiles, after = rank * (t + 1) / tiles;
@@ -122,7 +142,14 @@ class ScalePanels {
         clear(total);
         multiply_broadcast(static_cast<const float*>(weight.row) + n * rank + j, 1, rank, h, kCols, rows, total);
         UNROLL for (int i = 0; i < MR; ++i) {
-          UNROLL for (int v = 0; v < NV; ++v) add_col((j + i) * kCols + v * kWidth, total[i][v]);
+          UNROLL for (int v = 0; v < NV; ++v) {
+            const int64_t at = (j + i) * kCols + v * kWidth;
+            if (kCompensated) {
+              add_compensated(col_sums + at, error + at, total[i][v]);
+            } else {
+              store(col_sums + at, add(load(col_sums + at), total[i][v]));
+            }
+          }
         }
       };
       with_count<kRows>(after - j, tile);
@@ -132,10 +159,12 @@ class ScalePanels {
       const int64_t some = least(kTileRows, rows - i);
       float* out = row_sums + (n + i) * lanes;
       int64_t j = 0;
-      if (share == 4) reduce_rows<4, 1>(h + i * kCols, some, across, out), j = lanes;
-      if (share == 2) reduce_rows<2, 1>(h + i * kCols, some, across, out), j = lanes;
-      for (; j + kWidth < lanes; j += 2 * kWidth) reduce_rows<1, 2>(h + i * kCols, some, across + j, out + j);
-      if (j < lanes) reduce_rows<1, 1>(h + i * kCols, some, across + j, out + j);
+      if (share == 4) reduce_lanes<4, 1>(h + i * kCols, kCols, some, across, lanes, out), j = lanes;
+      if (share == 2) reduce_lanes<2, 1>(h + i * kCols, kCols, some, across, lanes, out), j = lanes;
+      for (; j + kWidth < lanes; j += 2 * kWidth) {
+        reduce_lanes<1, 2>(h + i * kCols, kCols, some, across + j, lanes, out + j);
+      }
+      if (j < lanes) reduce_lanes<1, 1>(h + i * kCols, kCols, some, across + j, lanes, out + j);
     }
   }
 
@@ -158,24 +187,6 @@ class ScalePanels {
   const int64_t lanes;  // of ∂s_r: whole vectors
 
  private:
-  // NR vectors of lanes of ∂s_r: out [rows, lanes] += h [rows, kCols] · across [.., lanes].
-  template <int kShare, int NR>
-  INLINE void reduce_rows(const float* h, int64_t rows, const float* across, float* out) const {
-    auto tile = [&](auto height) __attribute__((always_inline)) {
-      constexpr int MR = decltype(height)::value;
-      Vec total[MR][NR];
-      clear(total);
-      multiply_broadcast<kShare>(h, kCols, kShare, across, lanes, kCols / kShare, total);
-      UNROLL for (int i = 0; i < MR; ++i) {
-        UNROLL for (int v = 0; v < NR; ++v) {
-          float* at = out + i * lanes + v * kWidth;
-          store(at, add(load(at), total[i][v]));
-        }
-      }
-    };
-    with_count<kTileRows>(rows, tile);
-  }
-
   int64_t panels_, size_;
   Buffer buffer_;
   float* data_;

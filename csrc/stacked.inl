@@ -127,16 +127,16 @@ class StackedCalls {
   StackedRow* rows;
 };
 
-// product [V, NR] = the operands x [V, stride] times the rows w [NR] of W, to be summed over lanes. `kFetch`: W comes from
-// memory.
-template <bool kFetch, int V, int NR>
-INLINE void multiply_stacked(const Weight& weight, const bf16* w, const bf16* x, int64_t stride, Vec (&product)[V][NR]) {
-  const int64_t ahead = rows_ahead<bf16>(weight, NR);
+// product [V, NR] = the operands x [V, stride] times the rows w [NR] of W, to be summed over lanes. `ahead`: where to fetch
+// from, in elements of W.
+template <int V, int NR>
+INLINE void multiply_stacked(const Weight& weight, const bf16* w, int64_t ahead, const bf16* x, int64_t stride,
+                             Vec (&product)[V][NR]) {
   clear(product);
   auto step = [&](int64_t k, __mmask32 elements) __attribute__((always_inline)) {
     Pairs w_k[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
-      if (kFetch) __builtin_prefetch(w + i * weight.stride + k + ahead);
+      __builtin_prefetch(w + i * weight.stride + k + ahead);
       w_k[i] = load_pairs(w + i * weight.stride + k, elements);
     }
     UNROLL for (int v = 0; v < V; ++v) {
@@ -158,10 +158,11 @@ INLINE void store_stacked(const StackedRow& row, int64_t n, const Vec (&total)[N
 }
 
 // y [MR, NR] for rank 1.
-template <bool kFetch, int MR, int NR>
-INLINE void stacked_tile(const Weight& weight, const StackedRow* rows, const bf16* x, int64_t stride, int64_t n) {
+template <int MR, int NR>
+INLINE void stacked_tile(const Weight& weight, int64_t n, bool fetch, const StackedRow* rows, const bf16* x, int64_t stride) {
   Vec product[2 * MR][NR];
-  multiply_stacked<kFetch>(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, x, stride, product);
+  const int64_t ahead = fetch ? rows_ahead<bf16>(weight, NR) : 0;
+  multiply_stacked(weight, static_cast<const bf16*>(weight.data) + n * weight.stride, ahead, x, stride, product);
   UNROLL for (int m = 0; m < MR; ++m) {
     Vec total[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
@@ -182,7 +183,7 @@ void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, i
       constexpr int V = decltype(operands)::value;
       Vec product[V][NR];
       const bf16* w = static_cast<const bf16*>(weight.data) + n * weight.stride;
-      multiply_stacked<false>(weight, w, x + v * stride, stride, product);
+      multiply_stacked(weight, w, 0, x + v * stride, stride, product);
       UNROLL for (int u = 0; u < V; ++u) {
         UNROLL for (int i = 0; i < NR; ++i) {
           const float scale = v + u == 0 ? 1 : row.row[(n + i) * weight.rank + v + u - 1];
@@ -223,9 +224,7 @@ void forward_stacked(const Forward* calls, int64_t size) {
         auto rows = [&](auto height) __attribute__((always_inline)) {
           constexpr int MR = decltype(height)::value;
           each(Count<MR == 1 ? 8 : 4>(), [&](auto width, int64_t n) __attribute__((always_inline)) {
-            constexpr int NR = decltype(width)::value;
-            (tile == 0 ? stacked_tile<true, MR, NR> : stacked_tile<false, MR, NR>)(weight, x.rows + m, x.at(group, m), x.stride,
-                                                                                  n);
+            stacked_tile<MR, decltype(width)::value>(weight, n, tile == 0, x.rows + m, x.at(group, m), x.stride);
           });
         };
         with_count<3>(after - m, rows);
@@ -331,7 +330,12 @@ INLINE void stacked_block(const Weight& weight, int64_t count, const Stacked& x,
       constexpr int MR = decltype(height)::value, NR = MR == 1 ? 8 : 4;
       int64_t n = first;
       for (; n + NR <= last; n += NR) stacked_rows<MR, NR>(weight, x_m, g_m, n, NR, sums_m, grad_row);
-      for (; n < last; n += 2) stacked_rows<MR, 2>(weight, x_m, g_m, n, last - n, sums_m, grad_row);
+      for (; n < last; n += 2) {
+        for (int64_t i = 0; i < MR; ++i) {
+          const StackedRows x_i(x, count, group, m + i), g_i(g, count, 0, m + i);
+          stacked_rows<1, 2>(weight, x_i, g_i, n, last - n, sums_m + i * x.stride * 2, grad_row);
+        }
+      }
     };
     with_count<kStackedRows>(least(kStackedRows, count - m), rows);
   }

@@ -49,6 +49,17 @@ INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, 
   }
 }
 
+// A tile of y [rows, width], to the rows row.. and the columns n.. of all.
+SHARED void put_tile(const Forward& call, int64_t row, int64_t rows, int64_t n, int64_t width, const float* tile) {
+  for (int64_t m = row; m < row + rows; ++m) {
+    const int64_t at = m * call.weight.rows + n;
+    for (int64_t i = 0; i < width; ++i, ++tile) {
+      call.type == Type::bf16 ? assign(static_cast<bf16*>(call.y)[at + i], *tile)
+                              : assign(static_cast<float*>(call.y)[at + i], *tile);
+    }
+  }
+}
+
 template <class W, bool kRankOne>
 void together_fused(const Forward* calls, int64_t size) {
   constexpr int64_t kRows = kWidth > 8 ? 4 : 2, kSingles = kWidth > 8 ? 2 : 1;  // rows of x in one tile
@@ -87,7 +98,9 @@ void together_fused(const Forward* calls, int64_t size) {
           constexpr int MR = decltype(height)::value;
           int64_t n = first;
           for (; n + 4 <= last; n += 4) single_tile<MR, 4, W>(weight, singles + m, n, copied);
-          for (; n < last; ++n) single_tile<MR, 1, W>(weight, singles + m, n, copied);
+          for (; n < last; ++n) {
+            for (int64_t i = 0; i < MR; ++i) single_tile<1, 1, W>(weight, singles + m + i, n, copied);
+          }
         };
         with_count<kSingles>(least(kSingles, alone - m), tiles);
       }
@@ -95,24 +108,26 @@ void together_fused(const Forward* calls, int64_t size) {
       for (const Forward* call = calls; call < calls + size; before += call->count, ++call) {
         if (kRankOne && call->count == 1) continue;
         const int64_t x_stride = copied ? weight.cols : call->x.stride;
-        auto tile = [&](int64_t m, int64_t row, auto height, auto width, int64_t n) __attribute__((always_inline)) {
-          constexpr int MR = decltype(height)::value, NR = decltype(width)::value;
-          const float* x = copied ? copy + (before + m) * weight.cols : static_cast<const float*>(call->x.data) + row * x_stride;
-          float y[MR * NR];
-          fused_tile<MR, NR, W, kRankOne, false>(call->weight, x, x_stride, n, call->bias, y, NR);
-          for (int64_t i = 0; i < MR * NR; ++i) {
-            const int64_t at = (row + i / NR) * weight.rows + n + i % NR;
-            copied ? assign(static_cast<bf16*>(call->y)[at], y[i]) : assign(static_cast<float*>(call->y)[at], y[i]);
-          }
-        };
-        for_runs(call->runs, 0, call->count, [&](int64_t m, int64_t row, int64_t count) {
-          for (int64_t i = 0; i < count; i += kRows) {
+        for_runs(call->runs, 0, call->count, [&](int64_t first_m, int64_t row, int64_t count) __attribute__((always_inline)) {
+          for (int64_t m = 0; m < count; m += kRows) {
+            const float* x = copied ? copy + (before + first_m + m) * weight.cols
+                                    : static_cast<const float*>(call->x.data) + (row + m) * x_stride;
+            float y[kRows * 4];
             auto rows = [&](auto height) __attribute__((always_inline)) {
+              constexpr int MR = decltype(height)::value;
               int64_t n = first;
-              for (; n + 4 <= last; n += 4) tile(m + i, row + i, height, Count<4>(), n);
-              for (; n < last; ++n) tile(m + i, row + i, height, Count<1>(), n);
+              for (; n + 4 <= last; n += 4) {
+                fused_tile<MR, 4, W, kRankOne, false>(call->weight, n, x, x_stride, call->bias, y, 4);
+                put_tile(*call, row + m, MR, n, 4, y);
+              }
+              for (; n < last; ++n) {
+                for (int64_t r = 0; r < MR; ++r) {
+                  fused_tile<1, 1, W, kRankOne, false>(call->weight, n, x + r * x_stride, x_stride, call->bias, y, 1);
+                  put_tile(*call, row + m + r, 1, n, 1, y);
+                }
+              }
             };
-            with_count<kRows>(least(kRows, count - i), rows);
+            with_count<kRows>(least(kRows, count - m), rows);
           }
         });
       }
@@ -124,13 +139,9 @@ void together_fused(const Forward* calls, int64_t size) {
 // Calls that share x, W, y, their types and the rank.
 void forward_together(const Forward* calls, int64_t size) {
   const Weight& weight = calls->weight;
-  const bool one = weight.rank == 1;
 #ifdef RLRR_PAIRS
-  if (calls->type == Type::bf16 && weight.type == Type::bf16 && pairs_supported()) return forward_stacked(calls, size);
+  const bool stacks = calls->type == Type::bf16 && weight.type == Type::bf16;
+  if (stacks && pairs_supported()) return pairs_avx512.forward_stacked(calls, size);
 #endif
-  if (weight.type == Type::f32) {
-    one ? together_fused<float, true>(calls, size) : together_fused<float, false>(calls, size);
-  } else {
-    one ? together_fused<bf16, true>(calls, size) : together_fused<bf16, false>(calls, size);
-  }
+  with_form(weight, [&](auto w, auto one) { together_fused<decltype(w), decltype(one)::value>(calls, size); });
 }

@@ -1,0 +1,37 @@
+// The kernels of bf16 pairs, compiled for AVX-512 like those of level_avx512.cpp, and a unit of their own that compiles beside it.
+#include "levels.h"
+
+#ifdef RLRR_X86
+#include <immintrin.h>
+
+#include "dispatch.h"
+#include "runtime.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+
+namespace rlrr {
+namespace avx512 {
+namespace {
+
+#include "vector_avx512.h"
+
+#include "common.inl"
+#include "rank.inl"
+#include "pairs.inl"
+#include "pairs_dots.inl"
+#include "pairs_backward.inl"
+#include "stacked.inl"
+
+}  // namespace
+}  // namespace avx512
+
+const PairLevel pairs_avx512 = {
+    avx512::forward_pairs,
+    avx512::forward_stacked,
+    avx512::backward_pairs,
+    avx512::backward_stacked,
+};
+
+}  // namespace rlrr
+
+#endif  // RLRR_X86
