@@ -83,14 +83,17 @@ INLINE void with_weight(const Weight& weight, int64_t n, int64_t k, Visit visit)
                            : visit(static_cast<const bf16*>(weight.data) + at);
 }
 
-// base + Σ_j row[j] col[j], of which `n` lanes exist. High ranks are summed by eights: one chain would lose to eager.
-INLINE Vec factor(Vec base, const float* row, const float* col, int64_t cols, int64_t rank, int64_t n) {
-  for (int64_t start = 0; start < rank; start += 8) {
-    Vec part = start == 0 ? base : zero();
+// base + Σ_j row[j] col[j], of which `n` lanes exist and `first` is col[0]. Ranks above one are summed before the base is
+// added, which every partial sum would be rounded beside, and by eights: one chain would lose to eager.
+INLINE Vec factor(Vec base, const float* row, const float* col, int64_t cols, int64_t rank, Vec first, int64_t n) {
+  if (rank == 1) return fma(splat(row[0]), first, base);
+  Vec total = mul(splat(row[0]), first);
+  for (int64_t start = 1; start < rank; start += 8) {
+    Vec part = start == 1 ? total : zero();
     for (int64_t j = start; j < least(start + 8, rank); ++j) part = fma(splat(row[j]), load_upto(col + j * cols, n), part);
-    base = start == 0 ? part : add(base, part);
+    total = start == 1 ? part : add(total, part);
   }
-  return base;
+  return add(base, total);
 }
 
 // total += value with the rounding error carried along: the sums over many rows must not lose to eager's pairwise ones.

@@ -33,13 +33,15 @@ void merge_matrix(const Weight& weight, Type type, void* out) {
       for (int64_t k = 0; k < cols; k += kStrip) {
         const int64_t some = least(kStrip, cols - k);
         A f[kStrip];
+        // As in `factor`: ranks above one are summed before the base is added.
         const A base = static_cast<A>(weight.base);
-        for (int64_t i = 0; i < some; ++i) f[i] = base + row[0] * col[k + i];
+        for (int64_t i = 0; i < some; ++i) f[i] = rank == 1 ? base + row[0] * col[k + i] : row[0] * col[k + i];
         for (int64_t j = 1; j < rank; ++j) {
           const A scale = row[j];
           const A* col_j = col + j * cols + k;
           for (int64_t i = 0; i < some; ++i) f[i] += scale * col_j[i];
         }
+        for (int64_t i = 0; rank > 1 && i < some; ++i) f[i] += base;
         multiply_strip(weight.type, weight.data, n * weight.stride + k, some, f);
         with_type<A>(type, [&](auto element) {
           auto* to = static_cast<decltype(element)*>(out) + n * cols + k;
@@ -61,7 +63,7 @@ void merge_vectors(const Weight& weight, Type type, void* out) {
       const float* col = static_cast<const float*>(weight.col) + n / weight.group_rows() * rank * cols;
       with_weight(weight, n, 0, [&](const auto* w) __attribute__((always_inline)) {
         for (int64_t k = 0; k < cols; k += kWidth) {
-          const Vec f = factor(base, row, col + k, cols, rank, cols - k);
+          const Vec f = factor(base, row, col + k, cols, rank, load_upto(col + k, cols - k), cols - k);
           store_upto(type, out, n * cols + k, mul(load_upto(w + k, cols - k), f), cols - k);
         }
       });
@@ -152,7 +154,7 @@ void reduce(const Weight& weight, Type type, const void* product, void* grad_row
 
 template <class A>
 void sum_rows_of(Type type, const Matrix& from, int64_t count, int64_t cols, A* out) {
-  constexpr int64_t kRun = 8;  // rows summed in A before they go to double
+  constexpr int64_t kRun = 4;  // rows summed in A before they go to double: eager sums rows by fours too
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = begin * kStrip; k < least(end * kStrip, cols); k += kStrip) {
       const int64_t some = least(kStrip, cols - k);

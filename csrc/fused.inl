@@ -23,8 +23,7 @@ SHARED void fused_tile(const Weight& weight, int64_t n, const float* x, int64_t 
     UNROLL for (int m = 0; m < MR; ++m) x_k[m] = load_some(x + m * x_stride + k);
     const Vec col_k = load_some(col + k);
     UNROLL for (int i = 0; i < NR; ++i) {
-      Vec f = fma(scale[i], col_k, base);
-      if (!kRankOne) f = factor(f, row + i * rank + 1, col + cols + k, cols, rank - 1, lanes);
+      const Vec f = kRankOne ? fma(scale[i], col_k, base) : factor(base, row + i * rank, col + k, cols, rank, col_k, lanes);
       if (kFetch) __builtin_prefetch(w + i * weight.stride + k + ahead);
       const Vec scaled = mul(load_some(w + i * weight.stride + k), f);
       UNROLL for (int m = 0; m < MR; ++m) total[m][i] = fma(x_k[m], scaled, total[m][i]);
@@ -119,8 +118,8 @@ void forward_fused(const Forward& p) {
 
 // ---------------------------------------------------------------- backward
 
-// Vectors along a row of W in one fp32 sum of ∂s_r, which then goes to a double: at 4 lanes a whole row loses to eager.
-constexpr int64_t kRowRun = 32;
+// Vectors along a row of W in one fp32 sum of ∂s_r, which then goes to a double: at 4 lanes 32 lose to eager.
+constexpr int64_t kRowRun = kWidth < 8 ? 8 : 32;
 
 // Where one thread, which owns the columns [begin, end), sums.
 struct Stream {
@@ -170,6 +169,15 @@ INLINE void single_rows(const Backward& p, const Stream& s, int64_t n) {
   }
 }
 
+// out += Σ_i g[i] rows[i]; of many rows their sum, rounded apart from what is there.
+template <int NR>
+INLINE void add_rows(const float* g, const Vec (&rows)[NR], float* out) {
+  if (NR == 1) return store(out, fma(splat(g[0]), rows[0], load(out)));
+  Vec total = mul(splat(g[0]), rows[0]);
+  UNROLL for (int i = 1; i < NR; ++i) total = fma(splat(g[i]), rows[i], total);
+  store(out, add(load(out), total));
+}
+
 // NR rows of W from n: adds to every gradient. h = the tile of G.
 template <int NR, class W, bool kRankOne>
 INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
@@ -186,8 +194,7 @@ INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
     Vec scaled[NR], h[NR];
     const Vec col_k = load_some(col + k);
     UNROLL for (int i = 0; i < NR; ++i) {
-      Vec f = fma(splat(row[i * rank]), col_k, base);
-      if (!kRankOne) f = factor(f, row + i * rank + 1, col + cols + k, cols, rank - 1, lanes);
+      const Vec f = factor(base, row + i * rank, col + k, cols, kRankOne ? 1 : rank, col_k, lanes);
       scaled[i] = mul(load_some(w + i * weight.stride + k), f);
       h[i] = zero();
     }
@@ -196,20 +203,12 @@ INLINE void stream_rows(const Backward& p, const Stream& s, int64_t n) {
       for (int64_t m = 0; m < p.count; ++m, g += s.grad_y_stride) {
         const Vec x_k = load_some(s.x + m * s.x_stride + k);
         float* out = s.grad_x + m * s.width + at;
-        Vec total = mul(splat(g[0]), scaled[0]);
-        h[0] = fma(splat(g[0]), x_k, h[0]);
-        UNROLL for (int i = 1; i < NR; ++i) {
-          h[i] = fma(splat(g[i]), x_k, h[i]);
-          total = fma(splat(g[i]), scaled[i], total);
-        }
-        store(out, add(load(out), total));
+        UNROLL for (int i = 0; i < NR; ++i) h[i] = fma(splat(g[i]), x_k, h[i]);
+        add_rows(g, scaled, out);
       }
     } else if (s.grad_x != nullptr) {
       for (int64_t m = 0; m < p.count; ++m, g += s.grad_y_stride) {
-        float* out = s.grad_x + m * s.width + at;
-        Vec total = mul(splat(g[0]), scaled[0]);
-        UNROLL for (int i = 1; i < NR; ++i) total = fma(splat(g[i]), scaled[i], total);
-        store(out, add(load(out), total));
+        add_rows(g, scaled, s.grad_x + m * s.width + at);
       }
       return;
     } else {

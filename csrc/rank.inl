@@ -23,22 +23,28 @@ INLINE void clear(Vec (&total)[MR][NV]) {
   }
 }
 
-// NV vectors of lanes of ∂s_r: out [rows <= kTileRows, lanes] += h [rows, cols] · across [cols / kShare, lanes].
+constexpr int64_t kLaneRows = kTileRows / 2;
+
+// NV vectors of lanes of ∂s_r: out [rows <= kLaneRows, lanes] += h [rows, cols] · across [cols / kShare, lanes]. In two sums,
+// of every other column: one would lose to eager, which sums few columns in a tree.
 template <int kShare, int NV>
 SHARED void reduce_lanes(const float* h, int64_t cols, int64_t rows, const float* across, int64_t lanes, float* out) {
+  const int64_t steps = cols / kShare / 2;
   auto tile = [&](auto height) __attribute__((always_inline)) {
     constexpr int MR = decltype(height)::value;
-    Vec total[MR][NV];
-    clear(total);
-    multiply_broadcast<kShare>(h, cols, kShare, across, lanes, cols / kShare, total);
+    Vec first[MR][NV], second[MR][NV];
+    clear(first);
+    clear(second);
+    multiply_broadcast<kShare>(h, cols, 2 * kShare, across, 2 * lanes, steps, first);
+    multiply_broadcast<kShare>(h + kShare, cols, 2 * kShare, across + lanes, 2 * lanes, steps, second);
     UNROLL for (int i = 0; i < MR; ++i) {
       UNROLL for (int v = 0; v < NV; ++v) {
         float* at = out + i * lanes + v * kWidth;
-        store(at, add(load(at), total[i][v]));
+        store(at, add(load(at), add(first[i][v], second[i][v])));
       }
     }
   };
-  with_count<kTileRows>(rows, tile);
+  with_count<kLaneRows>(rows, tile);
 }
 
 // The order of columns in a panel: as they are. pairs.inl has another one.
@@ -155,8 +161,8 @@ class ScalePanels {
       with_count<kRows>(after - j, tile);
     }
     const float* across = transposed(n / weight.group_rows(), k);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t some = least(kTileRows, rows - i);
+    for (int64_t i = 0; i < rows; i += kLaneRows) {
+      const int64_t some = least(kLaneRows, rows - i);
       float* out = row_sums + (n + i) * lanes;
       int64_t j = 0;
       if (share == 4) reduce_lanes<4, 1>(h + i * kCols, kCols, some, across, lanes, out), j = lanes;

@@ -130,6 +130,34 @@ def test_few_rows_of_bfloat16_in_groups(rows, threads, force_path):
     check_error_rule(cpp_linear, Case(rows, 3 * 37, 99, groups=3, dtype=torch.bfloat16, residual=rows != 2))
 
 
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 66, 131),  # ∂s_r along a row of W, which four lanes sum in long chains
+        Case(2, 66, 131, rank=2),
+        Case(2, 35, 65, rank=9),  # ∂s_r of a rank that fills no lanes twice
+        Case(1, 131, 16, rank=9),  # columns that eager sums in a tree
+        Case(9, 35, 33),  # ∂b of a few rows
+        Case(33, 34, 300, rank=9),  # W' of many ranks where there is no FMA
+        Case(17, 37, 40, rank=4),  # ∂x of the rows of W that fill no block
+    ],
+    ids=str,
+)
+def test_sums_of_few_terms(level, case):
+    check_error_rule(cpp_linear, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 8, 9, 17, 33])
+@pytest.mark.parametrize("shape", [(66, 131), (35, 65), (131, 16), (70, 300)], ids=str)
+def test_sums_of_few_terms_everywhere(level, rank, shape):
+    """Weights no smaller: the level without FMA rounds every product once more than eager does where that has one."""
+    for rows in (1, 2, 3, 5, 9, 17, 33):
+        check_error_rule(cpp_linear, Case(rows, *shape, rank=rank))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("path", PATHS)
