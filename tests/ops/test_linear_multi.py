@@ -445,6 +445,57 @@ def test_tensors_without_values():
         assert (y.shape, y.dtype) == ((3, 2, N), torch.bfloat16)
 
 
+# ---------------------------------------------------------------- calls of a layout that is known
+
+
+def test_eager_calls_of_other_layouts_compile_nothing_again():
+    arguments = operator_arguments()
+    compiled = torch.compile(lambda *a: rlrr_linear_multi(*a[:6], index=a[6]), fullgraph=True, backend="aot_eager")
+    expected = compiled(*arguments)
+    for samples in range(1, 9):
+        rlrr_linear_multi(**draw([0] * samples), index=TaskIndex([0] * samples))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(*arguments), expected)
+
+
+def test_what_a_known_layout_does_not_cover_is_still_checked():
+    tensors, index = draw([0, 1, -1], 2, dtype=torch.float32), TaskIndex([0, 1, -1])
+    for _ in range(2):
+        y = rlrr_linear_multi(**tensors, index=index)
+    with pytest.raises(IndexError, match="got 7 for sample 1"):
+        rlrr_linear_multi(**tensors, index=TaskIndex([0, 7, -1]))
+    with pytest.raises(ValueError, match="got S = 2"):
+        rlrr_linear_multi(**tensors, index=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="must stack as many adapters each"):
+        rlrr_linear_multi(**(tensors | {"shift": tensors["shift"][:3]}), index=index)
+    with pytest.raises(ValueError, match="backend"):
+        rlrr_linear_multi(**tensors, index=index, backend="abacus")
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: rlrr_linear_multi(**(tensors | {"x": x}), index=index))(tensors["x"][None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rlrr_linear_multi(**tensors, index=index).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        rlrr_linear_multi(**tensors, index=index)
+    assert counter.get_total_flops() == 2 * 3 * 2 * N * K
+    without = rlrr_linear_multi(**tensors, index=index, residual=False)
+    assert not torch.equal(without[0], y[0])
+    assert torch.equal(without[2], y[2])
+    tensors["weight"].requires_grad_()
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        rlrr_linear_multi(**tensors, index=index)
+    with torch.no_grad():
+        assert torch.equal(rlrr_linear_multi(**tensors, index=index), y)
+
+
+def test_other_values_in_a_known_layout(backend):
+    index = TaskIndex([2, -1, 2, 0])
+    for factor in (1, 3):
+        tensors = {name: factor * tensor for name, tensor in draw([2, -1, 2, 0], 3).items()}
+        expected = run(rlrr_linear_multi_reference, tensors, index=index.index)
+        for _ in range(2):
+            close(run(functools.partial(rlrr_linear_multi, backend=backend), tensors, index=index), expected)
+
+
 class Tagged(Tensor):
     """A subclass without a meaning of its own."""
 

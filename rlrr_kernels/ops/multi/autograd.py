@@ -68,6 +68,8 @@ class _LinearMulti(torch.autograd.Function):
 
 
 linear_multi_function = _LinearMulti.apply
+eager_linear_multi = super(torch.autograd.Function, _LinearMulti).apply
+"""The same but for what ``torch.func`` transforms need, as in ``rlrr_linear``."""
 
 
 def _by_formula(ctx, grad_y: Tensor, x: Tensor | None, weight: Tensor, scale_row: Tensor, scale_col: Tensor) -> list:

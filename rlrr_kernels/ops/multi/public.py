@@ -1,4 +1,4 @@
-"""``rlrr_linear_multi``: the public function. It checks its arguments and resolves the backend."""
+"""``rlrr_linear_multi``: the public function. It checks its arguments and resolves the backend, once a layout."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_tensors
+from rlrr_kernels.ops.checks import check_tensors, compute_dtype
 from rlrr_kernels.ops.host import private
-from rlrr_kernels.ops.host.replay import PLAIN_TYPES
-from rlrr_kernels.ops.linear.autograd import is_watched
+from rlrr_kernels.ops.host.replay import PLAIN_TYPES, plain_layout
+from rlrr_kernels.ops.linear.autograd import Call, CallCache, is_watched
 from rlrr_kernels.ops.multi import library  # noqa: F401  (registers torch.ops.rlrr_kernels.linear_multi)
-from rlrr_kernels.ops.multi.autograd import Options, linear_multi_function
+from rlrr_kernels.ops.multi.autograd import Options, eager_linear_multi, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.dispatch import canonical_stacks
 from rlrr_kernels.ops.multi.task_index import TaskIndex
@@ -59,23 +59,54 @@ def rlrr_linear_multi(
         IndexError: ``index`` has a value below -1 or above T - 1.
         NotImplementedError: inside a ``torch.func`` transform.
     """
-    dtype = check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
-    if private.transforms_active():
-        raise NotImplementedError(
-            "rlrr_linear_multi does not work inside torch.func transforms; use rlrr_linear for each task there, or "
-            "rlrr_kernels.reference.rlrr_linear_multi_reference"
-        )
-    check_samples(x, weight)
-    tasks = check_stacks(weight, scale_row, scale_col, bias, shift)
+    key = _key(x, weight, scale_row, scale_col, bias, shift, residual, backend)
+    call = None if key is None else _calls.get(key)
+    if call is None:
+        dtype = check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
+        if private.transforms_active():
+            raise NotImplementedError(
+                "rlrr_linear_multi does not work inside torch.func transforms; use rlrr_linear for each task there, or "
+                "rlrr_kernels.reference.rlrr_linear_multi_reference"
+            )
+        check_samples(x, weight)
+        check_stacks(weight, scale_row, scale_col, bias, shift)
+        resolved = backends.resolve(backend, x.device, dtype)
+        call = Call(resolved, residual, None, None if dtype == x.dtype else dtype, key is not None)
+        if key is not None:
+            _calls.keep(key, call)
     check_index_of(index, x)
-    resolved = backends.resolve(backend, x.device, dtype)
-    x = x if x.dtype == dtype else x.to(dtype)
+    if call.dtype is not None:
+        x = x.to(call.dtype)
+    tasks = next(stack.shape[0] for stack in (scale_row, scale_col, shift) if stack is not None)
     row, col = canonical_stacks(scale_row, scale_col, weight, tasks)
-    tensors, options = (x, weight, row, col, bias, shift), Options(residual, resolved)
+    tensors, options = (x, weight, row, col, bias, shift), Options(residual, call.backend)
     values = index.index if isinstance(index, TaskIndex) else index
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or values.device.type == "meta" or is_watched():
+    if call.eager:
+        run = eager_linear_multi
+    elif torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or is_watched():
+        run = None
+    else:
+        run = linear_multi_function
+    if run is None or values.device.type == "meta":
         return torch.ops.rlrr_kernels.linear_multi(*tensors, values, *options)
     if not isinstance(index, TaskIndex):
         index = TaskIndex(index, x.device)
     check_values(index, tasks)
-    return linear_multi_function(*tensors, index, options)
+    return run(*tensors, index, options)
+
+
+_calls = CallCache()
+
+
+def _key(x, weight, scale_row, scale_col, bias, shift, residual, backend) -> tuple | None:
+    """All that an eager call depends on but its index and the values in its tensors; None as for ``rlrr_linear``."""
+    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
+        return None
+    of_tensors = plain_layout(x, weight, scale_row, scale_col, bias, shift)
+    if of_tensors is None:
+        return None
+    return (
+        of_tensors, weight.requires_grad and torch.is_grad_enabled(),
+        residual, backend, backend == "auto" and backends.default_backend(), backends.INTERPRETING,
+        private.any_autocast() and compute_dtype(x),
+    )  # fmt: skip
