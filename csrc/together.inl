@@ -3,7 +3,8 @@
 
 // A row of x that is alone under its adapter, of rank 1.
 struct Single {
-  const float *x, *row, *col, *bias;  // [K]; s_r [N], s_c [G, K]; [N] or null
+  const float *x, *scaled;  // [K]; x ⊙ s_c [G, K]
+  const float *row, *bias;  // s_r [N]; [N] or null
   bool base;
   void* y;  // [N]
 };
@@ -12,10 +13,10 @@ struct Single {
 template <int MR, int NR, class W>
 INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, bool rounded) {
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
-  const float* col[MR];
+  const float* scaled[MR];
   Vec scale[MR][NR], total[MR][NR], earlier[MR][NR];
   UNROLL for (int m = 0; m < MR; ++m) {
-    col[m] = singles[m].col + n / weight.group_rows() * weight.cols;
+    scaled[m] = singles[m].scaled + n / weight.group_rows() * weight.cols;
     UNROLL for (int i = 0; i < NR; ++i) scale[m][i] = splat(singles[m].row[n + i]), earlier[m][i] = zero();
   }
   clear(total);
@@ -23,9 +24,8 @@ INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, 
     Vec w_k[NR];
     UNROLL for (int i = 0; i < NR; ++i) w_k[i] = load_some(w + i * weight.stride + k);
     UNROLL for (int m = 0; m < MR; ++m) {
-      const Vec x_k = load_some(singles[m].x + k), scaled = mul(x_k, load_some(col[m] + k));
-      const Vec base = singles[m].base ? x_k : zero();
-      UNROLL for (int i = 0; i < NR; ++i) total[m][i] = fma(w_k[i], fma(scale[m][i], scaled, base), total[m][i]);
+      const Vec scaled_k = load_some(scaled[m] + k), base = singles[m].base ? load_some(singles[m].x + k) : zero();
+      UNROLL for (int i = 0; i < NR; ++i) total[m][i] = fma(w_k[i], fma(scale[m][i], scaled_k, base), total[m][i]);
     }
   };
   int64_t k = 0;
@@ -41,9 +41,16 @@ INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, 
     step(k, [lanes](const auto* p) __attribute__((always_inline)) { return load_first(p, lanes); });
   }
   UNROLL for (int m = 0; m < MR; ++m) {
+    float sums[NR];
+    UNROLL for (int i = 0; i < NR; ++i) total[m][i] = add(total[m][i], earlier[m][i]);
+    if constexpr (NR == 4) {
+      sum4(total[m][0], total[m][1], total[m][2], total[m][3], sums);
+    } else {
+      UNROLL for (int i = 0; i < NR; ++i) sums[i] = sum(total[m][i]);
+    }
     UNROLL for (int i = 0; i < NR; ++i) {
       const float* bias = singles[m].bias;
-      const float y = sum(add(total[m][i], earlier[m][i])) + (bias == nullptr ? 0 : bias[n + i]);
+      const float y = sums[i] + (bias == nullptr ? 0 : bias[n + i]);
       rounded ? assign(static_cast<bf16*>(singles[m].y)[n + i], y) : assign(static_cast<float*>(singles[m].y)[n + i], y);
     }
   }
@@ -72,16 +79,25 @@ void together_fused(const Forward* calls, int64_t size) {
   for (int64_t i = 0, before = 0; copied && i < size; before += calls[i++].count) {
     widen_rows<bf16>(calls[i].x, calls[i].runs, calls[i].count, weight.cols, copy + before * weight.cols);
   }
-  const Buffer singles_buffer(kRankOne ? size * sizeof(Single) : 0);
-  Single* singles = static_cast<Single*>(singles_buffer.data());
   int64_t alone = 0;
+  for (int64_t i = 0; kRankOne && i < size; ++i) alone += calls[i].count == 1;
+  const int64_t scaled_size = weight.groups * weight.cols;
+  const Buffer singles_buffer(alone * sizeof(Single)), scaled_buffer(alone * scaled_size * sizeof(float));
+  Single* singles = static_cast<Single*>(singles_buffer.data());
+  float* scaled = static_cast<float*>(scaled_buffer.data());
+  alone = 0;
   for (int64_t i = 0, before = 0; kRankOne && i < size; before += calls[i++].count) {
     const Forward& call = calls[i];
     if (call.count > 1) continue;
     const int64_t row = call.runs->first, y_size = copied ? sizeof(bf16) : sizeof(float);
-    singles[alone++] = {copied ? copy + before * weight.cols : static_cast<const float*>(call.x.data) + row * call.x.stride,
-                        static_cast<const float*>(call.weight.row), static_cast<const float*>(call.weight.col), call.bias,
-                        call.weight.base != 0, static_cast<char*>(call.y) + row * weight.rows * y_size};
+    const float* x = copied ? copy + before * weight.cols : static_cast<const float*>(call.x.data) + row * call.x.stride;
+    float* own = scaled + alone * scaled_size;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+      const float* col = static_cast<const float*>(call.weight.col) + group * weight.cols;
+      for (int64_t k = 0; k < weight.cols; ++k) own[group * weight.cols + k] = x[k] * col[k];
+    }
+    singles[alone++] = {x, own, static_cast<const float*>(call.weight.row), call.bias, call.weight.base != 0,
+                        static_cast<char*>(call.y) + row * weight.rows * y_size};
   }
   const int64_t group_rows = weight.group_rows(), block_rows = cache_rows<W>(weight);
   const int64_t blocks = (group_rows + block_rows - 1) / block_rows;
