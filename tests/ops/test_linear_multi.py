@@ -424,12 +424,15 @@ def test_a_flop_counter_sees_one_product():
     assert counter.get_total_flops() == 2 * product
 
 
-def test_transforms_are_refused():
-    tensors = draw([0, 1, -1], 2)
+@pytest.mark.parametrize("inside", [False, True])
+def test_transforms_are_refused(inside: bool):
+    tensors, index = draw([0, 1, -1], 2), TaskIndex([0, 1, -1])
+
+    def loss(x):
+        return rlrr_linear_multi(**(tensors | {"x": x}), index=TaskIndex([0, 1, -1]) if inside else index).sum()
+
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(lambda x: rlrr_linear_multi(**(tensors | {"x": x}), index=TaskIndex([0, 1, -1])).sum())(
-            tensors["x"]
-        )
+        torch.func.grad(loss)(tensors["x"])
 
 
 def test_tensors_without_values():

@@ -14,7 +14,7 @@ from rlrr_kernels.ops.multi import library  # noqa: F401  (registers torch.ops.r
 from rlrr_kernels.ops.multi.autograd import Options, eager_linear_multi, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.dispatch import canonical_stacks
-from rlrr_kernels.ops.multi.task_index import TaskIndex
+from rlrr_kernels.ops.multi.task_index import TaskIndex, check_transforms
 
 
 def rlrr_linear_multi(
@@ -63,11 +63,7 @@ def rlrr_linear_multi(
     call = None if key is None else _calls.get(key)
     if call is None:
         dtype = check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
-        if private.transforms_active():
-            raise NotImplementedError(
-                "rlrr_linear_multi does not work inside torch.func transforms; use rlrr_linear for each task there, or "
-                "rlrr_kernels.reference.rlrr_linear_multi_reference"
-            )
+        check_transforms()
         check_samples(x, weight)
         check_stacks(weight, scale_row, scale_col, bias, shift)
         resolved = backends.resolve(backend, x.device, dtype)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlrr_kernels.ops.host import private
+
 BARE = -1
 """The index of a sample that takes no adapter."""
 
@@ -60,9 +62,11 @@ class TaskIndex:
         TypeError: ``index`` is neither, or has another dtype.
         ValueError: it is not one-dimensional.
         IndexError: it holds a number below -1.
+        NotImplementedError: inside a ``torch.func`` transform, where tensors have no values to read.
     """
 
     def __init__(self, index: Tensor | Sequence[int], device: torch.device | str | None = None) -> None:
+        check_transforms()
         if not isinstance(index, Tensor):
             index = _tensor(index)
         check_index(index)
@@ -113,6 +117,15 @@ class TaskIndex:
         if found is None:
             found = self._permutations[device] = self.order.to(device), self.inverse.to(device)
         return found
+
+
+def check_transforms() -> None:
+    """No ``torch.func`` transform is at work."""
+    if private.transforms_active():
+        raise NotImplementedError(
+            "rlrr_linear_multi does not work inside torch.func transforms; use rlrr_linear for each task there, or "
+            "rlrr_kernels.reference.rlrr_linear_multi_reference"
+        )
 
 
 def check_index(index: Tensor) -> None:
