@@ -15,7 +15,7 @@ from rlrr_kernels import NormRescale, RLRRConv2d, RLRRLinear, backends, norm_res
 from rlrr_kernels.numerics import Case
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.reference import norm_rescale_reference, rlrr_linear_reference
-from tests.support.implementations import BACKENDS, ONE_PATH
+from tests.support.implementations import BACKENDS
 
 pytestmark = pytest.mark.interpreted
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -271,7 +271,8 @@ def test_torch_func_over_all_parameters_says_which_one_is_too_many():
         torch.func.grad(loss)(parameters)
 
 
-@pytest.mark.parametrize("backend", ONE_PATH)
+@on_every_backend
+@pytest.mark.slow_interpreted  # what is batched is the formula
 def test_a_jacobian_by_batches_of_gradients(backend: str):
     tensors = problem()
     rest = tensors["weight"], tensors["scale_row"], tensors["scale_col"]
