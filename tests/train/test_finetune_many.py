@@ -238,8 +238,8 @@ def test_killed_and_resumed_is_as_never_killed(root, trained, tmp_path):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-        path = killed / "again"
-        if (path / checkpoint.NAME).exists() and checkpoint.load_checkpoint(path)["batch"] == 2:
+        begun = all((killed / name / checkpoint.NAME).exists() for name in trained)
+        if begun and checkpoint.load_checkpoint(killed / "again")["batch"] == 2:
             break
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
