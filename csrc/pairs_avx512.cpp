@@ -1,4 +1,4 @@
-// The kernels of bf16 pairs, compiled for AVX-512 like those of level_avx512.cpp, and a unit of their own that compiles beside it.
+// The kernels of bf16 pairs, compiled for AVX-512 as those of level_avx512.cpp are, whose unit compiles beside this one.
 #include "levels.h"
 
 #ifdef RLRR_X86
