@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,14 @@ torch.set_num_threads(1)
 
 # Remembers torch.empty and its like at the first call: not while a test has replaced them.
 _device_constructors()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The process with Triton's interpreter on imports only files with a test for it: the others take 10 seconds."""
+    chosen = backends.INTERPRETING and config.option.markexpr.startswith("interpreted")
+    if chosen and collection_path.match("test_*.py"):
+        return "interpreted" not in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks

@@ -301,7 +301,7 @@ def _sampled_cases(
     sample = RowSample(_meta(size, dtype=torch.int64), images, 4.0, images)
     grads = torch.empty_like(scale_row), torch.empty_like(scale_col), _meta(n)
     *means, launch, _ = linear_rows_triton.grad_scales_launches(
-        y, x, sample, weight, scale_row, scale_col, grads, devices.typical(arch), matmul_precision(), tiles
+        y, x, weight, scale_row, scale_col, grads, sample, devices.typical(arch), matmul_precision(), tiles
     )
     for mean in means:
         yield Case("image_means", dtype, config, mean)

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.linear import first_use
+from rlrr_kernels.ops.sampling.row_sample import RowSample, sample_rows, smallest_keys
 
 pytestmark = pytest.mark.interpreted
 needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs the kernels")
@@ -46,8 +47,10 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 _key = launching.Plan.key
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, fault: Callable[[Tensor], object]) -> list[str]:
-    """Lets ``fault`` have its way with the last tensor of every launch of a kernel; gives the kernels that ran."""
+def plant(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, fault: Callable[[Tensor], object], place: int = -1
+) -> list[str]:
+    """Lets ``fault`` have its way with a tensor of every launch of a kernel; gives the kernels that ran."""
     run, ran = launching.Launch.run, []
 
     def run_wrongly(launch: launching.Launch) -> None:
@@ -55,7 +58,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, fault: Callable[[Tensor]
         ran.append(name)
         run(launch)
         if name == kernel:
-            fault(launch.tensors[-1])
+            fault(launch.tensors[place])
 
     monkeypatch.setattr(launching.Launch, "run", run_wrongly)
     return ran
@@ -192,7 +195,7 @@ def test_verdicts_are_kept_for_later_processes(checks: Path, monkeypatch: pytest
     monkeypatch.setenv(guard.VARIABLE, "on")
     of_a_compiled_kernel(monkeypatch)
     monkeypatch.setattr(launching.Plan, "key", lambda plan, tensors: ("another process", *_key(plan, tensors)))
-    monkeypatch.setattr(first_use, "_error", lambda *args: pytest.fail("it was looked at again"))
+    monkeypatch.setattr(first_use, "error", lambda *args: pytest.fail("it was looked at again"))
     guard.forget()
     with pytest.warns(UserWarning, match="when it was first used here"):
         outputs(tensors)
@@ -210,28 +213,86 @@ def test_a_merge_that_fails_is_plain_torchs(monkeypatch: pytest.MonkeyPatch):
     assert "merge_kernel" in ran
 
 
-@needs_interpreter
-def test_the_other_operators_give_way_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launching.Launch, "run", lambda launch: fail(launch.tensors[0]))
-    norm, x = NormRescale(torch.nn.LayerNorm(32)), torch.randn(6, 32, requires_grad=True)
-    results = []
-    for backend in ("triton", "torch"):
-        with use_backend(backend), warnings.catch_warnings():
-            warnings.simplefilter("ignore" if backend == "triton" else "error", UserWarning)
-            y = norm(x)
-            results.append((y, *torch.autograd.grad(y.square().sum(), [x, norm.scale, norm.shift])))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
-    drawn = numerics.MlpCase(6, 24, 40, 32).draw(0)
+def norm(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(1)
+    module = NormRescale(torch.nn.LayerNorm(35)).to(dtype)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=draw))
+    x = (torch.randn(37, 35, generator=draw) + 3).to(dtype).requires_grad_()
+    with use_backend(backend):
+        y = module(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), [x, module.scale, module.shift])
+
+
+def mlp(backend: str, dtype: torch.dtype, activation: str = "gelu") -> tuple[Tensor, ...]:
+    drawn = numerics.MlpCase(6, 24, 40, 32, dtype=dtype).draw(0)
     grad_y = drawn.pop("grad_y")
     leaves = [t.requires_grad_() for name, t in drawn.items() if not name.endswith("weight")]
-    results = []
-    for backend in ("triton", "torch"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if backend == "triton" else "error", UserWarning)
-            results.append(torch.autograd.grad(rlrr_mlp(**drawn, backend=backend), leaves, grad_y))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    return torch.autograd.grad(rlrr_mlp(**drawn, activation=activation, backend=backend), leaves, grad_y)
+
+
+def sampled(backend: str, dtype: torch.dtype, images: int = 3) -> tuple[Tensor, ...]:
+    tensors = Case(3 * 41, 32, 40, 2, 1, dtype=dtype).draw(0)
+    kept, weight = 3, 8.0 if images else 2.5
+    index = torch.tensor([0, 41, 82, *(41 * image + token for image in range(3) for token in range(1, 41, 3))])
+    sample = RowSample(index, kept, weight, images)
+    function = partial(rlrr_linear, backend=backend, scale_grad_rows=sample)
+    found = numerics.outputs(function, tensors, True)
+    return found["scale_row"], found["scale_col"], found["bias"]
+
+
+def draws(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    if backend == "torch":
+        return (smallest_keys(torch.rand(3, 21), torch.tensor([[0], [22], [44]]), 10, 1),)
+    with use_backend(backend):
+        return (sample_rows(torch.Size((3, 22, 8)), 10 / 21, 1, torch.device("cpu")).index,)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("operator", "kernel", "place"),
+    [
+        (norm, "_norm_rescale_fwd_kernel", 5),
+        (norm, "_norm_rescale_bwd_kernel", -2),
+        (norm, "_norm_rescale_bwd_kernel", -1),
+        (norm, "_norm_rescale_bwd_reduce_kernel", -2),
+        (norm, "_norm_rescale_bwd_reduce_kernel", -1),
+        (mlp, "_activation_bwd_kernel", 0),
+        (mlp, "_activation_bwd_kernel", -1),
+        (sampled, "_rlrr_linear_bwd_sampled_scales_kernel", -1),
+        (sampled, "_rlrr_linear_bwd_image_means_kernel", 3),
+        (sampled, "_rlrr_linear_bwd_image_means_kernel", 4),
+        (draws, "_smallest_keys_kernel", -1),
+    ],
+)
+def test_the_other_kernels_give_way_too(operator: Callable, kernel: str, place: int, monkeypatch: pytest.MonkeyPatch):
+    expected = operator("torch", torch.float32)
+    for fault in (lambda tensor: tensor.add_(1), fail):
+        with monkeypatch.context() as patch:
+            patch.setattr(launching.Plan, "key", lambda plan, tensors, here=(patch,): (here, *_key(plan, tensors)))
+            guard.forget()
+            ran = plant(patch, kernel, fault, place)
+            with pytest.warns(UserWarning, match=f"gives way to the library's products(.*\n)*.*{kernel}"):
+                first = operator("triton", torch.float32)
+            for actual in (first, operator("triton", torch.float32)):
+                for found, right in zip(actual, expected, strict=True):
+                    torch.testing.assert_close(found, right)
+            assert ran.count(kernel) == 1, "it is not run again"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "operator", [norm, mlp, partial(mlp, activation="gelu_tanh"), sampled, partial(sampled, images=0), draws]
+)
+def test_the_other_kernels_pass_where_they_are_right(operator: Callable, dtype: torch.dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        operator("triton", dtype)
+    assert guard.verdicts()
+    assert set(guard.verdicts().values()) == {guard.RIGHT}
 
 
 # ---------------------------------------------------------------- eyes on the compiler

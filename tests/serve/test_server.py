@@ -32,7 +32,7 @@ from rlrr_kernels.serve.logs import JsonFormatter
 from rlrr_kernels.serve.service import Service
 from rlrr_kernels.train.models.backbones import create_model
 from tests.support.paths import ROOT
-from tests.support.served_adapters import MODEL, PIXELS, png, save_marked
+from tests.support.served_adapters import MODEL, PIXELS, gif_header, png, save_marked
 
 
 @dataclasses.dataclass
@@ -136,7 +136,7 @@ REFUSED = {
     "cut off": ({"adapter": "cells", "body": png((90, 90), kind="JPEG")[:-300]}, 400, "cannot read the image"),
     "PostScript": ({"adapter": "cells", "body": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, 415, "no image that is read here"),
     "many pixels": ({"adapter": "cells", "body": png((1000, 501))}, 413, "1000 x 501 = 0.5 megapixels; at most 0.5"),
-    "bomb": ({"adapter": "cells", "body": png((14000, 13000), kind="GIF")}, 413, "too many pixels"),
+    "bomb": ({"adapter": "cells", "body": gif_header(14000, 13000)}, 413, "too many pixels"),
     "many bytes": ({"adapter": "cells", "body": b"x" * 200_001}, 413, "more than 0.2 megabytes"),
     "a form": (
         {"adapter": "cells", "body": b"--x", "Content-Type": "multipart/form-data; boundary=x"},

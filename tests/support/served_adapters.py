@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import torch
@@ -35,3 +36,9 @@ def png(size: tuple[int, int] = (40, 50), color: tuple[int, int, int] = (200, 30
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, kind)
     return file.getvalue()
+
+
+def gif_header(width: int, height: int) -> bytes:
+    """The first bytes of a GIF: enough to open it, and its pixels would fill the memory."""
+    frame = struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"," + frame + b"\x08"

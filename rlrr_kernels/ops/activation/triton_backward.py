@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.ops.activation import functions
-from rlrr_kernels.ops.host import guard
+from rlrr_kernels.ops.host import formula, guard
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -75,7 +75,28 @@ def backward(grad_a: Tensor, h: Tensor, name: str, need_value: bool) -> tuple[Te
     value = torch.empty_like(h) if need_value else None
     if h.numel():
         launches = (backward_launch(grad_a, h, name, value),)
-        if not guard.ran(launches, forced=False):
+        given = grad_a.clone() if guard.will_look(launches) else grad_a
+        if not guard.ran(launches, forced=False, find_error=lambda: _first_error(given, h, name, grad_a, value)):
             value = functions.forward(h, name) if need_value else None
-            return functions.backward(grad_a, h, name), value
+            return functions.backward(given, h, name), value
     return grad_a, value
+
+
+_LOOKED_AT = 4096
+
+
+def _first_error(grad_a: Tensor, h: Tensor, name: str, grad_h: Tensor, value: Tensor | None) -> str | None:
+    """What is wrong with ∂h and act(h), at a few places; None for nothing."""
+    places = formula.picks(h.numel(), _LOOKED_AT, h.device)
+    grad_a, h, grad_h, value = (None if t is None else t.flatten()[places] for t in (grad_a, h, grad_h, value))
+
+    def of_grad(absolute: bool) -> Tensor:  # |act'| < 1.13
+        return grad_a.double().abs() if absolute else functions.backward(grad_a.double(), h.double(), name)
+
+    def of_value(absolute: bool) -> Tensor:
+        return h.double().abs() if absolute else functions.forward(h.double(), name)
+
+    found = formula.error("the gradient of the activation's input", grad_h, of_grad, h.dtype)
+    if found is None and value is not None:
+        found = formula.error("the activation", value, of_value, h.dtype)
+    return found

@@ -2,7 +2,7 @@
 
 What was released was run by no GPU of most kinds. So the first launches of a kernel on a device are looked at: an error
 of the compiler, many spilled registers or a 16-bit product without matrix instructions, and then its first results,
-held against the formula (:mod:`rlrr_kernels.ops.linear.first_use`). A kernel is one of its constants, dtypes and
+held against the formula (:mod:`rlrr_kernels.ops.host.formula`). A kernel is one of its constants, dtypes and
 tiles. Once its verdict is in, a launch costs one look-up more, and a replayed call nothing: a replay is made of
 kernels that passed. Verdicts on results are kept in ``checks.json`` beside the tuner's tiles.
 
@@ -61,6 +61,11 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def will_look(launches: Sequence[Launch]) -> bool:
+    """Whether :func:`ran` is going to look at them, so that inputs which they write over have to be kept."""
+    return None in _known(launches)
+
+
 def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str | None] | None = None) -> bool:
     """Runs launches, and whether their results may be used: if not, the library has to compute them.
 
@@ -69,16 +74,14 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
         forced: whether the caller asked for these kernels by name: then they are run, whatever is known of them.
         find_error: what is wrong with the results, None for nothing; called once for each kernel, device and version.
     """
-    device, known = launches[0].tensors[0].device, [True]
-    if not forced and enabled(device):
-        known = [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
+    known = [True] if forced else _known(launches)
     if False in known:
         return False
     if None not in known:
         for launch in launches:
             launch.run()
         return True
-    names = [_name(launch, device) for launch in launches]
+    names = [_name(launch, launch.tensors[0].device) for launch in launches]
     if any(name in _given_up for name in names):
         return _settle(launches, False)
     try:
@@ -150,6 +153,13 @@ def forget() -> None:
 
 
 _given_up: dict[str, str] = {}
+
+
+def _known(launches: Sequence[Launch]) -> list[bool | None]:
+    """The verdict of each launch's kernel; None where none is in."""
+    if not enabled(launches[0].tensors[0].device):
+        return [True]
+    return [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
 
 
 def _settle(launches: Sequence[Launch], verdict: bool) -> bool:

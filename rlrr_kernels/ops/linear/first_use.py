@@ -1,19 +1,19 @@
 """A kernel's first results, held against the formula: a few rows of y and ∂x, a few values of the scale gradients.
 
-By the correctness check's bound (:data:`rlrr_kernels.numerics.BOUND`): the distance from the formula in float64 may be
-at most c · u · ‖the formula on absolute values‖ over the values looked at, with u the unit roundoff of what is
-multiplied. Of N and K a few are picked, evenly and in every group, of M a few rows for y and ∂x and all for the sums
-over M, which are taken in blocks: there is no second W, x or g in float64.
+Of N and K a few are picked, evenly and in every group, of M a few rows for y and ∂x and all for the sums over M, which
+are taken in blocks: there is no second W, x or g in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rlrr_kernels import numerics
+from rlrr_kernels.ops.host.formula import error, picks, wide
+from rlrr_kernels.ops.host.launch import Launch
+from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 ROWS, VALUES = 8, 48
 """Rows of x that are looked at, and of N and of K about how many values."""
@@ -21,23 +21,19 @@ ROWS, VALUES = 8, 48
 BLOCK_ROWS = 1024
 """Rows of x and g that are in float64 at once."""
 
-TF32_ROUNDOFFS = 2.0**13
-"""Of a TF32 product's operands in fp32's: they keep 10 bits of 23."""
-
 Scales = tuple[Tensor, Tensor]
 
 
-def _picks(size: int, count: int, device: torch.device) -> Tensor:
-    """At most ``count`` numbers below ``size``, evenly, the first and the last among them."""
-    return torch.linspace(0, size - 1, min(size, count), dtype=torch.float64, device=device).round().long()
+def in_tf32(launches: Sequence[Launch]) -> bool:
+    """Whether a computation's products are TF32's."""
+    return any(launch.plan.meta.get("PRECISION") == "tf32" for launch in launches)
 
 
 def _picked_rows(weight: Tensor, groups: int) -> Tensor:
     """Rows of W, as many of each group."""
     size = weight.shape[0] // groups
-    picks = _picks(size, max(2, VALUES // groups), weight.device)
     starts = torch.arange(groups, device=weight.device) * size
-    return (starts[:, None] + picks).flatten()
+    return (starts[:, None] + picks(size, max(2, VALUES // groups), weight.device)).flatten()
 
 
 def _factor(scales: Scales, residual: bool, absolute: bool) -> Tensor:
@@ -47,28 +43,14 @@ def _factor(scales: Scales, residual: bool, absolute: bool) -> Tensor:
     return float(residual) + (row.view(groups, -1, rank) @ col).view(-1, width)
 
 
-def _error(name: str, actual: Tensor, of: Callable[[bool], Tensor], dtype: torch.dtype, tf32: bool) -> str | None:
-    """What is wrong with ``actual``, for which ``of`` gives the formula, or that on absolute values."""
-    roundoff = max(torch.finfo(d).eps for d in (dtype, actual.dtype)) / 2 * (TF32_ROUNDOFFS if tf32 else 1.0)
-    exact, bound = of(False), of(True).norm().item()
-    error = (actual.double() - exact).norm().item()
-    if error <= numerics.BOUND * roundoff * bound:
-        return None
-    return f"{name} is {error / max(roundoff * bound, 1e-300):.3g} unit roundoffs of its bound from the formula"
-
-
-def _wide(tensor: Tensor, absolute: bool) -> Tensor:
-    return tensor.double().abs() if absolute else tensor.double()
-
-
 def merge_error(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, merged: Tensor) -> str | None:
     """What is wrong with W' [N, K]; None for nothing."""
     picked = _picked_rows(weight, len(scale_col))
 
     def formula(absolute: bool) -> Tensor:
-        return _wide(weight[picked], absolute) * _factor((scale_row[picked], scale_col), residual, absolute)
+        return wide(weight[picked], absolute) * _factor((scale_row[picked], scale_col), residual, absolute)
 
-    return _error("the merged weight", merged[picked], formula, merged.dtype, False)
+    return error("the merged weight", merged[picked], formula, merged.dtype, False)
 
 
 def forward_error(
@@ -76,55 +58,70 @@ def forward_error(
     tf32: bool,
 ) -> str | None:  # fmt: skip
     """What is wrong with y [M, N]; None for nothing. Arguments as the backends' forward has them."""
-    rows, picked = _picks(len(x), ROWS, x.device), _picked_rows(weight, len(scale_col))
+    rows, picked = picks(len(x), ROWS, x.device), _picked_rows(weight, len(scale_col))
 
     def formula(absolute: bool) -> Tensor:
-        merged = _wide(weight[picked], absolute) * _factor((scale_row[picked], scale_col), residual, absolute)
-        result = _wide(x[rows], absolute) @ merged.t()
-        return result if bias is None else result + _wide(bias[picked], absolute)
+        merged = wide(weight[picked], absolute) * _factor((scale_row[picked], scale_col), residual, absolute)
+        result = wide(x[rows], absolute) @ merged.t()
+        return result if bias is None else result + wide(bias[picked], absolute)
 
-    return _error("y", y[rows][:, picked], formula, x.dtype, tf32)
+    return error("y", y[rows][:, picked], formula, x.dtype, tf32)
 
 
 def grad_x_error(
     grad_y: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: bool, grad_x: Tensor, tf32: bool
 ) -> str | None:
     """What is wrong with ∂x [M, K]; None for nothing."""
-    rows, picked = _picks(len(grad_y), ROWS, grad_y.device), _picks(weight.shape[1], VALUES, weight.device)
+    rows, picked = picks(len(grad_y), ROWS, grad_y.device), picks(weight.shape[1], VALUES, weight.device)
 
     def formula(absolute: bool) -> Tensor:
         factor = _factor((scale_row, scale_col[..., picked]), residual, absolute)
-        return _wide(grad_y[rows], absolute) @ (_wide(weight[:, picked], absolute) * factor)
+        return wide(grad_y[rows], absolute) @ (wide(weight[:, picked], absolute) * factor)
 
-    return _error("the gradient of x", grad_x[rows][:, picked], formula, grad_y.dtype, tf32)
+    return error("the gradient of x", grad_x[rows][:, picked], formula, grad_y.dtype, tf32)
+
+
+def _terms(grad_y: Tensor, x: Tensor, sample: RowSample | None, absolute: bool) -> list[tuple[Tensor, Tensor, float]]:
+    """G = gᵀx as terms (g [s, N], x [s, K], weight)."""
+    if sample is None:
+        return [(grad_y, x, 1.0)]
+    if not absolute:
+        return sample.parts(grad_y, x)
+    # The other sign, that what the means subtract is added to the bound.
+    parts = sample._replace(weight=-sample.weight).parts(grad_y.abs(), x.abs())
+    return [(g, some, abs(times)) for g, some, times in parts]
 
 
 def grad_scales_error(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale_row: Tensor, scale_col: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], tf32: bool,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], tf32: bool, sample: RowSample | None = None,
 ) -> str | None:  # fmt: skip
-    """What is wrong with ∂s_r [N, r], ∂s_c [G, r, K] and ∂b [N], those that are not None; None for nothing."""
+    """What is wrong with ∂s_r [N, r], ∂s_c [G, r, K] and ∂b [N], those that are not None; None for nothing.
+
+    With a ``sample`` x [S, K] holds its rows.
+    """
     groups, rank, K = scale_col.shape
-    picked, columns = _picked_rows(weight, groups), _picks(K, VALUES, weight.device)
+    picked, columns = _picked_rows(weight, groups), picks(K, VALUES, weight.device)
 
     def of_product(rows: Tensor | slice, cols: Tensor | slice, absolute: bool) -> Tensor:
         """G ⊙ W of these rows and columns."""
         total = 0.0
-        for start in range(0, len(x), BLOCK_ROWS):
-            here = slice(start, start + BLOCK_ROWS)
-            total = total + _wide(grad_y[here, rows], absolute).t() @ _wide(x[here, cols], absolute)
-        return total * _wide(weight[rows][:, cols], absolute)
+        for g, some, times in _terms(grad_y, x, sample, absolute):
+            for start in range(0, len(some), BLOCK_ROWS):
+                here = slice(start, start + BLOCK_ROWS)
+                total = total + times * (wide(g[here, rows], absolute).t() @ wide(some[here, cols], absolute))
+        return total * wide(weight[rows][:, cols], absolute)
 
     def of_row(absolute: bool) -> Tensor:
         product = of_product(picked, slice(None), absolute).view(groups, -1, K)
-        return (product @ _wide(scale_col, absolute).mT).view(-1, rank)
+        return (product @ wide(scale_col, absolute).mT).view(-1, rank)
 
     def of_col(absolute: bool) -> Tensor:
         product = of_product(slice(None), columns, absolute).view(groups, -1, len(columns))
-        return _wide(scale_row, absolute).view(groups, -1, rank).mT @ product
+        return wide(scale_row, absolute).view(groups, -1, rank).mT @ product
 
     def of_bias(absolute: bool) -> Tensor:
-        return _wide(grad_y[:, picked], absolute).sum(0)
+        return wide(grad_y[:, picked], absolute).sum(0)
 
     grad_row, grad_col, grad_bias = grads
     checks = (
@@ -132,5 +129,5 @@ def grad_scales_error(
         ("the gradient of scale_col", grad_col, of_col, lambda grad: grad[..., columns]),
         ("the gradient of bias", grad_bias, of_bias, lambda grad: grad[picked]),
     )
-    found = (_error(name, pick(g), of, x.dtype, tf32) for name, g, of, pick in checks if g is not None)
-    return next((error for error in found if error), None)
+    found = (error(name, pick(g), of, x.dtype, tf32) for name, g, of, pick in checks if g is not None)
+    return next(filter(None, found), None)

@@ -13,9 +13,10 @@ from torch import Tensor
 from rlrr_kernels.devices import gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host.launch import Launch, check_interpreter
+from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from rlrr_kernels.ops.linear.first_use import in_tf32
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
 from rlrr_kernels.ops.linear.triton.launches import (
     forward_launches,
@@ -67,7 +68,7 @@ def forward(
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         given = x, weight, scale_row, scale_col, bias, residual, y
         launches = forward_launches(*given, gpu, precision, tiles)
-        if not guard.ran(launches, path is not None, lambda: first_use.forward_error(*given, _tf32(launches))):
+        if not guard.ran(launches, path is not None, lambda: first_use.forward_error(*given, in_tf32(launches))):
             return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     return y
 
@@ -75,10 +76,6 @@ def forward(
 def _merged_forward(x, weight, scale_row, scale_col, bias, residual, path) -> Tensor:
     merged = merge(weight, scale_row, scale_col, residual, x.dtype, path)
     return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-
-
-def _tf32(launches: tuple[Launch, ...]) -> bool:
-    return launches[0].plan.meta.get("PRECISION") == "tf32"
 
 
 def backward(
@@ -111,17 +108,16 @@ def backward(
     )
     groups, rank, _ = scale_col.shape
     tiles = tuned_tiles.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups, sample is not None)
-    find_error = None
+    given = grad_y, x, weight, scale_row, scale_col, grads
     if sample is None:
-        given = grad_y, x, weight, scale_row, scale_col, grads
         launches = grad_scales_launches(*given, gpu, precision, tiles)
-        if x.numel() and weight.numel():
-            find_error = lambda: first_use.grad_scales_error(*given, _tf32(launches))  # noqa: E731
     else:
-        launches = linear_rows_triton.grad_scales_launches(
-            grad_y, x, sample, weight, scale_row, scale_col, grads, gpu, precision, tiles
-        )
-    if not guard.ran(launches, path is not None, find_error):
+        launches = linear_rows_triton.grad_scales_launches(*given, sample, gpu, precision, tiles)
+
+    def find_error() -> str | None:
+        return first_use.grad_scales_error(*given, in_tf32(launches), sample)
+
+    if not guard.ran(launches, path is not None, find_error if x.numel() and weight.numel() else None):
         needs = False, need_row, need_col, need_bias
         _, *grads = linear_torch.backward(grad_y, x, weight, scale_row, scale_col, residual, needs, sample)
     return grad_x, *grads
@@ -139,6 +135,6 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision
         tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight, rank, groups)
         given = grad_y, weight, scale_row, scale_col, residual, grad_x
         launches = grad_x_launches(*given, gpu, precision, tiles)
-        if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, _tf32(launches))):
+        if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, in_tf32(launches))):
             return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
     return grad_x

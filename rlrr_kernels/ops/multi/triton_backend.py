@@ -15,9 +15,10 @@ from torch import Tensor
 from rlrr_kernels.devices import Gpu, gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host.launch import Launch, check_interpreter
+from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
+from rlrr_kernels.ops.linear.first_use import in_tf32
 from rlrr_kernels.ops.linear.tiles import Operand, Product
 from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.loop_backend import Needs
@@ -91,8 +92,9 @@ def forward(
 
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
-            scales, plus = (scale_row[task], scale_col[task]), _added(task, bias, shift)
-            return first_use.forward_error(x[own], weight, *scales, plus, residual, y[own], _tf32(launches))
+            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
+            added = _added(task, bias, shift)
+            return first_use.forward_error(x[own], weight, *scales, added, residual, y[own], tf32)
 
         return _error_of((cut.tiled, cut.mixed), of)
 
@@ -152,9 +154,9 @@ def backward(
 
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
-            found = [None if grad is None else grad[task] for grad in (grads[0], grads[1], grads[3])]
-            scales = scale_row[task], scale_col[task]
-            return first_use.grad_scales_error(grad_y[own], x[own], weight, *scales, found, _tf32(launches))
+            found = tuple(None if grad is None else grad[task] for grad in (grads[0], grads[1], grads[3]))
+            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
+            return first_use.grad_scales_error(grad_y[own], x[own], weight, *scales, found, tf32)
 
         return _error_of((segments,), of)
 
@@ -170,8 +172,8 @@ def _grad_x(grad_y, weight, scale_row, scale_col, rows, residual, stacks, gpu, p
 
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
-            scales = scale_row[task], scale_col[task]
-            return first_use.grad_x_error(grad_y[own], weight, *scales, residual, grad_x[own], _tf32(launches))
+            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
+            return first_use.grad_x_error(grad_y[own], weight, *scales, residual, grad_x[own], tf32)
 
         return _error_of((cut.tiled, cut.mixed), of)
 
@@ -223,10 +225,6 @@ def _sums(
         if grad_shift is not None and task != BARE:
             torch.sum(grad_y[first:end], 0, dtype=wide, out=grad_shift[task])
     return grad_y.sum(0, dtype=wide) if need_bias else None, grad_shift
-
-
-def _tf32(launches: tuple[Launch, ...]) -> bool:
-    return launches[0].plan.meta.get("PRECISION") == "tf32"
 
 
 def _error_of(kinds: tuple[Segments, ...], of: Callable[[int, slice], str | None]) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlrr_kernels.ops.host import guard, private
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
-from rlrr_kernels.ops.norm_rescale import torch_backend
+from rlrr_kernels.ops.norm_rescale import first_use, torch_backend
 
 MAX_SIZE = 8192
 """Largest D: a row lives in the registers of one program."""
@@ -250,7 +250,11 @@ def forward(
     y = torch.empty(flat.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(flat.shape[0], dtype=wide, device=x.device) for _ in range(2))
     launches = (forward_launch(flat, weight, bias, scale, shift, eps, y, mean, rstd),) if y.numel() else ()
-    if launches and not guard.ran(launches, forced=False):
+
+    def find_error() -> str | None:
+        return first_use.forward_error(flat, weight, bias, scale, shift, eps, y)
+
+    if launches and not guard.ran(launches, False, find_error):
         return torch_backend.forward(x, weight, bias, scale, shift, eps, dtype)
     statistics_shape = (*x.shape[:-1], 1)
     # A view would forbid callers to modify y in place.
@@ -279,7 +283,12 @@ def backward(
     grad_scale = new(scale.shape, dtype=scale.dtype, device=x.device) if need_scale else None
     grad_shift = new(scale.shape, dtype=shift_dtype, device=x.device) if need_shift else None
     if flat.numel():
-        launches = backward_launches(g, flat, weight, bias, scale, mean, rstd, (grad_x, grad_scale, grad_shift))
-        if not guard.ran(launches, forced=False):
+        grads = grad_x, grad_scale, grad_shift
+        launches = backward_launches(g, flat, weight, bias, scale, mean, rstd, grads)
+
+        def find_error() -> str | None:
+            return first_use.backward_error(g, flat, weight, bias, scale, mean, rstd, grads)
+
+        if not guard.ran(launches, False, find_error):
             return torch_backend.backward(grad_y, x, weight, bias, scale, shift_dtype, mean, rstd, needs)
     return None if grad_x is None else grad_x.view(x.shape), grad_scale, grad_shift

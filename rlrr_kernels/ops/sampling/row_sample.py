@@ -136,14 +136,15 @@ def sample_rows(shape: torch.Size, fraction: float, prefix: int, device: torch.d
 
 def _draw(images: int, others: int, drawn: int, prefix: int, device: torch.device) -> Tensor:
     """Index of a sample: ``prefix`` rows an image, then the ``drawn`` of its ``others`` with the smallest keys."""
+    keys = None
     if _has_kernel(others, device):
         keys = torch.rand(images, others, device=device)
         triton_draw = importlib.import_module("rlrr_kernels.ops.sampling.triton_draw")
         if (index := triton_draw.smallest_keys(keys, drawn, prefix)) is not None:
             return index
     first = torch.arange(0, images * (prefix + others), prefix + others, device=device).unsqueeze(1)
-    # rand_like, as torch.compile knows it for random: it is never drawn anew for the backward.
-    keys = torch.rand_like(first.expand(images, others), dtype=torch.float32)
+    if keys is None:  # rand_like, as torch.compile knows it for random: it is never drawn anew for the backward
+        keys = torch.rand_like(first.expand(images, others), dtype=torch.float32)
     return smallest_keys(keys, first, drawn, prefix)
 
 

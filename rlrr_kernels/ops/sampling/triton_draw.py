@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import Launch, Plan
+from rlrr_kernels.ops.sampling import row_sample
 
 
 @triton.jit
@@ -52,4 +53,11 @@ def smallest_keys_launch(keys: Tensor, drawn: int, prefix: int, index: Tensor) -
 def smallest_keys(keys: Tensor, drawn: int, prefix: int) -> Tensor | None:
     """As :func:`rlrr_kernels.ops.sampling.row_sample.smallest_keys`, with a new index; None where it gives way."""
     index = torch.empty(keys.shape[0] * (prefix + drawn), dtype=torch.int64, device=keys.device)
-    return index if guard.ran((smallest_keys_launch(keys, drawn, prefix, index),), forced=False) else None
+
+    def find_error() -> str | None:
+        ranks = keys.argsort(dim=1, stable=True).argsort(dim=1)  # of equal keys the first row's counts as smaller
+        first = torch.arange(len(keys), device=keys.device).unsqueeze(1) * (prefix + keys.shape[1])
+        right = torch.equal(index, row_sample.smallest_keys(ranks, first, drawn, prefix))
+        return None if right else "the rows that are drawn are not those with the smallest keys"
+
+    return index if guard.ran((smallest_keys_launch(keys, drawn, prefix, index),), False, find_error) else None

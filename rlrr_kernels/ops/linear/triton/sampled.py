@@ -234,11 +234,11 @@ def _plans(
 def grad_scales_launches(
     grad_y: Tensor,
     x: Tensor,
-    sample: RowSample,
     weight: Tensor,
     scale_row: Tensor,
     scale_col: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sample: RowSample,
     gpu: Gpu,
     precision: str,
     tiles: linear_configs.Tiles,
