@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
-from rlrr_kernels.ops.checks import canonical
+from rlrr_kernels.ops.checks import canonical, compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
-from rlrr_kernels.ops.host.replay import PLAIN_TYPES, Replays, layout
+from rlrr_kernels.ops.host.replay import PLAIN_TYPES, Replays, layout, plain_layout
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.recompute import Recompute
 from rlrr_kernels.ops.sampling.row_sample import RowSample, flatten_sample, unflatten_sample
@@ -107,6 +108,25 @@ class CallCache(dict[tuple, Call]):
         if len(self) >= self._MOST:
             self.clear()
         self[key] = call
+
+
+def call_key(tensors: tuple[Tensor | None, ...], backend: str, *options: object) -> tuple | None:
+    """All that an eager call depends on but the values in its tensors: x, W and others, and ``options``.
+
+    None where a transform, a compiler or a mode that watches operators is at work, and for tensors that are no plain
+    ones.
+    """
+    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
+        return None
+    of_tensors = plain_layout(*tensors)
+    if of_tensors is None:
+        return None
+    x, weight, *_ = tensors
+    return (
+        of_tensors, weight.requires_grad and torch.is_grad_enabled(),
+        options, backend, backend == "auto" and backends.default_backend(), backends.INTERPRETING,
+        private.any_autocast() and compute_dtype(x),
+    )  # fmt: skip
 
 
 def is_watched() -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.activation import functions as activation
-from rlrr_kernels.ops.checks import check_linear, compute_dtype
-from rlrr_kernels.ops.host import private
-from rlrr_kernels.ops.host.replay import plain_layout
+from rlrr_kernels.ops.checks import check_linear
 from rlrr_kernels.ops.linear import library  # noqa: F401  (registers torch.ops.rlrr_kernels)
-from rlrr_kernels.ops.linear.autograd import Call, CallCache, eager_linear, linear
+from rlrr_kernels.ops.linear.autograd import Call, CallCache, call_key, eager_linear, linear
 from rlrr_kernels.ops.recompute import RECOMPUTED, recompute_of
 from rlrr_kernels.ops.sampling.row_sample import RowSample, check_sample
 
@@ -65,7 +62,7 @@ def rlrr_linear(
     """
     if input_activation is not None:
         activation.check_name("input_activation", input_activation)
-    key = _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend)
+    key = call_key((x, weight, scale_row, scale_col, bias), backend, residual, input_activation)
     call = None if key is None else _calls.get(key)
     if call is None:
         dtype = check_linear(x, weight, scale_row, scale_col, bias)
@@ -88,26 +85,8 @@ def known_call(
     *, residual: bool = True, input_activation: str | None = None, backend: str = "auto",
 ) -> Call | None:  # fmt: skip
     """What earlier calls of :func:`rlrr_linear` with arguments in this layout share; None before the first."""
-    key = _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend)
+    key = call_key((x, weight, scale_row, scale_col, bias), backend, residual, input_activation)
     return None if key is None else _calls.get(key)
 
 
 _calls = CallCache()
-
-
-def _key(x, weight, scale_row, scale_col, bias, residual, input_activation, backend) -> tuple | None:
-    """All that an eager call depends on but the values in its tensors.
-
-    None where a transform, a compiler or a mode that watches operators is at work, and for tensors that are no plain
-    ones.
-    """
-    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
-        return None
-    of_tensors = plain_layout(x, weight, scale_row, scale_col, bias)
-    if of_tensors is None:
-        return None
-    return (
-        of_tensors, weight.requires_grad and torch.is_grad_enabled(),
-        residual, input_activation, backend, backend == "auto" and backends.default_backend(), backends.INTERPRETING,
-        private.any_autocast() and compute_dtype(x),
-    )  # fmt: skip

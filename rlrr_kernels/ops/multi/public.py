@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_tensors, compute_dtype
-from rlrr_kernels.ops.host import private
-from rlrr_kernels.ops.host.replay import PLAIN_TYPES, plain_layout
-from rlrr_kernels.ops.linear.autograd import Call, CallCache, is_watched
+from rlrr_kernels.ops.checks import check_tensors
+from rlrr_kernels.ops.host.replay import PLAIN_TYPES
+from rlrr_kernels.ops.linear.autograd import Call, CallCache, call_key, is_watched
 from rlrr_kernels.ops.multi import library  # noqa: F401  (registers torch.ops.rlrr_kernels.linear_multi)
 from rlrr_kernels.ops.multi.autograd import Options, eager_linear_multi, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
@@ -59,7 +58,7 @@ def rlrr_linear_multi(
         IndexError: ``index`` has a value below -1 or above T - 1.
         NotImplementedError: inside a ``torch.func`` transform.
     """
-    key = _key(x, weight, scale_row, scale_col, bias, shift, residual, backend)
+    key = call_key((x, weight, scale_row, scale_col, bias, shift), backend, residual)
     call = None if key is None else _calls.get(key)
     if call is None:
         dtype = check_tensors(x, weight, scale_row, scale_col, bias, shift=shift)
@@ -92,17 +91,3 @@ def rlrr_linear_multi(
 
 
 _calls = CallCache()
-
-
-def _key(x, weight, scale_row, scale_col, bias, shift, residual, backend) -> tuple | None:
-    """All that an eager call depends on but its index and the values in its tensors; None as for ``rlrr_linear``."""
-    if torch.compiler.is_compiling() or private.transforms_active() or private.dispatch_modes():
-        return None
-    of_tensors = plain_layout(x, weight, scale_row, scale_col, bias, shift)
-    if of_tensors is None:
-        return None
-    return (
-        of_tensors, weight.requires_grad and torch.is_grad_enabled(),
-        residual, backend, backend == "auto" and backends.default_backend(), backends.INTERPRETING,
-        private.any_autocast() and compute_dtype(x),
-    )  # fmt: skip
