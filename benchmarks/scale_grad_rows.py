@@ -27,7 +27,6 @@ from benchmarks.common import kept_bytes, markdown_table
 from benchmarks.evidence.report import SCORES
 from benchmarks.evidence.runs import limited_run, result_row
 from rlrr_kernels import RLRRLinear, RowSample
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
@@ -37,6 +36,7 @@ from rlrr_kernels.train.finetune import ADAPTER, FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 from rlrr_kernels.train.output.progress import console
 from rlrr_kernels.train.task import load_task
+from rlrr_kernels.writing import write_together
 
 NAME = "scale_grad_rows"
 

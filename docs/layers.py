@@ -24,7 +24,7 @@ PURPOSE = {
     "serve": "the HTTP server of many adapters",
     "train": "config, data, models, methods, loop, output, grid",
     "bank": "many adapters over one backbone, in one batch",
-    "adapt": "which layers of a model are adapted, the recipe, adapter files, merging",
+    "adapt": "what is adapted, the recipe, files, merging",
     "peft": "RLRR as a method of PEFT",
     "explain": "which backend, path and kernels a call takes, and why",
     "nn": "the layers: RLRRLinear, RLRRConv2d, AdditiveLinear, NormRescale; multi: one layer under many adapters",
@@ -33,7 +33,8 @@ PURPOSE = {
     "backends": "which one serves",
     "reference": "the literal formulas",
     "version": "its number",
-    "devices": "what is known of GPUs: families, peaks, shared memory",
+    "devices": "what is known of GPUs",
+    "writing": "files written whole or not at all",
 }
 
 WIDTH, LEFT, GAP, HEIGHT, LINE = 800, 26, 6, 30, 18

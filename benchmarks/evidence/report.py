@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.common import markdown_table
 from benchmarks.evidence.runs import ARMS, Evidence
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.train.grid.runs import Spread
+from rlrr_kernels.writing import write_together
 
 NAME = "evidence"
 

@@ -7,14 +7,12 @@ has a digest of every tensor and one of itself; folders from before there were d
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor
 from rlrr_kernels.adapt.config import RLRRConfig, check_schema_version
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.modules import plain_name
+from rlrr_kernels.writing import write_together
 
 TENSORS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 
@@ -128,43 +127,6 @@ def write_folder(
         message = f"the adapter could not be saved ({error.strerror}); one saved there before is untouched"
         raise OSError(error.errno, message, str(folder)) from error
     return folder
-
-
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes all files beside their targets first, then replaces these in order.
-
-    An error while writing, such as a full disk, leaves all targets as they were. A process that dies between two
-    replacements leaves the earlier targets new and the later ones old.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = f".{uuid.uuid4().hex[:8]}.tmp"
-    staged = {name: folder / f".{name}{suffix}" for name in contents}
-    try:
-        for name, path in staged.items():
-            with open(path, "xb") as file:
-                file.write(contents[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in staged.items():  # nothing is written any more; the last file is the one that counts
-            os.replace(path, folder / name)
-        _sync_directory(folder)
-    except BaseException:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()  # only if empty
-        raise
-
-
-def _sync_directory(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def whole(tensor: Tensor) -> Tensor:

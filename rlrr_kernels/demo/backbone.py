@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.writing import write_together
 
 TIMM_NAME = "vit_small_patch14_dinov2"
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.hyperparameters import SEED
 from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
 from rlrr_kernels.train.config.files import check_types
@@ -16,6 +15,7 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 from rlrr_kernels.train.models.backbones import HUB
+from rlrr_kernels.writing import write_together
 
 NAME = "ablation"
 """Of the files that hold the tables."""

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_report, save_adapter
-from rlrr_kernels.adapt.files import read_adapter, write_together
+from rlrr_kernels.adapt.files import read_adapter
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.model import apply_adaptation, plan_adaptation, planned_shapes
 from rlrr_kernels.adapt.save_load import differences
@@ -56,6 +56,7 @@ from rlrr_kernels.paper.data import preprocessing
 from rlrr_kernels.paper.hyperparameters import dataset_settings
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
 from rlrr_kernels.train.task import Task
+from rlrr_kernels.writing import write_together
 
 CONFIG = RLRRConfig(recipe="paper")
 """How a ViT or Swin is adapted that such a file fits."""

@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.hyperparameters import DATASETS, GROUPS, dataset_names
 from rlrr_kernels.paper.reported import PEERS, Reported, reported_for
 from rlrr_kernels.paper.results import Protocol, TaskResults
 from rlrr_kernels.train.methods.baselines import TITLES
+from rlrr_kernels.writing import write_together
 
 MARKDOWN, CSV, PICTURE = "report.md", "report.csv", "report.png"
 

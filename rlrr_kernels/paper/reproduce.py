@@ -21,7 +21,7 @@ from rlrr_kernels.paper.data import (
     split_note,
 )
 from rlrr_kernels.paper.hyperparameters import SEED, DatasetSettings, selected_datasets
-from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, remove_partial, write_results
+from rlrr_kernels.paper.results import FOLDER, Protocol, Run, TaskResults, write_results
 from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.presets import paper_train_config
 from rlrr_kernels.train.config.train_config import TrainConfig
@@ -30,6 +30,7 @@ from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, run_grid
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name
 from rlrr_kernels.train.output.progress import say
+from rlrr_kernels.writing import remove_leftovers
 
 RUNS = "runs"
 """Where the run folders lie, in the folder of a reproduction."""
@@ -128,7 +129,7 @@ def reproduce(
     folder = Path(config.out) / FOLDER
     if _is_main_process():
         for settings in datasets:
-            remove_partial(folder, settings.name)
+            remove_leftovers(folder, f"{settings.name}.json")
 
     def keep(name: str, document: dict[str, Any]) -> None:
         dataset, _, seed = name.partition("/seed-")

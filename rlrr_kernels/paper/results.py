@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlrr_kernels.adapt.files import write_together
 from rlrr_kernels.paper.hyperparameters import dataset_names
 from rlrr_kernels.train.config.files import check_types
+from rlrr_kernels.writing import write_together
 
 FOLDER = "results"
 """Where the files lie, in the folder of a reproduction."""
@@ -96,12 +96,6 @@ def write_results(folder: str | Path, results: TaskResults) -> Path:
     name = f"{results.dataset}.json"
     write_together(Path(folder), {name: (json.dumps(document, indent=2) + "\n").encode()})
     return Path(folder) / name
-
-
-def remove_partial(folder: str | Path, dataset: str) -> None:
-    """Removes what a process that was killed while it wrote the results of ``dataset`` has left in ``folder``."""
-    for path in Path(folder).glob(f".{dataset}.json.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def read_results(folder: str | Path) -> dict[str, TaskResults]:

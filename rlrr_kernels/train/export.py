@@ -13,7 +13,7 @@ from torch import nn
 
 from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
 from rlrr_kernels.train.methods.baselines import BaselineMergeReport, merge_baseline
-from rlrr_kernels.train.output.folder import remove_leftovers, write_files
+from rlrr_kernels.train.output.folder import write_files
 from rlrr_kernels.train.task import Task, load_task
 
 
@@ -63,7 +63,6 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     report = merge_adapter(model) if is_adapted(model) else merge_baseline(model)
     after = logits(model, images)
     file = Path(file)
-    remove_leftovers(file.parent, file.name, older_than_minutes=60)
     try:
         write_files(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
     except OSError as error:

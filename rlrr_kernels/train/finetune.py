@@ -53,10 +53,11 @@ from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, backbone_digest
 from rlrr_kernels.train.models.drop import check_drop, set_drop
 from rlrr_kernels.train.output.board import require_tensorboard
 from rlrr_kernels.train.output.environment import add_session, environment
-from rlrr_kernels.train.output.folder import check_free, hold, remove_leftovers, write_files
+from rlrr_kernels.train.output.folder import check_free, hold, write_files
 from rlrr_kernels.train.output.progress import say, track
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.task import Task
+from rlrr_kernels.writing import remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

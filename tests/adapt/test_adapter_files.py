@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 
 import pytest
@@ -196,6 +197,15 @@ def test_a_real_write_error_keeps_the_old_adapter(tmp_path):
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert "could not be saved (File too large)" in result.stderr
     assert contents(tmp_path) == before
+
+
+def test_a_save_removes_what_a_killed_one_left_an_hour_ago(tmp_path):
+    left = [tmp_path / f".{name}.0a1b2c3d.tmp" for name in ("config.json", "adapter.safetensors", "README.md")]
+    for path in left:
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 3700,) * 2)
+    save_adapter(trained(seed=0), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter.safetensors", "config.json"]
 
 
 @pytest.mark.slow

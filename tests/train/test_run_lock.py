@@ -17,9 +17,11 @@ from tests.support.paths import ROOT
 pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 
+from rlrr_kernels.ops.host.cache import write_json
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
-from rlrr_kernels.train.output.folder import LOCK, check_free, hold, remove_leftovers
+from rlrr_kernels.train.output.folder import LOCK, check_free, hold
+from rlrr_kernels.writing import write_together
 
 _HOLDER = """
 import sys, time
@@ -117,11 +119,14 @@ def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
     assert all(path.exists() for path in others)
 
 
-def test_leftovers_of_one_name_go_when_they_are_old(tmp_path):
+@pytest.mark.parametrize(
+    "write", [lambda folder: write_together(folder, {"a.bin": b""}), lambda folder: write_json(folder / "a.bin", {})]
+)
+def test_whoever_writes_a_file_removes_its_old_leftovers(write, tmp_path):
     old, young, other = (tmp_path / f".{name}.0a1b2c3{i}.tmp" for i, name in enumerate(("a.bin", "a.bin", "b.bin")))
     for path in (old, young, other):
         path.touch()
     for path in (old, other):
         os.utime(path, (time.time() - 7200,) * 2)
-    remove_leftovers(tmp_path, "a.bin", older_than_minutes=60)
+    write(tmp_path)
     assert [path.exists() for path in (old, young, other)] == [False, True, True]

@@ -6,11 +6,12 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlrr_kernels.writing import write_together
 
 DIRECTORY_VARIABLE = "RLRR_CACHE_DIR"
 
@@ -50,13 +51,4 @@ def gpu_name(device: torch.device) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replaces a file, its folder made where there is none; readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_together(path.parent, {path.name: (json.dumps(content, indent=1) + "\n").encode()})

@@ -25,8 +25,8 @@ from rlrr_kernels.train.loop.record import FitResult, Record
 from rlrr_kernels.train.loop.schedule import Schedule
 from rlrr_kernels.train.loop.trained import is_frozen, trained_tensors
 from rlrr_kernels.train.output.board import Board
-from rlrr_kernels.train.output.folder import remove_leftovers
 from rlrr_kernels.train.output.progress import TrainProgress
+from rlrr_kernels.writing import remove_leftovers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

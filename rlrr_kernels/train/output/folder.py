@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import shlex
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlrr_kernels.adapt.files import write_together
+from rlrr_kernels.writing import write_together
 
 try:
     import fcntl
@@ -22,9 +20,6 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
-"""What :func:`rlrr_kernels.adapt.files.write_together` calls a file that is not complete yet."""
 
 _held: set[str] = set()
 """Folders that runs of this process hold: a lock of POSIX keeps out other processes alone."""
@@ -97,7 +92,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files to ``folder`` as :func:`rlrr_kernels.adapt.files.write_together` does.
+    """Writes files to ``folder`` as :func:`rlrr_kernels.writing.write_together` does.
 
     Raises:
         OSError: they cannot be written; names the first of them.
@@ -106,19 +101,3 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         write_together(folder, contents)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / next(iter(contents)))) from error
-
-
-def remove_leftovers(folder: Path, name: str | None = None, older_than_minutes: float = 0) -> None:
-    """Removes the incomplete files in ``folder`` that a process killed while writing has left.
-
-    Args:
-        folder: nobody else may be writing there, unless an age says that the file is not being written any more.
-        name: of the file that was to be written; None: any.
-        older_than_minutes: since the last byte was written.
-    """
-    for path in folder.glob(".*.tmp"):
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and name in (None, match["name"]):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime >= 60 * older_than_minutes:
-                    path.unlink()
