@@ -2,10 +2,11 @@
 
     python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...] [--accept]
 
-Each row: registers a thread, spilled bytes a thread, shared memory a block, whether the kernel has a matrix product,
-which matrix instruction its code uses, whether a kernel that is given descriptors loads by TMA, and of kernels that are
-scheduled by hand how much arithmetic runs beside a product. Launches are built by the launchers themselves from meta
-tensors, so the report compiles what a GPU would run. What is made of the rows is in ``verdict.py``.
+Each row: registers a thread, spilled bytes a thread and whether a loop has any of them, shared memory a block, whether
+the kernel has a matrix product, which matrix instruction its code uses, whether a kernel that is given descriptors
+loads by TMA, and of kernels that are scheduled by hand how much arithmetic runs beside a product. Launches are built by
+the launchers themselves from meta tensors, so the report compiles what a GPU would run. What is made of the rows is in
+``verdict.py``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rlrr_kernels import devices
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.activation.functions import ACTIVATIONS
 from rlrr_kernels.ops.dtypes import matmul_precision
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.launch import OPTIONS, Launch
 from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
@@ -284,7 +286,7 @@ def _case(kernel, arch, dtype, tiles, dtypes, rows, n=3072, k=768, rank=1, group
     else:
         launch, _ = _scale_launches(x, y, weight, scale_row, scale_col, gpu, tiles)
     matrices = launch.plan.meta.get("DOT_RANK", 0)
-    return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes, matrices))
+    return Case(kernel, dtype, config, launch, configs.shared_bytes(kernel, tiles, *dtypes, gpu, matrices))
 
 
 def _sampled_cases(
@@ -332,6 +334,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "config": case.config,
         "registers": registers,
         "spills": spills,
+        "spills_in_loops": bool(spills) and private.spills_in_loops(compiled),
         "shared_bytes": compiled.metadata.shared,
         "shared_bound": case.shared_bound,
         "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],

@@ -11,7 +11,9 @@ import triton
 from benchmarks import compile_report
 from benchmarks.compile_report import verdict
 
-HEAD = ("arch", "kernel", "dtype", "registers", "spills", "shared_bytes", "matrix_instruction", "config")
+HEAD = (
+    "arch", "kernel", "dtype", "registers", "spills", "spills_in_loops", "shared_bytes", "matrix_instruction", "config",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A compiler's register allocation changes from version to version, so the few bytes that it spills here and there are
 data: ``accepted.json`` has, for each minor version of Triton and each architecture, the rows that spill and how much,
-as they were when somebody last looked. :data:`LIMITS` says what nobody may accept, and why. With a Triton or for an
+as they were when somebody last looked. :func:`limit` says what nobody may accept, and why. With a Triton or for an
 architecture without figures nothing is wrong: what would be is said, for somebody to look at and to record by
 ``python -m benchmarks.compile_report --accept``. Nor for a GPU that ``auto`` does not trust Triton with.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import triton
 
 from rlrr_kernels import devices
+from rlrr_kernels.ops.host import guard
 
 ACCEPTED = Path(__file__).with_name("accepted.json")
 
@@ -26,24 +27,22 @@ Figures = dict[str, dict[str, int]]
 
 
 class Limit(NamedTuple):
-    """Bytes a thread that a row of these types may spill, of any where there are none; the first one holds."""
+    """Bytes a thread that a row may spill."""
 
     bytes: int
     reason: str
-    dtypes: tuple[str, ...] = ()
 
 
-LIMITS = (
-    Limit(
-        64, "a step of these products takes hundreds of clocks, a few loads hide behind it", ("fp32", "tf32", "fp64")
-    ),
-    Limit(0, "a step of a 16-bit product takes so few clocks that each access to local memory is seen"),
-)
+ONCE = Limit(4 * guard.SPILLED_ONCE, "even once a program, outside its loops, that is much beside what it reads")
+SLOW_STEPS = Limit(64, "a step of these products takes hundreds of clocks, only a few loads hide behind it")
+FAST_STEPS = Limit(0, "a step of a 16-bit product takes so few clocks that each access to local memory is seen")
 
 
-def limit(dtype: str) -> Limit:
-    """The limit that holds for rows of a type."""
-    return next(limit for limit in LIMITS if dtype in (limit.dtypes or (dtype,)))
+def limit(row: Row) -> Limit:
+    """The limit that holds for a row."""
+    if not row["spills_in_loops"]:
+        return ONCE
+    return SLOW_STEPS if row["dtype"] in ("fp32", "tf32", "fp64") else FAST_STEPS
 
 
 def version() -> str:
@@ -67,7 +66,7 @@ def accept(rows: Iterable[Row]) -> None:
     figures = everything.setdefault(version(), {})
     rows = list(rows)
     for arch in {row["arch"] for row in rows}:
-        kept = (row for row in rows if row["arch"] == arch and 0 < row["spills"] <= limit(row["dtype"]).bytes)
+        kept = (row for row in rows if row["arch"] == arch and 0 < row["spills"] <= limit(row).bytes)
         figures[arch] = {name(row): row["spills"] for row in kept}
     ordered = {
         key: dict(sorted(everything[key].items()))
@@ -81,7 +80,7 @@ def problems(row: Row, figures: Figures | None = None) -> list[str]:
 
     Without ``figures`` any spill up to its limit is let pass, with them only one that was accepted.
     """
-    found, most = [], limit(row["dtype"])
+    found, most = [], limit(row)
     if row["spills"] > most.bytes:
         found.append(f"spills {row['spills']} bytes a thread, over {most.bytes}: {most.reason}")
     elif figures is not None and row["spills"] > (was := figures.get(row["arch"], {}).get(name(row), 0)):

@@ -23,7 +23,7 @@ from rlrr_kernels.reference import rlrr_linear_multi_reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from rlrr_kernels.ops.host import guard
+from rlrr_kernels.ops.host import guard, private
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.sampling.row_sample import RowSample, sample_rows, smallest_keys
@@ -302,6 +302,13 @@ TTIR = (
 )
 
 
+SASS = {
+    "none in a loop": "BRA LBB2;\nSTL [R1], R4;\nLBB1:\nHMMA R0\n@P0 BRA LBB1;\nLDL.LU R3, [R1];\nLBB2:\nBRA LBB2;\n",
+    "a loop stores": "LBB1:\nSTL [R1], R4;\n@P0 BRA LBB1;\nBRA LBB1_;\nLDL.LU R3, [R1];\n",
+    "a loop loads": "STL [R1], R4;\nLBB1:\nLBB2:\nHMMA R0\n@P1 BRA LBB2;\nLDL.LU R3, [R1];\n@P0 BRA LBB1;\n",
+}
+
+
 @pytest.mark.parametrize(
     ("dtype", "texts", "spilled", "fault"),
     [
@@ -315,6 +322,9 @@ TTIR = (
         ("f16", {"amdgcn": "v_fma_f32 v0, v1, v2, v3"}, 0, "without matrix instructions"),
         ("bf16", {}, 0, None),
         ("f32", {"ptx": ""}, 17, "spills 17 registers"),
+        ("f32", {"sass": SASS["a loop loads"]}, 17, "spills 17 registers"),
+        ("f32", {"sass": SASS["none in a loop"]}, 128, None),
+        ("f32", {"sass": SASS["none in a loop"]}, 129, "spills 129 registers"),
     ],
 )
 def test_what_the_compiler_made_of_a_kernel(dtype: str, texts: dict[str, str], spilled: int, fault: str | None):
@@ -323,6 +333,12 @@ def test_what_the_compiler_made_of_a_kernel(dtype: str, texts: dict[str, str], s
     assert found is None if fault is None else fault in found
     assert guard.compiler_fault(None) is None
     assert guard.compiler_fault(SimpleNamespace()) is None, "names that a new Triton lacks are no fault"
+
+
+@pytest.mark.parametrize(("sass", "in_loops"), [*zip(SASS.values(), (False, True, True), strict=True), ("", True)])
+def test_a_spill_is_in_a_loop_between_a_label_and_a_branch_back_to_it(sass: str, in_loops: bool):
+    assert private.spills_in_loops(SimpleNamespace(asm={"sass": sass})) is in_loops
+    assert private.spills_in_loops(SimpleNamespace()), "unknown machine code is taken to have them in its loops"
 
 
 @pytest.mark.skipif(backends.INTERPRETING, reason="with Triton's interpreter on, nothing compiles")

@@ -100,11 +100,11 @@ def test_more_of_anything_needs_more_shared_memory():
     tiles = configs.Tiles(64, 64, 64, 4, 3)
     for kernel in configs.KERNELS:
         forms = tiles._replace(stages=5), tiles._replace(stages=5, schedule="persistent")
-        tiled, persistent = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16) for t in forms)
+        tiled, persistent = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16, SM_90) for t in forms)
         assert tiled < persistent
     for kernel, field in itertools.product(configs.KERNELS, ("block_m", "block_n", "block_k", "stages")):
         larger = tiles._replace(**{field: 2 * getattr(tiles, field)})
-        needed, more = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16) for t in (tiles, larger))
+        needed, more = (configs.shared_bytes(kernel, t, torch.bfloat16, torch.bfloat16, SM_90) for t in (tiles, larger))
         assert needed < more
     huge = configs.Tiles(256, 256, 64, 8, 4)
     assert not configs.fits("forward", huge, torch.bfloat16, torch.bfloat16, devices.typical("sm_89"))
@@ -228,4 +228,4 @@ def test_scales_are_multiplied_in_a_pipeline_where_its_tiles_have_room():
     assert not configs.multiplied_in_pipeline(32, narrow, 2, SM_80)
     for kernel in ("forward", "grad_x"):
         for _, tiles in configs.TABLE[gpu.family][kernel, 2]:
-            assert configs.shared_bytes(kernel, tiles, narrow, narrow, 32) <= 227 << 10, (kernel, tiles)
+            assert configs.shared_bytes(kernel, tiles, narrow, narrow, gpu, 32) <= 227 << 10, (kernel, tiles)

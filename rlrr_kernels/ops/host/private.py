@@ -5,6 +5,7 @@ The other files of the package take them from here. Importing this imports no Tr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -214,9 +215,29 @@ def spilled_registers(compiled: Any) -> int:
     return getattr(compiled, "n_spills", None) or 0
 
 
+def spills_in_loops(compiled: Any) -> bool:
+    """Whether a loop of a kernel stores registers to local memory, or loads them from it.
+
+    A loop is what lies between a label and a branch back to it. NVIDIA's machine code alone is read: without it, True.
+    """
+    labels: dict[str, int] = {}
+    last_access, sass = -1, code(compiled, "sass")
+    for number, line in enumerate(sass.splitlines()):
+        if label := re.match(r"(\w+):$", line.strip()):
+            labels[label[1]] = number
+        elif re.search(r"\b(STL|LDL)\b", line):
+            last_access = number
+        elif (branch := re.search(r"\bBRA (\w+)", line)) and last_access > labels.get(branch[1], number):
+            return True
+    return last_access < 0
+
+
 def code(compiled: Any, kind: str) -> str:
-    """A compiled kernel's text: "ttir", "ptx" or "amdgcn". Without it: "", and nothing is noticed."""
-    text = getattr(compiled, "asm", {}).get(kind, "")
+    """A compiled kernel's text: "ttir", "ptx", "sass" or "amdgcn". Without it: "", and nothing is noticed."""
+    try:
+        text = compiled.asm[kind]
+    except Exception:  # another backend's kernel; or sass, made when it is asked for by tools that may be missing
+        return ""
     return text if isinstance(text, str) else ""
 
 

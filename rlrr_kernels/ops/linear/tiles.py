@@ -194,14 +194,17 @@ def multiplied_in_pipeline(rank: int, dtype: torch.dtype, weight_itemsize: int, 
     return narrow and gpu.family == "sm_90" and UNROLLED_RANK < rank <= MOST_PIPELINED_RANK
 
 
-def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, dot_rank: int = 0) -> int:
+def shared_bytes(
+    kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, gpu: Gpu, dot_rank: int = 0
+) -> int:
     """At most this much shared memory is used by a program of ``kernel``.
 
-    The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to
-    UNROLLED_RANK rows of both scales for every stage but one, whose weight is in registers; one operand is then on its
-    way to another layout. Never less than 48 KiB, which every GPU has: changes of layout at the end of a program share
-    the memory of the stages; in a persistent grid these hold the next tile by then, and a strip of W or of the result
-    is beside them. Products with ``dot_rank`` vectors of the scales hold these once more, and G ⊙ W four times.
+    The scale gradients hold both operands, g and x, for every stage. The others hold W, x or g and up to UNROLLED_RANK
+    rows of both scales for every stage but one, whose weight is in registers; one operand is then on its way to another
+    layout. On gfx950 that stage is in shared memory too: it loads straight into it. Never less than 48 KiB, which every
+    GPU has: changes of layout at the end of a program share the memory of the stages; in a persistent grid these hold
+    the next tile by then, and a strip of W or of the result is beside them. Products with ``dot_rank`` vectors of the
+    scales hold these once more, and G ⊙ W four times.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
     persistent = tiles.schedule == "persistent"
@@ -220,13 +223,14 @@ def shared_bytes(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: to
     scales = max(UNROLLED_RANK, dot_rank) * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
     result = 512 * tiles.warps if persistent else scales if dot_rank else 0  # on its way to another layout
-    return max(least, stage * max(tiles.stages - 1, 1) + max(first, second) * size + barriers + result)
+    last = first * size + second * weight_dtype.itemsize if gpu.family == "gfx950" else max(first, second) * size
+    return max(least, stage * max(tiles.stages - 1, 1) + last + barriers + result)
 
 
 def fits(kernel: str, tiles: Tiles, dtype: torch.dtype, weight_dtype: torch.dtype, gpu: Gpu) -> bool:
     """Whether a GPU has a program's shared memory; an unknown one is taken to have the least."""
     limit = devices.SHARED_BYTES.get(gpu.name, devices.LEAST_SHARED_BYTES)
-    return shared_bytes(kernel, tiles, dtype, weight_dtype) <= limit
+    return shared_bytes(kernel, tiles, dtype, weight_dtype, gpu) <= limit
 
 
 def shape_class(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int) -> int:

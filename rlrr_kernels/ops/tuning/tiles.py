@@ -148,7 +148,8 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str 
     if tiles.schedule not in linear_configs.schedules_for(product):
         return f"the schedule {tiles.schedule} does not serve this problem"
     if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):
-        return f"needs {linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype) >> 10} KiB of shared memory"
+        needed = linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype, gpu)
+        return f"needs {needed >> 10} KiB of shared memory"
     try:
         for launch in launches_of(kernel, t, gpu, tiles):
             compiled = launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
