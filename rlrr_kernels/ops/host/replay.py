@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 """Types of tensors whose memory kernels may be handed; those of another type go through the operator."""
 
+_PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
+
 _MOST_ATTEMPTS = 3
 """Calls of a layout that are recorded for a replay: where none can be made, the reason seldom goes away."""
 
@@ -56,10 +58,9 @@ def layout(*tensors: Tensor | None) -> tuple | None:
 
 def plain_layout(*tensors: Tensor | None) -> tuple | None:
     """:func:`layout`; None where a tensor is of another type than :data:`PLAIN_TYPES` or a transform has wrapped it."""
-    found = layout(*tensors)
-    if found is None or not all(one is None or one[0] in PLAIN_TYPES for one in found):
+    if not _PLAIN_OR_NONE.issuperset(map(type, tensors)) or _is_wrapped(tensors[0]):  # left over from a transform
         return None
-    return None if _is_wrapped(tensors[0]) else found  # left over from a transform that has ended
+    return layout(*tensors)
 
 
 class Replays:
