@@ -87,7 +87,7 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/test_gpu.py -q || status=1; \
 	exit $$status
 
-# The CPU benchmarks: about 8 minutes on two otherwise idle cores; rows, tables and picture go to benchmarks/results.
+# The CPU benchmarks: about 10 minutes on two otherwise idle cores; rows, tables and picture go to benchmarks/results.
 bench: $(STAMP)
 	mkdir -p build
 	for dtype in float32 bfloat16; do \

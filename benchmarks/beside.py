@@ -21,9 +21,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common import LAYER_SHAPES
+
 HERE = Path(__file__).resolve().parents[1]
 M = (1, 16, 197, 1576)
-SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072))
 DTYPES = ("float32", "bfloat16")
 SECONDS = 0.6
 """About how long the turns of a problem take in each process."""
@@ -69,14 +70,17 @@ class Worker:
         self.process = subprocess.Popen(
             command, cwd=checkout, env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        imported = Path(json.loads(self._ask(json.dumps(problems)) or '""')).resolve()
+        imported = Path(json.loads(self._ask(json.dumps(problems)))).resolve()
         if not imported.is_relative_to(checkout):
-            raise SystemExit(f"{checkout} has no package that imports: got {imported}")
+            raise SystemExit(f"{checkout} has no package rlrr_kernels: {imported} was imported")
 
     def _ask(self, line: str) -> str:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return self.process.stdout.readline()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit("a process of the benchmark ended, for the reason above")
+        return answer
 
     def seconds(self, problem: int) -> float:
         """How long one call takes."""
@@ -86,7 +90,7 @@ class Worker:
 def operator(checkouts: list[Path], threads: int) -> list[dict]:
     """A row a problem: the median times of both, in microseconds."""
     problems = [
-        (m, *shape, dtype, step) for dtype, step, m, shape in itertools.product(DTYPES, (False, True), M, SHAPES)
+        (m, *shape, dtype, step) for dtype, step, m, shape in itertools.product(DTYPES, (False, True), M, LAYER_SHAPES)
     ]
     workers = [Worker(checkout, threads, problems) for checkout in checkouts]
     rows = []
