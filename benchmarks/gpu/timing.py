@@ -75,7 +75,7 @@ def interleave(
     Args:
         implementations: name → steps.
         device: ``cpu`` or ``cuda``.
-        seconds: for all rounds; at least 7 are made, at most 60.
+        seconds: for all rounds; at least 7 are made, at most 60. 0, where times mean nothing: one round.
         graphs: whether steps are also replayed from a CUDA graph.
         starting: told the name of each implementation before its first call.
 
@@ -117,8 +117,8 @@ def interleave(
     for graph in captured.values():
         graph.replay()
     synchronize(device)
-    started, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - started < seconds):
+    started, rounds, least = time.perf_counter(), 0, MIN_ROUNDS if seconds else 1
+    while rounds < least or (rounds < MAX_ROUNDS and time.perf_counter() - started < seconds):
         rounds += 1
         for name, steps in running.items():
             before = time.perf_counter()

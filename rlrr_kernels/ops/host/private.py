@@ -114,22 +114,46 @@ the name: the compiler traces into the function, and may break the graph there."
 
 
 def mend_interpreter() -> None:
-    """Lets the interpreter of Triton 3.5 and 3.6 count a loop to a number that it holds as an array of one element.
+    """Changes two functions of Triton's interpreter, each left alone where it is missing or has another form.
 
-    It takes ``int`` of the array, which NumPy 2.5 refuses. Without this, kernels with such loops fail under
-    ``TRITON_INTERPRET=1`` there.
+    That of Triton 3.5 and 3.6 counts loops by ``int`` of an array of one element, which NumPy 2.5 refuses: without the
+    change, kernels with such loops fail under ``TRITON_INTERPRET=1`` there. Every call of a device function replaces
+    the language's functions anew, which the launch around it has done: a third of the time of small kernels.
     """
     from triton.runtime import interpreter
 
-    patch = getattr(interpreter, "_patch_lang_tensor", None)
-    if patch is None:
+    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch_tensor is not None:
+
+        def patch_and_mend(tensor: Any, *scope: Any) -> None:
+            patch_tensor(tensor, *scope)
+            tensor.__index__ = lambda self: self.handle.data.item()
+
+        interpreter._patch_lang_tensor = patch_and_mend
+    executor, patch = getattr(interpreter, "GridExecutor", None), getattr(interpreter, "_patch_lang", None)
+    if executor is None or patch is None:
         return
+    execute = executor.__call__
+    replaced: set[int] | None = None  # modules of the kernel at work and its device functions; None outside a launch
 
-    def patch_and_mend(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
+    def execute_once_replaced(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal replaced
+        before, replaced = replaced, set()
+        try:
+            execute(self, *args, **kwargs)
+        finally:
+            replaced = before
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if replaced is None:
+            return patch(function)
+        if module not in replaced:
+            replaced.add(module)
+            return patch(function)
+        return None  # a device function, whose call takes no notice of it
+
+    executor.__call__, interpreter._patch_lang = execute_once_replaced, patch_once
 
 
 def watcher() -> Callable[..., bool]:
