@@ -21,6 +21,9 @@ if backends.INTERPRETING:
 
     interpreter_bf16.install()
 
+# A pool of compiling processes would import torch once more for each process of tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Tiny problems: on a busy machine a second thread waits for its core ten times longer than it computes.
 torch.set_num_threads(1)
 

@@ -64,6 +64,9 @@ _TYPES = {
 DTYPES = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
 """Of a :class:`Case`."""
 
+BETWEEN = ("rank 8", "rank 17")
+"""Ends of a configuration's name: these ranks take the path of rank 32 or 64."""
+
 _NAMES = {value: key for key, value in _TYPES.items()} | {"tf32": torch.float32}
 
 
@@ -375,21 +378,21 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
 
 
 def rows(
-    archs: list[str] | None = None, dtypes: Collection[str] = DTYPES, multi: bool = True
+    archs: list[str] | None = None, dtypes: Collection[str] = DTYPES, whole: bool = True
 ) -> Iterator[dict[str, Any]]:
     """The report's rows, compiled one after another: of these architectures, by default all, and dtypes.
 
-    ``multi``: with those of ``rlrr_linear_multi``, whose loops are ``rlrr_linear``'s.
+    ``whole``: with those of ``rlrr_linear_multi``, whose loops are ``rlrr_linear``'s, and with ranks between others.
     """
     before = torch.get_float32_matmul_precision()
     try:
         for arch in archs or TARGETS:
             cases = chain(
-                linear_cases(arch), experimental_cases(arch), multi_cases(arch) if multi else (), draw_cases(),
+                linear_cases(arch), experimental_cases(arch), multi_cases(arch) if whole else (), draw_cases(),
                 norm_cases(), activation_cases(),
             )  # fmt: skip
             for case in cases:
-                if case.dtype in dtypes:
+                if case.dtype in dtypes and (whole or not case.config.endswith(BETWEEN)):
                     yield report_row(case, arch)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -139,7 +139,7 @@ def test_kernels_have_none(dtype: torch.dtype, backend: str, sizes: tuple):
     assert flaws_on(backend, problem) == []
 
 
-@pytest.mark.parametrize("name", ["mlp", "norm", "sampled rows"])
+@pytest.mark.parametrize("name", [pytest.param("mlp", marks=pytest.mark.slow_interpreted), "norm", "sampled rows"])
 def test_other_kernels_have_none(name: str):
     problem = Problem(65, 96, 96, torch.float32, False, "cpu", None, 1, 1)
     with backends.use_backend("triton" if backends.INTERPRETING else "torch"):

@@ -11,13 +11,14 @@ import torch
 from benchmarks.baselines import peft_module
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report, targets, timing
+from benchmarks.gpu.correctness import check as check_module
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.measurements import layers, steps
 from benchmarks.gpu.measurements.tune import fallback_rows
 from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
 from benchmarks.gpu.session.units import SECTIONS, units_of
 from benchmarks.gpu.session.worker import Bench
-from rlrr_kernels import backends, devices
+from rlrr_kernels import backends, devices, numerics
 from rlrr_kernels.ops.host import cache
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.tuning import store as tuned_tiles
@@ -39,6 +40,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layers, "TOKENS", 20)  # from one image on estimates are timed
     monkeypatch.setattr(steps, "MIN_ROUNDS", 1)
     monkeypatch.setattr(steps, "MAX_ROUNDS", 1)
+    # What is exact enough is not the question here: one draw, whose ratio of errors is noise.
+    monkeypatch.setattr(numerics, "SEEDS", 1)
+    monkeypatch.setattr(check_module, "FEW_VALUES_RATIO", 4.0)
     few = {key: values[:1] for key, values in tuning.CANDIDATES.items()}
     monkeypatch.setattr(tuning, "CANDIDATES", few)
     tuned_tiles.forget()

@@ -54,8 +54,15 @@ def lose_the_gpu(bench: Bench) -> list[Row]:
     raise ContextLost("AcceleratorError: CUDA error: an illegal memory access was encountered")
 
 
+def without_peft() -> None:
+    """No unit here needs it, and each process would import it for as long as all else takes."""
+    if "RLRR_CACHE_DIR" in os.environ:
+        sys.modules.setdefault("peft", None)
+
+
 def faulty_units() -> tuple[Plan, list[Unit]]:
     """Every fault once, and a good unit after each; imported by the processes that run them."""
+    without_peft()
     units = [Unit(1, "ceilings", "good", 0.0, good)]
     for fault in (no_memory, crash, hang, lose_the_gpu):
         units += [Unit(1, "memory", fault.__name__, 0.0, fault, limit=2.0), Unit(1, "ceilings", "good", 0.0, good)]

@@ -21,7 +21,7 @@ QUICK = {
     "sm_80": ("tf32",),
     "sm_90": ("bf16",),
 }
-"""One dtype for each family of tiles that is executed from PTX; the slow tests compile the rest, and several tasks."""
+"""One dtype for each family of tiles that is executed from PTX; the slow tests compile the rest, several tasks too."""
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ QUICK = {
     ],
 )
 def test_no_configuration_got_worse_or_spills_where_it_costs(arch: str, dtypes: tuple[str, ...]):
-    rows = list(compile_report.rows([arch], dtypes, multi=dtypes is compile_report.DTYPES))
+    rows = list(compile_report.rows([arch], dtypes, whole=dtypes is compile_report.DTYPES))
     wrong, remarks = verdict.judge(rows)
     assert not wrong, "\n".join(wrong)
     if remarks:

@@ -401,11 +401,12 @@ def test_nothing_kept_but_x_and_parameters():
     assert all(tensor.untyped_storage().data_ptr() in known for tensor in kept)
 
 
-def test_compile_fullgraph():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_fullgraph(compiler):
     layer = RLRRLinear(35, 12, rank=2, groups=3)
     x = torch.randn(6, 35)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=compiler)(x), layer(x))
 
 
 def test_functorch_transforms():
