@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from rlrr_kernels.adapt.save_load import save_adapter
 from rlrr_kernels.bank.source import Adapter, AdapterState, Backbone, Layout
 from rlrr_kernels.nn.multi.batch import ActiveBatch, Form, TaskBatch, TaskTensors
 from rlrr_kernels.nn.multi.modules import Multi, multi_module
+
+PAUSES = (0.05, 0.2)
+"""Seconds before an evicted adapter that could not be read is read once more, and again."""
 
 
 class UnknownAdapterError(LookupError):
@@ -334,9 +338,7 @@ class AdapterBank:
             task = entry.task
             if task is not None:
                 return task
-            assert entry.folder is not None
-            adapter, task = self._backbone.read(entry.folder, entry.recipe)
-            assert task is not None
+            adapter, task = self._read_again(entry)
             with self._lock:
                 self._replace_modules(self._backbone.layout(adapter.config))
                 entry.adapter, entry.nbytes = adapter, task.nbytes
@@ -345,6 +347,20 @@ class AdapterBank:
                     if not self._keep(entry):
                         entry.task = None
             return task
+
+    def _read_again(self, entry: _Entry) -> tuple[Adapter, TaskTensors]:
+        """What the folder of an evicted adapter holds; its files may be replaced, one after another, right now."""
+        assert entry.folder is not None
+        for seconds in (*PAUSES, None):
+            try:
+                adapter, task = self._backbone.read(entry.folder, entry.recipe)
+                break
+            except (OSError, ValueError):
+                if seconds is None:
+                    raise
+                time.sleep(seconds)
+        assert task is not None
+        return adapter, task
 
     # ------------------------------------------------------------ running
 

@@ -67,6 +67,33 @@ def test_the_least_recently_used_are_evicted_and_read_again(folders):
     assert answers(bank, ["1", "2"]) == [5, 2]
 
 
+@pytest.mark.parametrize("whole_again", [True, False])
+def test_an_evicted_adapter_whose_files_are_being_replaced_is_read_once_more(
+    folders, tmp_path, monkeypatch, whole_again
+):
+    folder = shutil.copytree(folders[0], tmp_path / "0")
+    size = AdapterBank(tiny_model("vit")).add("0", folder).nbytes
+    bank = AdapterBank(tiny_model("vit"), memory_budget=size + 1)
+    bank.add("0", folder)
+    bank.add("1", folders[1])  # evicts the first
+    tensors = folder / "adapter.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])  # a copy that has not ended
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if whole_again and len(waited) == 2:
+            shutil.copytree(folders[0], folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr("rlrr_kernels.bank.bank.time.sleep", sleep)
+    if whole_again:
+        assert answers(bank, ["0", "1"]) == [0, 1]
+    else:
+        with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+            answers(bank, ["0"])
+    assert len(waited) == 2
+
+
 def test_what_has_no_folder_is_never_evicted_and_must_fit(folders):
     size = AdapterBank(tiny_model("vit")).add("0", folders[0]).nbytes
     bank = AdapterBank(tiny_model("vit"), memory_budget=2 * size)
