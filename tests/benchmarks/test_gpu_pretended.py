@@ -34,7 +34,6 @@ pytestmark = [
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuning = pytest.importorskip("rlrr_kernels.ops.tuning.tiles", reason="needs Triton")
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
     monkeypatch.setattr(timing, "MAX_COPIES", 2)
     monkeypatch.setattr(timing, "GRAPH_SECONDS", 0.0)
     monkeypatch.setattr(layers, "TOKENS", 20)  # from one image on estimates are timed

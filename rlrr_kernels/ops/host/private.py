@@ -114,7 +114,7 @@ the name: the compiler traces into the function, and may break the graph there."
 
 
 def mend_interpreter() -> None:
-    """Changes two functions of Triton's interpreter, each left alone where it is missing or has another form.
+    """Changes two functions of Triton's interpreter, each left alone where it is missing.
 
     That of Triton 3.5 and 3.6 counts loops by ``int`` of an array of one element, which NumPy 2.5 refuses: without the
     change, kernels with such loops fail under ``TRITON_INTERPRET=1`` there. Every call of a device function replaces
@@ -136,22 +136,21 @@ def mend_interpreter() -> None:
     execute = executor.__call__
     replaced: set[int] | None = None  # modules of the kernel at work and its device functions; None outside a launch
 
-    def execute_once_replaced(self: Any, *args: Any, **kwargs: Any) -> None:
+    def execute_once_replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal replaced
         before, replaced = replaced, set()
         try:
-            execute(self, *args, **kwargs)
+            return execute(self, *args, **kwargs)
         finally:
             replaced = before
 
     def patch_once(function: Any) -> Any:
         module = id(function.__globals__)
-        if replaced is None:
-            return patch(function)
-        if module not in replaced:
+        if replaced is not None and module in replaced:
+            return None  # a device function, whose call takes no notice of it
+        if replaced is not None:
             replaced.add(module)
-            return patch(function)
-        return None  # a device function, whose call takes no notice of it
+        return patch(function)
 
     executor.__call__, interpreter._patch_lang = execute_once_replaced, patch_once
 
