@@ -15,6 +15,7 @@ from benchmarks.fake_cuda import fake_cuda
 from benchmarks.gpu.plan import PRECISIONS, Shape, gpu_plan
 from benchmarks.gpu.session import aot_compile
 from rlrr_kernels import backends, devices, rlrr_linear
+from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.triton import kernels as linear_kernels
@@ -67,11 +68,13 @@ def test_every_job_of_the_plan_can_be_compiled(monkeypatch: pytest.MonkeyPatch):
     launched = []
     monkeypatch.setattr(aot_compile, "_compile_only", lambda plan, *tensors: launched.append(plan.kernel.__name__))
     monkeypatch.setattr(triton.runtime.driver, "set_active", lambda driver: None)
+    monkeypatch.setattr(guard, "enabled", lambda device: True)  # as it is on a GPU
     plan = gpu_plan()
     for parts in (1, 5):
         launched.clear()
         counts = [aot_compile.compile_part(90, part, parts, plan) for part in range(parts)]
         assert sum(count["failed"] for count in counts) == 0
+        assert not guard.given_up()
         assert sum(count["done"] for count in counts) == len(aot_compile.jobs(plan, devices.typical("sm_90")))
     assert {name.removeprefix("_").removeprefix("rlrr_linear_") for name in launched} >= {
         "fwd_kernel", "bwd_dx_kernel", "bwd_scales_kernel", "bwd_reduce_kernel", "merge_kernel", "sum_splits_kernel",

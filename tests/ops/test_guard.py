@@ -136,6 +136,32 @@ def test_a_wrong_kernel_of_several_tasks_gives_way(kernel: str, monkeypatch: pyt
 
 
 @needs_interpreter
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 6e4])
+def test_of_results_that_overflow_nothing_is_known(value: float, checks: Path):
+    """A gradient scaler's first steps: the kernels are right, and looked at when their results are finite."""
+    case = Case(40, 48, 72, dtype=torch.float16)
+    for seed in range(2):
+        tensors = case.draw(seed)
+        tensors["grad_y"][:, 3] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            outputs(tensors)
+        assert not guard.given_up()
+        assert value == 6e4 or not any("bwd" in name for name in guard.verdicts())  # some sums of it are finite
+    outputs(case.draw(2))
+    assert any("bwd_dx" in name for name in guard.verdicts())
+    assert any("bwd_scales" in name for name in guard.verdicts())
+    assert set(guard.verdicts().values()) == {guard.RIGHT}
+
+
+def test_a_replays_nans_are_those_of_the_call():
+    found = torch.tensor([1.0, torch.nan, -torch.inf])
+    assert guard.same_bits((found, None), (found.clone(), None))
+    with pytest.warns(UserWarning, match="other bits"):
+        assert not guard.same_bits((torch.zeros(1),), (-torch.zeros(1),))
+
+
+@needs_interpreter
 def test_one_wrong_element_of_a_column_that_is_looked_at_shows(monkeypatch: pytest.MonkeyPatch):
     plant(monkeypatch, FORWARD, lambda y: y[-1, -1].add_(1.0))
     with pytest.warns(UserWarning, match="gives way"):

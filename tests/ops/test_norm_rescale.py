@@ -46,6 +46,19 @@ def test_equals_the_formula_with_gradients():
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("strided", range(5))
+def test_takes_tensors_of_any_strides(strided: int):
+    given = list(arguments())
+    apart = torch.stack([given[strided], given[strided]], -1)[..., 0]
+    assert not apart.is_contiguous()
+    results = []
+    for tensors in (given, [*given[:strided], apart, *given[strided + 1 :]]):
+        leaves = [tensors[i].detach().requires_grad_() for i in (0, 3, 4)]
+        y = norm_rescale(leaves[0], *tensors[1:3], *leaves[1:], 1e-6)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    torch.testing.assert_close(results[1], results[0])
+
+
 @pytest.mark.parametrize(
     ("dtype", "rows"),
     [

@@ -24,7 +24,9 @@ if not backends.INTERPRETING:
 
 import triton
 
+from benchmarks.common import Problem
 from benchmarks.fake_cuda import Driver
+from benchmarks.gpu.correctness import check
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host.replay import Replay
 
@@ -144,6 +146,10 @@ CASES = {
 }  # fmt: skip
 
 
+def merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned_tiles, "path_choice", lambda *arguments: tuned_tiles.PathChoice("merge", 2.0, 1.0))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_replays_give_the_same_bits(case: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, poisoned_memory):
     run(problem(**CASES[case]))
@@ -185,6 +191,46 @@ def test_what_was_copied_is_not_replayed(strided: str, recorder: Recorder, monke
         actual = run(tensors)
         same(actual, expected(monkeypatch, tensors))
     assert "rlrr_linear_fwd_kernel" not in recorder.started
+
+
+@pytest.mark.parametrize(("missing", "scales"), [("scale_row", "1"), ("scale_col", "1"), ("scale_col", "r")])
+def test_ones_in_place_of_a_missing_scale_are_not_replayed(missing: str, scales: str, recorder: Recorder, monkeypatch):
+    """The call makes them: to a replay they would be memory that nobody fills."""
+    for seed in range(3):
+        tensors = problem(seed, scales=scales) | {missing: None}
+        same(run(tensors), expected(monkeypatch, tensors))
+    assert not recorder.started
+
+
+@pytest.mark.parametrize("frozen", [(), ("scale_row", "scale_col", "bias")])
+def test_the_librarys_product_before_an_activations_gradient_is_not_left_out(
+    frozen: tuple[str, ...], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """∂a is the library's, and ∂h is written over it by a kernel that a replay could start."""
+    merging(monkeypatch)
+    for seed in range(3):
+        tensors = problem(seed, lead=(12,), frozen=frozen)
+        same(run(tensors, input_activation="gelu", backend="triton"),
+             expected(monkeypatch, tensors, input_activation="gelu", backend="triton"))  # fmt: skip
+
+
+def test_parts_of_memory_with_addresses_of_their_own_are_not_replayed(recorder: Recorder):
+    """A replay gives each address that it does not know memory of its own."""
+    whole = torch.zeros(64)
+    x, y, scratch = torch.zeros(16), torch.zeros(16), torch.zeros(32)
+    plan = launching.Plan(None, (1,), (), {})
+    for given, made in (((x, scratch), True), ((x, scratch[16:]), False), ((whole[16:], scratch), False)):
+        launches = [launching.Launch(plan, (*given, y))]
+        assert (Replay.of(launches, [whole if given[0] is not x else x, y]) is not None) == made
+
+
+def test_the_gpu_commands_check_sees_replays(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check, "replays", lambda device: True)
+    sizes = Problem(40, 48, 64, torch.float32, False, "cpu")
+    assert not check.flaws_on("triton.fused", sizes)
+    assert "rlrr_linear_bwd_dx_kernel" in recorder.started
+    recorder.fault = lambda pointers, like: at_address(pointers[-1], like[-1]).add_(1)
+    assert "y of a replayed call is not that of the call" in check.flaws_on("triton.fused", sizes)
 
 
 def test_one_tensor_in_two_places_is_not_replayed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
@@ -380,7 +426,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
     call = autograd.Call("triton", True, eager=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuned_tiles, "path_choice", lambda *arguments: tuned_tiles.PathChoice(path, 0.0, 1.0))
-        for _ in range(5):
+        for _ in range(10):
             call.forward(**inputs)
         assert not recorder.started
         path = "fused"

@@ -2,9 +2,10 @@
 
 What was released was run by no GPU of most kinds. So the first launches of a kernel on a device are looked at: an error
 of the compiler, many spilled registers or a 16-bit product without matrix instructions, and then its first results,
-held against the formula (:mod:`rlrr_kernels.ops.host.formula`). A kernel is one of its constants, dtypes and
-tiles. Once its verdict is in, a launch costs one look-up more, and a replayed call nothing: a replay is made of
-kernels that passed. Verdicts on results are kept in ``checks.json`` beside the tuner's tiles.
+held against the formula (:mod:`rlrr_kernels.ops.host.formula`); where that overflows, as in a gradient scaler's first
+steps, those of a later launch. A kernel is one of its constants, dtypes and tiles. Once its verdict is in, a launch
+costs one look-up more, and a replayed call nothing: a replay is made of kernels that passed. Verdicts on results are
+kept in ``checks.json`` beside the tuner's tiles.
 
 ``RLRR_CHECK=off`` turns all of it off. Under Triton's interpreter it is off unless ``RLRR_CHECK=on``, and for a path
 that a caller forces it is off: errors are then raised.
@@ -27,6 +28,7 @@ from torch import Tensor
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.cache import cache_folder, gpu_name, switched_on, write_json
+from rlrr_kernels.ops.host.formula import NotFinite
 from rlrr_kernels.ops.host.launch import Launch
 
 VARIABLE = "RLRR_CHECK"
@@ -102,13 +104,14 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
         _settle(launches, False)
         return True
     if capturing():
-        for launch in launches:
-            launch.plan.forget_starts()  # they are for kernels with a verdict
-        return True
+        return _unsettled(launches)
     kept = _kept()
     if find_error is not None and not all(kept.get(name) == RIGHT for name in names):
         wrong = next((kept[name] for name in names if kept.get(name, RIGHT) != RIGHT), None)
-        error = f"{wrong}, when it was first used here" if wrong else _first_error(find_error)
+        try:
+            error = f"{wrong}, when it was first used here" if wrong else _first_error(find_error)
+        except NotFinite:
+            return _unsettled(launches)
         if wrong is None:
             _keep(dict.fromkeys(names, error or RIGHT))
         if error is not None:
@@ -119,10 +122,18 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
 
 def same_bits(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
     """Whether a replay's first results are those of the call that it repeats; if not, replays end with one warning."""
-    if all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(actual, expected, strict=True)):
+    if all(
+        a is b if a is None or b is None else torch.equal(_bits(a), _bits(b))
+        for a, b in zip(actual, expected, strict=True)
+    ):
         return True
     launching.give_up_direct("a replayed call gave other bits than the call that it repeats")
     return False
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What a result is made of, in which a NaN is equal to itself."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
 def given_up() -> dict[str, str]:
@@ -175,6 +186,13 @@ def _settle(launches: Sequence[Launch], verdict: bool) -> bool:
     return verdict
 
 
+def _unsettled(launches: Sequence[Launch]) -> bool:
+    """Lets the results be used, and no launch be replayed: replays are made of kernels with a verdict."""
+    for launch in launches:
+        launch.plan.forget_starts()
+    return True
+
+
 def _name(launch: Launch, device: torch.device) -> str:
     """What a verdict holds for."""
     plan = launch.plan
@@ -187,9 +205,12 @@ def _name(launch: Launch, device: torch.device) -> str:
 
 def _first_error(find_error: Callable[[], str | None]) -> str | None:
     try:
-        return find_error()
+        with private.unwatched():  # to look is no part of a call
+            return find_error()
     except torch.OutOfMemoryError:
         return None  # there is no room to look
+    except NotFinite:
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {_first_line(error)}"
 

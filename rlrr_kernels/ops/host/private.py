@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ and every call goes through the operator."""
 
 active_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", list)
 """These modes. Without it: none, and a FLOP counter that was made before the first call does not count it."""
+
+
+unwatched = getattr(torch.utils._python_dispatch, "_disable_current_modes", nullcontext)
+"""A block in which none of them does. Without it: one in which they do, and calls are replayed later or not at all."""
 
 
 def tree_map(function: Callable[[Any], Any], values: Any) -> Any:
@@ -140,7 +145,8 @@ def mend_interpreter() -> None:
         nonlocal replaced
         before, replaced = replaced, set()
         try:
-            return execute(self, *args, **kwargs)
+            with unwatched():  # it computes with PyTorch, which is the kernel's work
+                return execute(self, *args, **kwargs)
         finally:
             replaced = before
 

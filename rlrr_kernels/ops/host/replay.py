@@ -2,7 +2,8 @@
 
 What a call does before its kernels start, the choice of path and tiles, plans and views, depends on the layout of its
 tensors alone (:func:`layout`) and takes the host several times as long as starting the kernels does. A replay keeps the
-outcome: compiled kernels and, of each tensor that one takes, its place in the call.
+outcome: compiled kernels and, of each tensor that one takes, its place in the call. So there is one of calls that
+compute by kernels of ours alone: a copy, a product of the library, ones in place of None are not in it.
 
 Whatever a replay takes for granted is in its key or is checked when it runs. This file needs no Triton to be imported.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels.ops.host import private
 
@@ -28,8 +30,19 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
 
-_MOST_ATTEMPTS = 3
-"""Calls of a layout that are recorded for a replay: where none can be made, the reason seldom goes away."""
+_MOST_ATTEMPTS = 8
+"""Calls of a layout that are recorded for a replay: where none can be made, the reason seldom goes away. Not fewer: a
+gradient scaler's first steps overflow, and of kernels whose first results are not finite nothing is known."""
+
+_WITHOUT_COMPUTING = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        *("_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "squeeze"),
+        *("t", "transpose", "unsqueeze", "view"),
+    )
+)
+"""Operators that give memory or another view of it."""
 
 _ALIGNMENT = 256
 """Bytes, between the buffers of a call's scratch memory."""
@@ -121,15 +134,25 @@ class Replays:
             attempts = 0
         if attempts == _MOST_ATTEMPTS or launch.thread.record is not None:
             return compute()
-        with launch.recorded() as launches:
+        with launch.recorded() as launches, _Watch() as watch:
             results = compute()
         present = [tensor for tensor in (*tensors, *results) if tensor is not None]
-        replay = Replay.of(launches, present) if launches else None
+        replay = Replay.of(launches, present) if launches and not watch.computed else None
         if replay is None:
             self._attempts[key] = store.changes, attempts + 1
         else:
             self._replays[key] = replay
         return results
+
+
+class _Watch(TorchDispatchMode):
+    """Notes whether PyTorch computes a part of a call."""
+
+    computed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.computed |= func.overloadpacket not in _WITHOUT_COMPUTING
+        return func(*args, **(kwargs or {}))
 
 
 class Replay:
@@ -157,7 +180,7 @@ class Replay:
                 if tensor.data_ptr() not in positions:
                     positions[tensor.data_ptr()] = len(positions)
                     self._offsets.append(self._scratch)
-                    self._scratch += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+                    self._scratch += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
             taken = operator.itemgetter(*(positions[tensor.data_ptr()] for tensor in launch.tensors))
             self._steps.append((start, taken))
         self._host, self._store, self._drivers = host, store, triton.runtime.driver
@@ -167,15 +190,25 @@ class Replay:
 
     @classmethod
     def of(cls, launches: Sequence[Launch], tensors: Sequence[Tensor]) -> Replay | None:
-        """A replay of ``launches``, which a call with ``tensors``, inputs and results, has just run.
+        """A replay of ``launches``, in which a call with ``tensors``, inputs and results, has just computed all.
 
-        None where there can be none: a kernel that Triton's launcher must start, a tensor of which a kernel was given a
-        copy or which no kernel took (another library had a part in the call), two that are one, or an empty one.
+        None where there can be none: a kernel that Triton's launcher must start, two tensors that are one, an empty
+        one, or a part of memory whose other parts have addresses of their own.
         """
         positions = {tensor.data_ptr(): position for position, tensor in enumerate(tensors)}
-        taken = {tensor.data_ptr() for launch in launches for tensor in launch.tensors}
+        taken = [tensor for launch in launches for tensor in launch.tensors]
+        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         starts = [launch.plan.known_start(launch.tensors) for launch in launches]
-        if len(positions) < len(tensors) or not taken.issuperset(positions) or 0 in taken or None in starts:
+        if (
+            len(positions) < len(tensors)
+            or None in starts
+            or any(not tensor.numel() for tensor in (*tensors, *taken))
+            or any(
+                tensor.storage_offset() or tensor.untyped_storage().data_ptr() in memory
+                for tensor in taken
+                if tensor.data_ptr() not in positions
+            )
+        ):
             return None
         return cls(launches, positions, starts)
 

@@ -234,6 +234,11 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The kernels take vectors to lie one value after another."""
+    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -247,6 +252,7 @@ def forward(
     check_interpreter(x.dtype, scale.dtype, *(t.dtype for t in (weight, bias) if t is not None))
     wide = torch.promote_types(x.dtype, torch.float32)
     flat = _rows(x)
+    weight, bias, scale, shift = _contiguous(weight, bias, scale, shift)
     y = torch.empty(flat.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(flat.shape[0], dtype=wide, device=x.device) for _ in range(2))
     launches = (forward_launch(flat, weight, bias, scale, shift, eps, y, mean, rstd),) if y.numel() else ()
@@ -277,6 +283,7 @@ def backward(
     check_interpreter(grad_y.dtype, x.dtype)
     need_x, need_scale, need_shift = needs
     g, flat = _rows(grad_y), _rows(x)
+    weight, bias, scale, mean, rstd = _contiguous(weight, bias, scale, mean, rstd)
     grad_x = torch.empty(flat.shape, dtype=x.dtype, device=x.device) if need_x else None
     # Without rows the sums are empty and nothing is launched.
     new = torch.empty if flat.numel() else torch.zeros

@@ -20,7 +20,7 @@ from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.tuning import store as tuned_tiles
-from rlrr_kernels.ops.tuning.tiles import GAIN, Timer, check_problems, draw, microseconds
+from rlrr_kernels.ops.tuning.tiles import GAIN, Timer, check_problems, current, draw, microseconds
 
 
 class TunedPath(NamedTuple):
@@ -74,7 +74,8 @@ def tune_path(
                 linear_triton.backward, t["grad_y"], None, *given, True, (True, False, False, False)
             )
             for product in (forward, backward):
-                times = [timer(functools.partial(product, path=name)) for name in ("fused", "merge")]
+                with current(device):
+                    times = [timer(functools.partial(product, path=name)) for name in ("fused", "merge")]
                 points.append((gain, *map(math.log, times)))
     least_gain = _best_cut(points)
     us, shipped_us = (math.exp(_total(points, cut) / len(points)) for cut in (least_gain, 1.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,7 +221,8 @@ def tune(
             classes.setdefault(linear_configs.shape_class(kernel, gpu, dtype, count), []).append(count)
         for limit, counts in classes.items():
             problems = [(count, *shape) for shape in shapes for count in counts]
-            result = _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer)
+            with current(device):
+                result = _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer)
             name = tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, result.precision, limit)
             times = {"us": round(result.us, 3), "shipped_us": round(result.shipped_us, 3)}
             tuned_tiles.write(path, {name: result.tiles._asdict() | times if result.kept else None})
@@ -228,6 +230,11 @@ def tune(
             if report is not None:
                 report(result)
     return results
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A block with this GPU as the current one, on which Triton's launcher and its benchmark work."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.dtype, device: torch.device) -> None:

@@ -457,7 +457,7 @@ def merge_kernel(
     mask_k = offs_k < K
     mask = mask_n[:, None] & mask_k[None, :]
     wide_n = offs_n[:, None].to(tl.int64)
-    w = tl.load(w_ptr + wide_n * stride_wn + offs_k[None, :] * stride_wk, mask=mask, other=0.0)
+    w = tl.load(w_ptr + wide_n * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk, mask=mask, other=0.0)
     col_ptr += group.to(tl.int64) * RANK * K
     row = tl.load(row_ptr + offs_n * RANK, mask=mask_n, other=0.0)
     col = tl.load(col_ptr + offs_k, mask=mask_k, other=0.0)
