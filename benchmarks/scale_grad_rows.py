@@ -170,7 +170,8 @@ def markdown(study: Study, rows: list[dict[str, Any]], noise: list[dict[str, Any
             f"DINOv2 ViT-S/14 on solar cells, {study.image_size} px, {first['epochs']} epochs, learning rate "
             f"{study.lr:g}, precision {first['precision']}, {first['cpu']}. Mean and standard deviation over seeds; "
             f"the standard error of one accuracy from its {count} test images alone is "
-            f"{math.sqrt(accuracy * (1 - accuracy) / count):.3f}. The epoch is chosen on validation images.",
+            f"{math.sqrt(accuracy * (1 - accuracy) / count):.3f}. The epoch is chosen on validation images. "
+            "The time is of one run, on a machine that had other work too.",
             "",
             *(["**A trial on few images: its scores mean nothing.**", ""] if first["trial"] else []),
         ]

@@ -17,7 +17,8 @@ from rlrr_kernels.train.finetune import ENVIRONMENT, FinetuneConfig
 from rlrr_kernels.train.grid.runs import METRICS, GridRun, finished_result, run_grid
 from rlrr_kernels.train.output.progress import console
 
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LOW_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +39,15 @@ class Arm:
 
 
 MAIN = {
-    "probe": Arm("linear probe", {"method": "probe"}, lrs=(1e-3, 3e-3, 1e-2)),
-    "full": Arm("full fine-tuning", {"method": "full"}, lrs=(3e-5, 1e-4)),
-    "ssf": Arm("SSF", {"method": "ssf"}),
-    "lora": Arm("LoRA, rank 8", {"method": "lora"}),
-    "hira": Arm("HiRA, rank 32", {"method": "hira"}),
     "rlrr": Arm("RLRR", {}),
-    "rlrr-identity": Arm("RLRR, identity init", {"init": "identity"}),
+    "lora": Arm("LoRA, rank 8", {"method": "lora"}, lrs=LOW_RATES),
+    "ssf": Arm("SSF", {"method": "ssf"}),
+    "probe": Arm("linear probe", {"method": "probe"}, lrs=(3e-3, 1e-2, 3e-2)),
+    "rlrr-identity": Arm("RLRR, identity init", {"init": "identity"}, lrs=LOW_RATES),
+    "hira": Arm("HiRA, rank 32", {"method": "hira"}, lrs=LOW_RATES),
+    "full": Arm("full fine-tuning", {"method": "full"}, lrs=(1e-5, 3e-5, 1e-4)),
 }
+"""In the order of the runs: what says most comes first. Each grid has the best of an earlier, smaller budget inside."""
 
 ABLATIONS = {
     "rlrr-no-residual": Arm("RLRR, no residual", {"residual": False}, lr_of="rlrr"),

@@ -59,6 +59,9 @@ active_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode
 """These modes. Without it: none, and a FLOP counter that was made before the first call does not count it."""
 
 
+Watching = _needed(torch.utils._python_dispatch, "TorchDispatchMode", "sees what a call leaves to PyTorch")
+"""The class of such modes."""
+
 unwatched = getattr(torch.utils._python_dispatch, "_disable_current_modes", nullcontext)
 """A block in which none of them does. Without it: one in which they do, and calls are replayed later or not at all."""
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrr_kernels.ops.host import private
 
@@ -145,7 +144,7 @@ class Replays:
         return results
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(private.Watching):
     """Notes whether PyTorch computes a part of a call."""
 
     computed = False

@@ -27,7 +27,7 @@ OVERHEAD = {"half": 0.7, "half of float32": 1.4, "tf32": 4.0, "float32": 0.5, "f
 
 By what is multiplied; "half of float32" is a 16-bit x and an fp32 W. The first three are medians over layers of ViT-B,
 L and H at 394 to 50,432 rows of times predicted from machine code, idle multiprocessors included (``python -m
-benchmarks.model --overhead``). The last two run without matrix instructions and are a guess.
+benchmarks.model --tiles --overhead``). The last two run without matrix instructions and are a guess.
 """
 
 OVERHEAD_PER_RANK, OVERHEAD_UNPIPELINED = 0.12, 3.0
