@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rlrr_kernels.adapt.model import adapter_parameters
+from rlrr_kernels.adapt.model import own_parameters
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -18,7 +18,7 @@ def check_gradients(model: nn.Module) -> None:
         ValueError: the model is not adapted.
         RuntimeError: parameters without a gradient, all of them named.
     """
-    trained = {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in own_parameters(model).items() if parameter.requires_grad}
     missing = [name for name, parameter in trained.items() if parameter.grad is None]
     if not missing:
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
 from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig, matches
@@ -333,6 +334,24 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name in [*adaptation.norms, *([adaptation.tokens] if adaptation.tokens else [])]:
         module = modules[name]
         found[f"{name}.scale"], found[f"{name}.shift"] = module.scale, module.shift
+    return found
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same, where what is trained must be these parameters themselves.
+
+    Raises:
+        ValueError: one is pruned or parametrized.
+    """
+    found = adapter_parameters(model)
+    for name in found:
+        module, _, key = name.rpartition(".")
+        owner = find_module(model, module)
+        if key not in owner._parameters and (f"{key}_orig" in owner._parameters or is_parametrized(owner, key)):
+            raise ValueError(
+                f"{name} is computed from another tensor, by pruning or a parametrization, for which an adapter has no "
+                "place; torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations ends that"
+            )
     return found
 
 

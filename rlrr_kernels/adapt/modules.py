@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.multi.modules import Multi
@@ -20,6 +21,9 @@ from rlrr_kernels.nn.rescaled import Rescaled
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What torch's wrappers call the module inside."""
+
+_AROUND = nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
+"""Wrappers that call it ``module``, as a model may call one of its own."""
 
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` and its like call, to compute new weights from those of layers."""
@@ -31,11 +35,11 @@ def _wrapped_key(module: nn.Module) -> str | None:
     for key in _WRAPPED:
         if key in module._modules:
             return key
-    return "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else None
+    return "module" if isinstance(module, _AROUND) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of ``torch.compile``, activation checkpointing, FSDP and DDP."""
+    """The module inside the wrappers of ``torch.compile``, activation checkpointing, FSDP, DDP and averaging."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     while (key := _wrapped_key(model)) is not None:

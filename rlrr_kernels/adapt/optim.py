@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rlrr_kernels.adapt.model import adaptation_of, adapter_parameters
+from rlrr_kernels.adapt.model import adaptation_of, own_parameters
 from rlrr_kernels.adapt.modules import named_modules
 
 _MATRIX_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0; got {value}")
-    tokens, adapter = adaptation_of(model).tokens, {id(p) for p in adapter_parameters(model).values()}
+    tokens, adapter = adaptation_of(model).tokens, {id(p) for p in own_parameters(model).values()}
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     seen: set[int] = set()

@@ -31,11 +31,11 @@ from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.model import (
     adapt_report,
     adaptation_of,
-    adapter_parameters,
     apply_adaptation,
     check_not_distributed,
     head_tensors,
     is_adapted,
+    own_parameters,
     plan_adaptation,
     planned_shapes,
 )
@@ -104,7 +104,7 @@ def _check_not_sharded(model: nn.Module) -> None:
 
 def trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors to save by state-dict name, and which of them are neither adapter nor head."""
-    tensors: dict[str, Tensor] = {**adapter_parameters(model), **head_tensors(model, adaptation_of(model).heads)}
+    tensors: dict[str, Tensor] = {**own_parameters(model), **head_tensors(model, adaptation_of(model).heads)}
     known = set(map(id, tensors.values()))
     also_trained = {}
     for name, tensor in named_tensors(model):

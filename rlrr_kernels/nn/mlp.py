@@ -43,7 +43,9 @@ class RLRRMlp(Mlp):
             return False
         if self.fc1.weight.requires_grad or self.fc2.weight.requires_grad:  # FSDP1's: the layers know
             return False
-        if self.fc1.merged or self.fc2.merged or (self.training and self.drop1.p > 0):
+        drop1 = self.drop1
+        drops = self.training and type(drop1) is nn.Dropout and drop1.p > 0
+        if self.fc1.merged or self.fc2.merged or drops or type(drop1) not in (nn.Dropout, nn.Identity):
             return False
         return not any(map(_has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))
 
@@ -53,7 +55,7 @@ def fused_activation(mlp: Mlp) -> str | None:
     fc1, fc2 = mlp.fc1, mlp.fc2
     if type(fc1) is not RLRRLinear or type(fc2) is not RLRRLinear or fc1.residual != fc2.residual:
         return None
-    return activation_name(mlp.act) if isinstance(mlp.norm, nn.Identity) else None
+    return activation_name(mlp.act) if type(mlp.norm) is nn.Identity else None
 
 
 def activation_name(module: nn.Module) -> str | None:

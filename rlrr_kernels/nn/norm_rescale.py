@@ -82,7 +82,8 @@ class NormRescale(nn.Module):
         weight, bias = self.weight, self.bias
         if weight is not None and weight.requires_grad:
             weight, bias = frozen(weight), None if bias is None else frozen(bias)
-        return norm_rescale(x, weight, bias, self.scale, self.shift, self.eps, keep_output=self.keep_output)
+        keep_output = self.keep_output or bool(self._forward_hooks)  # which may change y as no version shows
+        return norm_rescale(x, weight, bias, self.scale, self.shift, self.eps, keep_output=keep_output)
 
     __prepare_scriptable__ = refuse_script
 

@@ -26,10 +26,12 @@ def differentiable_gradients(
         needs: whether each one's gradient is asked for.
         grad_y: gradient of the result.
     """
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    if not wanted:
+    if not any(needs):
         return [None] * len(inputs)
     create_graph = torch.is_grad_enabled()
     with private.NoAutocast(), torch.enable_grad():
+        # Of the tensors themselves autograd would go on into the graphs that made them, and run their hooks twice.
+        inputs = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=create_graph))
     return [next(found) if need else None for need in needs]

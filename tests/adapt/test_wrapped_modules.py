@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.utils import prune
 
 from rlrr_kernels import (
     RLRRConfig,
@@ -297,3 +298,41 @@ def test_a_layer_put_in_by_hand_is_left_out(tmp_path):
     assert len(adapt_report(model).layers) == 7
     merge_adapter(model)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_computed_scales_are_refused_by_name(how: str, tmp_path):
+    """Their roles and names are others': weight decay would be lost, and the file load nowhere."""
+    model = adapted()
+    layer = model.blocks[1].attn.qkv
+    if how == "pruned":
+        prune.l1_unstructured(layer, "scale_row", 0.5)
+    else:
+        nn.utils.parametrize.register_parametrization(layer, "scale_row", nn.Tanh())
+    for use in (lambda: parameter_groups(model, 1e-3, 0.1), lambda: save_adapter(model, tmp_path / "adapter")):
+        with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.scale_row is computed from another tensor"):
+            use()
+    assert not (tmp_path / "adapter").exists()
+    if how == "pruned":
+        prune.remove(layer, "scale_row")
+    else:
+        nn.utils.parametrize.remove_parametrizations(layer, "scale_row")
+    images = tiny_images("vit")
+    expected = model(images)
+    save_adapter(model, tmp_path / "adapter")
+    assert {name: len(ids) for name, ids in roles(model).items()} == {"decay": 19, "no_decay": 19}
+    fresh = tiny_model("vit")
+    load_adapter(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(fresh(images), expected)
+
+
+def test_an_average_of_a_model_is_known(tmp_path):
+    model = adapted()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert {name: len(ids) for name, ids in roles(average).items()} == {"decay": 19, "no_decay": 19}
+    save_adapter(average, tmp_path / "adapter")
+    fresh = tiny_model("vit")
+    load_adapter(fresh, tmp_path / "adapter")
+    images = tiny_images("vit")
+    torch.testing.assert_close(fresh(images), average(images))

@@ -240,6 +240,41 @@ def test_what_happens_inside_the_mlp_still_happens():
     torch.testing.assert_close(again(images), plain.eval()(images))
 
 
+class Twice(nn.Identity):
+    """Something of the user's in place of a dropout or a norm."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+@without_interpreter
+@pytest.mark.parametrize("put", [lambda mlp: setattr(mlp, "drop1", Twice()), lambda mlp: setattr(mlp, "norm", Twice())])
+def test_what_was_put_inside_the_mlp_still_happens(put):
+    images, plain = tiny_images("vit"), adapted("vit")
+    again = copy.deepcopy(plain)
+    recompute_activations(again)
+    before = plain(images)
+    for model in (plain, again):
+        put(model.blocks[0].mlp)
+    assert not torch.allclose(plain(images), before)
+    torch.testing.assert_close(again(images), plain(images))
+    again.blocks[0].mlp.drop1 = plain.blocks[0].mlp.drop1 = nn.Identity()
+    torch.testing.assert_close(again(images), plain(images))
+
+
+@without_interpreter
+def test_a_hook_may_change_what_a_norm_gave():
+    images, plain = tiny_images("vit"), adapted("vit")
+    again = copy.deepcopy(plain)
+    recompute_activations(again)
+    for model in (plain, again):
+        model.blocks[0].norm1.register_forward_hook(lambda *call: call[2].data.mul_(1.5))
+        backward(model, images)
+    expected = gradients(plain)
+    for name, gradient in gradients(again).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
 @without_interpreter
 def test_only_mlps_that_the_operator_computes_are_switched():
     timm = pytest.importorskip("timm")

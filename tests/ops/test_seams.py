@@ -56,6 +56,44 @@ def test_a_gradient_penalty_trains(backend: str, of: str):
 
 
 @on_every_backend
+@pytest.mark.parametrize("hooked", [None, "x", "scale_row"])
+def test_first_gradients_under_create_graph(backend: str, hooked: str | None):
+    """Of a layer that is applied twice, and of tensors with hooks, as without ``create_graph``."""
+    given = problem(out_features=10, in_features=10, rank=1, groups=1)
+
+    def gradients(function: Callable[..., Tensor], create_graph: bool) -> tuple[Tensor, ...]:
+        tensors = leaves(given)
+        first = {**tensors, "x": tensors["x"] * 1.0}
+        if hooked is not None:
+            first[hooked].register_hook(lambda grad: 2 * grad)
+        y = function(**{**first, "x": function(**first)})
+        return torch.autograd.grad(y.square().sum(), [tensors[name] for name in NAMES], create_graph=create_graph)
+
+    expected = gradients(rlrr_linear_reference, True)
+    for create_graph in (False, True):
+        found = gradients(lambda **t: rlrr_linear(**t, backend=backend), create_graph)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conv", "norm"])
+def test_first_gradients_of_other_layers_under_create_graph(layer: str):
+    if layer == "conv":
+        module = RLRRConv2d.from_conv(torch.nn.Conv2d(4, 4, 3, padding=1), rank=1)
+        x = torch.randn(2, 4, 5, 5)
+    else:
+        module, x = NormRescale(torch.nn.LayerNorm(8)), torch.randn(3, 8)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    trained[0].register_hook(lambda grad: 2 * grad)
+    with use_backend("torch"):
+        results = [
+            torch.autograd.grad(module(module(x)).square().sum(), trained, create_graph=create_graph)
+            for create_graph in (False, True)
+        ]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@on_every_backend
 def test_of_a_gradient_whose_own_gradient_is_constant(backend: str):
     """grad_y requires no gradient: a guard on it alone would let the penalty train nothing."""
     tensors = problem(rank=1, groups=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import in_memory
+from rlrr_kernels.ops.checks import check_frozen, in_memory
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
@@ -52,15 +52,15 @@ def norm_rescale(
         sums are fp32 (fp64 for float64), y is rounded once.
 
     Raises:
-        ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient.
+        ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient while gradients are on.
     """
     size = x.shape[-1] if x.dim() else None
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
             raise ValueError(f"{name} must be [D] with D = {size}, the last dimension of x; got {tuple(tensor.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} must be frozen: it has requires_grad=True. Call {name}.requires_grad_(False)")
+        if tensor is not None:
+            check_frozen(tensor, name, "layer_norm")
     dtype = result_dtype(x)
     if torch.compiler.is_compiling() or private.transforms_active():
         compute = _traced if keep_output or not _partitioned() else _traced_again_in_backward
