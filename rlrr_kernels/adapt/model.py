@@ -159,6 +159,7 @@ def plan_adaptation(model: nn.Module, config: RLRRConfig) -> Adaptation:
     _check_group_patterns(linears, config)
     found = {*convs, *linears}
     layers = [name for name in modules if name in found]
+    _check_tied(modules, layers, heads)
     switches = qkv_bias_switches(model, layers)
     _check_called(find_bypassed(model, [name for name in layers if name not in switches]))
     patched = [name for name, needed in switches.items() if needed]
@@ -211,6 +212,18 @@ def _check_group_patterns(layers: list[str], config: RLRRConfig) -> None:
     idle = [pattern for pattern in patterns if not any(matches(name, (pattern,)) for name in layers)]
     if idle:
         raise ValueError(f"groups patterns match no adapted layer: {', '.join(idle)}; these are {some(layers)}")
+
+
+def _check_tied(modules: Mapping[str, nn.Module], layers: list[str], heads: Iterable[str]) -> None:
+    """A tensor is either frozen in a layer or trained in a head."""
+    frozen = {id(parameter): name for name in layers for parameter in modules[name].parameters()}
+    for head in heads:
+        tied = next((frozen[id(p)] for p in modules[head].parameters() if id(p) in frozen), None)
+        if tied is not None:
+            raise ValueError(
+                f"{head} is to be trained, but shares a weight with {tied}, which is to be adapted: leave that one "
+                f"alone with {exclude_hint([tied])}, or untie them"
+            )
 
 
 def _check_called(bypassed: dict[str, str]) -> None:

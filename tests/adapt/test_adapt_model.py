@@ -362,3 +362,15 @@ def test_import_needs_torch_alone():
     code = "import sys, rlrr_kernels; print(sorted({'timm', 'safetensors', 'typer', 'accelerate'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_head_that_shares_its_weight_with_an_adapted_layer_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"2 is to be trained, but shares a weight with 0, which is to be adapted"):
+        adapt_model(model, RLRRConfig(heads=("2",)))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    adapt_model(model, RLRRConfig(heads=("2",)))
+    model(torch.ones(1, 8)).sum().backward()
