@@ -94,7 +94,10 @@ def merge_kernel(
 ) -> Tensor:
     """W' as a kernel [out, in / groups, kh, kw]: a new tensor, rounded once to ``dtype`` (default: that of W)."""
     merged = linear_torch.merge(_matrix(weight, layout), scale_row, scale_col, residual, dtype)
-    return _kernel(merged, weight.shape, layout)
+    kernel = _kernel(merged, weight.shape, layout)
+    # The strides of W, by which the library chooses the memory format of its result.
+    result = torch.empty_like(weight, dtype=kernel.dtype)
+    return kernel if result.stride() == kernel.stride() else result.copy_(kernel)
 
 
 def _matrix(kernel: Tensor, layout: str) -> Tensor:

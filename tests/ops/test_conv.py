@@ -280,3 +280,15 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             rlrr_conv2d(x, **{**good, name: bad})
+
+
+@pytest.mark.parametrize("layout", ["out,in*kh*kw", "out*kh,in*kw"])
+@pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "groups"), [(3, 1), (1, 1), (3, 4)])
+def test_results_have_the_memory_format_of_the_plain_convolution(layout: str, of_x, of_weight, size: int, groups: int):
+    conv = torch.nn.Conv2d(4, 8, size, groups=groups).to(memory_format=of_weight)
+    x = torch.randn(2, 4, 7, 9).to(memory_format=of_x)
+    layer = RLRRConv2d.from_conv(conv, layout=layout).eval()
+    for y in (layer(x), layer.merge()(x)):
+        assert y.stride() == conv(x).stride()
