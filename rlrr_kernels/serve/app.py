@@ -123,8 +123,8 @@ async def check_token(request: Request) -> None:
     token: str | None = request.app.state.token
     if token is None:
         return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
         raise HTTPException(401, "this server asks for a bearer token", {"WWW-Authenticate": "Bearer"})
 
 

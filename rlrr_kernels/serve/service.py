@@ -127,7 +127,10 @@ class Service:
 
     def _read(self, name: str, data: bytes) -> tuple[HeldAdapter, Tensor]:
         held = self.bank.hold(name)
-        image = decode(data, self.config.pixels_mp * 1e6)
+        preprocessing = self.store.preprocessing_of(held.info)
+        if preprocessing.image_size != self.store.preprocessing.image_size:  # evicted, and replaced before a look
+            raise ValueError(f"it is of {preprocessing.image_size} pixels now, which the backbone does not take")
+        image = decode(data, self.config.pixels_mp * 1e6, preprocessing.shorter_side)
         return held, self.store.input_of(held.info, image)
 
     def classify(self, held: HeldAdapter, image: Tensor, timeout: float) -> Future[Answer]:

@@ -64,6 +64,7 @@ class AdapterStore:
             added, swapped, failed = [], [], {}
             for name, folder in found.items():
                 try:
+                    name.encode()  # a name that is not UTF-8 is in no answer
                     stamp = _stamp(folder)
                     if self._seen.get(name) == stamp:
                         continue
@@ -74,8 +75,9 @@ class AdapterStore:
                     (self.bank.swap if known else self.bank.add)(name, folder, load=load)
                     (swapped if known else added).append(name)
                     self._seen[name] = stamp
-                except (ValueError, OSError, ImportError) as error:
-                    failed[name] = str(error)
+                except Exception as error:  # files that are not what they say fail in many ways
+                    known = isinstance(error, ValueError | OSError | ImportError) and str(error)
+                    failed[_printable(name)] = known or f"{type(error).__name__}: {error}"
             removed = [name for name in self.bank.names if name not in found]
             for name in removed:
                 self.bank.remove(name)
@@ -117,6 +119,8 @@ def classes_of(info: BankedAdapter) -> tuple[str, ...]:
 def find_adapters(root: Path) -> dict[str, Path]:
     """Name → folder of the adapters in ``root``: its folders that are one, or a run's, which holds ``adapter/``.
 
+    A folder that cannot be looked into is among them: who reads it is told why.
+
     Raises:
         FileNotFoundError: there is no such folder.
     """
@@ -124,9 +128,12 @@ def find_adapters(root: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"the folder of adapters {root} does not exist")
     found = {}
     for path in sorted(root.iterdir()):
-        folder = next(
-            (f for f in (path, path / "adapter") if any((f / n).is_file() for n in (TENSORS, PEFT_CONFIG))), None
-        )
+        try:
+            folder = next(
+                (f for f in (path, path / "adapter") if any((f / n).is_file() for n in (TENSORS, PEFT_CONFIG))), None
+            )
+        except OSError:
+            folder = path
         if folder is not None and not path.name.startswith("."):
             found[path.name] = folder
     return found
@@ -140,6 +147,10 @@ def first_task(root: Path) -> Task | None:
         except (ValueError, OSError):
             continue
     return None
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _stamp(folder: Path) -> _Stamp:

@@ -16,9 +16,12 @@ import sys
 import threading
 import time
 import urllib.parse
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("fastapi", reason="needs fastapi, of the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs prometheus-client, of the extra [serve]")
@@ -213,6 +216,39 @@ def test_a_token_is_asked_for(folder):
             assert {stranger.get(path).status for path in ("/", "/docs", "/healthz", "/readyz", "/metrics")} == {200}
         assert client.classify("cells").status == 200
         assert client.request("POST", "/v1/adapters/rescan").status == 200
+
+
+def test_the_name_of_the_scheme_has_no_case(folder):
+    with running(folder, token="secret") as (client, _):
+        client.token = None
+        for scheme, status in (("bearer", 200), ("BEARER", 200), ("Basic", 401)):
+            assert client.get("/v1/adapters", Authorization=f"{scheme} secret").status == status
+
+
+STRANGE = {"list": "[]", "null": "null", "types": '{"peft_type": 5, "r": "x"}', "deep": "[" * 100_000, "cut": "{"}
+
+
+def test_strange_folders_leave_the_rest_alone(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "adapters")
+    for name, text in STRANGE.items():
+        (tmp_path / "adapters" / name).mkdir()
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text(text)
+        save_file({"a": torch.zeros(1)}, tmp_path / "adapters" / name / "adapter_model.safetensors")
+    shutil.copytree(folder / "cells", tmp_path / "adapters" / os.fsdecode(b"caf\xe9"))
+    (tmp_path / "adapters" / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:  # tests may run as root, to whom nothing is
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    with mock.patch.object(Path, "is_file", denied), running(tmp_path / "adapters", token="t") as (client, _):
+        answer = client.request("POST", "/v1/adapters/rescan")
+        assert answer.status == 200
+        assert set(answer.json["failed"]) == {*STRANGE, "caf\\udce9", "lost+found"}
+        assert [entry["name"] for entry in client.get("/v1/adapters").json["adapters"]] == ["cells", "flowers é&-?"]
+        assert client.classify("cells").status == 200
 
 
 def test_adapters_come_change_and_go_at_a_rescan(folder, tmp_path):

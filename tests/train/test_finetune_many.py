@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 
 from rlrr_kernels.cli import app
 from rlrr_kernels.train.config.train_config import TrainConfig
+from rlrr_kernels.train.data.images import ImageError
 from rlrr_kernels.train.export import merge_to_file
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
 from rlrr_kernels.train.loop import checkpoint
@@ -266,6 +268,19 @@ def test_the_other_tasks_go_on_where_one_fails(root, tmp_path):
     finetune(task(root, "shades", tmp_path / "alone"), quiet=True)
     assert_close(tmp_path / "good", tmp_path / "alone")
     assert not (tmp_path / "bad" / "adapter").exists()
+
+
+def test_an_image_that_is_lost_ends_its_own_task(root, tmp_path):
+    shutil.copytree(root / "reds", tmp_path / "reds")
+    configs = {
+        "good": task(root, "shades", tmp_path / "good"),
+        "bad": dataclasses.replace(task(root, "reds", tmp_path / "bad"), data=tmp_path / "reds", check=False),
+    }
+    for path in (tmp_path / "reds").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ImageError, match="1 of 2 tasks failed, the others were trained to their end: bad: cannot read"):
+        finetune_many(configs, quiet=True)
+    assert (tmp_path / "good" / "adapter").exists()
 
 
 @pytest.mark.parametrize(

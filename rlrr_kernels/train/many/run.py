@@ -17,6 +17,7 @@ from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.save_load import trained_tensors
 from rlrr_kernels.bank import AdapterBank, AdapterState
 from rlrr_kernels.train.data.folders import ImageDataset, Samples, shorten
+from rlrr_kernels.train.data.images import ImageError
 from rlrr_kernels.train.finetune import (
     RESULT,
     FinetuneConfig,
@@ -94,7 +95,7 @@ def finetune_many(
 
     Raises:
         ValueError: the configurations do not go together, or as for ``finetune``; before any task trains.
-        FloatingPointError, OSError: of a task, named; all others have been trained to their end.
+        FloatingPointError, OSError, ImageError: of a task, named; all others have been trained to their end.
         FileNotFoundError, ConnectionError, ImportError: as for ``finetune``.
     """
     _check(configs, largest_batch)
@@ -143,7 +144,7 @@ class _TaskRun:
         with self.stream.in_use():
             try:
                 self.step = next(self.steps, None)
-            except (FloatingPointError, OSError) as error:
+            except (FloatingPointError, OSError, ImageError) as error:
                 self.step, self.failure = None, error
 
 
@@ -315,7 +316,7 @@ class _Training:
                         "with --resume"
                     )
                 results[task.name] = result
-            except OSError as error:
+            except (OSError, ImageError) as error:
                 task.failure = error
         if task.failure is not None:
             task.progress.warn(str(task.failure))
@@ -406,7 +407,8 @@ def _of_task(name: str) -> Iterator[None]:
 def _raise_failures(failed: Sequence[_TaskRun], count: int) -> None:
     failures = [(task.name, task.failure) for task in failed if task.failure is not None]
     if failures:
-        kind = OSError if all(isinstance(error, OSError) for _, error in failures) else FloatingPointError
+        kinds = OSError, ImageError
+        kind = next((k for k in kinds if all(isinstance(error, k) for _, error in failures)), FloatingPointError)
         raise kind(
             f"{len(failures)} of {count} tasks failed, the others were trained to their end: "
             + "; ".join(f"{name}: {error}" for name, error in failures)
