@@ -164,6 +164,12 @@ def test_a_label_outside_the_classes_is_named_with_its_image(tmp_path):
         ("TRAINING", "dev", "testing"),
         ("training_data", "Validation", "holdout"),
         ("train2017", "val2017", "test2017"),
+        ("train_dataset", "Validation_Dataset", "test_dataset"),
+        ("seg_train", "seg_val", "seg_test"),
+        ("data_train", "images_val", "test photos"),
+        ("train_imgs", "valSamples", "test_folder"),
+        ("TRAIN_DIR", "VALSet", "testimages"),
+        ("trainA", "x_val", "test_v2"),
     ],
 )
 def test_splits_go_by_their_common_names_in_any_case(tmp_path, train, val, test):
@@ -193,7 +199,54 @@ def test_folders_that_could_be_splits_or_classes_are_refused(tmp_path):
         find_splits(tmp_path / "d")
     make_images(tmp_path / "e" / "train", {"bus": 2, "train": 2})  # in a split, a class may be called so
     assert find_splits(tmp_path / "e")["train"].classes == ("bus", "train")
-    assert [split_of(name) for name in ("trains", "contest", "valley", "latest", "device")] == [None] * 5
+    others = (
+        "trains",
+        "contest",
+        "valley",
+        "latest",
+        "device",
+        "strain",
+        "invalid",
+        "test_tube",
+        "imagenet_train",
+        "x",
+    )
+    assert [split_of(name) for name in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (("imagenet_train", "imagenet_val"), 2),
+        (("birds_train", "flowers_test"), 2),
+        (("acmetest", "acmetrain", "more"), 2),
+        (("acme_test", "acme_train", "acme_pred"), 2),
+        (("flask", "test_tube"), 0),
+        (("freight_train", "steam_train"), 0),  # kinds of trains
+        (("train_cats", "train_dogs"), 0),
+        (("contest", "strain", "valley"), 0),
+        (("flask", "test_tube", "train_station"), 0),
+    ],
+)
+def test_names_that_seem_to_mean_splits_are_no_classes(tmp_path, names, meant):
+    make_images(tmp_path, dict.fromkeys(names, 2))
+    if meant:
+        told = rf"called like splits: {', '.join(names[:meant])}; call splits train, val and test"
+        with pytest.raises(ValueError, match=told):
+            find_splits(tmp_path)
+    else:
+        assert find_splits(tmp_path)["train"].classes == names
+
+
+def test_splits_within_the_classes_are_refused(tmp_path):
+    for name in ("cat", "dog"):
+        make_images(tmp_path / name / "photos", {"train": 2, "test": 1})
+    told = (
+        r"cat.photos, in place of images of a class, holds folders that are called like splits: test, train; expected"
+    )
+    for classes in (None, ("cat", "dog")):
+        with pytest.raises(ValueError, match=told):
+            find_samples(tmp_path, classes)
 
 
 def test_what_is_not_used_is_told(tmp_path):

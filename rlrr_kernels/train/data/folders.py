@@ -27,6 +27,11 @@ _SPLIT_WORDS = {
     "val": ("val", "valid", "validation", "dev", "devel", "development", "eval", "evaluation"),
     "test": ("test", "testing", "tst", "holdout", "heldout"),
 }
+_SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_ANY_WORD = "|".join(sorted(_SPLITS, key=len, reverse=True))
+_FILLER = "(?:set|subset|split|data|image|img|photo|photograph|picture|pic|sample|file|folder|dir|seg|jpg|jpeg|png)s?"
+# Of words with spaces between them. A single letter says nothing where it stands alone: x_train, trainA, test_v2.
+_SPLIT_NAME = re.compile(rf"(?:{_FILLER} ?|\b[a-z] )*({_ANY_WORD})(?: ?{_FILLER}| [a-z]\b)*")
 
 _BEGINNING = 4096
 """Bytes of a file that are compared before all of it."""
@@ -77,8 +82,8 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
 
     Raises:
         FileNotFoundError: ``folder`` does not exist.
-        ValueError: fewer than two classes, a class folder without an image, or a class not in ``classes``; or the
-            folders are called like splits.
+        ValueError: fewer than two classes, a class folder without an image or with splits in it, or a class not in
+            ``classes``; or the folders are called like splits.
 
     Warns:
         UserWarning: files in the class folders that are no images by their endings, or broken links: how many.
@@ -92,9 +97,11 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
     if classes is None:
         if len(found) == 1:
             raise ValueError(f"{folder} holds one class folder only, {found[0]!r}; a classifier needs at least two")
-        if all(split_of(name) for name in found):
+        like_splits = _like_splits(found)
+        if like_splits:
             raise ValueError(
-                f"{folder} must hold a folder a class; its folders are called like splits: {shorten(found)}"
+                f"{folder} must hold a folder a class; its folders are called like splits: {shorten(like_splits)}; "
+                "call splits train, val and test, with the class folders in them, and classes otherwise"
             )
         classes = found
     label_of = {name: label for label, name in enumerate(classes)}
@@ -130,7 +137,13 @@ def _images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The images at any depth, sorted, and how many other files there are, by kind."""
     images, others = [], Counter()
     for base, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        splits = [name for name in folders if split_of(name)]
+        if len({*map(split_of, splits)}) > 1:
+            raise ValueError(
+                f"{base}, in place of images of a class, holds folders that are called like splits: {shorten(splits)}; "
+                f"expected {folder.parent}/{{train,val,test}}/<class>/<image>"
+            )
         others["links to folders"] += sum(os.path.islink(os.path.join(base, name)) for name in folders)
         for path in (Path(base, name) for name in files if not name.startswith(".")):
             suffix = path.suffix.lower()
@@ -146,12 +159,32 @@ def _images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 def split_of(name: str) -> str | None:
     """The split that a folder's name says it is, ``train``, ``val`` or ``test``; None for other names.
 
-    In any case, with or without ``set``, ``split``, ``data`` or ``images`` behind it, and a number: ``Training``,
-    ``dev``, ``test_set``, ``val2017``.
+    In any case, with words around it that say nothing, such as ``set``, ``data`` or ``images``, single letters and
+    numbers: ``Training``, ``dev``, ``test_set``, ``data_train``, ``ValidationDataset``, ``val2017``, ``trainA``.
     """
-    word = re.sub(r"[^a-z]", "", name.lower())
-    word = re.sub(r"(set|split|data|images?)$", "", word)
-    return next((split for split, words in _SPLIT_WORDS.items() if word in words), None)
+    match = _SPLIT_NAME.fullmatch(" ".join(_words(name)))
+    return _SPLITS[match[1]] if match else None
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def _like_splits(names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that seem to mean splits, understood or not.
+
+    All of them where each holds the word of a split and not all the same (``flowers_train``, ``birds_test``; but kinds
+    of trains are classes). Else those that differ in this word alone (``acme_train``, ``acme_test`` beside ``more``).
+    """
+    held = [{split for word in _words(name) if (split := split_of(word))} for name in names]
+    if all(held) and (len(set().union(*held)) > 1 or all(map(split_of, names))):
+        return [*names]
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        rest, count = re.subn(_ANY_WORD, "", name.lower())
+        if count:
+            alike.setdefault(rest, []).append(name)
+    return [name for group in alike.values() if len(group) > 1 for name in group]
 
 
 def split_folders(folder: str | Path) -> dict[str, Path]:
