@@ -22,7 +22,7 @@ except ImportError as error:
 
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.serve.config import ServeConfig
-from rlrr_kernels.train.config.options import Cpu, ImageSize, Weights, takes_options_of
+from rlrr_kernels.train.config.options import Cpu, ImageSize, Overwrite, Weights, takes_options_of
 from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.models.backbones import HUB
 from rlrr_kernels.train.output.progress import command, console, error_console, say
@@ -237,14 +237,14 @@ def merge(
         Path | None, typer.Option(help="File to write; default: merged.safetensors beside ADAPTER")
     ] = None,
     weights: AdapterWeights = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its backbone: a plain timm checkpoint, with nothing left to pay at inference."""
     from rlrr_kernels.train.export import merge_to_file
+    from rlrr_kernels.train.output.folder import check_target
 
     output = output or adapter.parent / "merged.safetensors"
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; replace it with --overwrite, or name another file with --output")
+    check_target(output, overwrite, folder=False, sources=[weights] if weights else ())
     merged = merge_to_file(adapter, output, weights)
     say(str(merged.report))
     say(f"logits differ from the adapted model's by at most {merged.difference:.1e} (they reach {merged.largest:.2g})")
@@ -263,10 +263,13 @@ def combine(
     head_of: Annotated[
         int | None, typer.Option(help="Take the head of this adapter, from 0; default: summed, for weights of sum 1")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the adapter whose change of the weights is the weighted sum of others' changes: exact, the ranks add up."""
     from rlrr_kernels.adapt import adapter_info, combine_adapters
+    from rlrr_kernels.train.output.folder import check_target
 
+    check_target(out, overwrite, folder=True, sources=adapters)
     info = adapter_info(combine_adapters(adapters, weight, out, head_of=head_of))
     say(f"{out}: {info.metadata['sum']}, rank {info.config.rank}")
 
@@ -276,10 +279,13 @@ def to_peft(
     adapter: AdapterFolder,
     out: Annotated[Path, typer.Argument(help="PEFT folder to write")],
     weights: AdapterWeights = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as Hugging Face PEFT loads it, after import rlrr_kernels.peft."""
+    from rlrr_kernels.train.output.folder import check_target
     from rlrr_kernels.train.peft_folders import adapter_to_peft
 
+    check_target(out, overwrite, folder=True, sources=[adapter])
     adapter_to_peft(adapter, out, weights)
     say(f"{out}: import rlrr_kernels.peft, then peft.PeftModel.from_pretrained(model, {str(out)!r})")
 
@@ -295,10 +301,13 @@ def from_peft(
     recipe: Annotated[
         str | None, typer.Option(help="paper: the form that rlrr export-adapter takes; default: layers alone")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter folder of one that PEFT saved."""
+    from rlrr_kernels.train.output.folder import check_target
     from rlrr_kernels.train.peft_folders import peft_to_adapter
 
+    check_target(out, overwrite, folder=True, sources=[folder])
     names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
     report = peft_to_adapter(
         folder, out, model=model, weights=weights, image_size=image_size, classes=names, recipe=recipe

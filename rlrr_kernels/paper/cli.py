@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from rlrr_kernels.paper.ablate import AblateConfig
 from rlrr_kernels.paper.reproduce import ReproduceConfig
-from rlrr_kernels.train.config.options import ImageSize, Weights, split_names, takes_options_of
+from rlrr_kernels.train.config.options import ImageSize, Overwrite, Weights, split_names, takes_options_of
 from rlrr_kernels.train.models.backbones import HUB
 from rlrr_kernels.train.output.progress import command, console, say, track
 
@@ -207,12 +207,15 @@ def import_adapter(
         Path | None,
         typer.Option(help="JSON {name in FILE: name the authors' code has} where they differ; * stands for a number"),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
     from rlrr_kernels.paper import authors
     from rlrr_kernels.paper.data import read_text
     from rlrr_kernels.paper.hyperparameters import dataset_settings
+    from rlrr_kernels.train.output.folder import check_target
 
+    check_target(out, overwrite, folder=True)
     mapping = None if names is None else authors.read_names(names)
     report = authors.import_adapter(
         file,
@@ -233,12 +236,12 @@ def import_adapter(
 def export_adapter(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder of a ViT or Swin under the paper's recipe")],
     file: Annotated[Path, typer.Argument(help="The .pth to write, as the authors' model loads it")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as the authors' code saves it; one that was imported comes back tensor by tensor."""
     from rlrr_kernels.paper import authors
+    from rlrr_kernels.train.output.folder import check_target
 
-    if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists; replace it with --overwrite, or name another file")
+    check_target(file, overwrite, folder=False)
     written = authors.export_adapter(adapter, file)
     say(f"{file}: {len(written)} tensors")

@@ -71,7 +71,7 @@ def test_to_peft_from_peft_and_to_the_authors_file(adapter, backbone, tmp_path):
     )
     (tmp_path / "classes.txt").write_text("one\ntwo\nthree")
     assert "classes must be 2 names" in run(
-        "from-peft", tmp_path / "peft", *options, "--classes", tmp_path / "classes.txt", error=ValueError
+        "from-peft", tmp_path / "peft", *options, "--overwrite", "--classes", tmp_path / "classes.txt", error=ValueError
     )
 
 
@@ -79,6 +79,7 @@ def test_combine(adapter, backbone, tmp_path):
     images = torch.randn(2, 3, 160, 160)
     arguments = (tmp_path / "negative", adapter, "--weight", "-1")
     assert "head_of says whose is taken" in run("combine", *arguments, error=ValueError)
+    (tmp_path / "negative").mkdir()  # an empty folder is filled
     assert "-1 * adapter, rank 1" in run("combine", *arguments, "--head-of", "0")
     printed = run("combine", tmp_path / "none", adapter, tmp_path / "negative", "--weight", "0.5", "--weight", "0.5")
     assert "0.5 * adapter + 0.5 * negative, rank 2" in printed
@@ -88,6 +89,41 @@ def test_combine(adapter, backbone, tmp_path):
     plain = create_model(MODEL, 2, weights=backbone)[0].eval()
     plain.head = model.head
     torch.testing.assert_close(model.eval()(images), plain(images))
+
+
+def test_what_is_there_is_replaced_on_demand_alone(adapter, backbone, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "file.pth"
+    combine = ("combine", out, adapter, "--weight", "1")
+    run(*combine)
+    before = (out / "adapter.safetensors").read_bytes()
+    commands = (
+        ("combine", out, adapter, "--weight", "-1", "--head-of", "0"),
+        ("to-peft", adapter, out, "--weights", backbone),
+        ("from-peft", tmp_path / "peft", "--model", MODEL, "--out", out),
+        ("import-adapter", file, "--model", MODEL, "--out", out),
+        ("merge", adapter, "--output", backbone),
+        ("export-adapter", adapter, backbone),
+    )
+    for command in commands:
+        assert "exists; replace it with --overwrite, or name another" in run(*command, error=FileExistsError)
+    assert (out / "adapter.safetensors").read_bytes() == before
+    run(*commands[0], "--overwrite")
+    assert (out / "adapter.safetensors").read_bytes() != before
+    file.touch()
+    (tmp_path / "merged.safetensors").mkdir()
+    for command, kind in ((("combine", file, *combine[2:]), "a file, no folder"), (("merge", adapter), "a folder")):
+        assert f"exists and is {kind}" in run(*command, "--overwrite", error=FileExistsError)
+
+
+def test_what_is_read_is_never_replaced(adapter, backbone, tmp_path):
+    (tmp_path / "link").symlink_to(adapter)
+    for command in (
+        ("combine", tmp_path / "link", adapter, "--weight", "1"),
+        ("to-peft", adapter, adapter),
+        ("from-peft", adapter, "--model", MODEL, "--out", adapter),
+        ("merge", adapter, "--weights", backbone, "--output", backbone),
+    ):
+        assert "is what is read; write to another" in run(*command, "--overwrite", error=ValueError)
 
 
 def test_a_peft_folder_without_a_head_does_not_say_how_many_classes(tmp_path):

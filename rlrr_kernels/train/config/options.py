@@ -22,6 +22,7 @@ _OPTION_TYPES = (str, Path, bool, int, float)
 
 Weights = Annotated[str, typer.Option(help="Of the backbone: hub, none, or a file (.safetensors, .pth, Google's .npz)")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels; default: what the weights were made for")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone")]
 
 

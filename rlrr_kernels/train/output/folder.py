@@ -1,4 +1,4 @@
-"""A run's folder: held by one process at a time, written in one step, and swept of what killed processes left."""
+"""Run folders, held by one process at a time and swept of killed ones' leftovers; writing, and what it may replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlrr_kernels.writing import write_together
@@ -89,6 +89,31 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def check_target(target: Path, overwrite: bool, *, folder: bool, sources: Sequence[str | Path] = ()) -> None:
+    """Whether a command may write ``target``, asked before its work; an empty folder may always be filled.
+
+    Args:
+        target: file or folder.
+        overwrite: whether one that is there may be replaced.
+        folder: whether ``target`` is to be a folder.
+        sources: what the command reads, which it never replaces.
+
+    Raises:
+        FileExistsError: it may not.
+        ValueError: it is one of ``sources``.
+    """
+    if not target.exists():
+        return
+    if any(os.path.exists(source) and os.path.samefile(target, source) for source in sources):
+        raise ValueError(f"{target} is what is read; write to another {'folder' if folder else 'file'}")
+    if target.is_dir() != folder:
+        raise FileExistsError(f"{target} exists and is {'a file, no folder' if folder else 'a folder, no file'}")
+    if not overwrite and not (folder and not any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists; replace it with --overwrite, or name another {'folder' if folder else 'file'}"
+        )
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
