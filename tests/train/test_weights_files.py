@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -93,6 +94,47 @@ def test_a_file_with_weights_and_their_average_says_which_it_took(tmp_path, stat
         assert_filled(file, state)
     torch.save({"student": other, "teacher": state}, file)
     refused(file, "it holds several sets of weights, student, teacher; save one of them")
+
+
+def within(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        (lambda a, b: {"model": a, "model_ema": {"module": b, "decay": 0.99}}, r"model_ema\.module are taken, model"),
+        (lambda a, b: {"state_dict": a, "ema": {"updates": 3, "state": b}}, r"ema\.state are taken, state_dict"),
+        (lambda a, b: {"model": a, "ema": {**b, "decay": 0.99}}, "ema are taken, model"),
+        (lambda a, b: {"model": a, "ema_model": b}, "ema_model are taken, model"),
+        (lambda a, b: {"state_dict": a, "averaged": b}, "averaged are taken, state_dict"),
+        (lambda a, b: {"net": a, "modelEMA": b, "avg_loss": torch.ones(3)}, "modelEMA are taken, net"),
+        (lambda a, b: {"checkpoint": {"model": a, "swa": b}}, r"checkpoint\.swa are taken, checkpoint\.model"),
+        (lambda a, b: {"model": a, "swa": {"n_averaged": torch.tensor(5), **within("module.", b)}}, "swa are taken"),
+        (lambda a, b: {"n_averaged": torch.tensor(5), **within("module.", b)}, "prefix 'module.'"),
+        (lambda a, b: {"model": b, "ema": None, "ema_stats": {"decay": torch.tensor(0.9)}, "avg": [1.0]}, None),
+        (lambda a, b: {"checkpoint": {"model": b, "optimizer": {"ema": {"cls_token": torch.ones(3)}}}}, None),
+    ],
+)
+def test_the_average_is_found_wherever_it_is_and_whatever_it_is_called(tmp_path, state, content, taken):
+    file, other = tmp_path / "both.pth", {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    torch.save(content(other, state), file)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert_filled(file, state)
+    assert len(told) >= (taken is not None)
+    assert taken is None or re.search(taken, str(told[0].message))
+
+
+def test_an_average_that_cannot_be_read_or_told_is_refused(tmp_path, state):
+    file = tmp_path / "odd.pth"
+    for average in ([*state.values()], {"shadow_params": [*state.values()]}, dict(enumerate(state.values()))):
+        torch.save({"model": state, "ema": average}, file)
+        refused(file, r"its entry ema\S* is called like an average of the weights, but does not hold tensors by name")
+    torch.save({"model": state, "ema": state, "swa": state}, file)
+    refused(file, "it holds several sets of weights, ema, swa; save one of them")
+    torch.save({"epoch": 3, "blocks": [*state.values()]}, file)
+    refused(file, "none of the backbone's tensors; tensors by name are not in its entries 'epoch', 'blocks'")
 
 
 def test_a_refusal_names_five_tensors_and_counts_the_rest(tmp_path, state):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,14 @@ from torch import Tensor
 
 from rlrr_kernels.train.data.folders import shorten
 
-_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_AVERAGE = re.compile(r"ema(?![a-z])|(?<![a-z])(ema|avg|swa|polyak|shadow)|averag", re.IGNORECASE)
+"""In the name of an entry of a checkpoint: it is a moving average of the weights."""
+
 _WEIGHTS = ("state_dict", "model")
+_OPTIMIZER = re.compile(r"opt(?![a-z])|optim", re.IGNORECASE)
+
+_DEPTH = 5
+"""How far within a checkpoint weights are looked for."""
 
 SHOWN = 5
 """How many tensors a message names before it counts the rest."""
@@ -25,9 +32,9 @@ SHOWN = 5
 def read_weights(file: Path, expected: Mapping[str, Tensor], heads: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of ``file`` that a backbone is to be filled with, by name, on the CPU. Nothing in it is executed.
 
-    A file of several sets of weights (a training checkpoint) gives its moving average where there is one. A prefix that
-    all names share (``model.``, ``module.``, ``backbone.``, ...) is taken off. Both are warned of. The classifier's
-    tensors are left out.
+    A file of several sets of weights (a training checkpoint), at any place in it, gives its moving average where there
+    is one. A prefix that all names share (``model.``, ``module.``, ``backbone.``, ...) is taken off. Both are warned
+    of. The classifier's tensors are left out.
 
     Args:
         file: safetensors where it ends so, else what ``torch.save`` wrote.
@@ -37,7 +44,8 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], heads: tuple[str, .
 
     Raises:
         ValueError: the file is empty, damaged (a zip's checksums are compared), holds objects that are no tensors in
-            place of weights, none of the backbone's, or tensors that cannot be weights (not finite, integers).
+            place of weights, none of the backbone's, or tensors that cannot be weights (not finite, integers); or
+            several sets of weights of which none or several are averages, or an average that is not by name.
     """
     state = _only_state(_read(file), file)
     prefix = _shared_prefix(state, [*expected, *heads])
@@ -46,10 +54,10 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], heads: tuple[str, .
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     used = {name: tensor for name, tensor in state.items() if not is_of_head(name, heads)}
     if not used:
-        what = (
-            f"its {len(state)} tensors are all of a classifier: {shorten([*state], SHOWN)}" if state else "it is empty"
+        raise ValueError(
+            f"it holds none of the backbone's tensors; its {len(state)} tensors are all of a classifier: "
+            f"{shorten([*state], SHOWN)}"
         )
-        raise ValueError(f"it holds none of the backbone's tensors; {what}")
     for name, tensor in used.items():
         known = expected.get(name)
         floating = known.is_floating_point() if known is not None else name.endswith((".weight", ".bias"))
@@ -125,28 +133,46 @@ def _only_state(content: Any, file: Path) -> dict[str, Tensor]:
     """The one set of tensors in ``content`` that is meant: a checkpoint may hold several, and much else."""
     if not isinstance(content, Mapping):
         raise ValueError(f"it must hold tensors by name; it holds a {type(content).__name__}")
-    sets = {key: value for key, value in content.items() if _is_state(value)}
+    sets = _sets_in(content)
     if not sets:
-        return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    chosen = next((name for name in (*_AVERAGES, *_WEIGHTS) if name in sets), None)
-    if chosen is None and len(sets) > 1:
-        raise ValueError(
-            f"it holds several sets of weights, {', '.join(map(str, sets))}; save one of them to a file of its own"
-        )
-    if chosen is None:
-        (chosen,) = sets
-    elif len(sets) > 1:
-        others = ", ".join(str(name) for name in sets if name != chosen)
-        warnings.warn(f"{file}: the weights {chosen} are taken, {others} left", stacklevel=5)
-    return dict(sets[chosen])
+        what = f"tensors by name are not in its entries {shorten([*map(repr, content)], SHOWN)}"
+        raise ValueError(f"it holds none of the backbone's tensors; {what if content else 'it is empty'}")
+    depth = min(map(len, sets))
+    found = [path for path in sets if any(map(_AVERAGE.search, path))] or [path for path in sets if len(path) == depth]
+    named = ([path for path in found if path[-1:] == (name,)] for name in _WEIGHTS)
+    chosen, *more = next(filter(None, named), found)
+    if more:
+        names = ", ".join(map(".".join, found))
+        raise ValueError(f"it holds several sets of weights, {names}; save one of them to a file of its own")
+    if len(sets) > 1:
+        others = shorten([".".join(path) for path in sets if path != chosen], SHOWN)
+        warnings.warn(f"{file}: the weights {'.'.join(chosen)} are taken, {others} left", stacklevel=5)
+    state = sets[chosen]
+    return {name: state[name] for name in state if name != "n_averaged"}  # torch's AveragedModel counts in it
 
 
-def _is_state(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
+def _sets_in(content: Mapping, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """The sets of tensors by name, by where they are; tensors beside a set are no set, and scalars alone neither."""
+    found: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and not _OPTIMIZER.match(key) and len(path) < _DEPTH:
+            inner = _sets_in(value, (*path, key)) if isinstance(value, Mapping) else {}
+            if not inner and not isinstance(value, Tensor) and _AVERAGE.search(key) and _holds_tensors(value):
+                raise ValueError(
+                    f"its entry {'.'.join((*path, key))} is called like an average of the weights, but does not hold "
+                    "tensors by name; save the weights that are meant to a file of their own"
+                )
+            found |= inner
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return found or ({path: tensors} if _holds_tensors(tensors) else {})
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    if isinstance(value, Mapping):
+        value = value.values()
+    return not isinstance(value, str) and isinstance(value, Iterable) and any(map(_holds_tensors, value))
 
 
 def _shared_prefix(names: Iterable[str], expected: Iterable[str]) -> str:
