@@ -1,6 +1,7 @@
 """Image folders: layouts, splits, bad input, and augmentation that a resumed run repeats."""
 
 import hashlib
+import io
 import random
 import shutil
 import struct
@@ -308,13 +309,11 @@ def test_the_fingerprint_knows_names_sizes_and_labels_but_not_the_place(tmp_path
     assert fingerprint_of(tmp_path / "a") != before
 
 
-def write_12_bits(path, values):
-    """A grey TIFF file of 12 bits a pixel, packed; Pillow writes none."""
-    height, width = values.shape
-    bits = "".join(f"{value:012b}" for value in values.ravel())
-    pixels = int(bits, 2).to_bytes(len(bits) // 8, "big")
-    tags = ((256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height))
-    tags = (*tags, (279, len(pixels)))
+def write_tiff(path, shape, pixels, bits, *, photometric=1, sample_format=1):
+    """A grey TIFF file of the forms that Pillow does not write."""
+    height, width = shape
+    tags = ((256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height))
+    tags = (*tags, (279, len(pixels)), (339, sample_format))
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory + bytes(4))
 
@@ -329,12 +328,28 @@ def test_deep_pixels_keep_their_range_or_are_refused_by_mode(tmp_path):
     turned = Image.fromarray(values)
     turned.save(tmp_path / "turned.tif", tiffinfo={274: 3})  # upside down
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.tif"))[..., 0], values[::-1, ::-1] >> 8)
-    write_12_bits(tmp_path / "twelve.tif", values >> 4)
+    packed = int("".join(f"{value:012b}" for value in (values >> 4).ravel()), 2).to_bytes(96, "big")
+    write_tiff(tmp_path / "twelve.tif", (8, 8), packed, 12)
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "twelve.tif"))[..., 0], values >> 8)
     for name, array, mode in (("float", values / 65535, "F"), ("int", values, "I")):
         Image.fromarray(array.astype(np.float32 if mode == "F" else np.int32)).save(tmp_path / f"{name}.tif")
         with pytest.raises(ValueError, match=rf"cannot read the image .*{name}\.tif: its pixels are .*\(mode {mode}\)"):
             read_image(tmp_path / f"{name}.tif")
+
+
+def test_white_may_be_zero_and_signed_pixels_are_refused(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for bits, dtype in ((8, np.uint8), (16, np.uint16)):
+        pixels = (values >> (16 - bits)).astype(dtype)
+        write_tiff(tmp_path / "turned.tif", (8, 8), pixels.tobytes(), bits, photometric=0)
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.tif"))[..., 0], 255 - (values >> 8))
+        write_tiff(tmp_path / "signed.tif", (8, 8), pixels.tobytes(), bits, sample_format=2)
+        with pytest.raises(ValueError, match=r"signed\.tif: its pixels are signed numbers \(mode [LI]\), which do not"):
+            read_image(tmp_path / "signed.tif")
+    whole = (tmp_path / "turned.tif").read_bytes()
+    Image.open(io.BytesIO(whole)).save(tmp_path / "packed.tif", compression="tiff_lzw", tiffinfo={262: 0})
+    assert Image.open(tmp_path / "packed.tif").tag_v2[262] == 0
+    np.testing.assert_array_equal(read_image(tmp_path / "packed.tif"), read_image(tmp_path / "turned.tif"))
 
 
 def test_large_images_are_warned_of_by_name(tmp_path, monkeypatch):

@@ -10,8 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _WITHOUT_RANGE = {"F": "32-bit floating-point", "I": "32-bit integer"}
-_BITS_PER_SAMPLE = 258
-"""Tag of a TIFF file."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""Tags of a TIFF file."""
+
+_WHITE_IS_ZERO = 0
+_SIGNED = 2
 
 
 class ImageError(ValueError):
@@ -30,20 +33,24 @@ def read_image(path: str | Path | BinaryIO, formats: Sequence[str] | None = None
         formats: Pillow's names of those that may be read; None: all that it knows.
 
     Raises:
-        ImageError: a ``ValueError``: the file cannot be read as an image, or has pixels (32-bit numbers of a TIFF file)
-            that do not say what is black and white. The message names the file and the reason.
+        ImageError: a ``ValueError``: the file cannot be read as an image, or has pixels (32-bit or signed numbers of a
+            TIFF file) that do not say what is black and white. The message names the file and the reason.
     """
     try:
         with Image.open(path, formats=formats) as image:
             kind = image.format
-            bits = 12 if kind == "TIFF" and tuple(image.tag_v2.get(_BITS_PER_SAMPLE, ())) == (12,) else 16
+            tags = image.tag_v2 if kind == "TIFF" else {}
+            bits = 12 if tuple(tags.get(_BITS_PER_SAMPLE, ())) == (12,) else 16
+            numbers = "signed" if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) else _WITHOUT_RANGE.get(image.mode)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
-                image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
-            if image.mode in _WITHOUT_RANGE:
+                upper = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+                # Pillow turns white and black of 8 bits alone.
+                image = Image.fromarray(~upper if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else upper)
+            elif numbers:
                 raise ValueError(
-                    f"its pixels are {_WITHOUT_RANGE[image.mode]} numbers (mode {image.mode}), which do not say what "
-                    "is black and what is white; convert it to 8 or 16 bits"
+                    f"its pixels are {numbers} numbers (mode {image.mode}), which do not say what is black and what is "
+                    "white; convert it to unsigned ones of 8 or 16 bits"
                 )
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything: OSError, SyntaxError, struct.error, ...
