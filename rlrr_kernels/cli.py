@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -171,8 +172,6 @@ def evaluate(
     cpu: Cpu = False,
 ) -> None:
     """Score an adapter on a folder of images."""
-    import dataclasses
-    import json
     from collections import Counter
 
     from rlrr_kernels.train.config.train_config import TrainConfig
@@ -180,16 +179,19 @@ def evaluate(
     from rlrr_kernels.train.evaluate import evaluate as score
     from rlrr_kernels.train.loop.distributed import make_accelerator
     from rlrr_kernels.train.models.attention import fastest_attention
-    from rlrr_kernels.train.output.folder import write_files
+    from rlrr_kernels.train.output.folder import check_target, write_files
     from rlrr_kernels.train.output.progress import track
     from rlrr_kernels.train.task import Task, load_task
 
+    config = TrainConfig(batch_size=batch_size)
+    if json_file is not None:
+        check_target(json_file, True, folder=False)
     task = Task.of_adapter(adapter)
     folder = scored_folder(data, split)
     samples = find_samples(folder, task.classes)
-    check_images(samples.paths, lambda items, total: track(items, total, "checking images"))
     model, task = load_task(adapter, weights, image_size=image_size)
-    accelerator = make_accelerator(TrainConfig(), cpu=cpu)
+    check_images(samples.paths, lambda items, total: track(items, total, "checking images"))  # last: may take minutes
+    accelerator = make_accelerator(config, cpu=cpu)
     with fastest_attention(model, accelerator, task.preprocessing.image_size):
         model, loader = accelerator.prepare(
             model, make_loader(ImageDataset(samples, task.preprocessing.transform()), batch_size)
@@ -419,6 +421,7 @@ def demo_serve(
     from rlrr_kernels.demo.many import ManyDemoConfig, train_tasks
 
     run_server = _server() if serving else None  # what it lacks is told before the training
+    server = ServeConfig(adapters=out, port=port)
     config = ManyDemoConfig(out=out, cache=cache, epochs=epochs, kind_epochs=kind_epochs, image_size=image_size)
     trained = train_tasks(config, fresh=fresh)
     _show_tasks(trained.results)
@@ -426,7 +429,7 @@ def demo_serve(
         say(f"next: {command('serve', '--adapters', out, '--weights', trained.weights)}")
         return
     say(f"serving: open http://127.0.0.1:{port}/ and drop a photograph of {trained.photographs} there; Ctrl-C ends it")
-    run_server(ServeConfig(adapters=out, weights=trained.weights, port=port))
+    run_server(dataclasses.replace(server, weights=trained.weights))
 
 
 app.add_typer(data_app, name="data")

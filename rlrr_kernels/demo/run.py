@@ -17,10 +17,10 @@ from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
 from rlrr_kernels.train.export import logits, merge_to_file
-from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune
+from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune, look_for_run
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
-from rlrr_kernels.train.models.backbones import create_model
+from rlrr_kernels.train.models.backbones import check_image_size, create_model
 from rlrr_kernels.train.output.folder import hold, write_files
 from rlrr_kernels.train.output.progress import command, console, say, track
 from rlrr_kernels.train.plot import learning_curve
@@ -67,9 +67,10 @@ def run_demo(config: DemoConfig, seed: int, *, fresh: bool = False) -> None:
 
     Raises:
         ConnectionError: a package could not be fetched.
-        ValueError: a file in the cache is damaged.
+        ValueError: a setting is not allowed, or a file in the cache is damaged.
         RuntimeError: the saved adapter or the merged model does not give the logits it must.
     """
+    _check(config, [seed])
     inputs = _prepare(config)
     probe = _probe(config, inputs)
     result, lr = _finetune(config, inputs, seed, config.out, fresh)
@@ -103,6 +104,7 @@ def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> N
     Raises:
         ConnectionError, ValueError: as for :func:`run_demo`.
     """
+    _check(config, seeds)
     inputs = _prepare(config)
     probe = _probe(config, inputs)
     results = [_finetune(config, inputs, seed, config.out / f"seed-{seed}", fresh) for seed in seeds]
@@ -128,6 +130,21 @@ def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> N
             f"{min(values):.4f} to {max(values):.4f}); linear probe {summary['linear_probe'][key]:.4f}, no seed in it"
         )
     write_files(config.out, {TABLE: json.dumps(summary, indent=2).encode()})
+
+
+def _check(config: DemoConfig, seeds: list[int]) -> None:
+    """Raises ``ValueError`` for settings that are not allowed: what follows fetches and trains for minutes."""
+    for seed in seeds:
+        for lr in config.lrs:
+            _settings(config, seed, lr)
+    check_image_size(TIMM_NAME, config.image_size)
+    look_for_run(config.out, resume=True)
+
+
+def _settings(config: DemoConfig, seed: int, lr: float) -> FinetuneConfig:
+    """Of a run, but for what it works on and where."""
+    train = TrainConfig(epochs=config.epochs, warmup_epochs=0.5, seed=seed)
+    return FinetuneConfig(model=TIMM_NAME, image_size=config.image_size, lr=lr, train=train)
 
 
 def _prepare(config: DemoConfig) -> _Inputs:
@@ -163,15 +180,8 @@ def _finetune(config: DemoConfig, inputs: _Inputs, seed: int, out: Path, fresh: 
         if fresh and folder.is_dir():
             with hold(folder):
                 (folder / checkpoint.NAME).unlink(missing_ok=True)
-        finetuning = FinetuneConfig(
-            model=TIMM_NAME,
-            data=inputs.data,
-            out=folder,
-            weights=inputs.weights,
-            image_size=config.image_size,
-            lr=lr,
-            train=TrainConfig(epochs=config.epochs, warmup_epochs=0.5, seed=seed),
-        )
+        settings = _settings(config, seed, lr)
+        finetuning = dataclasses.replace(settings, data=inputs.data, out=folder, weights=inputs.weights)
         results.append((finetune(finetuning, resume=(folder / checkpoint.NAME).exists()), lr))
     result, lr = max(results, key=lambda pair: (pair[0].fit.best.accuracy, -pair[0].fit.best.loss))
     if len(results) > 1:

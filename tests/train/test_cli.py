@@ -144,6 +144,8 @@ def test_bad_input_is_told_in_a_line_before_any_work(rlrr, images, tmp_path):
         assert not (tmp_path / "run").exists()
 
     fails("--model", "test_vitt", text="timm has no model 'test_vitt'; did you mean test_vit")
+    fails("--model", "test_vit.", text="timm has no weights '' of test_vit; there are r160_in1k")
+    fails("--image-size", 10**8, text="image_size must be at most 16384; got 100000000")
     fails("--data", tmp_path / "nowhere", text="nowhere does not exist")
     fails("--weights", tmp_path / "absent.pth", text="absent.pth does not exist")
     fails("--lr", "-1", text="lr must be a finite number of at least 0; got -1.0")
@@ -318,6 +320,25 @@ def test_evaluate_finds_the_split_and_takes_a_size(rlrr, images, tmp_path):
     assert "the image size must be a multiple of 16" in printed
     status, printed = rlrr("evaluate", run / "adapter", "--data", images / "Testing", "--split", "dev")
     assert "holds no split dev; there are no splits" in printed
+
+
+def test_evaluate_checks_its_options_before_the_images(rlrr, images, tmp_path, monkeypatch):
+    from rlrr_kernels.train.data import folders
+
+    run = tmp_path / "run"
+    assert rlrr(*arguments(images, run), "--epochs", 1)[0] == 0
+    monkeypatch.setattr(folders, "check_images", lambda *_: pytest.fail("images were decoded"))
+    for option, value, text in (
+        ("--batch-size", 0, "batch_size must be at least 1; got 0"),
+        ("--image-size", 40, "the image size must be a multiple of 16"),
+        ("--image-size", 10**8, "image_size must be at most 16384; got 100000000"),
+        ("--weights", tmp_path / "absent.pth", "absent.pth does not exist"),
+        ("--json", images, f"{images} exists and is a folder"),
+    ):
+        status, printed = rlrr("evaluate", run / "adapter", "--data", images, option, value)
+        assert status == 1
+        assert printed.startswith("error: ")
+        assert text in printed
 
 
 def test_equal_images_in_two_splits_are_warned_of(rlrr, images, tmp_path):

@@ -1,6 +1,7 @@
 """The demo's backbone and photographs; the parts that need the fetched packages skip where those are not there."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,34 @@ def test_demo_over_seeds_reports_mean_and_spread(tiny_demo, tmp_path, capsys):
     values = torch.tensor([run["test_accuracy"] for run in summary["runs"]], dtype=torch.float64)
     assert summary["test_accuracy"]["mean"] == pytest.approx(values.mean().item())
     assert summary["test_accuracy"]["standard_deviation"] == pytest.approx(values.std().item())
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "told"),
+    [
+        ("demo", ("--epochs", 0), "epochs must be at least 1; got 0"),
+        ("demo", ("--image-size", 13), "the image size must be a multiple of 14"),
+        ("demo", ("--image-size", 10**8), "image_size must be at most 16384"),
+        ("demo", ("--lr", 1e-3, "--lr", -1), "lr must be a finite number of at least 0"),
+        ("demo", ("--seed", 1, "--seed", -1), "seed must be 0 or more"),
+        ("demo", ("--out", __file__), "the run folder .* is a file"),
+        ("demo-serve", ("--epochs", 0), "epochs must be at least 1; got 0"),
+        ("demo-serve", ("--kind-epochs", -1), "epochs must be at least 1; got -1"),
+        ("demo-serve", ("--image-size", 13), "the image size must be a multiple of 14"),
+        ("demo-serve", ("--port", 99999), "port must be from 0 to 65535"),
+        ("demo-serve", ("--out", __file__), "the run folder .* is a file"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_fetched(rlrr, monkeypatch, tmp_path, command, options, told):
+    from rlrr_kernels import cli
+    from rlrr_kernels.demo import inputs, many, run
+
+    for module in (inputs, many, run):
+        monkeypatch.setattr(module, "fetch_packages", lambda cache: pytest.fail("something was fetched"))
+    monkeypatch.setattr(cli, "_server", lambda: pytest.fail)
+    status, printed = rlrr(command, "--out", tmp_path / "run", "--cache", tmp_path, *options)
+    assert (status, (tmp_path / "run").exists()) == (1, False)
+    assert re.search(f"^error: {told}", printed), printed
 
 
 def test_linear_probe_is_a_logistic_regression_on_frozen_features(tmp_path):

@@ -28,12 +28,15 @@ from rlrr_kernels.train.models.weights import SHOWN, read_weights
 HUB = "hub"
 NO_WEIGHTS = "none"
 
+_LARGEST_IMAGE = 2**14
+"""Pixels; one image of more takes gigabytes."""
+
 
 def check_model_name(name: str) -> None:
     """Raises ``ValueError`` with the nearest names unless timm has a model ``name``, or weights for its tag."""
     import timm
 
-    base, _, tag = name.partition(".")
+    base, dot, tag = name.partition(".")
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
     if not timm.is_model(base):
@@ -41,9 +44,18 @@ def check_model_name(name: str) -> None:
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists the names"
         raise ValueError(f"timm has no model {base!r}{hint}")
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
-    if tag and tag not in known:
+    if dot and tag not in known:
         near = difflib.get_close_matches(tag, known, n=3, cutoff=0.3) or known
         raise ValueError(f"timm has no weights {tag!r} of {base}; there are {', '.join(near) or 'none'}")
+
+
+def check_image_size(name: str, size: int) -> None:
+    """Raises ``ValueError`` unless timm's model ``name`` takes images of ``size`` pixels; asked before its weights."""
+    import timm
+
+    _check_largest(size)
+    with torch.device("meta"):
+        _check_patches(timm.create_model(name, num_classes=0), name, size)
 
 
 def create_model(
@@ -63,8 +75,8 @@ def create_model(
             file (safetensors, PyTorch, or ``.npz`` as Google published them).
 
     Raises:
-        ValueError: unknown name (the nearest are suggested), an image size the patches do not tile, or a weights file
-            that does not fit the model.
+        ValueError: unknown name (the nearest are suggested), an image size that is too large or the patches do not
+            tile, or a weights file that does not fit the model.
         FileNotFoundError: the weights file does not exist.
         ConnectionError: the hub could not be reached.
     """
@@ -72,6 +84,7 @@ def create_model(
     from timm.data import resolve_model_data_config
 
     check_model_name(name)
+    _check_largest(image_size or 0)
     options: dict[str, Any] = {"num_classes": classes}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if image_size is not None and config is not None and config.fixed_input_size:
@@ -86,7 +99,7 @@ def create_model(
         model = _from_file(name, classes, options, Path(weights))
     data = resolve_model_data_config(model)
     size = image_size or data["input_size"][-1]
-    _check_image_size(model, name, size)
+    _check_patches(model, name, size)
     return model, Preprocessing(size, data["crop_pct"], data["interpolation"], data["mean"], data["std"])
 
 
@@ -199,7 +212,12 @@ def backbone_digest(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(sample_backbone(model, tuple(layers))).encode()).hexdigest()
 
 
-def _check_image_size(model: nn.Module, name: str, size: int) -> None:
+def _check_largest(size: int) -> None:
+    if size > _LARGEST_IMAGE:
+        raise ValueError(f"image_size must be at most {_LARGEST_IMAGE}; got {size}")
+
+
+def _check_patches(model: nn.Module, name: str, size: int) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         return
