@@ -83,6 +83,31 @@ def test_a_checkpoint_of_another_run_is_refused(images, tmp_path):
             train(images, tmp_path / "run", resume=True, **{"identity": {"model": "a"}} | change)
 
 
+def test_of_settings_within_settings_what_differs_is_named(images, tmp_path):
+    names = [f"class {i:03}" for i in range(300)]
+
+    def identity(size=32, classes=names, rank=1):
+        return {
+            "task": {"classes": classes, "preprocessing": {"image_size": size, "crop": 0.9}},
+            "method": {"rank": rank},
+        }
+
+    with pytest.raises(Stop):
+        train(images, tmp_path / "run", reads=24 + 12 + 10, identity=identity())
+    cases = {
+        "image_size was 32, is 48": identity(size=48),
+        "image_size was 32, is 48; rank was 1, is 2": identity(size=48, rank=2),
+        "classes are without class 000, class 001 and with cat": identity(classes=[*names[2:], "cat"]),
+        "classes are without class 000": identity(classes=names[1:]),
+        "classes are with cat": identity(classes=[*names, "cat"]),
+        "classes are in another order": identity(classes=names[::-1]),
+        "method was {'rank': 1}, is lora": identity() | {"method": "lora"},
+    }
+    for message, other in cases.items():
+        with pytest.raises(ValueError, match=f"run with other settings: {message}$"):
+            train(images, tmp_path / "run", resume=True, identity=other)
+
+
 def test_a_finished_run_gets_more_epochs(images, tmp_path):
     two, four = (dataclasses.replace(CONFIG, epochs=epochs) for epochs in (2, 4))
     _, short = train(images, tmp_path / "run", two)

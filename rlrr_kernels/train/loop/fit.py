@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.train.config.train_config import CHANGES_NO_NUMBER, TrainConfig
-from rlrr_kernels.train.data.folders import EpochShuffle, ImageDataset, make_loader
+from rlrr_kernels.train.data.folders import EpochShuffle, ImageDataset, make_loader, shorten
 from rlrr_kernels.train.data.mixing import Mixing
 from rlrr_kernels.train.evaluate import evaluate
 from rlrr_kernels.train.loop import checkpoint
@@ -466,6 +466,16 @@ def _difference(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         yield "the trained tensors are others"
     elif name in _ADDED:
         yield _ADDED[name]
+    elif isinstance(was, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*was, *now])
+        was, now = ({key: value.get(key) for key in keys} for value in (was, now))
+        for key in keys:
+            if was[key] != now[key]:
+                yield from _difference(key, was, now)
+    elif name == "classes" and was:
+        parts = (("without", {*was} - {*now}), ("with", {*now} - {*was}))
+        changed = [f"{word} {shorten(sorted(names))}" for word, names in parts if names]
+        yield f"classes are {' and '.join(changed) or 'in another order'}"
     elif name == "groups" and was:
         columns = zip(_GROUP, zip(*was, strict=True), zip(*now, strict=True), strict=True)
         for what, before, after in columns:
