@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -447,8 +448,9 @@ def main() -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)  # its notes on what this program asked it to do
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        if os.environ.get("RLRR_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as raised:
+        error = _explained(raised)
+        if error is None or os.environ.get("RLRR_TRACEBACK"):
             raise
         if not _speaks():
             time.sleep(_PATIENCE)  # a launcher ends this process as soon as the one that speaks has failed, too
@@ -458,6 +460,19 @@ def main() -> None:
     except KeyboardInterrupt:
         error_console.print("stopped; go on with the same command and --resume")
         sys.exit(130)
+
+
+def _explained(error: Exception) -> Exception | None:
+    """``error``, or what says its cause; None for a fault of the program."""
+    if not isinstance(error, MemoryError | RuntimeError):
+        return error
+    # Only that of a GPU has a class of its own in PyTorch.
+    told = re.search("out of memory|not enough memory|can.t allocate memory", str(error))
+    if not told and not isinstance(error, MemoryError):
+        return None
+    return MemoryError(
+        "out of memory; lower --batch-size or --image-size, or save some by --recompute or --activation-checkpointing"
+    )
 
 
 _PATIENCE = 5

@@ -207,6 +207,26 @@ def test_help_and_version():
     assert sorted(commands, key=shown.index) == list(commands)
 
 
+def test_too_little_memory_is_told_in_a_line(rlrr, monkeypatch, tmp_path):
+    from rlrr_kernels.train import export
+
+    def merge(error):
+        def fail(*_):
+            if error is None:
+                torch.empty(10**15)
+            raise error
+
+        monkeypatch.setattr(export, "merge_to_file", fail)
+        return rlrr("merge", tmp_path)
+
+    for error in (None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")):
+        status, printed = merge(error)
+        assert status == 1
+        assert printed.startswith("error: out of memory; lower --batch-size or --image-size, or")
+    with pytest.raises(RuntimeError, match="a fault"):
+        merge(RuntimeError("a fault"))
+
+
 def test_errors_go_to_the_error_stream(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["rlrr", "merge", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
