@@ -26,6 +26,7 @@ from rlrr_kernels.train.data.folders import (
     ImageDataset,
     Samples,
     check_images,
+    contradicting_images,
     find_splits,
     fingerprint,
     make_loader,
@@ -446,7 +447,7 @@ def take_folder(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def check_splits(datasets: Sequence[Mapping[str, Samples]], talk: bool) -> None:
-    """Decodes all images once; warns of what is in two splits of one dataset.
+    """Decodes all images once; warns of what is in two splits of one dataset, or in two classes of one split.
 
     Raises:
         ValueError: as for :func:`rlrr_kernels.train.data.folders.check_images`.
@@ -458,6 +459,13 @@ def check_splits(datasets: Sequence[Mapping[str, Samples]], talk: bool) -> None:
         warnings.warn(
             f"{len(shared)} images are, byte for byte, in two splits, such as {first} and {second}: scores on them are "
             "too good",
+            stacklevel=2,
+        )
+    for twice in filter(None, (contradicting_images(samples) for splits in datasets for samples in splits.values())):
+        first, second = twice[0]
+        warnings.warn(
+            f"{len(twice)} images are, byte for byte, in two classes of one split, such as {first} and {second}: one "
+            "of the two labels is wrong",
             stacklevel=2,
         )
 

@@ -361,12 +361,14 @@ def test_evaluate_checks_its_options_before_the_images(rlrr, images, tmp_path, m
         assert text in printed
 
 
-def test_equal_images_in_two_splits_are_warned_of(rlrr, images, tmp_path):
+def test_equal_images_in_two_splits_or_classes_are_warned_of(rlrr, images, tmp_path):
     shutil.copy(images / "train" / "red" / "000.png", images / "test" / "red" / "copy.png")
+    shutil.copy(images / "val" / "red" / "000.png", images / "val" / "blue" / "other.png")
     status, printed = rlrr(*arguments(images, tmp_path / "run"), "--epochs", 1)
     assert status == 0
     assert "warning: 1 images are, byte for byte, in two splits, such as" in printed
     assert "copy.png: scores on them are too good" in printed
+    assert "warning: 1 images are, byte for byte, in two classes of one split, such as" in printed
 
 
 def test_one_bad_image_ends_a_run_in_a_line(rlrr, images, tmp_path):

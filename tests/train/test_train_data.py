@@ -20,6 +20,7 @@ from rlrr_kernels.train.data.folders import (
     ImageDataset,
     Samples,
     check_images,
+    contradicting_images,
     find_samples,
     find_splits,
     fingerprint,
@@ -257,12 +258,16 @@ def test_what_is_not_used_is_told(tmp_path):
     for name in ("a.heic", "b.HEIC", "notes.txt", "README"):
         (tmp_path / "train" / "cat" / name).touch()
     (tmp_path / "train" / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for place in (tmp_path, tmp_path / "train"):
+        shutil.copy(tmp_path / "train" / "dog" / "000.png", place / "LOOSE.PNG")
+        (place / "._hidden.png").touch()
     with pytest.warns(UserWarning, match="not used") as caught:
         find_splits(tmp_path)
     told = "\n".join(str(warning.message) for warning in caught)
     assert "the folders beside the splits are not used: extra" in told
-    assert "train: 5 files are not used: 2 .heic, " in told
-    for kind in ("1 .txt", "1 without an ending", "1 broken links"):
+    assert "1 images beside the splits are not used" in told
+    assert "train: 6 files are not used: 2 .heic, " in told
+    for kind in ("1 images beside the class folders", "1 .txt", "1 without an ending", "1 broken links"):
         assert kind in told
     assert "val has no image of 1 of 2 classes: dog" in told
 
@@ -293,6 +298,10 @@ def test_equal_images_in_two_splits_are_found(tmp_path):
     ((first, second),) = shared_images(splits)
     assert second == copy
     assert first.read_bytes() == data
+    assert contradicting_images(splits["train"]) == []
+    (other := tmp_path / "train" / "dog" / "other.png").write_bytes(data)
+    ((first, second),) = contradicting_images(find_samples(tmp_path / "train"))
+    assert (first.parent.name, second) == ("cat", other)
 
 
 def test_the_fingerprint_knows_names_sizes_and_labels_but_not_the_place(tmp_path):

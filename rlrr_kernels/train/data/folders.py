@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -86,7 +87,8 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
             ``classes``; or the folders are called like splits.
 
     Warns:
-        UserWarning: files in the class folders that are no images by their endings, or broken links: how many.
+        UserWarning: files in the class folders that are no images by their endings, or broken links, and images beside
+            these folders: how many.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,7 +115,7 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
         )
     paths: list[Path] = []
     labels: list[int] = []
-    skipped: Counter[str] = Counter()
+    skipped = Counter({"images beside the class folders": _loose_images(folder)})
     for name in found:
         images, others = _images_in(folder / name)
         if not images:
@@ -123,14 +125,18 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
         paths += images
         labels += [label_of[name]] * len(images)
         skipped += others
-    if skipped:
-        kinds = [f"{count:,} {kind}" for kind, count in skipped.most_common()]
+    if +skipped:
+        kinds = [f"{count:,} {kind}" for kind, count in (+skipped).most_common()]
         warnings.warn(f"{folder}: {skipped.total():,} files are not used: {shorten(kinds)}", stacklevel=2)
     return Samples(tuple(paths), tuple(labels), tuple(classes))
 
 
 def _folders_in(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _loose_images(folder: Path) -> int:
+    return sum(path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file() for path in folder.iterdir())
 
 
 def _images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -250,7 +256,8 @@ def find_splits(folder: str | Path, *, val_fraction: float = 0.2, seed: int = 0)
             class has one image only and a validation image is needed.
 
     Warns:
-        UserWarning: as for :func:`find_samples`; folders beside the splits, and classes without an image in a split.
+        UserWarning: as for :func:`find_samples`; folders and images beside the splits, and classes without an image in
+            a split.
     """
     folder = Path(folder)
     places = split_folders(folder)
@@ -268,6 +275,8 @@ def find_splits(folder: str | Path, *, val_fraction: float = 0.2, seed: int = 0)
         )
     if unused:
         warnings.warn(f"{folder}: the folders beside the splits are not used: {shorten(unused)}", stacklevel=2)
+    if places and (loose := _loose_images(folder)):
+        warnings.warn(f"{folder}: {loose:,} images beside the splits are not used", stacklevel=2)
     train = find_samples(places.get("train", folder))
     splits = {"train": train}
     for split in ("val", "test"):
@@ -313,11 +322,20 @@ def stratified_split(keys: Sequence, fraction: float, seed: int) -> tuple[list[i
 
 
 def shared_images(splits: Mapping[str, Samples]) -> list[tuple[Path, Path]]:
-    """Pairs of files of two splits, equal byte for byte; for each file the first of another split before it.
+    """Pairs of files of two splits, equal byte for byte; for each file the first of another split before it."""
+    return _equal_files({path: split for split, samples in splits.items() for path in samples.paths})
+
+
+def contradicting_images(samples: Samples) -> list[tuple[Path, Path]]:
+    """As :func:`shared_images`, pairs of files of two classes."""
+    return _equal_files(dict(zip(samples.paths, samples.labels, strict=True)))
+
+
+def _equal_files(places: Mapping[Path, Any]) -> list[tuple[Path, Path]]:
+    """Pairs of equal files of two places.
 
     Files of one size are compared by a digest, first of their beginnings: what is read twice is little.
     """
-    places = {path: split for split, samples in splits.items() for path in samples.paths}
     groups = [[*places]]
     for key in (lambda path: path.stat().st_size, lambda path: _digest(path, _BEGINNING), _digest):
         finer: dict = {}
