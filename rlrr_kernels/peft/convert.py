@@ -8,19 +8,19 @@ projection with γ and β folded in, and are found again as what those differ by
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
-from rlrr_kernels.adapt.config import WITH_BIAS
+from rlrr_kernels.adapt.config import WITH_BIAS, matches
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.merge import folded_projection
 from rlrr_kernels.adapt.model import (
@@ -37,6 +37,7 @@ from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.peft.config import RLRRPeftConfig
 from rlrr_kernels.peft.registry import RLRR
+from rlrr_kernels.peft.targets import exact_pattern, exactly
 
 _PREFIX = "base_model.model."
 _TOLERANCE = 1e-4
@@ -56,7 +57,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
 
     Raises:
         ValueError: the model is not adapted, or has adapted layers that PEFT's method has not (convolutions, the
-            additive form), or trains more than adapter and head.
+            additive form), or trains more than adapter and head, or has layers named as a module to save is.
     """
     adaptation, model = adaptation_of(model), unwrap(model)
     modules: dict[str, Any] = dict(named_modules(model))
@@ -82,7 +83,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
     also = [name for name in also if name != adaptation.tokens]  # folded into the projection
     tensors |= {name: tensor for name, tensor in head_tensors(model, also).items() if name not in tensors}
     config = adaptation.config
-    groups = {re.escape(name): modules[name].groups for name in adaptation.layers if modules[name].groups != 1}
+    groups = exact_pattern({name: modules[name].groups for name in adaptation.layers if modules[name].groups != 1})
     written = RLRRPeftConfig(
         r=config.rank,
         groups=1,
@@ -91,11 +92,16 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
         residual=config.residual,
         sides=config.sides,
         init_weights=config.init,
-        target_modules=list(adaptation.layers),
+        target_modules=exactly(adaptation.layers),
         modules_to_save=list(saved) or None,
         task_type=task_type,
         inference_mode=True,
     )
+    lost = [name for name in adaptation.layers if not check_target_module_exists(written, name)]
+    if lost:
+        raise ValueError(
+            f"modules_to_save {list(saved)} keep PEFT from layers with such a name in theirs: {some(lost)}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {f"{_PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -176,18 +182,22 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
             scale, shift = _unfolded(target, modules[target], *saved)
             state |= {f"{name}.scale": scale, f"{name}.shift": shift}
     rest = {name: tensor for name, tensor in rest.items() if name not in state}  # earlier versions saved both
-    groups = {n: p["scale_col"].shape[0] for n, p in layers.items() if "scale_col" in p and len(p["scale_col"]) > 1}
+    # Patterns match ends of names, the first one counts: longer names come first, and what they match too is left out.
+    ordered = sorted(layers, key=len, reverse=True)
+    groups = {name: len(layers[name]["scale_col"]) for name in ordered if "scale_col" in layers[name]}
+    others = (name for name, module in named_modules(model) if isinstance(module, nn.Linear) and name not in layers)
     shifted = sum("shift" in parts for parts in layers.values())
     plan = plan_adaptation(
         model,
         RLRRConfig(
             rank=max(sizes, default=1),
-            groups=None if recipe else groups or None,
+            groups=groups if recipe is None and max(groups.values(), default=1) > 1 else None,
             shift=shifted == len(layers) or (WITH_BIAS if shifted else False),
             residual=config.residual,
             sides=config.sides,
             init=config.init,
             include=None if recipe else tuple(layers),
+            exclude=() if recipe else tuple(name for name in others if matches(name, layers)),
             heads=tuple(dict.fromkeys(name.rpartition(".")[0] for name in rest)),
             recipe=recipe,
         ),

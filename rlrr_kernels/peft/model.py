@@ -19,7 +19,7 @@ from rlrr_kernels.adapt.find import under
 from rlrr_kernels.nn.rescaled import unfit_reason
 from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
 from rlrr_kernels.peft.registry import expand_all_linear
-from rlrr_kernels.peft.targets import default_groups, default_targets, linears
+from rlrr_kernels.peft.targets import default_groups, default_targets, exactly, linears
 from rlrr_kernels.peft.weighted import add_weighted
 
 _SHOWN = 4
@@ -41,8 +41,9 @@ class RLRRPeftModel(BaseTuner):
         elif isinstance(targets, str) and targets.lower() == "all-linear":
             if isinstance(self.model, PreTrainedModel):  # whose output layer PEFT leaves out
                 expand_all_linear(peft_config, self.model)
+                peft_config.target_modules = exactly(sorted(peft_config.target_modules))
             else:
-                peft_config.target_modules = set(linears(self.model))
+                peft_config.target_modules = exactly(linears(self.model))
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

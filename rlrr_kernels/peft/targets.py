@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +15,16 @@ from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.find import find_heads, under
 from rlrr_kernels.adapt.recipe import paper_recipe
+
+
+def exactly(names: Iterable[str]) -> str:
+    """``target_modules`` of PEFT that mean the layers called ``names`` alone: names in a list are ends of names."""
+    return "|".join(map(re.escape, names))
+
+
+def exact_pattern(values: Mapping[str, int]) -> dict[str, int]:
+    """``rank_pattern`` or ``groups_pattern`` of PEFT that give each layer its own value, and no other layer one."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
 
 
 def linears(model: nn.Module) -> list[str]:
@@ -28,7 +40,7 @@ def linears(model: nn.Module) -> list[str]:
     return names
 
 
-def default_targets(model: nn.Module, *, ends: bool) -> set[str]:
+def default_targets(model: nn.Module, *, ends: bool) -> set[str] | str:
     """The linear layers in the numbered blocks of a model of timm's or transformers': what the paper adapts in a ViT.
 
     Embeddings, poolers and heads are in no such block, so they are left alone, as are layers whose parents read their
@@ -36,7 +48,7 @@ def default_targets(model: nn.Module, *, ends: bool) -> set[str]:
 
     Args:
         model: the base model.
-        ends: whether what follows the last number is enough of a name.
+        ends: whether the ends of their names are wanted, from which ``layers_to_transform`` chooses blocks.
 
     Raises:
         ValueError: the model is neither, or has no such layer.
@@ -51,7 +63,7 @@ def default_targets(model: nn.Module, *, ends: bool) -> set[str]:
             "Please specify `target_modules` in `peft_config`: there is a default for models of timm and transformers "
             f"with linear layers in numbered blocks, not for {type(model).__name__}"
         )
-    return {_end(name) if ends else name for name in found}
+    return {_end(name) for name in found} if ends else exactly(found)
 
 
 def _end(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from rlrr_kernels.adapt.arithmetic import combine_layer
 from rlrr_kernels.adapt.config import WITH_BIAS
 from rlrr_kernels.peft.layer import RLRRPeftLinear
+from rlrr_kernels.peft.targets import exact_pattern, exactly
 
 
 @torch.no_grad()
@@ -39,24 +39,25 @@ def add_weighted(
         r=max(ranks.values()),
         groups=1,
         shift=next((kind for kind in (True, WITH_BIAS) if any(config.shift == kind for config in configs)), False),
-        target_modules=set(layers),
+        target_modules=exactly(layers),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != max(ranks.values())},
-        groups_pattern={re.escape(name): count for name, count in groups.items() if count != 1},
+        rank_pattern=exact_pattern({name: rank for name, rank in ranks.items() if rank != max(ranks.values())}),
+        groups_pattern=exact_pattern({name: count for name, count in groups.items() if count != 1}),
         inference_mode=True,
     )
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
-    except ValueError:
+        for name, tensors in made.items():
+            for part, tensor in layers[name].tensors(adapter_name).items():
+                tensor.copy_(tensors[part]) if part in tensors else tensor.zero_()
+                tensor.requires_grad_(False)
+    except BaseException:
+        for layer in layers.values():
+            layer.delete_adapter(adapter_name)
         del tuner.peft_config[adapter_name]
         raise
-    for name, tensors in made.items():
-        own = tuner.model.get_submodule(name).tensors(adapter_name)
-        for part, tensor in own.items():
-            tensor.copy_(tensors[part]) if part in tensors else tensor.zero_()
-            tensor.requires_grad_(False)
 
 
 def _check(

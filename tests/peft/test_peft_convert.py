@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from rlrr_kernels import RLRRConfig, adapt_model, load_adapter, save_adapter
 from rlrr_kernels.peft import RLRRPeftConfig, load_peft, to_peft
+from tests.peft.test_peft_tuner import X, nested
 from tests.support.tiny_models import disturb, tiny_images, tiny_model
 
 PLAIN = ({"groups": {"*.qkv": 3}, "rank": 2}, {"sides": "left"}, {"residual": False, "shift": "with_bias", "rank": 3})
@@ -41,6 +44,30 @@ def test_there_and_back_bit_for_bit(family, config, tmp_path):
     last = tiny_model(family)
     load_adapter(last, tmp_path / "adapter")
     assert torch.equal(last(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "groups"), [((), None), ((), {"2.0": 3, "0": 2}), (("2.0",), None), (("2.0",), {"0": 2})]
+)
+def test_names_that_are_ends_of_others(exclude, groups, tmp_path):
+    model, back, last = nested(), nested(), nested()
+    adapt_model(model, RLRRConfig(include=("0", "2.1"), exclude=exclude, groups=groups, init="paper", heads=()))
+    to_peft(model, tmp_path / "peft")
+    in_peft = PeftModel.from_pretrained(nested(), tmp_path / "peft")
+    assert torch.equal(in_peft(X), model(X))
+    load_peft(back, tmp_path / "peft")
+    assert torch.equal(back(X), model(X))
+    save_adapter(back, tmp_path / "adapter")
+    load_adapter(last, tmp_path / "adapter")
+    assert torch.equal(last(X), model(X))
+
+
+def test_a_folder_written_with_ends_of_names_still_loads(tmp_path):
+    model, back = get_peft_model(nested(), RLRRPeftConfig(init_weights=False, target_modules=["0", "2.1"])), nested()
+    model.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == {"0", "2.1"}
+    load_peft(back, tmp_path)
+    assert torch.equal(back(X), model(X))
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "deit", "dinov2"])
@@ -85,6 +112,10 @@ def test_what_peft_s_method_has_not(tmp_path):
     model = adapted("vit")
     model.cls_token.requires_grad_(True)
     with pytest.raises(ValueError, match=r"trained beside adapter and head.*: cls_token"):
+        to_peft(model, tmp_path)
+    model = nested()
+    adapt_model(model, RLRRConfig(include=("2.1",), heads=("1", "0")))
+    with pytest.raises(ValueError, match=r"modules_to_save \['0', '1'\] keep PEFT from .*: 2\.1"):
         to_peft(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -9,8 +9,8 @@ pytest.importorskip("peft", reason="needs peft, of the extra [peft]")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rlrr_kernels.peft import RLRRPeftConfig, hotswap_adapter
-from tests.peft.test_peft_tuner import Net, X, layers, wrapped
+from rlrr_kernels.peft import RLRRPeftConfig, RLRRPeftLinear, hotswap_adapter
+from tests.peft.test_peft_tuner import Net, X, layers, nested, wrapped
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,40 @@ def test_a_weighted_sum_changes_the_weights_by_the_sum_of_the_changes(configs, t
     y = model(X)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path / "sum")(X), y)
+
+
+def test_a_sum_has_the_layers_and_ranks_of_its_terms_where_names_are_ends_of_others(tmp_path):
+    config = {"r": 2, "rank_pattern": {"^0": 1}, "groups_pattern": {"^0": 2}, "target_modules": r"0|2\.1"}
+    model = wrapped(nested(), **config)
+    y = model(X)
+    model.add_adapter("whole", RLRRPeftConfig(**config | {"target_modules": ["0"]}))
+    for name in ("default", "whole"):
+        model.add_weighted_adapter([name], [1], f"copy of {name}")
+    assert list(layers(model)) == [f"base_model.model.{name}" for name in ("0", "2.0", "2.1")]
+    model.set_adapter("copy of default")
+    torch.testing.assert_close(model(X), y)
+    ranks = {name.rpartition("l.")[2]: layer.tensors("copy of whole") for name, layer in layers(model).items()}
+    ranks = {name: (t["scale_row"].shape[1], t["scale_col"].shape[0]) for name, t in ranks.items() if t}
+    assert ranks == {"0": (1, 2), "2.0": (2, 1)}
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(nested(), tmp_path / "copy of default")(X), y)
+
+
+def test_a_sum_that_fails_halfway_leaves_nothing(monkeypatch):
+    model = wrapped()
+    before, update = list(model.state_dict()), RLRRPeftLinear.update_layer
+
+    def fails(layer, *args, **kwargs):
+        if layer.in_features == 12:
+            raise RuntimeError("out of memory")
+        update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(RLRRPeftLinear, "update_layer", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.add_weighted_adapter(["default"], [1], "sum")
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["default"]
+    assert not any("sum" in layer.residual for layer in layers(model).values())
 
 
 def test_without_the_one_weights_sum_to_one():

@@ -42,6 +42,12 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def nested():
+    """Layers whose names are ends of others' names: ``0`` of ``2.0``."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+
+
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -72,6 +78,11 @@ def test_a_layer_computes_the_formula_and_trains_its_vectors_alone(config, resid
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if "rlrr_" in name}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_all_linear_leaves_a_head_alone_whose_layer_is_named_as_another():
+    model = nn.ModuleDict({"fc1": nn.Linear(6, 6), "head": nn.ModuleDict({"fc1": nn.Linear(6, 6)})})
+    assert list(layers(wrapped(model, target_modules="all-linear"))) == ["base_model.model.fc1"]
 
 
 def test_the_default_start_is_the_base_model_and_others_start_as_the_layers_of_this_package():
