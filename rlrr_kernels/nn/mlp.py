@@ -47,7 +47,7 @@ class RLRRMlp(Mlp):
         drops = self.training and type(drop1) is nn.Dropout and drop1.p > 0
         if self.fc1.merged or self.fc2.merged or drops or type(drop1) not in (nn.Dropout, nn.Identity):
             return False
-        return not any(map(_has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))
+        return not any(map(has_hooks, (self.fc1, self.act, self.drop1, self.norm, self.fc2)))
 
 
 def fused_activation(mlp: Mlp) -> str | None:
@@ -65,7 +65,8 @@ def activation_name(module: nn.Module) -> str | None:
     return {GELU: "gelu", GELUTanh: "gelu_tanh"}.get(type(module))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see or change a call of ``module``: a hook, or a ``forward`` of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

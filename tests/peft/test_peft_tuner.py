@@ -80,6 +80,37 @@ def test_a_layer_computes_the_formula_and_trains_its_vectors_alone(config, resid
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("config", [{"r": 3, "groups": 2}, {"sides": "left", "residual": False, "shift": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_and_a_replaced_forward_of_a_base_layer_see_its_calls(config, dtype):
+    model, x = wrapped(Net(dtype), **config), X.to(dtype).requires_grad_()
+    y, fc2 = model(x), layers(model)["base_model.model.blocks.1.fc2"]
+    y.float().square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    seen = []
+    handles = [
+        fc2.base_layer.register_forward_pre_hook(lambda module, args: seen.append("before")),
+        fc2.base_layer.register_forward_hook(lambda module, args, y: seen.append("after")),
+        fc2.base_layer.register_full_backward_hook(lambda module, *grads: seen.append("backward")),
+    ]
+    tolerance = {"rtol": 2e-2, "atol": 2e-1} if dtype == torch.bfloat16 else {}
+    hooked = model(x)
+    torch.testing.assert_close(hooked, y, **tolerance)
+    hooked.float().square().sum().backward()
+    assert seen == ["before", "after", "backward"]
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], **tolerance)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(x), y)
+    fc2.base_layer.register_forward_hook(lambda module, args, y: y + 100)
+    inner, forward = fc2(torch.ones(2, 12, dtype=dtype)), fc2.base_layer.forward
+    fc2.base_layer.forward = lambda x: forward(x) + 100
+    torch.testing.assert_close(fc2(torch.ones(2, 12, dtype=dtype)), inner + 100, **tolerance)
+
+
 def test_all_linear_leaves_a_head_alone_whose_layer_is_named_as_another():
     model = nn.ModuleDict({"fc1": nn.Linear(6, 6), "head": nn.ModuleDict({"fc1": nn.Linear(6, 6)})})
     assert list(layers(wrapped(model, target_modules="all-linear"))) == ["base_model.model.fc1"]
