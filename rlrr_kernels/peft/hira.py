@@ -62,6 +62,11 @@ class AcceleratedLinear(HiraLinear):
             return _in_float32(x, base.weight, row, col, base.bias)
         return _InFloat32.apply(x, base.weight, row, col, base.bias)
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
+        # move what an autograd.Function does.
+        return super().forward(*args, **kwargs)
+
 
 class AcceleratedFloat32Linear(AcceleratedLinear):
     """The same with the products of 16-bit layers in float32."""

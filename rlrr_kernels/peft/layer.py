@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,6 +19,7 @@ from rlrr_kernels.nn.mlp import has_hooks
 from rlrr_kernels.nn.rescaled import check_plain, frozen
 from rlrr_kernels.nn.scales import concatenate_scales, draw_scales, with_ones
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.linear.public import rlrr_linear
 from rlrr_kernels.reference import rescaled_weight_reference
@@ -130,13 +132,16 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, weight.dtype)
         weight = frozen(weight) if weight.requires_grad else weight
-        if has_hooks(base):  # they are to see a call, of W'
-            wide = accumulate_dtype(weight.dtype)
-            scales = by.scale_row.to(wide), by.scale_col.to(wide)
-            merged = rescaled_weight_reference(weight.to(wide), *scales, residual=by.residual)
-            tensors = {"weight": merged.to(weight.dtype), "bias": None if bias is None else bias.to(weight.dtype)}
-            return functional_call(base, tensors, (x,))
-        return rlrr_linear(x, weight, by.scale_row, by.scale_col, bias, residual=by.residual)
+        hooked = has_hooks(base)
+        if not hooked and private.tracing_state() is None:
+            return rlrr_linear(x, weight, by.scale_row, by.scale_col, bias, residual=by.residual)
+        wide = accumulate_dtype(weight.dtype)
+        scales = by.scale_row.to(wide), by.scale_col.to(wide)
+        merged = rescaled_weight_reference(weight.to(wide), *scales, residual=by.residual).to(weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
+        if hooked:  # they are to see a call, of W'
+            return functional_call(base, {"weight": merged, "bias": bias}, (x,))
+        return F.linear(x, merged, bias)  # torch.jit.trace could neither save nor move what an autograd.Function does
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """x [..., K] to y [..., N] in the dtype of W (under autocast: autocast's).

@@ -170,6 +170,15 @@ def test_compile_fullgraph(products):
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
+@pytest.mark.parametrize("products", ["input", "float32"])
+def test_a_traced_model_is_saved_and_computes_as_peft(products, tmp_path):
+    model, x = model_of(), torch.randn(6, 24)
+    expected = model(x)
+    accelerate_hira(model, products=products)
+    torch.jit.trace(model, (x,)).save(tmp_path / "traced.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), expected)
+
+
 def test_copies_and_pickles_stay_accelerated():
     model, x = model_of(), torch.randn(6, 24)
     accelerate_hira(model)

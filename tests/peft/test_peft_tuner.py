@@ -111,6 +111,20 @@ def test_hooks_and_a_replaced_forward_of_a_base_layer_see_its_calls(config, dtyp
     torch.testing.assert_close(fc2(torch.ones(2, 12, dtype=dtype)), inner + 100, **tolerance)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_traced_model_is_saved_and_follows_its_parameters(enabled, tmp_path):
+    model = wrapped(r=2, groups=2)
+    if not enabled:
+        model.disable_adapter_layers()
+    traced = torch.jit.trace(model, (X,))
+    traced.save(tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(X[:2]), model(X[:2]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    torch.testing.assert_close(traced(X), model(X))
+
+
 def test_all_linear_leaves_a_head_alone_whose_layer_is_named_as_another():
     model = nn.ModuleDict({"fc1": nn.Linear(6, 6), "head": nn.ModuleDict({"fc1": nn.Linear(6, 6)})})
     assert list(layers(wrapped(model, target_modules="all-linear"))) == ["base_model.model.fc1"]
