@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlrr_kernels import backends
+from rlrr_kernels.nn.mlp import has_hooks
+from rlrr_kernels.nn.rescaled import has_replaced_forward
 from rlrr_kernels.ops.checks import MAX_RANK, compute_dtype
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.public import rlrr_linear
@@ -82,9 +84,10 @@ def accelerate_hira(model: nn.Module, *, products: Literal["input", "float32"] =
 
     Every linear HiRA layer gets the new forward and asks at each call whether it serves: adapters may be added, set,
     disabled, merged and deleted as before, and several active ones are computed as one of their ranks' sum. A layer
-    keeps PEFT's path while it is merged or disabled, while it has dropout in training mode, while its active ranks sum
-    to more than 64, while W is trained, and where hooks want to see the call of its base layer. Convolutions,
-    embeddings, quantised layers and transposed ones (``fan_in_fan_out``) keep it always.
+    keeps PEFT's path while it is merged or disabled, while a dropout module of its active adapters is in training mode,
+    while their ranks sum to more than 64, while W is trained, while its base layer is of another class than
+    ``nn.Linear`` or has another ``forward``, and where hooks want to see the call of it. Convolutions, embeddings,
+    quantised layers and transposed ones (``fan_in_fan_out``) keep it always.
 
     Args:
         model: a model from ``get_peft_model(model, HiraConfig(...))``, or any module with such layers in it.
@@ -145,34 +148,34 @@ def _reason_ever(layer: Any) -> str | None:
         return f"HiRA's {type(layer).__name__} on {type(base).__name__} is no linear layer"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its weight is stored transposed"
-    if type(layer.base_layer) is not nn.Linear:
-        return f"its base layer is {type(layer.base_layer).__name__}, not nn.Linear"
     if type(base.weight) is not nn.Parameter:
         return f"its weight is {type(base.weight).__name__}, not a plain parameter"
-    if "forward" in layer.__dict__ or "forward" in base.__dict__:
+    if has_replaced_forward(layer):
         return "another tool has replaced its forward"
     return None
 
 
 def _reason_now(layer: HiraLinear, base: nn.Linear, names: list[str]) -> str | None:
     """Why a linear layer takes PEFT's path in the state it is in; None where it does not."""
+    if type(base) is not nn.Linear:
+        return f"its base layer is {type(base).__name__}, not nn.Linear"
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
     if not names:
         return "none of its adapters is active"
-    if layer.training:
-        for name in names:
-            if not isinstance(layer.hira_dropout[name], nn.Identity):
-                return f"dropout of adapter {name!r} in training mode; in eval mode it is accelerated"
+    for name in names:
+        dropout: Any = layer.hira_dropout[name]
+        if dropout.training and not isinstance(dropout, nn.Identity) and dropout.p:
+            return f"dropout of adapter {name!r} in training mode; in eval mode it is accelerated"
     rank = sum([layer.r[name] for name in names])
     if rank > MAX_RANK:
         return f"rank {rank} is over {MAX_RANK}"
     if base.weight.requires_grad:
         return "its base weight is trained"
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return "hooks on its base layer"
+    if has_hooks(base):
+        return "hooks on its base layer, or another forward"
     return None
 
 

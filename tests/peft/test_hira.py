@@ -258,6 +258,23 @@ def _trained(model):
             layer.base_layer.weight.requires_grad_()
 
 
+def _monte_carlo(model):
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+
+
+def _replaced_forward(model):
+    base = model.base_model.model[0].base_layer
+    forward = base.forward
+    base.forward = lambda x: forward(x) + 100
+
+
+def _replaced_class(model):
+    model.base_model.model[0].base_layer.__class__ = _Scaled
+
+
 def _two_of_rank_40(model):
     model.add_adapter("other", peft.HiraConfig(r=40, target_modules=["0"], init_weights=False))
     model.base_model.set_adapter(["default", "other"])
@@ -271,6 +288,9 @@ KEPT = {
     "rank": (_plain, {"r": 65}, None, "rank 65 is over 64"),
     "ranks": (_plain, {"r": 40}, _two_of_rank_40, "rank 80 is over 64"),
     "dropout": (_plain, {"hira_dropout": 0.5}, None, "dropout of adapter 'default' in training mode"),
+    "dropout in eval mode": (_plain, {"hira_dropout": 0.5}, _monte_carlo, "dropout of adapter 'default' in training"),
+    "forward": (_plain, {}, _replaced_forward, "hooks on its base layer, or another forward"),
+    "class": (_plain, {}, _replaced_class, "base layer is _Scaled"),
     "subclass": (lambda: nn.Sequential(_Scaled(24, 12)), {}, None, "base layer is _Scaled"),
     "hook": (_plain, {}, _hooked, "hooks on its base layer"),
     "trained": (_plain, {}, _trained, "its base weight is trained"),
@@ -281,14 +301,21 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_keeps_the_path_of_peft(name):
+@pytest.mark.parametrize("before", [True, False])
+def test_what_keeps_the_path_of_peft(name, before):
+    """Whether it is so before the model is accelerated or becomes so afterwards."""
     build, options, prepare, message = KEPT[name]
     config = peft.HiraConfig(**{"r": 4, "target_modules": ["0"], "init_weights": False} | options)
     model = peft.get_peft_model(build(), config).train()
+    if not before:
+        accelerate_hira(model)
     if prepare is not None:
         prepare(model)
     shape = {"conv": (2, 24, 3, 3), "embedding": (7,)}.get(name, (7, 24))
     x = torch.arange(7) if name == "embedding" else torch.randn(shape)
+    torch.manual_seed(1)
+    after = results(model, x)
+    restore(model)
     torch.manual_seed(1)
     expected = results(model, x)
     report = accelerate_hira(model)
@@ -296,9 +323,20 @@ def test_what_keeps_the_path_of_peft(name):
     assert message in report.kept["base_model.model.0"]
     assert message in str(report)
     torch.manual_seed(1)
-    assert all(torch.equal(value, expected[name]) for name, value in results(model, x).items())
+    for found in (after, results(model, x)):
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
     if name == "dropout":
         assert accelerate_hira(model.eval()).accelerated == ("base_model.model.0",)
+
+
+def test_dropout_that_drops_nothing_is_accelerated():
+    model, x = model_of(hira_dropout=0.5).train(), torch.randn(6, 24)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = model(x)
+    assert not accelerate_hira(model).kept
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_dtypes_that_do_not_fit_are_refused_by_peft():
