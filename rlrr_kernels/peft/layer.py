@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
-from rlrr_kernels.adapt.config import RLRRConfig
-from rlrr_kernels.adapt.model import has_shift
+from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig
 from rlrr_kernels.nn.mlp import has_hooks
 from rlrr_kernels.nn.rescaled import check_plain, frozen
 from rlrr_kernels.nn.scales import concatenate_scales, draw_scales, with_ones
@@ -66,7 +65,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         self.rlrr_shift = nn.ParameterDict()
         self.residual: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.update_layer(adapter_name, adaptation, **options)
@@ -91,7 +90,8 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         row = None if adaptation.sides == "right" else torch.empty(rows, rank)
         col = None if adaptation.sides == "left" else torch.empty(groups, rank, cols)
         draw_scales(row, col, cols, adaptation.init, adaptation.residual)
-        shift = torch.zeros(rows) if has_shift(self.base_layer, adaptation) else None
+        shifted = adaptation.shift is True or (adaptation.shift == WITH_BIAS and self._frozen()[1] is not None)
+        shift = torch.zeros(rows) if shifted else None
         if shift is not None and random_shift:
             shift.normal_(std=0.1)
         for tensors, tensor in ((self.rlrr_scale_row, row), (self.rlrr_scale_col, col), (self.rlrr_shift, shift)):
@@ -199,11 +199,13 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         delta = linear_torch.merge(weight, row, col, False)
         return delta if residual else delta - weight
 
+    @torch.inference_mode(False)  # its tensors could not be trained or saved for a backward
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes W' and b + f to the base layer, computed from W and all merged adapters and rounded once.
+        """Gives the base layer W' and b + f, computed from W and all merged adapters and rounded once.
 
-        W and b themselves are kept until :meth:`unmerge`, which puts them back bit for bit: one more weight of memory.
+        They are parameters of their own: another layer that shares W keeps it. W and b are kept until :meth:`unmerge`,
+        which puts them back bit for bit: one more weight of memory.
 
         Args:
             safe_merge: whether to refuse a result that is not finite; the layer is then as it was.
@@ -224,36 +226,34 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
             bias = total.to(weight.dtype if bias is None else bias.dtype, copy=True)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self._set(weight, bias)
-        self._unmerged = kept
+        base: Any = self.base_layer
+        if self._unmerged is None:
+            self._unmerged = base.weight, base.bias
+        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.merged_adapters.extend(names)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the frozen weight and bias back."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._set(*self._frozen())
+        base: Any = self.base_layer
+        for parameter, tensor in zip(self._unmerged, self._frozen(), strict=True):
+            if parameter is not None:
+                parameter.data = tensor
+        base.weight, base.bias = self._unmerged
         self._unmerged = None
         self.merged_adapters.clear()
 
     def _frozen(self) -> tuple[Tensor, Tensor | None]:
         """W and b without any adapter, where the base layer is now: the model may have been moved or cast since."""
         base: Any = self.base_layer
-        if self._unmerged is None:
-            return base.weight.data, None if base.bias is None else base.bias.data
-        (weight, bias), now = self._unmerged, base.weight
-        if bias is not None:
-            bias = bias.to(now.device, bias.dtype if now.dtype == weight.dtype else now.dtype)
-        return weight.to(now.device, now.dtype), bias
-
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        base: Any = self.base_layer
-        base.weight.data = weight
-        if bias is None or base.bias is None:
-            base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        else:
-            base.bias.data = bias
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        bias = None if bias is None else bias.data.to(base.bias.device, base.bias.dtype)
+        return weight.data.to(base.weight.device, base.weight.dtype), bias
 
     def __repr__(self) -> str:
         return f"rlrr.{super().__repr__()}"

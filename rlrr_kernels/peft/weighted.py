@@ -15,6 +15,7 @@ from rlrr_kernels.peft.layer import RLRRPeftLinear
 from rlrr_kernels.peft.targets import exact_pattern, exactly
 
 
+@torch.inference_mode(False)  # its tensors could not be trained
 @torch.no_grad()
 def add_weighted(
     tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str

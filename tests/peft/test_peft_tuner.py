@@ -125,6 +125,55 @@ def test_a_traced_model_is_saved_and_follows_its_parameters(enabled, tmp_path):
     torch.testing.assert_close(traced(X), model(X))
 
 
+def test_layers_that_share_a_weight_are_merged_each_with_its_own_adapter():
+    net = nested()
+    net[2][0].weight = net[0].weight
+    model = wrapped(net, target_modules=["0"], shift=True)
+    y, weight = model(X), net[0].base_layer.weight
+    before = weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), y)
+    model.unmerge_adapter()
+    assert net[0].base_layer.weight is net[2][0].base_layer.weight is weight
+    assert torch.equal(weight, before)
+    assert torch.equal(model(X), y)
+    model.merge_adapter()
+    model.bfloat16()
+    model.unmerge_adapter()
+    assert {t.dtype for name, t in base_state(model).items()} == {torch.bfloat16}
+    assert net[2][0].base_layer.weight is weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merging_in_inference_mode_leaves_no_inference_tensors(bias):
+    model = wrapped(nn.ModuleDict({"fc1": nn.Linear(6, 6, bias=bias)}), target_modules=["fc1"], shift=True)
+    layer = layers(model)["base_model.model.fc1"]
+    y = layer(X)
+    with torch.inference_mode():
+        model.add_weighted_adapter(["default"], [1], "sum")
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert torch.equal(layer(X), y)
+        model.merge_adapter()
+        plain = model.merge_and_unload()["fc1"]
+    assert not any(t.is_inference() for t in [*model.parameters(), *plain.parameters()])
+    plain.requires_grad_(True)(X).sum().backward()
+    torch.testing.assert_close(plain(X), y)
+
+
+def test_an_adapter_added_to_a_merged_layer_gets_no_shift_for_the_bias_of_the_merge(tmp_path):
+    model = wrapped(shift=True)
+    model.merge_adapter()
+    model.add_adapter("with_bias", RLRRPeftConfig(target_modules=["fc1", "fc2"], init_weights=False))
+    model.unmerge_adapter()
+    model.set_adapter("with_bias")
+    shifted = {name for name, layer in layers(model).items() if "with_bias" in layer.rlrr_shift}
+    assert {name.rpartition(".")[2] for name in shifted} == {"fc1"}
+    y = model(X)
+    model.save_pretrained(tmp_path, selected_adapters=["with_bias"])
+    assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path / "with_bias")(X), y)
+
+
 def test_all_linear_leaves_a_head_alone_whose_layer_is_named_as_another():
     model = nn.ModuleDict({"fc1": nn.Linear(6, 6), "head": nn.ModuleDict({"fc1": nn.Linear(6, 6)})})
     assert list(layers(wrapped(model, target_modules="all-linear"))) == ["base_model.model.fc1"]
