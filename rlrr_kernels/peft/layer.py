@@ -140,7 +140,8 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         merged = rescaled_weight_reference(weight.to(wide), *scales, residual=by.residual).to(weight.dtype)
         bias = None if bias is None else bias.to(weight.dtype)
         if hooked:  # they are to see a call, of W'
-            return functional_call(base, {"weight": merged, "bias": bias}, (x,))
+            tensors = {"weight": merged} if bias is None else {"weight": merged, "bias": bias}
+            return functional_call(base, tensors, (x,))
         return F.linear(x, merged, bias)  # torch.jit.trace could neither save nor move what an autograd.Function does
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
@@ -241,10 +242,11 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.base_layer
-        for parameter, tensor in zip(self._unmerged, self._frozen(), strict=True):
-            if parameter is not None:
-                parameter.data = tensor
-        base.weight, base.bias = self._unmerged
+        (weight, bias), (weight_now, bias_now) = self._unmerged, self._frozen()
+        weight.data = weight_now
+        if bias is not None and bias_now is not None:
+            bias.data = bias_now
+        base.weight, base.bias = weight, bias
         self._unmerged = None
         self.merged_adapters.clear()
 
