@@ -31,9 +31,10 @@ class RLRRPeftConfig(PeftConfig):
         init_weights: True: ``identity``, the adapted model starts as the base model. Or the name of a start, see
             :meth:`rlrr_kernels.nn.rescaled.Rescaled.reset_parameters`: ``paper``, ``identity``, ``normal``. False:
             ``paper`` and a random shift, for debugging.
-        target_modules: names (ends of names) of linear layers, a regular expression, or ``all-linear``; a model's head
-            is left out of the last. None: the linear layers in the numbered blocks of a model of timm's or
-            transformers'.
+        target_modules: names (ends of names) of linear layers, a regular expression, or ``all-linear``, which leaves
+            out the head of a model of timm's, and of one of transformers' what PEFT leaves out: the output embedding,
+            and the head where ``task_type`` is ``SEQ_CLS``. None: the linear layers in the numbered blocks of a model
+            of timm's or transformers'.
         exclude_modules: names or a regular expression of layers to leave alone.
         modules_to_save: modules trained and saved as they are, a head say.
         layers_to_transform: indices of the blocks to adapt. layers_pattern: what the list of blocks is called.

@@ -17,6 +17,7 @@ from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig
 from rlrr_kernels.nn.mlp import has_hooks
 from rlrr_kernels.nn.rescaled import check_plain, frozen
 from rlrr_kernels.nn.scales import concatenate_scales, draw_scales, with_ones
+from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
@@ -129,7 +130,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         weight, bias = base.weight, base.bias
         if by.shift is not None:
             bias = by.shift if bias is None else bias + by.shift
-        if not torch.is_autocast_enabled(x.device.type):
+        if not compute_dtype(x)[1]:
             x = self._cast_input_dtype(x, weight.dtype)
         weight = frozen(weight) if weight.requires_grad else weight
         hooked = has_hooks(base)
@@ -140,7 +141,7 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         merged = rescaled_weight_reference(weight.to(wide), *scales, residual=by.residual).to(weight.dtype)
         bias = None if bias is None else bias.to(weight.dtype)
         if hooked:  # they are to see a call, of W'
-            tensors = {"weight": merged} if bias is None else {"weight": merged, "bias": bias}
+            tensors: dict[str, Any] = {"weight": merged, "bias": bias}
             return functional_call(base, tensors, (x,))
         return F.linear(x, merged, bias)  # torch.jit.trace could neither save nor move what an autograd.Function does
 
@@ -242,11 +243,11 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.base_layer
-        (weight, bias), (weight_now, bias_now) = self._unmerged, self._frozen()
-        weight.data = weight_now
-        if bias is not None and bias_now is not None:
-            bias.data = bias_now
-        base.weight, base.bias = weight, bias
+        weight, bias = self._frozen()
+        self._unmerged[0].data = weight
+        if self._unmerged[1] is not None and bias is not None:
+            self._unmerged[1].data = bias
+        base.weight, base.bias = self._unmerged
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -254,8 +255,8 @@ class RLRRPeftLinear(nn.Module, BaseTunerLayer):
         """W and b without any adapter, where the base layer is now: the model may have been moved or cast since."""
         base: Any = self.base_layer
         weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
-        bias = None if bias is None else bias.data.to(base.bias.device, base.bias.dtype)
-        return weight.data.to(base.weight.device, base.weight.dtype), bias
+        frozen_bias = None if bias is None else bias.data.to(base.bias.device, base.bias.dtype)
+        return weight.data.to(base.weight.device, base.weight.dtype), frozen_bias
 
     def __repr__(self) -> str:
         return f"rlrr.{super().__repr__()}"

@@ -19,7 +19,7 @@ from rlrr_kernels.adapt.find import under
 from rlrr_kernels.nn.rescaled import unfit_reason
 from rlrr_kernels.peft.layer import BASE, RLRRPeftLinear
 from rlrr_kernels.peft.registry import expand_all_linear
-from rlrr_kernels.peft.targets import default_groups, default_targets, exactly, linears
+from rlrr_kernels.peft.targets import default_groups, default_targets, end_of_name, exactly, linears
 from rlrr_kernels.peft.weighted import add_weighted
 
 _SHOWN = 4
@@ -67,7 +67,7 @@ class RLRRPeftModel(BaseTuner):
         if reasons:
             cases = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_SHOWN])
             raise ValueError(
-                f"{cases}. exclude_modules={sorted({_last_two(name) for name in reasons})} leaves them alone"
+                f"{cases}. exclude_modules={sorted({end_of_name(name) for name in reasons})} leaves them alone"
             )
         for name, module in targets.items():
             rows, groups = module.out_features, self._adaptation(peft_config, name).groups_of("")
@@ -166,11 +166,6 @@ def _unfit_reason(target: nn.Module) -> str | None:
         f"Target module {type(target).__name__} is not supported: RLRR adapts torch.nn.Linear. Name layers by more of "
         "their path (attn.proj, not proj)"
     )
-
-
-def _last_two(name: str) -> str:
-    """``attn.proj`` of ``blocks.0.attn.proj``, without numbers."""
-    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
 
 
 def _with_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

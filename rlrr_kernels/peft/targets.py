@@ -63,13 +63,15 @@ def default_targets(model: nn.Module, *, ends: bool) -> set[str] | str:
             "Please specify `target_modules` in `peft_config`: there is a default for models of timm and transformers "
             f"with linear layers in numbered blocks, not for {type(model).__name__}"
         )
-    return {_end(name) for name in found} if ends else exactly(found)
+    return {end_of_name(name) for name in found} if ends else exactly(found)
 
 
-def _end(name: str) -> str:
+def end_of_name(name: str) -> str:
+    """What follows the last number in ``name`` that a word follows: ``mlp.0`` of ``blocks.3.mlp.0``; else all of it."""
     parts = name.split(".")
-    last = max(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[last + 1 :])
+    words = [index for index, part in enumerate(parts) if not part.isdigit()]
+    numbers = [index for index, part in enumerate(parts[: max(words, default=0)]) if part.isdigit()]
+    return ".".join(parts[max(numbers, default=-1) + 1 :])
 
 
 def default_groups(model: Any) -> dict[str, int]:

@@ -21,6 +21,7 @@ import rlrr_kernels.peft
 from rlrr_kernels import RLRRLinear
 from rlrr_kernels.peft import RLRRPeftConfig, RLRRPeftLinear
 from rlrr_kernels.peft.registry import IMPORT, RLRR, add_member
+from rlrr_kernels.peft.targets import end_of_name
 from rlrr_kernels.reference import rlrr_linear_reference
 
 
@@ -172,6 +173,17 @@ def test_an_adapter_added_to_a_merged_layer_gets_no_shift_for_the_bias_of_the_me
     y = model(X)
     model.save_pretrained(tmp_path, selected_adapters=["with_bias"])
     assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path / "with_bias")(X), y)
+
+
+def test_a_layer_on_the_meta_device_gives_shapes():
+    assert wrapped(Net().to("meta"))(X.to("meta")).shape == (5, 3)
+
+
+def test_layers_whose_names_end_in_numbers_are_named_with_the_word_before():
+    names = {"blocks.0.mlp.0.2": "mlp.0.2", "a.1.attn.qkv": "attn.qkv", "stem.proj": "stem.proj", "2.0": "2.0"}
+    assert {name: end_of_name(name) for name in names} == names
+    with pytest.raises(ValueError, match=r"exclude_modules=\['1'\] leaves them alone"):
+        wrapped(nested(), target_modules=["0", "1"], exclude_modules=["2.1"])
 
 
 def test_all_linear_leaves_a_head_alone_whose_layer_is_named_as_another():
