@@ -130,8 +130,14 @@ def restore(model: nn.Module) -> int:
 
     Returns:
         The number of layers given back.
+
+    Raises:
+        ValueError: ``fully_shard`` has given such a layer a class of its own since, which would be lost.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
+    others = sorted({type(layer).__name__ for layer in layers if type(layer) not in _CLASSES.values()})
+    if others:
+        raise ValueError(f"accelerated layers were given other classes since, by fully_shard: {', '.join(others)}")
     for layer in layers:
         layer.__class__ = HiraLinear  # type: ignore[assignment]
     return len(layers)
@@ -144,7 +150,9 @@ def _active(layer: HiraLinear) -> list[str]:
 def _reason_ever(layer: Any) -> str | None:
     """Why a layer is none that ``rlrr_linear`` computes, in whatever state; None where it is one."""
     base = layer.get_base_layer()
-    if type(layer) not in (HiraLinear, *_CLASSES.values()):
+    if isinstance(layer, HiraLinear) and type(layer) not in (HiraLinear, *_CLASSES.values()):
+        return f"its class was made {type(layer).__name__} before, by fully_shard perhaps: accelerate the model first"
+    if not isinstance(layer, HiraLinear):
         return f"HiRA's {type(layer).__name__} on {type(base).__name__} is no linear layer"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its weight is stored transposed"

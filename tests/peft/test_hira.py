@@ -207,6 +207,18 @@ def test_restore_is_bit_for_bit(dtype):
     assert restore(model) == 0
 
 
+def test_a_layer_that_was_given_another_class_since_is_not_restored():
+    """``fully_shard`` makes its layers' classes anew, with its own manners and those of the class before."""
+    model = model_of()
+    accelerate_hira(model)
+    layer = model.base_model.model[2]
+    layer.__class__ = type("FSDPAcceleratedLinear", (type(layer),), {})
+    with pytest.raises(ValueError, match="given other classes since, by fully_shard: FSDPAcceleratedLinear"):
+        restore(model)
+    assert type(model.base_model.model[0]) is not HiraLinear
+    assert "accelerate the model first" in accelerate_hira(model).kept["base_model.model.2"]
+
+
 def test_peft_goes_on_as_before(tmp_path):
     """Disabling, merging, saving and deleting work on accelerated layers; a new adapter is accelerated at once."""
     model, x = model_of(), torch.randn(6, 24)
