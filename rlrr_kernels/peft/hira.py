@@ -13,14 +13,15 @@ import torch
 from peft.tuners.hira.layer import HiraLayer
 from peft.tuners.hira.layer import Linear as HiraLinear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rlrr_kernels import backends
 from rlrr_kernels.nn.mlp import has_hooks
 from rlrr_kernels.nn.rescaled import has_replaced_forward
 from rlrr_kernels.ops.checks import MAX_RANK, compute_dtype
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.public import rlrr_linear
+from rlrr_kernels.ops.second_order import differentiable_gradients
 
 PRODUCTS = ("input", "float32")
 _HALF = (torch.float16, torch.bfloat16)
@@ -60,7 +61,8 @@ class AcceleratedLinear(HiraLinear):
         row, col = (rows[0], cols[0]) if len(names) == 1 else (torch.cat(rows, 1), torch.cat(cols, 0))
         if self.products == "input" or x.dtype not in _HALF or compute_dtype(x)[1]:
             return rlrr_linear(x, base.weight, row, col, base.bias)
-        if torch.compiler.is_compiling():  # the compiler decides what is kept
+        # The compiler decides what is kept; torch.func takes no function whose forward has a context.
+        if torch.compiler.is_compiling() or private.transforms_active():
             return _in_float32(x, base.weight, row, col, base.bias)
         return _InFloat32.apply(x, base.weight, row, col, base.bias)
 
@@ -210,11 +212,17 @@ class _InFloat32(torch.autograd.Function):
         return _in_float32(x, weight, row, col, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, row, col = ctx.saved_tensors
         backend = backends.resolve("auto", x.device, torch.float32)
         need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            needs = need_x, need_row, need_col
+            grads = differentiable_gradients(
+                lambda x, row, col: _in_float32(x, weight, row, col, None), (x, row, col), needs, grad_y
+            )
+            grad_bias = grad_y.flatten(0, -2).float().sum(0).to(ctx.bias_dtype) if need_bias else None
+            return grads[0], None, *grads[1:], grad_bias
         g, wide_x, wide_weight, wide_row, wide_col = (t.float() for t in (grad_y, x, weight, row, col))
         found = dispatch.backward(
             g, wide_x, wide_weight, wide_row, wide_col, True, backend, (need_x, need_row, need_col, need_bias)

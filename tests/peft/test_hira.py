@@ -179,6 +179,29 @@ def test_a_traced_model_is_saved_and_computes_as_peft(products, tmp_path):
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), expected)
 
 
+@pytest.mark.parametrize("products", ["input", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_and_torch_func(products, dtype):
+    model, x = model_of(dtype), torch.randn(6, 24).to(dtype).requires_grad_()
+    model.base_model.model[0].base_layer.bias.requires_grad_()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def second():
+        (grad,) = torch.autograd.grad(model(x).float().square().sum(), x, create_graph=True)
+        inputs = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(grad.float().square().sum(), inputs, allow_unused=True)
+
+    def by_func():
+        return torch.func.grad(lambda p: functional_call(model, p, (x,)).float().square().sum())(trained)
+
+    expected = [*second(), *by_func().values()]
+    accelerate_hira(model, products=products)
+    for actual, value in zip([*second(), *by_func().values()], expected, strict=True):
+        assert (actual is None) == (value is None)
+        if value is not None:
+            assert relative_error(actual, value.double()) < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
 def test_copies_and_pickles_stay_accelerated():
     model, x = model_of(), torch.randn(6, 24)
     accelerate_hira(model)
