@@ -27,18 +27,18 @@ PAUSES = (0.05, 0.2)
 """Seconds before an evicted adapter that could not be read is read once more, and again."""
 
 
-_MOST_COMPARED = 300
-"""Names that an unknown one is compared with, 0.05 ms each, while whoever asked waits."""
-
-
 class UnknownAdapterError(LookupError):
     """A bank has no adapter called ``name``; the message names the nearest of those that are ``present``."""
 
     def __init__(self, name: str, present: Collection[str]) -> None:
-        few = present if len(present) <= _MOST_COMPARED else ()
-        near = difflib.get_close_matches(str(name), few, n=3, cutoff=0.5)
+        super().__init__(name, tuple(present))
+
+    def __str__(self) -> str:
+        """Made when it is asked for: to compare thousands of names takes longer than a batch may wait for the bank."""
+        name, present = self.args
+        near = difflib.get_close_matches(str(name), present, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; it has {len(present)} adapters"
-        super().__init__(f"the bank has no adapter {name!r}{hint}")
+        return f"the bank has no adapter {name!r}{hint}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import Future
 from importlib import resources
 from typing import Annotated, Any, TypeVar
 
@@ -23,7 +24,7 @@ from rlrr_kernels.serve.images import FORMATS, TooManyPixelsError, UnknownFormat
 from rlrr_kernels.serve.logs import log
 from rlrr_kernels.serve.reference import reference_page
 from rlrr_kernels.serve.service import Answer, OverloadedError, Service
-from rlrr_kernels.serve.store import classes_of
+from rlrr_kernels.serve.store import MisfitError
 from rlrr_kernels.train.data.images import ImageError
 from rlrr_kernels.version import __version__
 
@@ -89,7 +90,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "The body has too many bytes, or the image too many pixels",
         415: "The body is no image of a format that is read",
         500: "The adapter cannot be read, or the server has a fault",
-        503: "Too many requests are open, it took too long, or the server stops; Retry-After says when to try again",
+        503: "Too many requests are open, it took too long, the server stops, or the adapter was replaced by one that "
+        "cannot be served; Retry-After says when to try again",
     }
     return {status: {"model": Problem, "description": texts[status]} for status in statuses}
 
@@ -124,7 +126,7 @@ async def check_token(request: Request) -> None:
     if token is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise HTTPException(401, "this server asks for a bearer token", {"WWW-Authenticate": "Bearer"})
 
 
@@ -147,17 +149,21 @@ def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(reference_page(request.app.openapi()), headers=_PAGE_HEADERS)
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", tags=["operation"])
 async def healthz() -> State:
     """That the process answers."""
     return State(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["operation"], responses=_problems(503))
-async def readyz(request: Request) -> State:
-    """That requests are accepted: the backbone and its adapters are there, and the server is not stopping."""
+async def readyz(request: Request, service: Served) -> State:
+    """That requests are accepted: the backbone and its adapters are there, images are read, nothing is stopping."""
     if request.app.state.stopping:
         raise HTTPException(503, "the server is stopping", {"Retry-After": "5"})
+    if service.is_stuck():
+        raise HTTPException(503, "every reader is busy with an image that took too long", {"Retry-After": "5"})
     return State(status="ready")
 
 
@@ -193,10 +199,7 @@ async def classify(
 @guarded.get("/v1/adapters", tags=["adapters"], responses=_problems(401))
 def list_adapters(service: Served) -> AdapterList:
     """The adapters that can be asked for, and their classes."""
-    entries = []
-    for name in service.bank.names:
-        with contextlib.suppress(UnknownAdapterError):  # removed since
-            entries.append(AdapterEntry(name=name, classes=list(classes_of(service.bank.info(name)))))
+    entries = [AdapterEntry(name=name, classes=list(classes)) for name, classes in service.store.entries().items()]
     return AdapterList(model=service.model_name, adapters=entries)
 
 
@@ -224,18 +227,20 @@ async def _answer(request: Request, service: Service, adapter: str) -> Answer:
         service.enter()
     except OverloadedError as error:
         raise HTTPException(503, str(error), {"Retry-After": str(error.retry_after)}) from error
+    reading: Future[Any] | None = None
     try:
         service.bank.info(adapter)  # before the body is read
         try:
             body = await _until(end, _read_body(request, int(service.config.body_mb * 1e6)))
         except TimeoutError as error:
             raise HTTPException(408, f"the body took longer than {service.config.timeout:g} s") from error
-        held, image = await _until(end, asyncio.wrap_future(service.read(adapter, body)))
+        reading = service.read(adapter, body, end - time.monotonic())
+        held, image = await _until(end, asyncio.wrap_future(reading))
         return await _until(end, asyncio.wrap_future(service.classify(held, image, end - time.monotonic())))
     except ClientDisconnect as error:
         raise HTTPException(400, "the body ended early") from error
     except UnknownAdapterError as error:
-        raise HTTPException(404, str(error)) from error
+        raise HTTPException(404, f"there is no adapter {adapter!r}") from error
     except UnknownFormatError as error:
         raise HTTPException(415, str(error)) from error
     except TooManyPixelsError as error:
@@ -245,11 +250,17 @@ async def _answer(request: Request, service: Service, adapter: str) -> Answer:
     except (TimeoutError, ClosedError) as error:
         after = {"Retry-After": str(service.retry_after())}
         raise HTTPException(503, str(error) or f"it took longer than {service.config.timeout:g} s", after) from error
+    except MisfitError as error:
+        log(logging.ERROR, "adapter not served", adapter=adapter, reason=str(error))
+        raise HTTPException(503, str(error), {"Retry-After": "60"}) from error
     except (OSError, ValueError) as error:
         log(logging.ERROR, "adapter cannot be read", adapter=adapter, reason=str(error))
         raise HTTPException(500, f"the adapter {adapter!r} cannot be read") from error
     finally:
-        service.leave()
+        if reading is None:
+            service.leave()
+        else:  # a reader that was given up still has the image: its request stays open until it is done
+            reading.add_done_callback(lambda _: service.leave())
 
 
 async def _until(end: float, work: Awaitable[_T]) -> _T:

@@ -1,7 +1,8 @@
-"""``Batcher``: gathers what several threads hand in and computes it in batches, in one thread."""
+"""``Batcher``: gathers what several threads hand in and computes it in batches, in threads of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -30,11 +31,12 @@ class Batcher(Generic[Item]):
     """Computes items in batches; an error in a batch is the error of those items alone that raise it by themselves.
 
     Args:
-        run: results of a batch, in its order; called by one thread.
+        run: results of a batch, in its order.
         batch_size: most items a batch.
         latency: seconds that an item waits for others, at most, while the thread is free; items that came while it
             was busy are its next batch.
         observe: is told each batch's size, the seconds that its oldest item waited and those that it was computed.
+        threads: compute batches side by side; more than one need ``batch_size`` 1.
     """
 
     def __init__(
@@ -44,17 +46,24 @@ class Batcher(Generic[Item]):
         batch_size: int,
         latency: float,
         observe: Callable[[int, float, float], None] = lambda size, waited, computed: None,
+        threads: int = 1,
+        name: str = "rlrr-batches",
     ) -> None:
+        assert threads == 1 or batch_size == 1
         self._run, self._batch_size, self._latency, self._observe = run, batch_size, latency, observe
         self._changed = threading.Condition()
         self._queue: deque[_Waiting[Item]] = deque()
         self._closing = False
         self._per_item = 0.0  # seconds, a running mean
-        self._thread = threading.Thread(target=self._work, name="rlrr-batches", daemon=True)
-        self._thread.start()
+        self._began: dict[int, float] = {}  # thread → when it began the batch that it computes
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, item: Item, timeout: float) -> Future[Any]:
         """The result to come of ``item``; ``TimeoutError`` unless it is computed from within ``timeout`` seconds on.
+
+        Cancelled, it waits no longer.
 
         Raises:
             ClosedError: after :meth:`close`.
@@ -66,7 +75,12 @@ class Batcher(Generic[Item]):
                 raise ClosedError("the server is stopping")
             self._queue.append(waiting)
             self._changed.notify()
+        waiting.future.add_done_callback(lambda future: self._drop(waiting) if future.cancelled() else None)
         return waiting.future
+
+    def _drop(self, waiting: _Waiting[Item]) -> None:
+        with self._changed, contextlib.suppress(ValueError):  # a thread has taken it
+            self._queue.remove(waiting)
 
     def __len__(self) -> int:
         """How many items wait."""
@@ -76,13 +90,23 @@ class Batcher(Generic[Item]):
         """Whole seconds, at least one, in which ``items`` would be computed at the pace of late."""
         return max(1, math.ceil(items * self._per_item))
 
+    def busy_for(self) -> float:
+        """Seconds for which no thread has been free or has begun another batch."""
+        began = list(self._began.values())
+        return time.monotonic() - max(began) if len(began) == len(self._threads) else 0.0
+
     def close(self, timeout: float | None = None) -> bool:
-        """Takes nothing more, computes what waits, and ends the thread; whether that was done within ``timeout`` s."""
+        """Takes nothing more, computes what waits, and ends the threads; whether that was done within ``timeout`` s.
+
+        What was not done then does not keep the process from ending.
+        """
+        begin = time.monotonic()
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(None if timeout is None else max(0.0, begin + timeout - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while batch := self._next():
@@ -97,7 +121,9 @@ class Batcher(Generic[Item]):
                     live.append(waiting)
             if not live:
                 continue
+            self._began[threading.get_ident()] = now
             self._compute(live)
+            del self._began[threading.get_ident()]
 
     def _next(self) -> list[_Waiting[Item]]:
         """The next batch; empty when all is done and nothing more will come."""

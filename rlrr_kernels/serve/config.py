@@ -25,9 +25,9 @@ class ServeConfig:
         batch_size: most images a forward pass.
         latency_ms: how long an image waits for others to share its forward pass, at most.
         queue: most requests that are being read, waiting or computed; more are answered 503.
-        timeout: seconds from the first byte of a request to its answer.
+        timeout: seconds from the end of a request's headers to its answer.
         body_mb: most megabytes of an image's file.
-        pixels_mp: most megapixels of an image.
+        pixels_mp: most megapixels of an image, as it is sent and while it is resized to the model's input.
         readers: threads that decode images.
         memory_mb: most megabytes of adapters in memory; those used longest ago are read again when they are asked for;
             None: no limit.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -76,7 +77,13 @@ class Service:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in changes.failed.items())
             raise ValueError(f"no adapter in {config.adapters} can be served by {name}{reasons or ': there is none'}")
         self._open, self._lock = 0, threading.Lock()
-        self._readers = ThreadPoolExecutor(config.readers, "rlrr-reader")
+        self._readers: Batcher[tuple[str, bytes]] = Batcher(
+            lambda items: [self._read(*item) for item in items],
+            batch_size=1,
+            latency=0.0,
+            threads=config.readers,
+            name="rlrr-reader",
+        )
         self._batcher: Batcher[tuple[HeldAdapter, Tensor]] = Batcher(
             self._run, batch_size=config.batch_size, latency=config.latency_ms / 1e3, observe=self._observe
         )
@@ -116,22 +123,24 @@ class Service:
             self._open -= 1
             self.metrics.open.set(self._open)
 
-    def read(self, name: str, data: bytes) -> Future[tuple[HeldAdapter, Tensor]]:
+    def read(self, name: str, data: bytes, timeout: float) -> Future[tuple[HeldAdapter, Tensor]]:
         """The adapter and the input of the model that an image becomes for it, in a reader's thread.
 
         Raises, in the future:
-            UnknownAdapterError, FileNotFoundError: as for :meth:`rlrr_kernels.AdapterBank.hold`.
+            TimeoutError: no reader was free within ``timeout`` seconds.
+            UnknownAdapterError, MisfitError, FileNotFoundError, ValueError: as for
+                :meth:`rlrr_kernels.serve.store.AdapterStore.hold`.
             UnknownFormatError, TooManyPixelsError, ImageError: as for :func:`rlrr_kernels.serve.images.decode`.
         """
-        return self._readers.submit(self._read, name, data)
+        return self._readers.submit((name, data), timeout)
+
+    def is_stuck(self) -> bool:
+        """Whether every reader has been at one image for longer than a request may take."""
+        return self._readers.busy_for() > self.config.timeout
 
     def _read(self, name: str, data: bytes) -> tuple[HeldAdapter, Tensor]:
-        held = self.bank.hold(name)
-        preprocessing = self.store.preprocessing_of(held.info)
-        if preprocessing.image_size != self.store.preprocessing.image_size:  # evicted, and replaced before a look
-            raise ValueError(f"it is of {preprocessing.image_size} pixels now, which the backbone does not take")
-        image = decode(data, self.config.pixels_mp * 1e6, preprocessing.shorter_side)
-        return held, self.store.input_of(held.info, image)
+        held, most = self.store.hold(name), self.config.pixels_mp * 1e6
+        return held, self.store.input_of(held.info, decode(data, most), most)
 
     def classify(self, held: HeldAdapter, image: Tensor, timeout: float) -> Future[Answer]:
         """The answer to come for an input of the model; the version of the adapter is the one that was held."""
@@ -157,5 +166,6 @@ class Service:
 
     def close(self) -> bool:
         """Finishes what was accepted, and ends the threads; whether that was done in time."""
-        self._readers.shutdown(wait=True)
-        return self._batcher.close(self.config.shutdown_timeout)
+        end = time.monotonic() + self.config.shutdown_timeout
+        read = self._readers.close(self.config.shutdown_timeout)
+        return self._batcher.close(max(0.0, end - time.monotonic())) and read

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from rlrr_kernels.adapt.files import TENSORS
-from rlrr_kernels.bank import AdapterBank, BankedAdapter
+from rlrr_kernels.bank import AdapterBank, BankedAdapter, HeldAdapter, UnknownAdapterError
 from rlrr_kernels.bank.source import PEFT_CONFIG
+from rlrr_kernels.serve.images import check_resized
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.task import Task
 
@@ -39,6 +42,10 @@ class Changes:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+class MisfitError(ValueError):
+    """What lies in an adapter's folder now cannot be served, and what was there before was evicted."""
+
+
 class AdapterStore:
     """Keeps a bank as the folder is, when told to look.
 
@@ -51,6 +58,7 @@ class AdapterStore:
     def __init__(self, bank: AdapterBank, root: Path, preprocessing: Preprocessing) -> None:
         self.bank, self.root, self.preprocessing = bank, root, preprocessing
         self._seen: dict[str, _Stamp] = {}
+        self._checked: dict[str, Mapping[str, Any]] = {}  # name → metadata of what was checked last
         self._lock = threading.Lock()
 
     def rescan(self) -> Changes:
@@ -64,7 +72,7 @@ class AdapterStore:
             added, swapped, failed = [], [], {}
             for name, folder in found.items():
                 try:
-                    name.encode()  # a name that is not UTF-8 is in no answer
+                    _check_text("its folder's name", name)
                     stamp = _stamp(folder)
                     if self._seen.get(name) == stamp:
                         continue
@@ -75,13 +83,15 @@ class AdapterStore:
                     (self.bank.swap if known else self.bank.add)(name, folder, load=load)
                     (swapped if known else added).append(name)
                     self._seen[name] = stamp
-                except Exception as error:  # files that are not what they say fail in many ways
-                    known = isinstance(error, ValueError | OSError | ImportError) and str(error)
-                    failed[_printable(name)] = known or f"{type(error).__name__}: {error}"
+                except (ValueError, OSError, ImportError) as error:
+                    failed[_printable(name)] = _printable(str(error))
+                except Exception as error:  # PEFT's readers raise almost anything: TypeError, RecursionError, ...
+                    failed[_printable(name)] = _printable(f"it cannot be read: {error!r}")
             removed = [name for name in self.bank.names if name not in found]
             for name in removed:
                 self.bank.remove(name)
                 del self._seen[name]
+                self._checked.pop(name, None)
             return Changes(tuple(added), tuple(swapped), tuple(removed), failed)
 
     def _check(self, info: BankedAdapter) -> None:
@@ -94,6 +104,36 @@ class AdapterStore:
             raise ValueError("it has no head of its own, whose classes could be told")
         if len(names) != info.classes:
             raise ValueError(f"its head has {info.classes} outputs, and {len(names)} classes are named")
+        _check_text("a name of its classes", "".join(names))
+
+    def _check_again(self, info: BankedAdapter) -> None:
+        """As :meth:`_check`, once for each time that the adapter was read: every reading makes metadata of its own."""
+        if self._checked.get(info.name) is not info.metadata:
+            self._check(info)
+            self._checked[info.name] = info.metadata
+
+    def hold(self, name: str) -> HeldAdapter:
+        """An adapter as :meth:`rlrr_kernels.AdapterBank.hold` gives it, checked: it may just have been read again.
+
+        Raises:
+            MisfitError: it was replaced in its folder by one that :meth:`rescan` would not take.
+            UnknownAdapterError, FileNotFoundError, ValueError: as for the bank's.
+        """
+        held = self.bank.hold(name)
+        try:
+            self._check_again(held.info)
+        except ValueError as error:
+            raise MisfitError(f"the adapter {name!r} was replaced by one that cannot be served: {error}") from error
+        return held
+
+    def entries(self) -> dict[str, tuple[str, ...]]:
+        """Name → classes of the adapters that can be asked for."""
+        found = {}
+        for name in self.bank.names:
+            with contextlib.suppress(UnknownAdapterError, ValueError):  # removed since, or replaced as in :meth:`hold`
+                self._check_again(info := self.bank.info(name))
+                found[name] = classes_of(info)
+        return found
 
     def preprocessing_of(self, info: BankedAdapter) -> Preprocessing:
         """How images become inputs of an adapter."""
@@ -101,9 +141,15 @@ class AdapterStore:
             return self.preprocessing
         return Task.of_metadata(info.metadata, info.folder or info.name).preprocessing
 
-    def input_of(self, info: BankedAdapter, image: Image.Image) -> Tensor:
-        """``image`` as [3, image_size, image_size] for an adapter."""
-        return _transform(self.preprocessing_of(info))(image)
+    def input_of(self, info: BankedAdapter, image: Image.Image, max_pixels: float) -> Tensor:
+        """``image`` as [3, image_size, image_size] for an adapter.
+
+        Raises:
+            TooManyPixelsError: on the way there it would have more than ``max_pixels``.
+        """
+        preprocessing = self.preprocessing_of(info)
+        check_resized(image, preprocessing, max_pixels)
+        return _transform(preprocessing)(image)
 
 
 def classes_of(info: BankedAdapter) -> tuple[str, ...]:
@@ -119,24 +165,30 @@ def classes_of(info: BankedAdapter) -> tuple[str, ...]:
 def find_adapters(root: Path) -> dict[str, Path]:
     """Name → folder of the adapters in ``root``: its folders that are one, or a run's, which holds ``adapter/``.
 
-    A folder that cannot be looked into is among them: who reads it is told why.
-
     Raises:
         FileNotFoundError: there is no such folder.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"the folder of adapters {root} does not exist")
-    found = {}
-    for path in sorted(root.iterdir()):
-        try:
-            folder = next(
-                (f for f in (path, path / "adapter") if any((f / n).is_file() for n in (TENSORS, PEFT_CONFIG))), None
-            )
-        except OSError:
-            folder = path
-        if folder is not None and not path.name.startswith("."):
-            found[path.name] = folder
-    return found
+    found = {path.name: _adapter_in(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")}
+    return {name: folder for name, folder in found.items() if folder is not None}
+
+
+def _adapter_in(path: Path) -> Path | None:
+    """The adapter folder that ``path`` is or holds; where that cannot be looked at ``path``, whose reader says why."""
+    try:
+        folders = (path, path / "adapter")
+        return next((f for f in folders if any(_is_file(f / name) for name in (TENSORS, PEFT_CONFIG))), None)
+    except OSError:
+        return path
+
+
+def _is_file(path: Path) -> bool:
+    """As ``Path.is_file``, which from Python 3.14 on does not tell what cannot be looked at from what is not there."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def first_task(root: Path) -> Task | None:
@@ -144,18 +196,24 @@ def first_task(root: Path) -> Task | None:
     for folder in find_adapters(root).values():
         try:
             return Task.of_adapter(folder)
-        except (ValueError, OSError):
+        except Exception:  # as above: whoever reads it again says why
             continue
     return None
 
 
-def _printable(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _stamp(folder: Path) -> _Stamp:
-    state = os.stat(folder / (TENSORS if (folder / TENSORS).is_file() else PEFT_TENSORS))
+    state = os.stat(folder / (TENSORS if _is_file(folder / TENSORS) else PEFT_TENSORS))
     return folder, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _check_text(what: str, text: str) -> None:
+    """Raises ``ValueError`` where ``text``, a name in a folder or a document, cannot be sent."""
+    if _printable(text) != text:
+        raise ValueError(f"{what} is no Unicode text: {_printable(text)}")
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 @functools.lru_cache(maxsize=64)

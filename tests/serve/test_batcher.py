@@ -75,6 +75,7 @@ def test_late_and_cancelled_items_are_not_computed():
         time.sleep(0.001)
     late, cancelled, other = batcher.submit("late", 0.01), batcher.submit("cancelled", 10), batcher.submit("other", 10)
     assert cancelled.cancel()
+    assert len(batcher) == 2  # it holds its memory no longer
     time.sleep(0.05)
     gate.set()
     with pytest.raises(TimeoutError, match="waited longer"):
@@ -95,3 +96,33 @@ def test_closing_computes_what_waits_and_takes_nothing_more():
     gate.set()
     assert batcher.close(10)
     assert [future.result(0) for future in futures] == [True] * 3
+
+
+def test_threads_compute_side_by_side_and_say_how_long_all_have_been_busy():
+    gates, begun = [threading.Event(), threading.Event()], []
+
+    def run(items):
+        begun.extend(items)
+        gates[items[0]].wait(10)
+        return items
+
+    batcher = Batcher(run, batch_size=1, latency=0.0, threads=2)
+    first = batcher.submit(0, 10)
+    while not begun:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert batcher.busy_for() == 0  # the other one is free
+    second = batcher.submit(1, 10)
+    while len(begun) < 2:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert batcher.busy_for() > 0
+    begin = time.monotonic()
+    assert not batcher.close(0.05)
+    assert time.monotonic() - begin < 1
+    gates[1].set()
+    assert second.result(10) == 1
+    assert not first.done()
+    gates[0].set()
+    assert batcher.close(10)
+    assert batcher.busy_for() == 0

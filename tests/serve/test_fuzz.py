@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import struct
-import zlib
 
 import pytest
 from PIL import Image
@@ -50,43 +48,6 @@ def outcome(data: bytes) -> str:
     assert image.mode == "RGB"
     assert image.width * image.height <= 1e5
     return "image"
-
-
-def encoded(size: tuple[int, int], kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (200, 30, 30)).save(file, kind, **options)
-    return file.getvalue()
-
-
-def tiled(side: int) -> bytes:
-    """A TIFF of 16 x 16 grey pixels in one tile of ``side`` x ``side``."""
-    tile = zlib.compress(bytes(side * side))
-    short, long = 3, 4
-    entries = [
-        (256, long, 16), (257, long, 16), (258, short, 8), (259, short, 8), (262, short, 1), (277, short, 1),
-        (322, long, side), (323, long, side), (324, long, 8 + 2 + 12 * 10 + 4), (325, long, len(tile)),
-    ]  # fmt: skip
-    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
-    return header + b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in entries) + bytes(4) + tile
-
-
-def test_what_a_small_file_would_cost_is_known_before_it_is_decoded():
-    """A long image grows when its shorter side is resized, a tile may be larger than its image, a scan repeated."""
-    long = encoded((50_000, 1), "PNG")
-    assert decode(long, 1e5).size == (50_000, 1)
-    with pytest.raises(TooManyPixelsError, match=r"50000 x 1 pixels is too long: resized .* 61\.2 megapixels"):
-        decode(long, 1e5, 35.0)
-    assert decode(encoded((300, 200), "PNG"), 1e5, 35.0).size == (300, 200)
-
-    progressive = encoded((64, 64), "JPEG", progressive=True)
-    assert decode(progressive, 1e5).size == (64, 64)
-    at = progressive.rindex(b"\xff\xda")
-    with pytest.raises(TooManyPixelsError, match="scans; at most 100 are decoded"):
-        decode(progressive[:-2] + progressive[at:-2] * 100 + progressive[-2:], 1e5)
-
-    with pytest.raises(TooManyPixelsError, match=r"tiles of 16\.8 megapixels"):
-        decode(tiled(4096), 1e5)
-    assert decode(tiled(16), 1e5).size == (16, 16)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged metadata

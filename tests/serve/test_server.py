@@ -16,12 +16,9 @@ import sys
 import threading
 import time
 import urllib.parse
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 pytest.importorskip("fastapi", reason="needs fastapi, of the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs prometheus-client, of the extra [serve]")
@@ -133,12 +130,13 @@ def test_names_of_any_kind_and_the_most_probable_alone(client):
 
 
 REFUSED = {
-    "unknown adapter": ({"adapter": "cell"}, 404, "no adapter 'cell'; did you mean 'cells'?"),
+    "unknown adapter": ({"adapter": "cell"}, 404, "there is no adapter 'cell'"),
     "no image": ({"adapter": "cells", "body": b"<svg/>"}, 415, "no image that is read here: JPEG"),
     "empty": ({"adapter": "cells", "body": b""}, 415, "no image that is read here"),
     "cut off": ({"adapter": "cells", "body": png((90, 90), kind="JPEG")[:-300]}, 400, "cannot read the image"),
     "PostScript": ({"adapter": "cells", "body": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, 415, "no image that is read here"),
     "many pixels": ({"adapter": "cells", "body": png((1000, 501))}, 413, "1000 x 501 = 0.5 megapixels; at most 0.5"),
+    "a long row": ({"adapter": "cells", "body": png((20_000, 1))}, 413, "resize to 700000 x 35 makes 24.5 megapixels"),
     "bomb": ({"adapter": "cells", "body": gif_header(14000, 13000)}, 413, "too many pixels"),
     "many bytes": ({"adapter": "cells", "body": b"x" * 200_001}, 413, "more than 0.2 megabytes"),
     "a form": (
@@ -178,6 +176,7 @@ def test_questions_of_another_form(client):
 def test_health_metrics_description_and_page(client):
     assert client.get("/healthz").json == {"status": "ok"}
     assert client.get("/readyz").json == {"status": "ready"}
+    assert client.request("HEAD", "/healthz").status == client.request("HEAD", "/readyz").status == 200
     before = client.get("/metrics").body.decode()
     client.classify("cells")
     after = client.get("/metrics")
@@ -214,41 +213,10 @@ def test_a_token_is_asked_for(folder):
                 assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert stranger.request("POST", "/v1/adapters/rescan").status == 401
             assert {stranger.get(path).status for path in ("/", "/docs", "/healthz", "/readyz", "/metrics")} == {200}
+        for given, status in (("bearer secret", 200), ("BEARER  secret", 200), ("Basic secret", 401), ("secret", 401)):
+            assert Client(client.port).get("/v1/adapters", Authorization=given).status == status
         assert client.classify("cells").status == 200
         assert client.request("POST", "/v1/adapters/rescan").status == 200
-
-
-def test_the_name_of_the_scheme_has_no_case(folder):
-    with running(folder, token="secret") as (client, _):
-        client.token = None
-        for scheme, status in (("bearer", 200), ("BEARER", 200), ("Basic", 401)):
-            assert client.get("/v1/adapters", Authorization=f"{scheme} secret").status == status
-
-
-STRANGE = {"list": "[]", "null": "null", "types": '{"peft_type": 5, "r": "x"}', "deep": "[" * 100_000, "cut": "{"}
-
-
-def test_strange_folders_leave_the_rest_alone(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "adapters")
-    for name, text in STRANGE.items():
-        (tmp_path / "adapters" / name).mkdir()
-        (tmp_path / "adapters" / name / "adapter_config.json").write_text(text)
-        save_file({"a": torch.zeros(1)}, tmp_path / "adapters" / name / "adapter_model.safetensors")
-    shutil.copytree(folder / "cells", tmp_path / "adapters" / os.fsdecode(b"caf\xe9"))
-    (tmp_path / "adapters" / "lost+found").mkdir()
-    is_file = Path.is_file
-
-    def denied(path: Path) -> bool:  # tests may run as root, to whom nothing is
-        if path.parent.name == "lost+found":
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_file(path)
-
-    with mock.patch.object(Path, "is_file", denied), running(tmp_path / "adapters", token="t") as (client, _):
-        answer = client.request("POST", "/v1/adapters/rescan")
-        assert answer.status == 200
-        assert set(answer.json["failed"]) == {*STRANGE, "caf\\udce9", "lost+found"}
-        assert [entry["name"] for entry in client.get("/v1/adapters").json["adapters"]] == ["cells", "flowers é&-?"]
-        assert client.classify("cells").status == 200
 
 
 def test_adapters_come_change_and_go_at_a_rescan(folder, tmp_path):
@@ -283,6 +251,52 @@ def test_adapters_come_change_and_go_at_a_rescan(folder, tmp_path):
         assert client.request("POST", "/v1/adapters/rescan").status == 500
         assert client.classify("cells").status == 200
         assert service.bank.names == ("cells",)
+
+
+PEFT_CONFIGS = {
+    "array": "[]",
+    "null": "null",
+    "text": '"x"',
+    "types": '{"peft_type": 5, "r": "x"}',
+    "targets": '{"peft_type": "RLRR", "r": [1], "target_modules": 5}',
+    "deep": "[" * 100_000,
+    "latin": "\xff",
+}
+
+
+def test_odd_folders_are_reported_and_leave_the_rest_alone(folder, tmp_path, monkeypatch):
+    root = tmp_path / "adapters"
+    shutil.copytree(folder / "cells", root / "cells")
+    for name, text in PEFT_CONFIGS.items():
+        odd = root / f"a {name}"
+        odd.mkdir()
+        (odd / "adapter_config.json").write_bytes(text.encode("latin-1"))
+        shutil.copy(root / "cells" / "adapter" / "adapter.safetensors", odd / "adapter_model.safetensors")
+    (root / "lost+found").mkdir()
+    (root / "a loop" / "adapter").mkdir(parents=True)
+    (root / "a loop" / "adapter" / "adapter.safetensors").symlink_to("adapter.safetensors")
+    name = "caf\udce9"
+    with contextlib.suppress(OSError, UnicodeError):  # macOS has Unicode names alone
+        shutil.copytree(root / "cells", root / name)
+    save_marked(root / "surrogate", "\ud800")
+    odd = {path.name for path in root.iterdir()} - {"cells"}
+    look = os.stat
+
+    def refusing(path, *args, **options):
+        if "lost+found/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)  # root may look anywhere
+    with running(root, token="t") as (client, _):
+        failed = client.request("POST", "/v1/adapters/rescan").json["failed"]
+        assert failed.keys() == {name.encode(errors="backslashreplace").decode() for name in odd}
+        assert all(failed.values())
+        assert "Permission denied" in failed["lost+found"]
+        assert failed.get("caf\\udce9", "is no Unicode text: caf\\udce9").endswith("is no Unicode text: caf\\udce9")
+        assert "a name of its classes is no Unicode text" in failed["surrogate"]
+        assert [entry["name"] for entry in client.get("/v1/adapters").json["adapters"]] == ["cells"]
+        assert client.classify("cells").status == 200
 
 
 def test_mixed_requests_share_batches_and_get_their_own_answers_while_adapters_swap(folder, tmp_path):
@@ -348,6 +362,15 @@ def test_too_many_open_requests_are_told_when_to_come_again(folder, monkeypatch)
         assert client.classify("cells").status == 200
 
 
+def test_an_unknown_adapter_is_compared_with_none(folder, monkeypatch):
+    """With thousands of names that would hold up all other requests."""
+    compared = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda *args, **options: compared.append(args) or [])
+    with running(folder) as (client, _):
+        assert client.classify("cell").status == 404
+    assert not compared
+
+
 def test_what_takes_too_long_ends(folder, monkeypatch):
     compute = Service._run
     monkeypatch.setattr(Service, "_run", lambda *args: (time.sleep(1), compute(*args))[1])
@@ -364,6 +387,36 @@ def test_what_takes_too_long_ends(folder, monkeypatch):
         assert service._open == 0
 
 
+def test_a_reader_that_is_stuck_keeps_its_request_open_and_is_not_waited_for(folder, monkeypatch):
+    gate, entered = threading.Event(), threading.Event()
+
+    def slow(data, most):
+        entered.set()
+        gate.wait(20)
+        return decode(data, most)
+
+    monkeypatch.setattr("rlrr_kernels.serve.service.decode", slow)
+    with running(folder, readers=1, queue=1, timeout=0.2, shutdown_timeout=0.2) as (client, service):
+        assert client.classify("cells").status == 503
+        assert service._open == 1
+        assert "1 requests are open" in client.classify("cells").json["detail"]
+        while (ready := client.get("/readyz")).status == 200:
+            time.sleep(0.01)
+        assert (ready.status, "every reader is busy" in ready.json["detail"]) == (503, True)
+        assert client.get("/healthz").status == 200
+        gate.set()
+        while service._open:
+            time.sleep(0.001)
+        assert client.classify("cells").status == client.get("/readyz").status == 200
+        gate.clear()
+        entered.clear()
+        assert client.classify("cells").status == 503
+        assert entered.is_set()
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    gate.set()
+
+
 def test_evicted_adapters_that_are_gone_are_the_servers_fault(folder, tmp_path):
     root = tmp_path / "adapters"
     shutil.copytree(folder, root)
@@ -373,6 +426,30 @@ def test_evicted_adapters_that_are_gone_are_the_servers_fault(folder, tmp_path):
         answer = client.classify("cells")
         assert (answer.status, answer.json["detail"]) == (500, "the adapter 'cells' cannot be read")
         assert client.classify("flowers é&-?").status == 200
+
+
+def test_an_evicted_adapter_that_is_replaced_by_a_misfit_is_refused_with_the_reason(folder, tmp_path):
+    root = tmp_path / "adapters"
+    shutil.copytree(folder, root)
+    with running(root, memory_mb=0.3, token="t") as (client, _):  # there is room for one
+        for version, name, pixels, reason in (
+            (1, "cells", 48, "trained at 48 pixels; the server's backbone takes 32"),
+            (2, "\ud800", PIXELS, "a name of its classes is no Unicode text"),
+        ):
+            assert client.classify("flowers é&-?").status == 200  # evicts the other
+            save_marked(root / "cells" / "adapter", name, 2, version=version, pixels=pixels)
+            for looked_again in (False, True):
+                answer = client.classify("cells")
+                assert (answer.status, reason in answer.json["detail"]) == (503, True), answer.json
+                assert "retry-after" in answer.headers
+                assert client.classify("flowers é&-?").status == 200
+                assert [entry["name"] for entry in client.get("/v1/adapters").json["adapters"]] == ["flowers é&-?"]
+                if not looked_again:
+                    failed = client.request("POST", "/v1/adapters/rescan").json["failed"]
+                    assert reason in failed["cells"]
+        save_marked(root / "cells" / "adapter", "cells", 3, version=3)
+        assert client.classify("cells").json["classes"][0]["name"] == "cells 3-0"
+        assert len(client.get("/v1/adapters").json["adapters"]) == 2
 
 
 def test_logs_are_one_json_object_a_line(folder, caplog):

@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 
 from rlrr_kernels.cli import app
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.data.images import ImageError
 from rlrr_kernels.train.export import merge_to_file
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
 from rlrr_kernels.train.loop import checkpoint
@@ -270,17 +269,21 @@ def test_the_other_tasks_go_on_where_one_fails(root, tmp_path):
     assert not (tmp_path / "bad" / "adapter").exists()
 
 
-def test_an_image_that_is_lost_ends_its_own_task(root, tmp_path):
-    shutil.copytree(root / "reds", tmp_path / "reds")
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_other_tasks_go_on_where_an_image_is_lost(root, trained, tmp_path, monkeypatch, split):
+    """While it trains, where its epochs are compared, and in the test at the end."""
+    shutil.copytree(root / "shades", tmp_path / "data")
+    lost = next((tmp_path / "data" / split).rglob("*.png"))
+    begin = many._Training.run
+    monkeypatch.setattr(many._Training, "run", lambda training: (lost.write_bytes(b"no"), begin(training))[1])
     configs = {
-        "good": task(root, "shades", tmp_path / "good"),
-        "bad": dataclasses.replace(task(root, "reds", tmp_path / "bad"), data=tmp_path / "reds", check=False),
+        "reds": three(root, tmp_path)["reds"],
+        "bad": dataclasses.replace(task(root, "shades", tmp_path / "bad"), data=tmp_path / "data"),
     }
-    for path in (tmp_path / "reds").rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ImageError, match="1 of 2 tasks failed, the others were trained to their end: bad: cannot read"):
+    with pytest.raises(OSError, match=f"1 of 2 tasks failed, .* end: bad: cannot read the image .*{lost.name}"):
         finetune_many(configs, quiet=True)
-    assert (tmp_path / "good" / "adapter").exists()
+    assert_close(tmp_path / "reds", root / "alone" / "reds")
+    assert not (tmp_path / "bad" / "result.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,6 @@ class Preprocessing:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1; got {self.crop}")
 
-    @property
-    def shorter_side(self) -> float:
-        """Pixels that the shorter side of an image becomes; 0 where both sides become ``image_size``."""
-        return self.image_size / self.crop if self.resize == "center" else 0.0
-
     def transform(self, augment: str | None = None) -> Callable[[Image.Image], Tensor]:
         """An image to [3, image_size, image_size] float32.
 

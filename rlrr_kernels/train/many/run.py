@@ -60,6 +60,9 @@ _NOT_HERE = {
 }
 """Settings of a fine-tune that a mixed batch does not have: the value it must have, and why."""
 
+_OF_ONE_TASK = (FloatingPointError, OSError, ImageError)
+"""Errors of a training that end its task alone."""
+
 
 def finetune_many(
     configs: Mapping[str, FinetuneConfig],
@@ -76,7 +79,8 @@ def finetune_many(
     of its own, and its learning rate, schedule, number of epochs and choice of the epoch are its own. A step takes a
     batch of each task that is not done; where some are behind the others, as after ``kill -9``, of these alone.
 
-    A task whose training fails (its loss is no longer finite, its folder is full) ends there; the others go on.
+    A task whose training fails (its loss is no longer finite, its folder is full, an image is gone or damaged since the
+    start) ends there; the others go on.
 
     Args:
         configs: name → run of each task; ``out`` are different folders. Model, weights, image size, precision and
@@ -95,7 +99,8 @@ def finetune_many(
 
     Raises:
         ValueError: the configurations do not go together, or as for ``finetune``; before any task trains.
-        FloatingPointError, OSError, ImageError: of a task, named; all others have been trained to their end.
+        FloatingPointError, OSError: of a task, named; all others have been trained to their end. OSError where an image
+            cannot be read.
         FileNotFoundError, ConnectionError, ImportError: as for ``finetune``.
     """
     _check(configs, largest_batch)
@@ -144,7 +149,7 @@ class _TaskRun:
         with self.stream.in_use():
             try:
                 self.step = next(self.steps, None)
-            except (FloatingPointError, OSError, ImageError) as error:
+            except _OF_ONE_TASK as error:
                 self.step, self.failure = None, error
 
 
@@ -316,7 +321,7 @@ class _Training:
                         "with --resume"
                     )
                 results[task.name] = result
-            except (OSError, ImageError) as error:
+            except _OF_ONE_TASK as error:
                 task.failure = error
         if task.failure is not None:
             task.progress.warn(str(task.failure))
@@ -407,8 +412,7 @@ def _of_task(name: str) -> Iterator[None]:
 def _raise_failures(failed: Sequence[_TaskRun], count: int) -> None:
     failures = [(task.name, task.failure) for task in failed if task.failure is not None]
     if failures:
-        kinds = OSError, ImageError
-        kind = next((k for k in kinds if all(isinstance(error, k) for _, error in failures)), FloatingPointError)
+        kind = FloatingPointError if any(isinstance(error, FloatingPointError) for _, error in failures) else OSError
         raise kind(
             f"{len(failures)} of {count} tasks failed, the others were trained to their end: "
             + "; ".join(f"{name}: {error}" for name, error in failures)
