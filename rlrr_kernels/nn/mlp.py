@@ -7,7 +7,7 @@ from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.linear import RLRRLinear
-from rlrr_kernels.nn.rescaled import has_replaced_forward, is_proxy
+from rlrr_kernels.nn.rescaled import has_hooks, is_proxy
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.mlp import rlrr_mlp
 
@@ -63,14 +63,3 @@ def activation_name(module: nn.Module) -> str | None:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return {GELU: "gelu", GELUTanh: "gelu_tanh"}.get(type(module))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see or change a call of ``module``: a hook, or a ``forward`` of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_replaced_forward(module)
-    )

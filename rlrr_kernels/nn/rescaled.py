@@ -45,6 +45,17 @@ def has_replaced_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see or change a call of ``module``: a hook, or a ``forward`` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_replaced_forward(module)
+    )
+
+
 def unfit_reason(layer: nn.Module) -> str | None:
     """Why ``layer``, an ``nn.Linear`` or ``nn.Conv2d``, does not compute with frozen tensors of its own alone, or None.
 

@@ -15,8 +15,7 @@ from peft.tuners.hira.layer import Linear as HiraLinear
 from torch import Tensor, nn
 
 from rlrr_kernels import backends
-from rlrr_kernels.nn.mlp import has_hooks
-from rlrr_kernels.nn.rescaled import has_replaced_forward
+from rlrr_kernels.nn.rescaled import has_hooks, has_replaced_forward
 from rlrr_kernels.ops.checks import MAX_RANK, compute_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import dispatch

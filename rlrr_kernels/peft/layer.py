@@ -14,8 +14,7 @@ from torch.func import functional_call
 
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
 from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig
-from rlrr_kernels.nn.mlp import has_hooks
-from rlrr_kernels.nn.rescaled import check_plain, frozen
+from rlrr_kernels.nn.rescaled import check_plain, frozen, has_hooks
 from rlrr_kernels.nn.scales import concatenate_scales, draw_scales, with_ones
 from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype

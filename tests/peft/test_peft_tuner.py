@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import runpy
+import subprocess
 import sys
 from collections import OrderedDict
 
@@ -23,6 +24,7 @@ from rlrr_kernels.peft import RLRRPeftConfig, RLRRPeftLinear
 from rlrr_kernels.peft.registry import IMPORT, RLRR, add_member
 from rlrr_kernels.peft.targets import end_of_name
 from rlrr_kernels.reference import rlrr_linear_reference
+from tests.support.paths import ROOT
 
 
 class Net(nn.Module):
@@ -513,3 +515,9 @@ def test_a_weight_that_requires_a_gradient_is_read_but_not_trained_in_silence():
         model(X)
     with pytest.raises(ValueError, match="weight must be frozen"):
         model(X)
+
+
+def test_needs_no_timm():
+    """The extra [peft] does not bring it."""
+    code = "import sys; sys.modules['timm'] = None; import rlrr_kernels.peft"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
