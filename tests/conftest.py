@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow_interpreted"):
                 item.add_marker(pytest.mark.slow)
+
+
+READ_AGAIN = ("RLRR_", "TRITON_", "CC", "CUDA_", "PATH", "TMPDIR", "HOME", "LC_", "COLUMNS")
+"""Names and beginnings of variables that the package and its tools read while they run."""
+
+
+def settings_of_the_process() -> dict[str, object]:
+    """What a test may change and has to put back: else its neighbours depend on the order in which they run."""
+    found = {
+        "working directory": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(READ_AGAIN)},
+        "backend": backends.default_backend(),
+        "torch's defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()),
+        "float32 products": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
+        "autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "interrupts": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+    }
+    if launch := sys.modules.get("rlrr_kernels.ops.host.launch"):
+        found["launches given up"] = launch.direct is False
+        found["Triton's driver"] = launch.triton.runtime.driver._active
+    if guard := sys.modules.get("rlrr_kernels.ops.host.guard"):
+        found["kernels given up"] = guard.given_up()
+    if store := sys.modules.get("rlrr_kernels.ops.tuning.store"):
+        found["forced tiles"] = dict(store._forced)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def left_as_found() -> Iterator[None]:
+    """Fails the test that leaves a setting of the process changed, instead of the one that meets it.
+
+    Random numbers are the same in whatever order tests run.
+    """
+    torch.manual_seed(0)
+    before = settings_of_the_process()
+    yield
+    after = settings_of_the_process()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"left changed (before, after): {changed}"
 
 
 @pytest.fixture

@@ -154,7 +154,8 @@ def test_of_results_that_overflow_nothing_is_known(value: float, checks: Path):
     assert set(guard.verdicts().values()) == {guard.RIGHT}
 
 
-def test_a_replays_nans_are_those_of_the_call():
+def test_a_replays_nans_are_those_of_the_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "direct", True)
     found = torch.tensor([1.0, torch.nan, -torch.inf])
     assert guard.same_bits((found, None), (found.clone(), None))
     with pytest.warns(UserWarning, match="other bits"):
