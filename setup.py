@@ -4,6 +4,7 @@ RLRR_BUILD_CPP=0 leaves the extension out, RLRR_BUILD_CPP=1 makes a failure to b
 printed and the package is installed without it: the operator then runs on plain torch.
 """
 
+import glob
 import os
 import sys
 
@@ -50,15 +51,15 @@ def extension_options():
 
     # The longest to compile first, so that processors are busy to the end.
     names = (
-        *("level_avx512", "pairs_avx512", "level_avx2", "level_portable", "multi", "ops"),
-        *("runtime", "levels", "module"),
+        *("levels/level_avx512", "levels/pairs_avx512", "levels/level_avx2", "levels/level_portable"),
+        *("multi", "ops", "runtime", "levels/levels", "module"),
     )
-    headers = os.listdir("csrc")
+    headers = [name for kind in ("h", "inl") for name in glob.glob(f"csrc/**/*.{kind}", recursive=True)]
     flags = os.environ.get("RLRR_CPP_FLAGS", "").split()
     extension = CppExtension(
         "rlrr_kernels._cpp",
         [f"csrc/{name}.cpp" for name in names],
-        depends=[f"csrc/{name}" for name in headers if name.endswith((".h", ".inl"))],
+        depends=headers,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         # GCC 12 warns about its own intrinsics and std::optional, never about these sources.
         extra_compile_args=[

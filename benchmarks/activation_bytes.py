@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.baselines import PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
-from benchmarks.common import kept_bytes, peak_bytes
+from benchmarks.support.baselines import PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
+from benchmarks.support.common import kept_bytes, peak_bytes
 from rlrr_kernels import NormRescale, RLRRConfig, adapt_model, recompute_activations
 
 LORA_RANK = 8

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import LAYER_SHAPES
+from benchmarks.support.common import LAYER_SHAPES
 
 HERE = Path(__file__).resolve().parents[1]
 M = (1, 16, 197, 1576)

@@ -28,8 +28,8 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.baselines import use_reference
-from benchmarks.fake_cuda import Driver
+from benchmarks.support.baselines import use_reference
+from benchmarks.support.fake_cuda import Driver
 from rlrr_kernels import RLRRConfig, adapt_model, backends, recompute_activations
 
 VARIANTS = ("reference", "rlrr", "recompute", "frozen")

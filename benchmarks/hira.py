@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import PEFT_TARGETS, peft_module, peft_reason
-from benchmarks.common import LAYER_SHAPES, environment, kept_bytes, markdown_table, peak_bytes
-from benchmarks.plain_hira import HiraFunction
+from benchmarks.support.baselines import PEFT_TARGETS, peft_module, peft_reason
+from benchmarks.support.common import LAYER_SHAPES, environment, kept_bytes, markdown_table, peak_bytes
+from benchmarks.support.plain_hira import HiraFunction
 from rlrr_kernels import RLRRConfig, adapt_model
 
 ROWS, RANKS, DTYPES = (16, 197, 1576), (1, 8, 32), ("float32", "bfloat16")

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from benchmarks.baselines import peft_config, peft_module, peft_reason
-from benchmarks.fake_cuda import fake_cuda
+from benchmarks.support.baselines import peft_config, peft_module, peft_reason
+from benchmarks.support.fake_cuda import fake_cuda
 from rlrr_kernels import RLRRLinear, backends, rlrr_linear
 from rlrr_kernels.ops.host import launch
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.common import markdown_table
+from benchmarks.support.common import markdown_table
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig, finetune
 from rlrr_kernels.train.many.run import finetune_many

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import peft_module, peft_reason
-from benchmarks.common import LAYER_SHAPES, markdown_table
 from benchmarks.hira import SECONDS, medians, write
+from benchmarks.support.baselines import peft_module, peft_reason
+from benchmarks.support.common import LAYER_SHAPES, markdown_table
 from rlrr_kernels import TaskIndex, rlrr_linear, rlrr_linear_multi
 from rlrr_kernels.reference import rescaled_weight_reference
 

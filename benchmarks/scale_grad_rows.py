@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import kept_bytes, markdown_table
 from benchmarks.evidence.report import SCORES
 from benchmarks.evidence.runs import limited_run, result_row
+from benchmarks.support.common import kept_bytes, markdown_table
 from rlrr_kernels import RLRRLinear, RowSample
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import environment, markdown_table
+from benchmarks.support.common import environment, markdown_table
 from rlrr_kernels import AdapterBank, RLRRConfig, load_adapter, merge_adapter, save_adapter
 from rlrr_kernels.train.models.backbones import NO_WEIGHTS, create_model
 from rlrr_kernels.train.task import Task

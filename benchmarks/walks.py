@@ -86,7 +86,7 @@ def cpu_tensors_for(backend: str) -> Iterator[None]:
     if backend != "triton" or backends.INTERPRETING:
         yield
         return
-    from benchmarks.fake_cuda import fake_cuda
+    from benchmarks.support.fake_cuda import fake_cuda
 
     with fake_cuda(), mock.patch.object(backends, "INTERPRETING", True):
         yield

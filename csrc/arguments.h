@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "levels.h"
+#include "levels/levels.h"
 #include "runtime.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as older headers call it

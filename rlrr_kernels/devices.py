@@ -82,7 +82,7 @@ LEAST_CAPABILITY = (8, 0)
 """Below, Triton has no tensor-core product: its tiles spill 2 to 4 KB a thread for a T4 (7.5) and a V100 (7.0)."""
 
 COMPILED_AMD = ("gfx90a", "gfx942", "gfx950")
-"""AMD GPUs for which every kernel is compiled without spills (``tests/ops/test_compile_only.py``, in
+"""AMD GPUs for which every kernel is compiled without spills (``tests/ops/linear/test_compile_only.py``, in
 ``make test-all``)."""
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common import Problem
 from benchmarks.gpu.correctness.check import CHECKED, draw, flaws, flaws_on, subject
 from benchmarks.gpu.estimates import exact_by_sampling
+from benchmarks.support.common import Problem
 from rlrr_kernels import (
     RLRRConfig,
     RLRRLinear,

@@ -13,8 +13,8 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import common
 from benchmarks.cpu.report import BASELINES, TIMES
+from benchmarks.support import common
 from rlrr_kernels import backends
 
 M = (1, 16, 64, 197, 1576, 6304)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown_table
 from benchmarks.evidence.runs import ARMS, Evidence
+from benchmarks.support.common import markdown_table
 from rlrr_kernels.train.grid.runs import Spread
 from rlrr_kernels.writing import write_together
 

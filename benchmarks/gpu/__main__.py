@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import environment as common_environment
 from benchmarks.gpu import report
 from benchmarks.gpu.plan import cpu_plan, gpu_plan
 from benchmarks.gpu.session.session import Session
 from benchmarks.gpu.session.units import SECTIONS, default_device, make_units
 from benchmarks.gpu.timing import describe
 from benchmarks.gpu.work import Row, Unit
+from benchmarks.support.common import environment as common_environment
 
 
 def environment(device: str, commit: str | None) -> Row:

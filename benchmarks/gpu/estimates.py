@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common import Forward
 from benchmarks.gpu.plan import TOKENS
+from benchmarks.support.common import Forward
 from rlrr_kernels import RowSample, rlrr_linear
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
 

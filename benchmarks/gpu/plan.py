@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import Problem
+from benchmarks.support.common import Problem
 
 TOKENS = 197
 """Of a 224 pixel image in 16 pixel patches, with the class token."""

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown_table, number
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.targets import TASK_KEYS, layer_groups, measured, merge_crossovers, time_of, verdicts
 from benchmarks.gpu.work import Row
+from benchmarks.support.common import markdown_table, number
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 TILES = "tiles.json"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import Problem, Step, synchronize
+from benchmarks.support.common import Problem, Step, synchronize
 
 MAX_COPIES = 64
 MAX_WALL_COPIES = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.common import Problem
+from benchmarks.support.common import Problem
 
 Row = dict[str, Any]
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from benchmarks.common import markdown_table
 from benchmarks.gpu.launch_model import H200, model_us
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, gpu_plan, vit_layers
 from benchmarks.gpu.targets import layer_groups, layer_verdicts
 from benchmarks.gpu.work import Row, sizes_of
 from benchmarks.model import tasks
+from benchmarks.support.common import markdown_table
 from rlrr_kernels.ops.linear.tiles import KERNELS
 
 IMPLEMENTATIONS = {

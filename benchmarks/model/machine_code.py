@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks import compile_report
-from benchmarks.common import LAYER_SHAPES
 from benchmarks.gpu.launch_model import (
     ARCHITECTURE,
     BANDWIDTH,
@@ -32,6 +31,7 @@ from benchmarks.gpu.launch_model import (
 )  # fmt: skip
 from benchmarks.gpu.plan import PRECISIONS, vit_layers
 from benchmarks.model import tasks
+from benchmarks.support.common import LAYER_SHAPES
 from rlrr_kernels.ops.linear import tiles as linear_tiles
 from rlrr_kernels.ops.linear.tiles import Tiles
 

@@ -2,14 +2,14 @@
 
 from rlrr_kernels.adapt.arithmetic import combine_adapters
 from rlrr_kernels.adapt.config import RLRRConfig
-from rlrr_kernels.adapt.files import AdapterInfo, adapter_info
+from rlrr_kernels.adapt.folder.files import AdapterInfo, adapter_info
+from rlrr_kernels.adapt.folder.save_load import load_adapter, save_adapter
 from rlrr_kernels.adapt.gradients import check_gradients
 from rlrr_kernels.adapt.merge import MergeReport, merge_adapter
 from rlrr_kernels.adapt.model import adapt_model, adapt_report, is_adapted
 from rlrr_kernels.adapt.optim import parameter_groups
 from rlrr_kernels.adapt.recompute import recompute_activations
 from rlrr_kernels.adapt.report import AdaptReport, LayerReport
-from rlrr_kernels.adapt.save_load import load_adapter, save_adapter
 
 __all__ = [
     "AdaptReport",

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlrr_kernels.adapt.card import model_card
 from rlrr_kernels.adapt.config import RLRRConfig
-from rlrr_kernels.adapt.files import AdapterInfo, adapter_document, read_adapter, write_folder
 from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.folder.card import model_card
+from rlrr_kernels.adapt.folder.files import AdapterInfo, adapter_document, read_adapter, write_folder
 from rlrr_kernels.nn.scales import concatenate_scales
 
 LAYER_PARTS = ("scale_row", "scale_col", "shift")

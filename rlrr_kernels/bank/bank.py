@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.config import RLRRConfig
+from rlrr_kernels.adapt.folder.save_load import save_adapter
 from rlrr_kernels.adapt.model import adapter_parameters, check_not_distributed, is_adapted
 from rlrr_kernels.adapt.modules import find_module, named_modules, named_tensors, replace_submodules, unwrap
-from rlrr_kernels.adapt.save_load import save_adapter
 from rlrr_kernels.bank.source import Adapter, AdapterState, Backbone, Layout
 from rlrr_kernels.nn.multi.batch import ActiveBatch, Form, TaskBatch, TaskTensors
 from rlrr_kernels.nn.multi.modules import Multi, multi_module

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt.config import RLRRConfig
-from rlrr_kernels.adapt.files import TENSORS, read_adapter
 from rlrr_kernels.adapt.find import find_heads, some
+from rlrr_kernels.adapt.folder.files import TENSORS, read_adapter
+from rlrr_kernels.adapt.folder.save_load import check_values, differences, misfit, trained_tensors, warn_other_weights
 from rlrr_kernels.adapt.model import Adaptation, adaptation_of, apply_adaptation, plan_adaptation, planned_shapes
 from rlrr_kernels.adapt.modules import find_module, named_modules, named_tensors
-from rlrr_kernels.adapt.save_load import check_values, differences, misfit, trained_tensors, warn_other_weights
 from rlrr_kernels.nn.multi.batch import Form, TaskTensors
 
 PEFT_CONFIG = "adapter_config.json"

@@ -48,10 +48,10 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig, adapt_report, save_adapter
-from rlrr_kernels.adapt.files import read_adapter
 from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.folder.files import read_adapter
+from rlrr_kernels.adapt.folder.save_load import differences
 from rlrr_kernels.adapt.model import apply_adaptation, plan_adaptation, planned_shapes
-from rlrr_kernels.adapt.save_load import differences
 from rlrr_kernels.paper.data import preprocessing
 from rlrr_kernels.paper.hyperparameters import dataset_settings
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model

@@ -22,6 +22,7 @@ from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
 from rlrr_kernels.adapt.config import WITH_BIAS, matches
 from rlrr_kernels.adapt.find import some
+from rlrr_kernels.adapt.folder.save_load import differences, misfit, trained_tensors
 from rlrr_kernels.adapt.merge import folded_projection
 from rlrr_kernels.adapt.model import (
     adapt_report,
@@ -32,7 +33,6 @@ from rlrr_kernels.adapt.model import (
     planned_shapes,
 )
 from rlrr_kernels.adapt.modules import named_modules, named_tensors, unwrap
-from rlrr_kernels.adapt.save_load import differences, misfit, trained_tensors
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
 from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.peft.config import RLRRPeftConfig

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from rlrr_kernels.adapt.files import TENSORS
+from rlrr_kernels.adapt.folder.files import TENSORS
 from rlrr_kernels.bank import AdapterBank, BankedAdapter, HeldAdapter, UnknownAdapterError
 from rlrr_kernels.bank.source import PEFT_CONFIG
 from rlrr_kernels.serve.images import check_resized

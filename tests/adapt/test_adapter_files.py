@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels import RLRRConfig, adapt_model, adapter_info, is_adapted, load_adapter, merge_adapter, save_adapter
-from rlrr_kernels.adapt.files import _document_digest, _tensor_digest
+from rlrr_kernels.adapt.folder.files import _document_digest, _tensor_digest
 from tests.support.paths import ROOT
 from tests.support.tiny_models import SIZES, disturb, tiny_images, tiny_model
 

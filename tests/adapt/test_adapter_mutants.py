@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels import RLRRConfig, adapt_model, adapter_info, is_adapted, load_adapter, save_adapter
-from rlrr_kernels.adapt.files import _document_digest, _tensor_digest
+from rlrr_kernels.adapt.folder.files import _document_digest, _tensor_digest
 from tests.support.tiny_models import disturb
 
 pytest.importorskip("safetensors", reason="needs safetensors, of the extra [models]")

@@ -88,7 +88,7 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
     Named while no call is replayed, as a replay starts kernels past their plans; only counted while some are.
     """
     pytest.importorskip("triton", reason="needs Triton")
-    from benchmarks.fake_cuda import fake_cuda
+    from benchmarks.support.fake_cuda import fake_cuda
     from rlrr_kernels.ops.host import launch, replay
     from rlrr_kernels.ops.linear import autograd, public
 

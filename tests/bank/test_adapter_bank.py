@@ -19,7 +19,7 @@ from rlrr_kernels import (
     parameter_groups,
     save_adapter,
 )
-from rlrr_kernels.adapt.save_load import trained_tensors
+from rlrr_kernels.adapt.folder.save_load import trained_tensors
 from rlrr_kernels.bank import AdapterState, UnknownAdapterError
 from tests.support.tiny_models import disturb, tiny_images, tiny_model
 

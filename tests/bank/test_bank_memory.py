@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlrr_kernels import AdapterBank, RLRRConfig, adapt_model, save_adapter
-from rlrr_kernels.adapt.save_load import trained_tensors
+from rlrr_kernels.adapt.folder.save_load import trained_tensors
 from rlrr_kernels.bank import AdapterState, UnknownAdapterError
 from tests.support.tiny_models import disturb, tiny_model
 

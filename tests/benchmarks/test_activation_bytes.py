@@ -13,7 +13,7 @@ if backends.INTERPRETING:
 pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 
 from benchmarks.activation_bytes import VARIANTS, counted, measured, peak, table
-from benchmarks.baselines import peft_reason
+from benchmarks.support.baselines import peft_reason
 
 DIM, HEADS = 48, 3
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 pytest.importorskip("peft", reason="the command compares with PEFT")
 
 from benchmarks import hira
-from benchmarks.baselines import peft_reason
-from benchmarks.common import kept_bytes
-from benchmarks.plain_hira import HiraFunction
+from benchmarks.support.baselines import peft_reason
+from benchmarks.support.common import kept_bytes
+from benchmarks.support.plain_hira import HiraFunction
 from rlrr_kernels.numerics import relative_error
 from tests.support.paths import ROOT
 

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from benchmarks.common import Problem
 from benchmarks.cpu.report import RESULTS
 from benchmarks.gpu import launch_model as model
 from benchmarks.gpu.launch_model import Launch, grid, library_product
 from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import __main__ as command
+from benchmarks.support.common import Problem
 from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.linear.tiles import KERNEL_US, Tiles, tiles_for
 from tests.support.versions import version_of

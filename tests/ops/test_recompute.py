@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.common import kept_bytes
+from benchmarks.support.common import kept_bytes
 from rlrr_kernels import (
     NormRescale,
     RLRRConfig,

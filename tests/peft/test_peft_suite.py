@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("peft", reason="needs peft, of the extra [peft]")
 
 from rlrr_kernels.peft import RLRRPeftConfig
-from tests.support.peft_suite import CASES, ROWS, replace_cases
+from tests.peft.suite import CASES, ROWS, replace_cases
 
 SOURCE = """\
 from x import LoraConfig

@@ -82,7 +82,7 @@ def test_source_archive_contains_the_sources(source):
     (path,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         members = {member.split("/", 1)[1] for member in archive.getnames() if "/" in member}
-    expected = {f"csrc/{file.name}" for file in (ROOT / "csrc").glob("*.[chi]*") if file.suffix != ".sh"}
+    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*.[chi]*")}
     assert expected | {"build_backend.py"} <= members
 
 

@@ -1,9 +1,10 @@
-"""What import-linter cannot see: imports by name that go up, and circles of modules in folders that know each other."""
+"""What import-linter cannot see: imports by name that go up, circles in folders that know each other, full folders."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 
 import networkx  # which torch brings
 import pytest
@@ -59,3 +60,12 @@ def test_imports_by_name_go_down():
 def test_an_import_that_goes_up_is_found():
     assert imported_by_name('importlib.import_module(f"rlrr_kernels.train.{x}")') == ["rlrr_kernels.train."]
     assert height("rlrr_kernels.train.") > height("rlrr_kernels.ops.mlp") > height("rlrr_kernels.backends")
+
+
+def test_no_folder_has_more_files_than_a_newcomer_reads_in_one_look():
+    kinds = "*.py", "*.cpp", "*.h", "*.inl"
+    folders = [ROOT / name for name in ("rlrr_kernels", "benchmarks", "tests", "csrc")]
+    files = {file for folder in folders for kind in kinds for file in folder.rglob(kind) if file.stem != "__init__"}
+    count = Counter(file.parent.relative_to(ROOT).as_posix() for file in files)
+    assert len(files) > 300
+    assert not {folder: number for folder, number in count.items() if number > 14}

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import Problem
 from benchmarks.gpu.correctness.guard import GuardedMemory, guarded
 from benchmarks.gpu.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
 from benchmarks.gpu.plan import TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.timing import explain
 from benchmarks.gpu.work import Row, announce, sizes_of
+from benchmarks.support.common import Problem
 from rlrr_kernels import backends, norm_rescale, numerics, rlrr_linear, rlrr_linear_multi, rlrr_mlp
 from rlrr_kernels.reference import (
     norm_rescale_reference,

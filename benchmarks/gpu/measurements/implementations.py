@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import PEFT, peft_config, peft_module
-from benchmarks.common import Forward, Step, formula, forward_of
 from benchmarks.gpu.estimates import ESTIMATES, estimate_forward
 from benchmarks.gpu.plan import Precision
+from benchmarks.support.baselines import PEFT, peft_config, peft_module
+from benchmarks.support.common import Forward, Step, formula, forward_of
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.reference import rlrr_linear_reference
 
@@ -89,7 +89,7 @@ def layer_steps(
         name: one of :data:`OURS`, :data:`PLAIN`, :data:`PEFT`, :data:`ESTIMATES` or ``compiled``.
         work: ``forward``, without a graph; ``step``, forward and backward of x and everything trained; ``scales``,
             the gradient of scales and bias alone, without autograd.
-        tensors: of :meth:`benchmarks.common.Problem.tensors`.
+        tensors: of :meth:`benchmarks.support.common.Problem.tensors`.
         precision: of the problem.
         compiled: for ``compiled``, see :func:`compiled_formula`.
     """

@@ -7,8 +7,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.baselines import PEFT, peft_reason
-from benchmarks.common import Problem
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.launch_model import Ceilings, model_us
@@ -17,6 +15,8 @@ from benchmarks.gpu.measurements.tune import is_tuned
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.timing import copies_for, host_us, release, timing_rows
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
+from benchmarks.support.baselines import PEFT, peft_reason
+from benchmarks.support.common import Problem
 from rlrr_kernels import rlrr_linear
 
 IMPLEMENTATIONS = {

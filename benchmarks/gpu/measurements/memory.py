@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.activation_bytes import TOKENS, VARIANTS, build
-from benchmarks.baselines import PEFT, peft_reason
-from benchmarks.common import Forward, Step, kept_bytes, peak_bytes, synchronize
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.measurements.implementations import OURS, forwards, layer_steps
@@ -18,6 +16,8 @@ from benchmarks.gpu.measurements.layers import reason_against
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
 from benchmarks.gpu.timing import explain, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
+from benchmarks.support.baselines import PEFT, peft_reason
+from benchmarks.support.common import Forward, Step, kept_bytes, peak_bytes, synchronize
 
 IMPLEMENTATIONS = (*OURS, "reference", "frozen", *PEFT, *ESTIMATES)
 

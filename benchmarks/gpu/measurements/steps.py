@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.baselines import PEFT, PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
-from benchmarks.common import Step, peak_bytes, synchronize
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
 from benchmarks.gpu.timing import MAX_ROUNDS, MIN_ROUNDS, capture, explain, release
 from benchmarks.gpu.work import Row, Unit, announce
+from benchmarks.support.baselines import PEFT, PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
+from benchmarks.support.common import Step, peak_bytes, synchronize
 from rlrr_kernels import RLRRConfig, adapt_model, parameter_groups, recompute_activations
 
 OURS = ("auto", "recompute")

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Problem, Step
 from benchmarks.gpu.correctness.check import MULTI, Checks
 from benchmarks.gpu.plan import PRECISIONS, Batch, Plan, Precision
 from benchmarks.gpu.timing import copies_for, release, timing_rows
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
+from benchmarks.support.common import Problem, Step
 from rlrr_kernels import TaskIndex, numerics, rlrr_linear, rlrr_linear_multi
 from rlrr_kernels.reference import rescaled_weight_reference
 

@@ -11,11 +11,11 @@ from itertools import product
 
 import torch
 
-from benchmarks.common import Problem
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
 from benchmarks.gpu.timing import ContextLost, copies_for, interleave, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
+from benchmarks.support.common import Problem
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.dtypes import matmul_precision

@@ -18,10 +18,10 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common import Problem
-from benchmarks.fake_cuda import Driver
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, gpu_plan, vit_layers
+from benchmarks.support.common import Problem
+from benchmarks.support.fake_cuda import Driver
 from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.activation import triton_backward as activation_triton

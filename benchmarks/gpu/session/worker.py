@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines import peft_module
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.launch_model import Ceilings
 from benchmarks.gpu.measurements.ceilings import ceilings_of
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.timing import ContextLost, describe, explain, release
 from benchmarks.gpu.work import Row, Unit, listen
+from benchmarks.support.baselines import peft_module
 
 MakeUnits = Callable[[], tuple[Plan, list[Unit]]]
 """Gives the same units in every process; picklable."""

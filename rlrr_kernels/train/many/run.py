@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt.config import RLRRConfig
-from rlrr_kernels.adapt.save_load import trained_tensors
+from rlrr_kernels.adapt.folder.save_load import trained_tensors
 from rlrr_kernels.bank import AdapterBank, AdapterState
 from rlrr_kernels.train.data.folders import ImageDataset, Samples, shorten
 from rlrr_kernels.train.data.images import ImageError

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import is_adapted, load_adapter, save_adapter
-from rlrr_kernels.adapt.files import ADAPTER_FORMAT, read_folder, write_folder
-from rlrr_kernels.adapt.save_load import describe_base, differences, misfit, sample_backbone, warn_other_weights
+from rlrr_kernels.adapt.folder.files import ADAPTER_FORMAT, read_folder, write_folder
+from rlrr_kernels.adapt.folder.save_load import describe_base, differences, misfit, sample_backbone, warn_other_weights
 from rlrr_kernels.train.loop.trained import trained_tensors
 from rlrr_kernels.train.methods.baselines import (
     TITLES,

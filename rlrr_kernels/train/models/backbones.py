@@ -19,7 +19,7 @@ from torch import nn
 
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.find import find_heads, under
-from rlrr_kernels.adapt.save_load import sample_backbone
+from rlrr_kernels.adapt.folder.save_load import sample_backbone
 from rlrr_kernels.train.data.folders import shorten
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.models.npz import check_npz

@@ -8,7 +8,8 @@ Not covered: what ``ptxas`` makes of the PTX, Blackwell's tensor memory (``tcgen
 (sums are float64, rounded once) and the arithmetic of approximate instructions.
 """
 
-from tests.support.ptx import arithmetic, mma, moves, parameters, warp  # noqa: F401 (they register their instructions)
+from tests.support.ptx import parameters, warp  # noqa: F401 (they register their instructions)
 from tests.support.ptx.faults import Deadlock, Fault, UnknownInstructionError
+from tests.support.ptx.instructions import arithmetic, mma, moves  # noqa: F401 (likewise)
 
 __all__ = ["Deadlock", "Fault", "UnknownInstructionError"]

@@ -30,10 +30,10 @@ from rlrr_kernels.ops.host.launch import OPTIONS, Launch, Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.multi import triton_backend as multi_triton
 from tests.support.ptx.faults import Fault
+from tests.support.ptx.instructions.tensor_copies import TensorMap
 from tests.support.ptx.machine import Machine
 from tests.support.ptx.memory import GlobalMemory
 from tests.support.ptx.parser import Program, parse
-from tests.support.ptx.tensor_copies import TensorMap
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tests.support.ptx import values
-from tests.support.ptx.copies import AsyncCopies
 from tests.support.ptx.faults import Deadlock, Fault
 from tests.support.ptx.forms import instruction
-from tests.support.ptx.mbarrier import Barriers
+from tests.support.ptx.instructions.copies import AsyncCopies
+from tests.support.ptx.instructions.mbarrier import Barriers
+from tests.support.ptx.instructions.tensor_copies import TensorCopies, TensorMap
+from tests.support.ptx.instructions.wgmma import Products
 from tests.support.ptx.memory import GlobalMemory, SharedMemory
 from tests.support.ptx.parameters import Parameters
 from tests.support.ptx.parser import Address, Immediate, Instruction, Operand, Program, Register, Symbol
-from tests.support.ptx.tensor_copies import TensorCopies, TensorMap
-from tests.support.ptx.wgmma import Products
 
 Lanes = np.ndarray | None
 """Indices of threads; None: all."""

@@ -1,0 +1,1 @@
+"""What the machine does at each kind of instruction; importing a module registers its own."""
