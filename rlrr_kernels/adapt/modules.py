@@ -28,6 +28,9 @@ _AROUND = nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` and its like call, to compute new weights from those of layers."""
 
+_FROM_PLAIN = "_from_plain"
+"""Attribute of an adapted module: names of what it took over from the plain one and does not use itself."""
+
 _ADAPTED = (Rescaled, NormRescale, ChannelRescale, OutputRescale, Multi)
 
 
@@ -94,7 +97,8 @@ def wrappers(model: nn.Module, kinds: tuple[str, ...]) -> list[str]:
 
 
 def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Module], nn.Module]) -> None:
-    """Puts ``make(name, module)`` in place of each named submodule, inside its wrappers, with its hooks.
+    """Puts ``make(name, module)`` in place of each named submodule, inside its wrappers, with its hooks and with
+    what others set on it.
 
     A module that has several names, itself or through a shared parent, is replaced by one module. Modules around that
     compute new weights from those of the layers inside (timm's ``fuse`` and ``reparameterize``) refuse to while what
@@ -110,6 +114,7 @@ def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[s
         had_bias = getattr(old, "bias", None) is not None
         made = make(same[0], old).train(old.training)
         _move_hooks(old, made)
+        _move_attributes(old, made)
         for name in same:
             parent, _, child = name.rpartition(".")
             _put(modules[parent], child, made)
@@ -126,6 +131,24 @@ def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
     setattr(holder, key, module)
     if key == "_orig_mod":
         holder._initialize()  # torch.compile's wrapper calls what it was made for
+
+
+def _move_attributes(old: nn.Module, made: nn.Module) -> None:
+    """Gives ``made`` the attributes, tensors and submodules of ``old`` that it has not: what others set on a layer.
+
+    What an adapted layer has of its own stays with it; what came from the plain layer goes back to one.
+    """
+    registered = [vars(old)[kind] for kind in ("_parameters", "_buffers", "_modules")]
+    plain = {name for names in (vars(old), *registered) for name in names} - vars(nn.Module()).keys()
+    names = vars(old).get(_FROM_PLAIN, ()) if isinstance(old, _ADAPTED) else plain
+    missing = sorted(name for name in names if not hasattr(made, name))
+    for name in missing:
+        if name in old._buffers:
+            made.register_buffer(name, old._buffers[name], name not in old._non_persistent_buffers_set)
+        else:
+            setattr(made, name, getattr(old, name))
+    if missing and isinstance(made, _ADAPTED):
+        vars(made)[_FROM_PLAIN] = tuple(missing)
 
 
 def _move_hooks(old: nn.Module, made: nn.Module) -> None:

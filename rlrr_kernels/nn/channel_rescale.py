@@ -38,9 +38,9 @@ class ChannelRescale(nn.Module):
         """Draws γ and β anew."""
         reset_ssf(self.scale, self.shift, self.init)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., D] to y [..., D] in the dtype of x; a 16-bit x is scaled and shifted in the dtype of γ."""
-        return (x * self.scale + self.shift).to(x.dtype)
+        return (input * self.scale + self.shift).to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.scale.shape[0]}"

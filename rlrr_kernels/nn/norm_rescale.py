@@ -75,20 +75,20 @@ class NormRescale(nn.Module):
         """Draws γ and β anew; the frozen tensors stay."""
         reset_ssf(self.scale, self.shift, self.init)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., D] to y [..., D]; dtypes as in :func:`rlrr_kernels.norm_rescale`."""
-        if type(x) is not Tensor and is_proxy(x):
-            return call_in_graph(self, x)
+        if type(input) is not Tensor and is_proxy(input):
+            return call_in_graph(self, input)
         weight, bias = self.weight, self.bias
         if weight is not None and weight.requires_grad:
             weight, bias = frozen(weight), None if bias is None else frozen(bias)
         keep_output = self.keep_output or bool(self._forward_hooks)  # which may change y as no version shows
-        return norm_rescale(x, weight, bias, self.scale, self.shift, self.eps, keep_output=keep_output)
+        return norm_rescale(input, weight, bias, self.scale, self.shift, self.eps, keep_output=keep_output)
 
     __prepare_scriptable__ = refuse_script
 
-    def _slow_forward(self, x: Tensor) -> Tensor:  # while torch.jit.trace records, see Rescaled
-        y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+    def _slow_forward(self, input: Tensor) -> Tensor:  # while torch.jit.trace records, see Rescaled
+        y = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return (self.scale * y + self.shift).to(y.dtype)
 
     @torch.no_grad()

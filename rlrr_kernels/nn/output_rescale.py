@@ -43,9 +43,9 @@ class OutputRescale(nn.Module):
         """The frozen bias."""
         return self.layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x as the layer takes it, y as the layer gives it."""
-        y = self.layer(x)
+        y = self.layer(input)
         if isinstance(self.layer, nn.Linear):
             return self.rescale(y)
         return self.rescale(y.movedim(1, -1)).movedim(-1, 1)

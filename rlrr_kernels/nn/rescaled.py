@@ -175,6 +175,7 @@ class Rescaled(nn.Module):
         self.scale_col = None if sides == "left" else nn.Parameter(torch.empty(col_groups, rank, cols, **options))
         self.shift = nn.Parameter(torch.empty(layer.weight.shape[0], **options)) if shift else None
         self._merged: tuple[Tensor, Tensor | None] | None = None
+        self._merged_from: list[tuple[Tensor, int]] = []
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -229,28 +230,31 @@ class Rescaled(nn.Module):
         scale_row, scale_col = self.scales()
         return self.weight.to(wide), scale_row.to(wide), scale_col.to(wide)
 
-    def _slow_forward(self, x: Tensor) -> Tensor:
+    def _slow_forward(self, input: Tensor) -> Tensor:
         # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
         # move what an autograd.Function does.
-        return self._formula(x) if self._merged is None else self.forward(x)
+        return self._formula(input) if self._merged is None else self.forward(input)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch.nn's own call it
         """The rescaled layer, or the merged one after :meth:`merge`.
 
         Raises:
             RuntimeError: the layer is merged and in training mode with gradients on: nothing would be trained.
         """
-        if type(x) is not Tensor and is_proxy(x):
-            return call_in_graph(self, x)
+        if type(input) is not Tensor and is_proxy(input):
+            return call_in_graph(self, input)
         if self._merged is None:
-            return self._rescaled(x)
+            return self._rescaled(input)
         if self.training and torch.is_grad_enabled():
             kind = type(self).__name__
             raise RuntimeError(f"this {kind} is merged, so its scales would not be trained; call unmerge() first")
+        if not torch.compiler.is_compiling() and self._is_outdated():
+            self.merge()
         weight, bias = self._merged
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return self._plain(x, weight, bias)
+        dtype = input.dtype
+        if dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return self._plain(input, weight, bias)
 
     def _total_bias(self) -> Tensor | None:
         bias, shift = self.bias, self.shift  # once each: looking up a parameter costs the host a third of a microsecond
@@ -274,10 +278,22 @@ class Rescaled(nn.Module):
 
         ``weight`` is neither written nor replaced (it may be shared): ``state_dict``, ``deepcopy`` and saving see the
         frozen tensors as before. Costs one more weight of memory until :meth:`unmerge`; a plain layer of its own
-        (``to_linear``, ``to_conv``) does not.
+        (``to_linear``, ``to_conv``) does not. The next forward merges anew where a tensor was replaced or written in
+        place; what is written through ``.data``, or under a compiled forward, it does not see.
         """
         self._merged = self.merged_weight(), self.merged_bias()
+        self._merged_from = self._sources()
         return self
+
+    def _sources(self) -> list[tuple[Tensor, int]]:
+        """What W' and b + f are made of, and how often each tensor was written."""
+        tensors = self.weight, self.bias, self.scale_row, self.scale_col, self.shift
+        return [(t, -1 if t.is_inference() else t._version) for t in tensors if t is not None]
+
+    def _is_outdated(self) -> bool:
+        """Whether W' and b + f are of other tensors, or of what was in them before they were written."""
+        pairs = zip(self._merged_from, self._sources(), strict=False)
+        return any(before is not now or old != new for (before, old), (now, new) in pairs)
 
     def unmerge(self) -> Rescaled:
         """Goes back to the frozen weight, which was never touched; returns self."""

@@ -99,6 +99,36 @@ def test_hooks_on_replaced_modules_stay_and_can_be_removed():
     assert not any(watch.seen for watch in watches.values())
 
 
+def test_what_others_set_on_layers_stays_on_them_and_goes_back():
+    """Flags, buffers, parameters and modules that code around reads; what torch.nn's own layers have, too."""
+    model = tiny_model("vit")
+    for layer in (qkv := model.blocks[0].attn.qkv, patches := model.patch_embed.proj, norm := model.norm):
+        layer.note, layer.inner = "theirs", nn.Identity()
+        layer.register_buffer("kept", torch.ones(2))
+        layer.register_buffer("fleeting", torch.ones(2), persistent=False)
+    names = set(model.state_dict())
+
+    def check(layers):
+        for layer in layers:
+            assert layer.note == "theirs"
+            assert type(layer.inner) is nn.Identity
+            assert torch.equal(layer.kept + layer.fleeting, torch.full((2,), 2.0))
+
+    adapted(model)
+    layers = model.blocks[0].attn.qkv, model.patch_embed.proj, model.norm
+    assert not {*map(id, layers)} & {id(qkv), id(patches), id(norm)}
+    check(layers)
+    assert model.norm.elementwise_affine
+    assert model.patch_embed.proj.transposed is False
+    assert names <= set(model.state_dict())
+    merge_adapter(model)
+    plain = model.blocks[0].attn.qkv, model.patch_embed.proj, model.norm
+    assert not is_adapted(model)
+    check(plain)
+    assert not hasattr(plain[0], "rank")
+    assert not hasattr(plain[0], "_from_plain")
+
+
 def test_a_hook_that_changes_the_result_still_does(tmp_path):
     model, images = tiny_model("vit"), tiny_images("vit")
     model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, y: torch.zeros_like(y))

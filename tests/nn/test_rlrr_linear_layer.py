@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlrr_kernels import RLRRLinear
+from rlrr_kernels import NormRescale, RLRRConv2d, RLRRLinear
+from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.output_rescale import OutputRescale
 from rlrr_kernels.reference import rescaled_weight_reference, rlrr_linear_reference
 
 
@@ -194,6 +196,43 @@ def test_a_merged_layer_refuses_to_train_and_follows_its_tensors():
     other = trained(10, 12).double()
     layer.load_state_dict(other.state_dict())
     torch.testing.assert_close(layer(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "scale_row", "scale_col", "shift"])
+def test_a_merged_layer_follows_tensors_that_are_written_or_replaced(name: str):
+    layer, x = trained(10, 12).eval().merge(), torch.randn(3, 10)
+    before = layer(x)
+    weight = layer._merged[0]
+    assert torch.equal(layer(x), before)
+    assert layer._merged[0] is weight, "merged once"
+    for change in (
+        lambda tensor: tensor.mul_(2.0),
+        lambda tensor: setattr(layer, name, nn.Parameter(tensor * 3.0, requires_grad=tensor.requires_grad)),
+    ):
+        with torch.no_grad():
+            change(getattr(layer, name))
+        y = layer(x)
+        assert not torch.allclose(y, before)
+        torch.testing.assert_close(y, copy.deepcopy(layer).unmerge()(x))
+        before = y
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(layer).merge()(x), before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (RLRRLinear(10, 12), (3, 10)),
+        (RLRRConv2d(3, 8, 2), (1, 3, 4, 4)),
+        (NormRescale(nn.LayerNorm(10)), (3, 10)),
+        (OutputRescale(nn.Linear(10, 12)), (3, 10)),
+        (ChannelRescale(10), (3, 10)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_input_goes_by_the_name_that_torch_nn_has_for_it(layer: nn.Module, shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    assert torch.equal(layer(input=x), layer(x))
 
 
 def test_a_merged_layer_takes_the_dtypes_that_it_took_before():

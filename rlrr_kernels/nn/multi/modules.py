@@ -50,13 +50,13 @@ class Multi(nn.Module):
         self.plain.training = mode
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [S ..., ...] of the S samples of the active batch, to what the tasks of these samples make of it.
 
         Raises:
             RuntimeError: the first dimension of x is no multiple of S.
         """
-        batch = self.active.batch
+        x, batch = input, self.active.batch
         if batch is None or not any(self.name in group.form.modules for group in batch.groups):
             return self.plain(x)
         if x.dim() == 0 or x.shape[0] % batch.samples:
