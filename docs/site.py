@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = (
     *("*.md", "CITATION.cff", "LICENSE", "benchmarks/results/*.*"),
-    *("docs/**/*.md", "docs/*.css", "docs/*.png", "docs/*.svg"),
+    *("docs/**/*.md", "docs/*.css", "docs/pictures/*.png", "docs/pictures/*.svg"),
 )
 """Files of the repository that the site has, under the same paths."""
 
