@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from torch import nn
 
 from rlrr_kernels import RLRRConfig, adapt_model, adapter_info, is_adapted, load_adapter, save_adapter
 from rlrr_kernels.adapt.folder.files import _document_digest, _tensor_digest
+from tests.support.mutants import DEEP, mutate_bytes, mutate_entry
 from tests.support.tiny_models import disturb
 
 pytest.importorskip("safetensors", reason="needs safetensors, of the extra [models]")
 from safetensors.torch import load, save
 
 TENSORS, CONFIG = "adapter.safetensors", "config.json"
-DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def _is_written(dtype: torch.dtype) -> bool:
@@ -36,12 +35,6 @@ def _is_written(dtype: torch.dtype) -> bool:
 
 
 OTHER_DTYPES = [*filter(_is_written, (torch.float64, torch.int32, torch.bool, torch.complex64))]
-
-VALUES = (
-    None, True, False, 0, -1, 1, 2, 1.5, 1e300, 10**400, -(10**400), float("inf"), float("nan"), "", "x", "*", "[",
-    "\ud800", "0.weight", [], [None], [[]], [1, 2, 3], [1, 2, 3, None], [float("nan")] * 4, [10**400] * 4, ["x"], {},
-    {"x": None}, {"0": []}, {"nowhere": [0.0] * 4}, {"*": 0}, {"": 1}, "both", "left", "float16", "paper",
-)  # fmt: skip
 
 
 class Net(nn.Module):
@@ -94,47 +87,9 @@ def with_document(files: Files, document: Any, where: tuple[str, ...], draw: ran
     return files
 
 
-def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """All places in a JSON value but the root."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield (*path, key)
-        yield from paths(value[key], (*path, key))
-
-
-def mutate_entry(value: Any, draw: random.Random, values: tuple[Any, ...] = VALUES) -> None:
-    """Replaces, removes or renames one entry of a JSON value, in place."""
-    *path, last = draw.choice(list(paths(value)))
-    for key in path:
-        value = value[key]
-    what = draw.random()
-    if what < 0.7:
-        value[last] = copy.deepcopy(draw.choice(values))
-    elif what < 0.85:
-        del value[last]
-    elif isinstance(value, dict):
-        value[draw.choice(["", "x", f"{last}_", "0"])] = value.pop(last)
-
-
-def mutate_bytes(files: Files, draw: random.Random) -> Files:
+def mutate_file(files: Files, draw: random.Random) -> Files:
     name = draw.choice([TENSORS, TENSORS, CONFIG])
-    data = bytearray(files[name])
-    start = draw.choice([draw.randrange(len(data)), draw.randrange(min(64, len(data)))])
-    stop = min(len(data), start + draw.choice([1, 4, 40, len(data)]))
-    what = draw.randrange(6)
-    if what == 0:
-        for _ in range(draw.choice([1, 1, 1, 5])):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif what == 1:
-        del data[start:stop]
-    elif what == 2:
-        data[start:start] = data[start:stop]
-    elif what == 3:
-        data[start:stop] = draw.randbytes(stop - start)
-    elif what == 4:
-        data[start:stop] = bytes(stop - start)
-    else:
-        data += draw.randbytes(draw.choice([1, 100]))
-    return {**files, name: bytes(data)}
+    return {**files, name: mutate_bytes(files[name], draw)}
 
 
 def mutate_document(files: Files, draw: random.Random) -> Files:
@@ -188,7 +143,7 @@ def mutate_tensors(files: Files, draw: random.Random) -> Files:
 
 
 MUTATIONS: tuple[Callable[[Files, random.Random], Files], ...] = (
-    mutate_bytes, mutate_document, mutate_header, mutate_tensors,
+    mutate_file, mutate_document, mutate_header, mutate_tensors,
 )  # fmt: skip
 
 
@@ -249,7 +204,7 @@ def test_mutants_load_as_saved_or_change_nothing(seeds, saved, tmp_path):
         mutation = MUTATIONS[seed % len(MUTATIONS)]
         mutant = mutation(files, draw)
         try:
-            loaded[mutation] += check(mutant, tmp_path, state if mutation is mutate_bytes else None)
+            loaded[mutation] += check(mutant, tmp_path, state if mutation is mutate_file else None)
         except Exception as error:
             raise AssertionError(f"mutant {seed}, of {mutation.__name__}") from error
     for count in loaded.values():

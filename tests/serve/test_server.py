@@ -31,8 +31,8 @@ from rlrr_kernels.serve.images import decode
 from rlrr_kernels.serve.logs import JsonFormatter
 from rlrr_kernels.serve.service import Service
 from rlrr_kernels.train.models.backbones import create_model
+from tests.serve.served_adapters import MODEL, PIXELS, gif_header, png, save_marked
 from tests.support.paths import ROOT
-from tests.support.served_adapters import MODEL, PIXELS, gif_header, png, save_marked
 
 
 @dataclasses.dataclass

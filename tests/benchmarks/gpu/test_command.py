@@ -24,8 +24,8 @@ from benchmarks.gpu.session import units
 from benchmarks.gpu.session.units import SECTIONS
 from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.linear import tiles as linear_configs
+from tests.benchmarks.gpu.pretended_gpu import pretended_gpu
 from tests.support.paths import ROOT
-from tests.support.pretended_gpu import pretended_gpu
 
 CEILINGS = model.Ceilings(4e12, {"bf16": 8e14, "fp16": 8e14, "fp32": 5e13, "tf32": 4e14})
 PLAN = cpu_plan()

@@ -22,7 +22,7 @@ from rlrr_kernels import backends, devices, numerics
 from rlrr_kernels.ops.host import cache
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.tuning import store as tuned_tiles
-from tests.support.pretended_gpu import pretended_gpu
+from tests.benchmarks.gpu.pretended_gpu import pretended_gpu
 
 pytestmark = [
     pytest.mark.interpreted,

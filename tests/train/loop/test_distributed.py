@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop.distributed import make_accelerator, shard_frozen
-from tests.support.distributed_runs import ONE_PROCESS
 from tests.support.fitting import numbers, train, trained
+from tests.train.loop.distributed_runs import ONE_PROCESS
 
 
 def environment():
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     make_splits(folder / "images", val=7)  # 14 images do not divide into batches of 4 for two
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(ROOT / "tests/support/distributed_runs.py"), str(folder / "images"), str(folder)],
+        [*launch, str(ROOT / "tests/train/loop/distributed_runs.py"), str(folder / "images"), str(folder)],
         env=environment(),
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ Mutants are made from a seed and a number: 500 in all, 5,000 among the slow test
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import random
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.support.image_folders import make_splits
+from tests.support.mutants import DEEP, VALUES, mutate_bytes, mutate_entry
 
 timm = pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
@@ -39,55 +39,17 @@ from rlrr_kernels.train.output.environment import add_session
 TINY = {"depth": 1, "embed_dim": 8, "num_heads": 1}
 VIT = "vit_tiny_patch16_224"
 
-_DEEP = "a place for what is nested too deep"
-_VALUES = [None, True, -1, 0, 2.5, 1e300, float("nan"), 10**40, "", "x", "\0", "ü", [], {}, [None], {"x": 1}, _DEEP]
-
-
-def mutate_bytes(data: bytes, numbers: random.Random) -> bytes:
-    """``data`` with bits turned, or pieces lost, doubled, zeroed or put in."""
-    if not data or numbers.random() < 0.02:
-        return b""
-    start = numbers.randrange(len(data))
-    end = min(len(data), start + numbers.choice((1, 4, 64, 4096)))
-    kind = numbers.randrange(6)
-    if kind == 0:
-        return data[:start]
-    if kind == 1:
-        return data[:start] + data[end:]
-    if kind == 2:
-        return data[:end] + data[start:]
-    if kind == 3:
-        return data[:start] + bytes(end - start) + data[end:]
-    if kind == 4:
-        return data[:start] + numbers.randbytes(end - start) + data[start:]
-    changed = bytearray(data)
-    for _ in range(numbers.choice((1, 2, 8))):
-        # Headers are at either end; in the midst is nothing but numbers.
-        place = numbers.choice((numbers.randrange(len(data)), -1 - numbers.randrange(min(len(data), 400))))
-        place = numbers.choice((place, numbers.randrange(min(len(data), 400))))
-        changed[place] ^= 1 << numbers.randrange(8)
-    return bytes(changed)
-
 
 def mutate_json(data: bytes, numbers: random.Random) -> bytes:
-    """The document with one of its entries lost, renamed or replaced by something else."""
+    """The document with one of its entries lost, renamed or replaced by something else, or with other bytes."""
     if numbers.random() < 0.2:
         return mutate_bytes(data, numbers)
     document = json.loads(data)
-    holder = [document]
-    parent, key = holder, 0
-    while isinstance(parent[key], dict | list) and parent[key] and numbers.random() < 0.9:
-        parent = parent[key]
-        key = numbers.choice([*parent] if isinstance(parent, dict) else range(len(parent)))
-    kind = numbers.randrange(8)
-    if kind == 0 and parent is not holder:
-        del parent[key]
-    elif kind == 1 and isinstance(parent, dict):
-        parent[f"{key}s"] = parent.pop(key)
-    else:
-        parent[key] = copy.copy(numbers.choice(_VALUES))
-    deep = "[" * 100_000 + "]" * 100_000
-    return json.dumps(holder[0]).replace(json.dumps(_DEEP), deep).encode()
+    if numbers.random() < 0.05:
+        return json.dumps(numbers.choice(VALUES)).encode()
+    mutate_entry(document, numbers)
+    text = json.dumps(document)
+    return (text.replace("null", DEEP, 1) if numbers.random() < 0.05 else text).encode()
 
 
 # ---------------------------------------------------------------- what is mutated, and who reads it

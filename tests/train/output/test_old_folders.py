@@ -1,6 +1,6 @@
 """Adapter and run folders that an older version wrote still load, evaluate and go on.
 
-Commit 9f82ca8 wrote ``tests/data/version_0.1.0``, on weights that :func:`tests.support.fixed_weights.fill` makes:
+Commit 9f82ca8 wrote ``tests/data/version_0.1.0``, on weights that :func:`tests.train.output.fixed_weights.fill` makes:
 ``adapter`` by ``save_adapter``; ``finished`` by :func:`old_run`, ``bias`` by the same with ``method="bias"``;
 ``stopped`` is the first run at the end of its second epoch.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.fixed_weights import fill, spread
 from tests.support.image_folders import make_splits
 from tests.support.paths import ROOT
+from tests.train.output.fixed_weights import fill, spread
 
 timm = pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
