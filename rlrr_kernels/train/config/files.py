@@ -54,7 +54,15 @@ def _is_of(kind: Any, value: Any) -> bool:
         number = isinstance(value, int) or (kind is float and isinstance(value, float))
         return number and not isinstance(value, bool) and abs(value) < _LARGEST
     kind = typing.get_origin(kind) or kind
-    return kind is Any or (isinstance(value, kind) and not (isinstance(value, str | Path) and "\0" in str(value)))
+    return kind is Any or (isinstance(value, kind) and (not isinstance(value, str | Path) or _is_text(str(value))))
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file could be called so: without NUL, and bytes of other encodings only as Python stands for them."""
+    try:
+        return b"\0" not in value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 _LARGEST = 2**63

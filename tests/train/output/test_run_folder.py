@@ -145,6 +145,8 @@ def test_a_truncated_or_missing_config_file_is_named(tmp_path):
         ({"lr": True}, "lr must be a number; got True"),
         ({"model": 3.5}, "model must be a text; got 3.5"),
         ({"data": 1}, "data must be a path or left out; got 1"),
+        ({"data": "a\0"}, r"data must be a path or left out; got PosixPath\('a"),
+        ({"data": "a\ud800"}, r"data must be a path or left out; got PosixPath\('a"),
         ({"weights": ["hub"]}, r"weights must be a text or a path; got \['hub'\]"),
         ({"image_size": 0}, "image_size must be at least 1; got 0"),
         (
