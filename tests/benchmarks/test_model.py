@@ -20,7 +20,7 @@ from tests.support.versions import version_of
 RATE, BANDWIDTH = 8e14, 4e12
 CEILINGS = model.Ceilings(BANDWIDTH, {"bf16": RATE, "fp16": RATE, "fp32": 5e13, "tf32": 4e14})
 BF16 = PRECISIONS["bf16"].dtype
-PERSISTENT = {"forward": (256, 128, 64, 8, 3), "grad_scales": (64, 128, 256, 8, 4)}
+PERSISTENT = Tiles(64, 128, 256, 8, 4, schedule="persistent")
 
 needs_triton_3_6 = pytest.mark.skipif(
     version_of("triton") < (3, 6), reason="Triton 3.5 has not all of Gluon, and leaves a third more in persistent loops"
@@ -80,13 +80,13 @@ def test_split_products_write_and_add_their_partial_results():
     assert products.bytes == 2 * (1576 * (3072 + 768) + 3072 * 768) + reduction.bytes
 
 
-def test_the_grid_of_a_persistent_kernel():
-    forward, scales = (Tiles(*PERSISTENT[kernel], schedule="persistent") for kernel in ("forward", "grad_scales"))
+def test_the_grids_of_kernels_whose_programs_take_several_tiles():
     sizes, dtypes = (12608, 3072, 768), (BF16, BF16)
+    forward, backward = (Tiles(256, *blocks, 4, 3, schedule="gluon") for blocks in ((128, 64), (64, 128)))
     cut = grid("forward", forward, *sizes, *dtypes)
     assert (cut.programs, cut.ends, cut.iterations) == (132, 10, 120)  # 24 x 50 tiles of 12 blocks
-    assert grid("grad_x", forward._replace(block_n=64, block_k=128), 256, 768, 768, *dtypes).programs == 6
-    cut = grid("grad_scales", scales, *sizes, *dtypes)
+    assert grid("grad_x", backward, 256, 768, 768, *dtypes).programs == 6
+    cut = grid("grad_scales", PERSISTENT, *sizes, *dtypes)
     assert (cut.programs, cut.iterations) == (132, 108)  # 24 x 3 tiles of 197 blocks
 
 
@@ -158,13 +158,11 @@ def test_how_many_programs_fit(machine_code, registers: int, warps: int, shared:
 
 
 @needs_triton_3_6
-@pytest.mark.parametrize("kernel", PERSISTENT)
-def test_a_persistent_loop_has_room_between_its_products(machine_code, kernel: str):
-    tiles = Tiles(*PERSISTENT[kernel], schedule="persistent")
-    code = machine_code.compiled(kernel, tiles, "bf16", 4096)
+def test_a_persistent_loop_has_room_between_its_products(machine_code):
+    code = machine_code.compiled("grad_scales", PERSISTENT, "bf16", 4096)
     assert (code.spills, code.loop.instruction) == (0, "HGMMA")
-    assert code.loop.macs == tiles.block_m * tiles.block_n * tiles.block_k
-    assert code.loop.issue < {"forward": 0.7, "grad_scales": 0.3}[kernel] * code.loop.tensor, "divisions in the loop?"
+    assert code.loop.macs == PERSISTENT.block_m * PERSISTENT.block_n * PERSISTENT.block_k
+    assert code.loop.issue < 0.3 * code.loop.tensor, "divisions in the loop?"
     assert code.loop.rare > code.loop.issue, "the end of a tile is in the loop"
 
 

@@ -82,7 +82,7 @@ def test_tuned_tiles_that_wait_to_be_asked_for(monkeypatch: pytest.MonkeyPatch):
     tiled = Tiles(128, 128, 64, 8, 3)
     store.write(store.cache_file(), {name: tiled._asdict()})
     assert states()["tuned tiles (RLRR_TUNING)"] == f"on; {store.cache_file()}: 1 entries"
-    store.write(store.cache_file(), {name: tiled._replace(schedule="persistent")._asdict()})
+    store.write(store.cache_file(), {name: tiled._replace(schedule="gluon")._asdict()})
     assert "used under RLRR_EXPERIMENTAL=on alone, as no GPU has proven" in states()["tuned tiles (RLRR_TUNING)"]
     assert states()["tuned tiles (RLRR_TUNING)"].endswith(name)
     monkeypatch.setenv(store.EXPERIMENTAL_VARIABLE, "on")

@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
 KERNELS = ("forward", "grad_x", "grad_scales")
 
-SCHEDULES = {"tiled": KERNELS, "persistent": KERNELS, "gluon": ("forward", "grad_x")}
+SCHEDULES = {"tiled": KERNELS, "persistent": ("grad_scales",), "gluon": ("forward", "grad_x")}
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
@@ -135,8 +135,8 @@ both; other instructions fill a quarter of a step's tensor time; the wait in a s
 no second time for the bias; and no wave is partly idle. ``benchmarks.model --tiles`` predicts 94 µs for a 768 to
 3072 layer at M = 12,608, where it gives the tiled kernel 139 and the library's gᵀx 100.
 
-Forward and ∂x of many rows are merged and left to the library; their persistent forms are predicted to be level with
-wide tiled ones, so they are left to the tuner. Triton's own warp specialisation is not used: on Hopper its compiler
+Forward and ∂x of many rows are merged and left to the library; persistent forms of them were predicted to be level with
+wide tiled ones, so there are none. Triton's own warp specialisation is not used: on Hopper its compiler
 fails on a rescaled first operand and on sums over both sides of a tile, leaves the loop as it is, or waits for every
 product, depending on the tile (3.6 and 3.9).
 """
@@ -203,17 +203,16 @@ def shared_bytes(
     rows of both scales for every stage but one, whose weight is in registers; one operand is then on its way to another
     layout. On gfx950 that stage is in shared memory too: it loads straight into it. Never less than 48 KiB, which every
     GPU has: changes of layout at the end of a program share the memory of the stages; in a persistent grid these hold
-    the next tile by then, and a strip of W or of the result is beside them. Products with ``dot_rank`` vectors of the
+    the next tile by then, and a strip of W is beside them. Products with ``dot_rank`` vectors of the
     scales hold these once more, and G ⊙ W four times.
     """
     size, barriers, least = dtype.itemsize, 64, 48 << 10
-    persistent = tiles.schedule == "persistent"
     if kernel == "grad_scales":
         stages = tiles.block_m * (tiles.block_n + tiles.block_k) * size * tiles.stages
         if dot_rank:
             vectors = min(dot_rank, 32) * (tiles.block_n + tiles.block_k)
             least = max(least, 4 * (4 * tiles.block_n * tiles.block_k + vectors))
-        return max(least, stages + barriers + (tiles.block_n * STRIP_BYTES if persistent else 0))
+        return max(least, stages + barriers + (tiles.block_n * STRIP_BYTES if tiles.schedule == "persistent" else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
     if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
         stage = (tiles.block_m * contracted + tiles.block_n * tiles.block_k) * size + contracted * 4
@@ -222,7 +221,7 @@ def shared_bytes(
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     scales = max(UNROLLED_RANK, dot_rank) * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
-    result = 512 * tiles.warps if persistent else scales if dot_rank else 0  # on its way to another layout
+    result = scales if dot_rank else 0  # on its way to another layout
     last = first * size + second * weight_dtype.itemsize if gpu.family == "gfx950" else max(first, second) * size
     return max(least, stage * max(tiles.stages - 1, 1) + last + barriers + result)
 
@@ -299,7 +298,7 @@ def schedules_for(product: Product) -> tuple[str, ...]:
         and K % 8 == 0
         and (groups == 1 or N // groups % 128 == 0)
     )
-    return ("tiled", "persistent", "gluon") if by_hand else ("tiled", "persistent")
+    return ("tiled", "gluon") if by_hand else ("tiled",)
 
 
 def _loaded_by_tma(*operands: Operand) -> bool:

@@ -22,7 +22,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("persistent_us", "line"), [(1.0, "('forward', 'persistent', 'interpreter')"), (9.0, None)])
+@pytest.mark.parametrize(
+    ("persistent_us", "line"), [(1.0, "('grad_scales', 'persistent', 'interpreter')"), (9.0, None)]
+)
 def test_the_line_to_write_is_printed_where_it_is_faster(
     persistent_us: float, line: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -33,7 +35,7 @@ def test_the_line_to_write_is_printed_where_it_is_faster(
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
     plan = cpu_plan()
     ((_, problems, name),) = plan.tuned
-    rows = tune.tune_rows(plan, problems, PRECISIONS[name], "forward", "persistent")
+    rows = tune.tune_rows(plan, problems, PRECISIONS[name], "grad_scales", "persistent")
     assert [row["proven_row"] for row in rows if "proven_row" in row] == ([line] if line else [])
     text = "\n".join(report.proven_lines(rows))
     assert (f"    {line}," in text) if line else text == ""

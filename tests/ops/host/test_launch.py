@@ -136,15 +136,14 @@ def test_a_misaligned_tensor_takes_tritons_way(cuda: FakeCuda):
 
 
 def persistent_launches(count=40, rows=64, cols=96, dtype=torch.float16) -> list[Launch]:
-    """The persistent form of forward, ∂x and the scale gradients on new tensors."""
+    """The persistent form of the scale gradients on new tensors, with and without a bias."""
     x, y, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((count, cols), (count, rows), (rows, cols)))
-    row, col, bias = torch.zeros(rows, 1), torch.zeros(1, 1, cols), torch.zeros(rows)
-    grads, given = (torch.zeros_like(row), torch.zeros_like(col), bias), (weight, row, col)
-    tiles = Tiles(16, 32, 64, 4, 2, schedule="persistent")
+    row, col, tiles = torch.zeros(rows, 1), torch.zeros(1, 1, cols), Tiles(16, 32, 64, 4, 2, schedule="persistent")
     return [
-        *linear_launches.forward_launches(x, *given, bias, True, y, SM_90, "ieee", tiles),
-        *linear_launches.grad_x_launches(y, *given, True, x, SM_90, "ieee", tiles),
-        linear_launches.grad_scales_launches(y, x, *given, grads, SM_90, "ieee", tiles)[0],
+        linear_launches.grad_scales_launches(
+            y, x, weight, row, col, (torch.zeros_like(row), torch.zeros_like(col), bias), SM_90, "ieee", tiles
+        )[0]
+        for bias in (torch.zeros(rows), None)
     ]
 
 
@@ -169,8 +168,8 @@ def test_descriptors_are_of_the_tensors_of_each_launch(cuda: FakeCuda):
 def test_a_descriptor_is_of_its_tensors_strides(cuda: FakeCuda):
     """One plan serves tensors of a shape whatever their strides, which only descriptors know."""
     (launch, *_), storage = persistent_launches(count=56), torch.zeros(56, 128, dtype=torch.float16)
-    x = storage[:, :96]
-    wide = Launch(launch.plan, (x, *launch.tensors[1:]))
+    grad_y = storage[:, :64]
+    wide = Launch(launch.plan, (grad_y, *launch.tensors[1:]))
     for _ in range(2):
         for given in (launch, wide):
             assert sent(cuda, given) == sent(cuda, given, by_triton)

@@ -1,7 +1,7 @@
-"""Kernels of ``rlrr_linear`` with a persistent grid: operands by TMA, one wave of programs, equal shares of the work.
+"""The scale gradients with a persistent grid: operands by TMA, one wave of programs, equal shares of the work.
 
 :mod:`rlrr_kernels.ops.linear.triton.launches` says how they are launched; names are those of
-:mod:`rlrr_kernels.ops.linear.triton.kernels`.
+:mod:`rlrr_kernels.ops.linear.triton.kernels`. Forward and ∂x have no such kernel: it was predicted to be no faster.
 """
 
 from __future__ import annotations
@@ -9,122 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlrr_kernels.ops.linear.triton.kernels import rescale, scale_part_ptrs, store_product, store_scale_parts
-
-
-@triton.jit
-def rlrr_linear_fwd_persistent_kernel(
-    x_desc, w_desc, row_ptr, col_ptr, bias_ptr, y_ptr, M, N, K, group_size,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """yᵀ [N, M] = (W ⊙ (1 + s_r s_c)) xᵀ + b, accumulated in ACC.
-
-    x [M, K], w [N, K], row [N, r], col [G, r, K], bias [N] or unused. Grid: (programs,); a program takes every so
-    manyth tile of yᵀ, tiles of N fastest, in one loop over the blocks of K of all of them: the next tile's blocks are
-    on their way while one is written. What the running programs read is then all of W and a few blocks of rows of x,
-    which the L2 cache holds for every layer of a ViT, so both come from memory once.
-    """
-    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    groups = N // group_size
-    tiles_n = groups * tiles_per_group
-    blocks = tl.cdiv(K, BLOCK_K)
-    tile = tl.program_id(0)
-    programs = tl.num_programs(0)
-    tiles_here = tl.cdiv(tiles_n * tl.cdiv(M, BLOCK_M) - tile, programs)
-    # The tile is counted on from step to step: divisions would be a sixth of a step's instructions.
-    pid_m = tile // tiles_n
-    group = tile % tiles_n // tiles_per_group
-    in_group = tile % tiles_per_group
-    block = 0
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    for _ in range(tiles_here * blocks):
-        first_n = in_group * BLOCK_N
-        local_n = first_n + tl.arange(0, BLOCK_N)
-        # Rows past the end of a group are the next one's: their results are not stored.
-        rows_n = group * group_size + tl.minimum(local_n, group_size - 1)
-        mask_n = local_n < group_size
-        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        x = x_desc.load([pid_m * BLOCK_M, block * BLOCK_K])
-        w = w_desc.load([group * group_size + first_n, block * BLOCK_K])
-        group_ptr = col_ptr + group.to(tl.int64) * RANK * K
-        row = tl.load(row_ptr + rows_n * RANK)
-        col = tl.load(group_ptr + offs_k) if EVEN_K else tl.load(group_ptr + offs_k, mask=mask_k, other=0.0)
-        w = rescale(w, row, col, row_ptr, group_ptr, rows_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, False, ACC)
-        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION, out_dtype=ACC)
-        block += 1
-        if block == blocks:
-            if HAS_BIAS:
-                acc += tl.load(bias_ptr + rows_n).to(ACC)[:, None]
-            offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-            store_product(acc, y_ptr, offs_m, group * group_size + local_n, offs_m < M, mask_n, N)
-            acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-            block = 0
-            in_group += programs % tiles_per_group
-            group += programs % tiles_n // tiles_per_group
-            pid_m += programs // tiles_n
-            if in_group >= tiles_per_group:
-                in_group -= tiles_per_group
-                group += 1
-            if group >= groups:
-                group -= groups
-                pid_m += 1
-
-
-@triton.jit
-def rlrr_linear_bwd_dx_persistent_kernel(
-    g_desc, w_desc, row_ptr, col_ptr, dx_ptr, M, N, K, group_size,
-    RANK: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """∂xᵀ [K, M] = (W ⊙ (1 + s_r s_c))ᵀ gᵀ, accumulated in ACC.
-
-    g [M, N], w [N, K], row [N, r], col [G, r, K]. Grid and order as :func:`rlrr_linear_fwd_persistent_kernel` has them,
-    tiles of K fastest.
-    """
-    tiles_per_group = tl.cdiv(group_size, BLOCK_N)
-    groups = N // group_size
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    tile = tl.program_id(0)
-    programs = tl.num_programs(0)
-    tiles_here = tl.cdiv(tiles_k * tl.cdiv(M, BLOCK_M) - tile, programs)
-    pid_k = tile % tiles_k
-    pid_m = tile // tiles_k
-    group = 0
-    local_n = 0
-    acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-    for _ in range(tiles_here * groups * tiles_per_group):
-        first_n = group * group_size + local_n
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        mask_n = local_n + tl.arange(0, BLOCK_N) < group_size
-        offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        g = g_desc.load([pid_m * BLOCK_M, first_n])
-        w = w_desc.load([first_n, pid_k * BLOCK_K]).T
-        group_ptr = col_ptr + group.to(tl.int64) * RANK * K
-        col = tl.load(group_ptr + offs_k, mask=mask_k, other=0.0)
-        row_ptrs = row_ptr + offs_n * RANK
-        row = tl.load(row_ptrs) if EVEN_N else tl.load(row_ptrs, mask=mask_n, other=0.0)
-        w = rescale(w, row, col, row_ptr, group_ptr, offs_n, offs_k, mask_n, mask_k, K, RANK, RESIDUAL, True, ACC)
-        if not EVEN_N:  # rows past the end of a group are the next one's, which has a turn of its own
-            w = tl.where(mask_n[None, :], w, 0.0)
-        acc = tl.dot(w.to(g.dtype), g.T, acc, input_precision=PRECISION, out_dtype=ACC)
-        local_n += BLOCK_N
-        if local_n >= group_size:
-            local_n = 0
-            group += 1
-        if group == groups:
-            offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-            store_product(acc, dx_ptr, offs_m, offs_k, offs_m < M, mask_k, K)
-            acc = tl.zeros((BLOCK_K, BLOCK_M), ACC)
-            group = 0
-            pid_k += programs % tiles_k
-            pid_m += programs // tiles_k
-            if pid_k >= tiles_k:
-                pid_k -= tiles_k
-                pid_m += 1
+from rlrr_kernels.ops.linear.triton.kernels import scale_part_ptrs, store_scale_parts
 
 
 @triton.jit

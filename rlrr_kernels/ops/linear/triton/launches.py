@@ -2,7 +2,7 @@
 
 The schedule of the tiles (:data:`rlrr_kernels.ops.linear.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
 device, meta included: a launch can be built, and compiled, where there is no GPU to run it. Scales must be contiguous;
-for the persistent schedule TMA must be able to load the operands (:func:`rlrr_kernels.ops.linear.tiles.schedules_for`).
+what other schedules need of the operands, :func:`rlrr_kernels.ops.linear.tiles.schedules_for` says.
 """
 
 from __future__ import annotations
@@ -102,13 +102,6 @@ def _split_product(
     )
 
 
-def _persistent_product(
-    kernel: triton.JITFunction, output_tiles: int, numbers: tuple[int, ...], meta: dict[str, Any],
-    blocks: tuple[tuple[int, int], tuple[int, int]], gpu: Gpu, tiles: Tiles,
-) -> _Product:  # fmt: skip
-    return _Product(Plan(kernel, (min(output_tiles, linear_configs.wave(tiles, gpu)),), numbers, meta, blocks))
-
-
 @_plans
 def _forward_plans(
     x_shape: torch.Size, x_strides: tuple[int, int], weight_shape: torch.Size, weight_strides: tuple[int, int],
@@ -122,10 +115,6 @@ def _forward_plans(
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
         "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
     }  # fmt: skip
-    if tiles.schedule == "persistent":
-        kernel = kernels_persistent.rlrr_linear_fwd_persistent_kernel
-        blocks = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
-        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     if tiles.schedule != "tiled":
         raise no_such_schedule("forward", tiles)
     return _split_product(
@@ -164,10 +153,6 @@ def _grad_x_plans(
         "RANK": rank, "RESIDUAL": residual,
         "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
     }  # fmt: skip
-    if tiles.schedule == "persistent":
-        kernel = kernels_persistent.rlrr_linear_bwd_dx_persistent_kernel
-        blocks = (tiles.block_m, tiles.block_n), (tiles.block_n, tiles.block_k)
-        return _persistent_product(kernel, output_tiles, numbers, meta, blocks, gpu, tiles)
     if tiles.schedule != "tiled":
         raise no_such_schedule("grad_x", tiles)
     return _split_product(
