@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds the extension with GCC's sanitizers in a scratch copy of the project and runs the C++ tests on it.
 #
-# Address and undefined behaviour: the whole of tests/ops/linear/tests/ops/multi/test_cpp.py. Threads: the tests with
-# concurrent callers, one OpenMP thread each, because the sanitizer does not see how OpenMP orders its own threads. Python
-# and torch themselves are not instrumented: leaks are not looked for, and races are reported only where csrc/ takes part.
+# Address and undefined behaviour: test_cpp.py in tests/ops/linear and tests/ops/multi, but for what is slow or compiles.
+# Threads: the tests with concurrent callers, one OpenMP thread each, because the sanitizer does not see how OpenMP orders
+# its own threads. Python and torch themselves are not instrumented: leaks are not looked for, and races are reported only
+# where csrc/ takes part.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

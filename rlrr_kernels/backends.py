@@ -16,7 +16,7 @@ from rlrr_kernels import devices
 ENVIRONMENT_VARIABLE = "RLRR_BACKEND"
 
 BACKENDS = ("auto", "triton", "triton.fused", "triton.merge", "cpp", "torch")
-"""``triton`` chooses between its one-pass and its merge-then-GEMM path by shape; the dotted names force one."""
+"""``triton`` chooses between its fused path and a merge by shape; the dotted names force one."""
 
 
 _FORMER = {"triton.one_pass": "triton.fused"}

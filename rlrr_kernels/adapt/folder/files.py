@@ -211,7 +211,7 @@ def _also_trained(names: list[Any], shapes: Mapping[str, Any]) -> tuple[str, ...
 
 
 def as_sample(sample: Mapping[str, Any]) -> dict[str, list[float]]:
-    """``sample`` as :func:`sample_backbone` made it.
+    """``sample`` as :func:`rlrr_kernels.adapt.folder.save_load.sample_backbone` made it.
 
     Raises:
         ValueError: an entry is no list of so many finite numbers.

@@ -139,7 +139,7 @@ def test_kernels_have_none(dtype: torch.dtype, backend: str, sizes: tuple):
     assert flaws_on(backend, problem) == []
 
 
-# The GPU command's run on the interpreter (test_gpu_command.py) makes the check of the MLP too.
+# The GPU command's run on the interpreter (test_command.py) makes the check of the MLP too.
 @pytest.mark.parametrize("name", [pytest.param("mlp", marks=pytest.mark.slow_interpreted), "norm", "sampled rows"])
 def test_other_kernels_have_none(name: str):
     problem = Problem(65, 96, 96, torch.float32, False, "cpu", None, 1, 1)

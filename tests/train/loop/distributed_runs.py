@@ -1,4 +1,4 @@
-"""What each of several processes does for test_train_distributed.py: ``torchrun distributed_runs.py IMAGES OUT``."""
+"""What each of several processes does for test_distributed.py: ``torchrun distributed_runs.py IMAGES OUT``."""
 
 import dataclasses
 import json
