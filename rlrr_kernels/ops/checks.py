@@ -48,11 +48,13 @@ def check_tensors(
             raise TypeError(f"{prefix}{name} must be a Tensor or None; got {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(f"{prefix}{name} must be on the device of x, {device}; got {tensor.device}")
-    for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
-        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
-            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
     return check_dtypes(x, weight, scale_row, scale_col, bias, prefix, shift)
+
+
+def not_dense(name: str, tensor: Tensor) -> TypeError:
+    """What to raise for a sparse or nested tensor."""
+    kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+    return TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
 
 
 def check_frozen(tensor: Tensor, name: str, function: str) -> None:
@@ -85,7 +87,11 @@ def check_dtypes(
     x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
     prefix: str = "", shift: Tensor | None = None,
 ) -> torch.dtype:  # fmt: skip
-    """Returns the compute dtype, that of x after autocast, which decides what the others may have."""
+    """Returns the compute dtype, that of x after autocast, which decides what the others may have; all are dense."""
+    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
+    for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
+        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
+            raise not_dense(name, tensor)
     dtype, autocast = compute_dtype(x)
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
@@ -94,7 +100,7 @@ def check_dtypes(
     ):
         expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
         raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight.dtype}")
-    for name, tensor in (("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)):
+    for name, tensor in others:
         if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight.dtype):
             raise TypeError(f"{prefix}{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
     return dtype

@@ -56,7 +56,7 @@ def rlrr_conv2d(
         fp32 (fp64 for float64), W' is rounded once.
 
     Raises:
-        TypeError: an argument has a dtype not named above.
+        TypeError: an argument is sparse or nested, or has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
     x = x.to(check_dtypes(x, weight, scale_row, scale_col, bias))

@@ -269,6 +269,8 @@ def test_bad_arguments_are_named():
         layer(x[:, :3])
     with pytest.raises(TypeError, match=r"weight must be torch\.float64 for x of torch\.float64; got torch\.float32"):
         layer(x.double())
+    with pytest.raises(TypeError, match=r"^x must be a dense tensor; got layout torch\.sparse_coo"):
+        layer(x.to_sparse())
     good = {"weight": layer.weight, "scale_row": layer.scale_row, "scale_col": layer.scale_col}
     for name, bad, message in (
         ("weight", torch.randn(6, 4, 3, 3, requires_grad=True), "weight must be frozen"),

@@ -165,6 +165,16 @@ def test_refuses_wrong_arguments(change, message):
             norm_rescale(**{**named, **change})
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "scale"])
+def test_refuses_tensors_that_are_not_dense(name: str):
+    named = dict(zip(("x", "weight", "bias", "scale", "shift"), arguments(), strict=True))
+    with pytest.raises(TypeError, match=f"^{name} must be a dense tensor; got layout torch.sparse_coo"):
+        norm_rescale(**{**named, name: named[name].detach().to_sparse()})
+    if name == "x":
+        with pytest.raises(TypeError, match=r"^x must be a dense tensor; got a nested tensor"):
+            norm_rescale(**{**named, "x": torch.nested.nested_tensor([named["x"], named["x"]])})
+
+
 @pytest.mark.parametrize(
     "norm", [nn.LayerNorm(D), nn.LayerNorm(D, bias=False), nn.LayerNorm(D, elementwise_affine=False)]
 )
