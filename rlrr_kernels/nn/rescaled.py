@@ -292,8 +292,10 @@ class Rescaled(nn.Module):
 
     def _is_outdated(self) -> bool:
         """Whether W' and b + f are of other tensors, or of what was in them before they were written."""
-        pairs = zip(self._merged_from, self._sources(), strict=False)
-        return any(before is not now or old != new for (before, old), (now, new) in pairs)
+        before, now = self._merged_from, self._sources()
+        if len(before) != len(now):  # one was set to None, or is there now
+            return True
+        return any(a is not b or old != new for (a, old), (b, new) in zip(before, now, strict=True))
 
     def unmerge(self) -> Rescaled:
         """Goes back to the frozen weight, which was never touched; returns self."""

@@ -217,6 +217,10 @@ def test_a_merged_layer_follows_tensors_that_are_written_or_replaced(name: str):
         before = y
     with torch.inference_mode():
         assert torch.equal(copy.deepcopy(layer).merge()(x), before)
+    if name in ("bias", "shift"):
+        setattr(layer, name, None)
+        torch.testing.assert_close(layer(x), copy.deepcopy(layer).unmerge()(x))
+        assert not torch.allclose(layer(x), before)
 
 
 @pytest.mark.parametrize(
