@@ -92,12 +92,6 @@ def test_what_the_prose_names_exists(page):
             pkgutil.resolve_name(name[0])  # raises where there is no such module or attribute
         elif code.startswith("python -m "):
             assert importlib.util.find_spec(code.split()[2]), code
-        elif re.fullmatch(r"rlrr_kernels(\.\w+)+(\(.*\))?", code):
-            try:
-                pkgutil.resolve_name(code.split("(")[0])
-            except ModuleNotFoundError as error:
-                if error.name.startswith("rlrr_kernels"):  # else a package of an extra is not there
-                    raise
 
 
 def _anchors(text: str) -> set[str]:
