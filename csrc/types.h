@@ -1,4 +1,4 @@
-// What every translation unit of the extension agrees on: element types, arguments of the operator, the level table.
+// What every translation unit of the extension agrees on: element types and arguments of the operator.
 //
 // Included by units compiled for different instruction sets, so nothing here may have code that a linker could merge.
 #pragma once

@@ -2,8 +2,8 @@
 // panel at a time where it is multiplied, rounded once, and a tile of G = gᵀx is multiplied by W and summed in registers.
 //
 // A tile is kPairRows broadcasts by kPairPanel lanes: 24 accumulators, and 10 loads for 24 products. Sums are plain fp32
-// chains: what they lose is far below one rounding to bfloat16. Few rows of x
-// take pairs_dots.inl; the backward is in pairs_backward.inl.
+// chains: what they lose is far below one rounding to bfloat16. Few rows of x take pairs_dots.inl; the backward is in
+// pairs_backward.inl.
 
 constexpr int kPairRows = 6;
 constexpr int kPairVectors = 4;
