@@ -11,6 +11,7 @@ the tiny operations themselves. Variants are interleaved; median and best are pr
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import time
@@ -100,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

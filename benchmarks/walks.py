@@ -10,6 +10,7 @@ on a CUDA driver that does nothing (``fake_cuda.py``), which needs a C compiler.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,11 +93,14 @@ def cpu_tensors_for(backend: str) -> Iterator[None]:
         yield
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Prints the counts of every backend, or the calls of the one that is named."""
-    if not names:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", nargs="?", choices=BACKENDS, help="prints its calls in place of the table")
+    name = parser.parse_args(arguments).backend
+    if not name:
         print(f"{'':28s}{'calls':>8s}{'files':>8s}{'switches':>10s}")
-    for backend in names or BACKENDS:
+    for backend in [name] if name else BACKENDS:
         try:
             with cpu_tensors_for(backend):
                 found = walks(backend)
@@ -104,7 +108,7 @@ def main(names: list[str]) -> None:
             print(f"{backend}: {error}")
             continue
         for step, calls in found.items():
-            if not names:
+            if not name:
                 number, files, switches = counts(calls)
                 print(f"{f'{backend}, {step}':28s}{number:8d}{files:8d}{switches:10d}")
             elif step.startswith("first"):
