@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlrr_kernels.nn.scales import draw_scales, with_ones
 from rlrr_kernels.ops.checks import MAX_RANK
 from rlrr_kernels.ops.dtypes import accumulate_dtype
+from rlrr_kernels.ops.host import private
 
 INITS = ("paper", "identity", "normal")
 SIDES = ("both", "left", "right")
@@ -232,8 +233,8 @@ class Rescaled(nn.Module):
 
     def _slow_forward(self, input: Tensor) -> Tensor:
         # What a module's call runs instead of the forward while torch.jit.trace records: it could neither save nor
-        # move what an autograd.Function does.
-        return self._formula(input) if self._merged is None else self.forward(input)
+        # move what an autograd.Function does, and would record a merge that the next call does not need.
+        return self._formula(input) if self._merged is None or self._is_outdated() else self.forward(input)
 
     def forward(self, input: Tensor) -> Tensor:  # as torch.nn's own call it
         """The rescaled layer, or the merged one after :meth:`merge`.
@@ -249,6 +250,8 @@ class Rescaled(nn.Module):
             kind = type(self).__name__
             raise RuntimeError(f"this {kind} is merged, so its scales would not be trained; call unmerge() first")
         if not torch.compiler.is_compiling() and self._is_outdated():
+            if private.transforms_active():  # a call with tensors of its own, of which no W' may stay
+                return self._rescaled(input)
             self.merge()
         weight, bias = self._merged
         dtype = input.dtype
@@ -279,10 +282,13 @@ class Rescaled(nn.Module):
         ``weight`` is neither written nor replaced (it may be shared): ``state_dict``, ``deepcopy`` and saving see the
         frozen tensors as before. Costs one more weight of memory until :meth:`unmerge`; a plain layer of its own
         (``to_linear``, ``to_conv``) does not. The next forward merges anew where a tensor was replaced or written in
-        place; what is written through ``.data``, or under a compiled forward, it does not see.
+        place; what is written through ``.data``, or to inference tensors, or under a compiled or exported forward,
+        it does not see.
         """
-        self._merged = self.merged_weight(), self.merged_bias()
-        self._merged_from = self._sources()
+        sources = self._sources()  # before they are read: what is written meanwhile shows in the next forward
+        with torch.inference_mode(False):  # else no later forward could be differentiated in its input
+            self._merged = self.merged_weight(), self.merged_bias()
+        self._merged_from = sources
         return self
 
     def _sources(self) -> list[tuple[Tensor, int]]:
@@ -292,10 +298,10 @@ class Rescaled(nn.Module):
 
     def _is_outdated(self) -> bool:
         """Whether W' and b + f are of other tensors, or of what was in them before they were written."""
-        before, now = self._merged_from, self._sources()
-        if len(before) != len(now):  # one was set to None, or is there now
-            return True
-        return any(a is not b or old != new for (a, old), (b, new) in zip(before, now, strict=True))
+        merged_from, sources = self._merged_from, self._sources()
+        return len(merged_from) != len(sources) or any(
+            before is not now or old != new for (before, old), (now, new) in zip(merged_from, sources, strict=True)
+        )
 
     def unmerge(self) -> Rescaled:
         """Goes back to the frozen weight, which was never touched; returns self."""
@@ -331,6 +337,10 @@ class Rescaled(nn.Module):
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(vars(self), memo))
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._merged_from = []  # a copy's tensors count their writes anew; earlier pickles have no such list
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rescaled:
         super()._apply(fn, recurse)

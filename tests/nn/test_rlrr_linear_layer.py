@@ -223,6 +223,87 @@ def test_a_merged_layer_follows_tensors_that_are_written_or_replaced(name: str):
         assert not torch.allclose(layer(x), before)
 
 
+@pytest.mark.parametrize("name", ["bias", "shift"])
+def test_a_merged_layer_notices_a_tensor_that_is_gone(name: str):
+    layer, x = trained(10, 12).eval().merge(), torch.randn(3, 10)
+    before = layer(x)
+    setattr(layer, name, None)
+    assert not torch.allclose(layer(x), before)
+    torch.testing.assert_close(layer(x), copy.deepcopy(layer).unmerge()(x))
+
+
+def copied(layer: nn.Module) -> nn.Module:
+    return copy.deepcopy(layer)
+
+
+def loaded(layer: nn.Module) -> nn.Module:
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+def test_a_copy_of_a_merged_layer_does_not_take_the_writes_of_the_first_one_for_its_own():
+    tensors = torch.randn(12, 10), torch.randn(12)  # never written, as files are read with assign=True
+    linear = nn.Linear(10, 12, device="meta")
+    linear.weight, linear.bias = map(nn.Parameter, tensors)
+    layer, x = RLRRLinear.from_linear(linear).eval().merge(), torch.randn(3, 10)
+    twin = copied(layer)
+    names = ("weight", "bias", "scale_row", "scale_col", "shift")
+    for name in names:
+        for _ in range(getattr(layer, name)._version - getattr(twin, name)._version):
+            with torch.no_grad():
+                getattr(twin, name).add_(1.0)
+    assert all(getattr(layer, name)._version == getattr(twin, name)._version for name in names)
+    torch.testing.assert_close(twin(x), copied(twin).unmerge()(x))
+
+
+def test_a_merged_layer_that_an_earlier_version_pickled_still_runs():
+    layer, x = trained(10, 12).eval().merge(), torch.randn(3, 10)
+    expected = layer(x)
+    del layer._merged_from
+    assert torch.equal(loaded(layer)(x), expected)
+
+
+@pytest.mark.parametrize("merge_there", [True, False])
+def test_what_is_merged_in_inference_mode_can_be_differentiated_in_its_input(merge_there: bool):
+    layer, x = trained(10, 12).eval(), torch.randn(3, 10, requires_grad=True)
+    if not merge_there:
+        layer.merge()
+        with torch.no_grad():
+            layer.scale_row.mul_(2.0)
+    with torch.inference_mode():
+        (layer.merge() if merge_there else layer)(x)
+    layer(x).sum().backward()
+    expected = torch.autograd.grad(copied(layer).unmerge()(x).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_transforms_of_a_merged_layer_see_the_tensors_that_they_give_it():
+    layer, x = trained(10, 12).eval().merge(), torch.randn(3, 10)
+    before, unmerged = layer(x), copied(layer).unmerge()
+    scales = {"scale_row": torch.stack([layer.scale_row.detach(), -layer.scale_row.detach()])}
+
+    def call(module: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(module, given, (x,))
+
+    expected = torch.stack([call(unmerged, {"scale_row": row}) for row in scales["scale_row"]])
+    torch.testing.assert_close(torch.func.vmap(lambda given: call(layer, given))(scales), expected)
+    one = {"scale_row": layer.scale_row.detach().clone()}
+    gradients = [torch.func.grad(lambda given, of=of: call(of, given).sum())(one) for of in (layer, unmerged)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0]["scale_row"].any()
+    torch.testing.assert_close(loaded(layer)(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_a_merged_layer_whose_scales_were_written_is_of_what_they_are_now():
+    layer, x = trained(10, 12).eval().merge(), torch.randn(3, 10)
+    with torch.no_grad():
+        layer.scale_row.mul_(3.0)
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), copied(layer).unmerge()(x))
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
