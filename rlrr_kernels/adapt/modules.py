@@ -118,6 +118,7 @@ def replace_submodules(model: nn.Module, names: Iterable[str], make: Callable[[s
         for name in same:
             parent, _, child = name.rpartition(".")
             _put(modules[parent], child, made)
+            modules[name] = made  # the parent of what others put inside a layer, which may be replaced, too
         if not had_bias and not isinstance(made, _ADAPTED) and getattr(made, "bias", None) is not None:
             gained += same
     _guard_fusing(modules, [name for same in aliases.values() for name in same], gained)
@@ -136,19 +137,21 @@ def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
 def _move_attributes(old: nn.Module, made: nn.Module) -> None:
     """Gives ``made`` the attributes, tensors and submodules of ``old`` that it has not: what others set on a layer.
 
-    What an adapted layer has of its own stays with it; what came from the plain layer goes back to one.
+    What an adapted layer has of its own stays with it; what came from the plain layer goes back to one. Each is put
+    where it was: a module that hides in an attribute, so as to be no submodule, becomes none.
     """
-    registered = [vars(old)[kind] for kind in ("_parameters", "_buffers", "_modules")]
-    plain = {name for names in (vars(old), *registered) for name in names} - vars(nn.Module()).keys()
-    names = vars(old).get(_FROM_PLAIN, ()) if isinstance(old, _ADAPTED) else plain
-    missing = sorted(name for name in names if not hasattr(made, name))
-    for name in missing:
-        if name in old._buffers:
-            made.register_buffer(name, old._buffers[name], name not in old._non_persistent_buffers_set)
-        else:
-            setattr(made, name, getattr(old, name))
-    if missing and isinstance(made, _ADAPTED):
-        vars(made)[_FROM_PLAIN] = tuple(missing)
+    taken = vars(old).get(_FROM_PLAIN, ()) if isinstance(old, _ADAPTED) else None
+    every = vars(nn.Module()).keys()
+    moved = []
+    for kind in (None, "_parameters", "_buffers", "_modules"):
+        source, target = (vars(module) if kind is None else vars(module)[kind] for module in (old, made))
+        for name in [name for name in source if name not in every and not hasattr(made, name)]:
+            if taken is None or name in taken:
+                target[name] = source[name]
+                moved.append(name)
+    made._non_persistent_buffers_set.update(old._non_persistent_buffers_set.intersection(moved))
+    if moved and isinstance(made, _ADAPTED):
+        vars(made)[_FROM_PLAIN] = tuple(moved)
 
 
 def _move_hooks(old: nn.Module, made: nn.Module) -> None:

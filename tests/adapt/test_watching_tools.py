@@ -129,6 +129,59 @@ def test_what_others_set_on_layers_stays_on_them_and_goes_back():
     assert not hasattr(plain[0], "_from_plain")
 
 
+def test_what_others_set_is_put_where_it_was():
+    """What hides from ``named_modules`` and ``state_dict`` goes on hiding; what is registered as nothing stays so."""
+    model = tiny_model("vit")
+    names, count = set(model.state_dict()), len(list(model.modules()))
+    layers = "blocks.0.attn.qkv", "patch_embed.proj", "norm"
+    for layer in map(model.get_submodule, layers):
+        vars(layer)["model"], vars(layer)["cache"] = model, nn.Parameter(torch.ones(2))
+        layer.register_parameter("nothing", None)
+    adapted(model)
+    for change in (lambda: None, lambda: merge_adapter(model)):
+        change()
+        assert len(list(model.modules())) == count
+        for layer in map(model.get_submodule, layers):
+            assert vars(layer)["model"] is model
+            assert vars(layer)["cache"].sum() == 2
+            assert layer._parameters["nothing"] is None
+        assert not [name for name in set(model.state_dict()) - names if name.endswith("cache")]
+
+
+def test_what_others_took_off_an_adapted_layer_does_not_stop_the_merge():
+    model, images = tiny_model("vit"), tiny_images("vit")
+    model.blocks[0].attn.qkv.note = model.blocks[0].attn.qkv.other = "theirs"
+    expected = adapted(model)(images)
+    del model.blocks[0].attn.qkv.note
+    merge_adapter(model)
+    assert not hasattr(model.blocks[0].attn.qkv, "note")
+    assert model.blocks[0].attn.qkv.other == "theirs"
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+class Pair(nn.Module):
+    """Calls a layer and another one that lies inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.fc1.beside = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc1(x) + self.fc1.beside(x))
+
+
+def test_a_layer_inside_a_layer_is_adapted_and_merged_with_it():
+    model, x = Pair(), torch.randn(4, 6)
+    report = adapt_model(model)
+    assert [layer.name for layer in report.layers] == ["fc1", "fc1.beside"]
+    assert type(model.fc1.beside) is RLRRLinear
+    expected = model(x)
+    merge_adapter(model)
+    assert type(model.fc1.beside) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_hook_that_changes_the_result_still_does(tmp_path):
     model, images = tiny_model("vit"), tiny_images("vit")
     model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
