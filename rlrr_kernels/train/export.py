@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
 from rlrr_kernels.train.methods.baselines import BaselineMergeReport, merge_baseline
+from rlrr_kernels.train.models.backbones import is_made_for_one_size
 from rlrr_kernels.train.output.folder import write_files
 from rlrr_kernels.train.task import Task, load_task
 
@@ -23,7 +23,7 @@ class Merged:
 
     Attributes:
         difference: largest absolute difference of logits, merged against adapted. largest: of these, absolute.
-        image_size_argument: whether timm's model takes ``img_size``.
+        image_size_argument: whether timm's model was made with ``img_size``.
     """
 
     task: Task
@@ -73,7 +73,7 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
         report,
         (after - before).abs().max().item(),
         before.abs().max().item(),
-        "img_size" in inspect.signature(type(model).__init__).parameters,
+        is_made_for_one_size(task.model),
     )
 
 

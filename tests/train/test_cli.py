@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rlrr_kernels
-from rlrr_kernels import RLRRConfig, RLRRLinear, adapt_model, adapter_info, merge_adapter
+from rlrr_kernels import RLRRConfig, RLRRLinear, adapt_model, adapter_info, merge_adapter, save_adapter
 from rlrr_kernels.cli import app, main
 from rlrr_kernels.train.data.folders import ImageDataset, find_samples
 from rlrr_kernels.train.data.preprocessing import Preprocessing
-from rlrr_kernels.train.export import Merged, load_merged
+from rlrr_kernels.train.export import Merged, load_merged, merge_to_file
 from rlrr_kernels.train.task import Task, load_task
 
 SQUARE = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -429,3 +429,21 @@ def test_a_merged_file_that_gained_biases_is_loaded_by_the_line_that_merge_print
     )
     with pytest.raises(ValueError, match=r"merged\.safetensors is no merged model of test_vit"):
         load_merged(file, "test_vit")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "mobilevit_xxs"])
+def test_the_line_that_merge_prints_makes_the_model_at_the_size_it_was_trained_at(tmp_path, name):
+    """A DeiT that is distilled takes ``img_size`` as any of its options; a MobileViT has no size of its own."""
+    task = Task(name, "none", ("a", "b"), SQUARE)
+    model = task.backbone()
+    adapt_model(model, RLRRConfig())
+    disturb(model)
+    save_adapter(model, tmp_path / "adapter", metadata={"task": task.to_dict()})
+    file = tmp_path / "merged.safetensors"
+    line = merge_to_file(tmp_path / "adapter", file).loading(file)
+    assert ("img_size=32" in line) == name.startswith("deit")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            eval(line, {"timm": timm}).eval()(images), model.eval()(images), rtol=1e-4, atol=1e-4
+        )

@@ -58,6 +58,14 @@ def check_image_size(name: str, size: int) -> None:
         _check_patches(timm.create_model(name, num_classes=0), name, size)
 
 
+def is_made_for_one_size(name: str) -> bool:
+    """Whether timm's model ``name`` is made for one image size, which its ``img_size`` says."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return config is not None and config.fixed_input_size
+
+
 def create_model(
     name: str,
     classes: int,
@@ -86,8 +94,7 @@ def create_model(
     check_model_name(name)
     _check_largest(image_size or 0)
     options: dict[str, Any] = {"num_classes": classes}
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if image_size is not None and config is not None and config.fixed_input_size:
+    if image_size is not None and is_made_for_one_size(name):
         options["img_size"] = image_size
     if str(weights) == HUB:
         model = _from_hub(name, options)
