@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.nn.linear import RLRRLinear
+from rlrr_kernels.ops.activation.functions import check_name
 from rlrr_kernels.ops.checks import canonical, check_linear, check_tensors
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear.public import known_call
@@ -33,7 +35,7 @@ class Step:
         name: ``forward``, ``grad_x`` or ``grad_scales`` (∂s_r, ∂s_c and ∂b).
         path: ``fused`` (W is rescaled on its way into the product), ``merge`` (W' in scratch, then the library's
             product); of the C++ operator ``fused``, ``panels`` or ``library``; of several adapters also ``mixed`` (x
-            is rescaled, and their rows share tiles) and ``library`` (the bare W).
+            is rescaled, and their rows share tiles) and ``library`` (the bare W); of a merged layer ``library``.
         why: what decided it.
         launches: the kernels in their order.
         schedule: how the programs of the first kernel share its work; None without one of ours.
@@ -112,8 +114,12 @@ def explain(
     given = _arguments(layer)
     if backend is not None:
         given["backend"] = backend
+    if gpu is not None and not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]+", gpu):
+        raise ValueError(f"gpu must be a name such as sm_90 or gfx942; got {gpu!r}")
     if "index" in given:
         return _explain_multi(given, x, gpu)
+    if given["input_activation"] is not None:
+        check_name("input_activation", given["input_activation"])
     tensors = {name: given[name] for name in _ARGUMENTS}
     dtype, weight = check_linear(x, **tensors), tensors["weight"]
     call = None if gpu is not None else known_call(x, **tensors, **{name: given[name] for name in _OPTIONS})
@@ -123,7 +129,11 @@ def explain(
     x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     row, col = canonical(tensors["scale_row"], tensors["scale_col"], tensors["weight"])
-    name, why = _backend(given["backend"], x, dtype, gpu)
+    if isinstance(layer, RLRRLinear) and layer.merged:
+        name, why, steps = "torch", "the layer is merged", _MERGED
+    else:
+        name, why = _backend(given["backend"], x, dtype, gpu)
+        steps = _steps(name, gpu, flat, tensors["weight"], row, col, tensors["bias"])
     groups, rank, K = col.shape
     kind = {"x": dtype, "W": weight.dtype}
     return Explanation(
@@ -134,10 +144,16 @@ def explain(
         device=gpu or str(x.device),
         backend=name,
         why=why,
-        steps=_steps(name, gpu, flat, tensors["weight"], row, col, tensors["bias"]),
+        steps=steps,
         replayed=call is not None and call.replayed,
         gave_way=_gave_way(name),
     )  # fmt: skip
+
+
+_MERGED = tuple(
+    Step(name, "library", "by the W' that was computed when it was merged", ("library product",))
+    for name in ("forward", "grad_x")
+)
 
 
 def _arguments(layer: RLRRLinear | Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +281,8 @@ def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple
     asked = name if name != "auto" else backends.default_backend()
     if asked != "auto":
         how = "asked for by the call" if name != "auto" else "use_backend or RLRR_BACKEND asks for it"
+        if gpu is not None and asked == "cpp":
+            raise ValueError(f"backend must be another one than cpp, which computes on the CPU, for gpu={gpu!r}")
         return (asked if gpu is not None else backends.resolve(asked, x.device, dtype)), how
     if gpu is not None:
         if distrust := devices.distrust_of_triton(gpu):

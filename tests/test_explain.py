@@ -85,6 +85,22 @@ def test_bad_arguments_are_named():
         explain(tensors | {"wieght": x}, x)
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., K\] with K = 20"):
         explain(tensors, x[:, 1:])
+    with pytest.raises(ValueError, match="input_activation must be one of gelu, gelu_tanh; got 'relu'"):
+        explain(tensors | {"input_activation": "relu"}, x)
+    for gpu in ("h100", "sm90", ""):
+        with pytest.raises(ValueError, match=f"gpu must be a name such as sm_90 or gfx942; got '{gpu}'"):
+            explain(tensors, x, gpu=gpu)
+    with pytest.raises(ValueError, match=r"backend must be another one than cpp, .* for gpu='sm_90'"):
+        explain(tensors, x, gpu="sm_90", backend="cpp")
+
+
+def test_a_merged_layer_calls_no_kernel():
+    layer, x = RLRRLinear(20, 24).merge(), torch.randn(3, 20)
+    found = explain(layer, x)
+    assert (found.backend, found.why) == ("torch", "the layer is merged")
+    assert [(step.name, step.path) for step in found.steps] == [("forward", "library"), ("grad_x", "library")]
+    assert explain(layer, x, gpu="sm_90").steps == found.steps
+    assert explain(layer.unmerge(), x).why != found.why
 
 
 @pytest.mark.parametrize("backend", ["torch", *(["cpp"] if backends.CPP_FAILURE is None else [])])
