@@ -7,6 +7,7 @@ error but rounding. Scales and shifts of SSF are summed as what they add to the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,13 @@ from torch import Tensor
 from rlrr_kernels.adapt.config import RLRRConfig
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.folder.card import model_card
-from rlrr_kernels.adapt.folder.files import AdapterInfo, adapter_document, read_adapter, write_folder
+from rlrr_kernels.adapt.folder.files import (
+    AdapterInfo,
+    adapter_document,
+    other_weights,
+    read_adapter,
+    write_folder,
+)
 from rlrr_kernels.nn.scales import concatenate_scales
 
 LAYER_PARTS = ("scale_row", "scale_col", "shift")
@@ -86,15 +93,16 @@ def combine_adapters(
         weights: of each.
         out: the folder to write.
         head_of: index of the adapter whose head (and what else was trained beside adapter and norms) is taken. None:
-            they are summed too, which has a meaning where the weights sum to 1.
+            they are summed too, which has a meaning where the weights sum to 1 and the classes are the same. The
+            metadata of this adapter, or without one of the first, are those of the sum.
 
     Returns:
         ``out``.
 
     Raises:
         FileNotFoundError, ImportError, OSError: as for :func:`rlrr_kernels.load_adapter` and ``save_adapter``.
-        ValueError: the numbers of folders and weights differ, the adapters do not fit each other, the ranks sum to more
-            than 64, a head cannot be summed, or a folder is damaged.
+        ValueError: the numbers of folders and weights differ, the adapters do not fit each other or are of different
+            weights of the backbone, the ranks sum to more than 64, a head cannot be summed, or a folder is damaged.
     """
     if not folders or len(folders) != len(weights):
         raise ValueError(
@@ -107,8 +115,10 @@ def combine_adapters(
     read = [read_adapter(Path(folder)) for folder in folders]
     infos = [info for info, _ in read]
     config = _common_config(infos)
+    if head_of is None:
+        _check_same_classes(infos)
     tensors = _combine([tensors for _, tensors in read], weights, config, head_of)
-    first = infos[0]
+    first = infos[head_of or 0]
     formula = " + ".join(f"{weight:g} * {info.folder.name}" for weight, info in zip(weights, infos, strict=True))
     document = adapter_document(
         config, first.base_model, first.also_trained, {**first.metadata, "sum": formula}, first.backbone_sample
@@ -125,8 +135,28 @@ def _common_config(infos: Sequence[AdapterInfo]) -> RLRRConfig:
             differing.append("base_model")
         if differing:
             raise ValueError(f"{info.folder} and {infos[0].folder} differ in {', '.join(differing)}: they have no sum")
+        ours, theirs = infos[0].backbone_sample, info.backbone_sample
+        layers = other_weights({name: ours[name] for name in ours if name in theirs}, theirs)
+        if layers:
+            raise ValueError(
+                f"{info.folder} and {infos[0].folder} were trained on different weights of the backbone (the first is "
+                f"{layers[0]}): they have no sum"
+            )
     rank = sum(info.config.rank for info in infos) if first.sides == "both" else 1
-    return dataclasses.replace(first, rank=rank)
+    dtype = functools.reduce(torch.promote_types, (info.config.scale_dtype for info in infos))
+    return dataclasses.replace(first, rank=rank, scale_dtype=dtype)
+
+
+def _check_same_classes(infos: Sequence[AdapterInfo]) -> None:
+    """Raises ``ValueError`` where rows of the heads, as ``rlrr finetune`` describes them, are of different classes."""
+    tasks = [info.metadata.get("task") for info in infos]
+    classes = [task.get("classes") if isinstance(task, Mapping) else None for task in tasks]
+    for info, others in zip(infos, classes, strict=True):
+        if others != classes[0]:
+            raise ValueError(
+                f"{info.folder} and {infos[0].folder} are of different classes, or of the same in another order, so "
+                "their heads have no sum; head_of says whose is taken"
+            )
 
 
 def _combine(

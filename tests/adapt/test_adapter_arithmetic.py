@@ -140,3 +140,34 @@ def test_what_has_no_sum(configs, weights, message, saved, tmp_path):
     assert not (tmp_path / "c").exists()
     with pytest.raises(ValueError, match="head_of must be from 0 to 1; got 2"):
         combine_adapters([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "c", head_of=2)
+
+
+def test_adapters_of_other_weights_have_no_sum(saved, tmp_path):
+    saved("a", 1)
+    model = tiny_model("vit")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(1.5)
+    adapt_model(model, RLRRConfig())
+    save_adapter(model, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"b and .*a were trained on different weights .*first is blocks\.1\.mlp\.fc2"):
+        combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_heads_of_other_classes_have_no_sum_and_the_head_brings_its_classes(saved, tmp_path):
+    tasks = [{"task": {"classes": classes}} for classes in (["cat", "dog"], ["dog", "cat"])]
+    for name, task in zip("ab", tasks, strict=True):
+        saved(name, metadata=task)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ValueError, match=r"b and .*a are of different classes, or of the same in another order"):
+        combine_adapters(folders, [0.5, 0.5], tmp_path / "c")
+    for index, task in enumerate(tasks):
+        combine_adapters(folders, [0.5, 0.5], tmp_path / "c", head_of=index)
+        assert adapter_info(tmp_path / "c").metadata["task"] == task["task"]
+
+
+def test_the_sum_of_two_dtypes_keeps_the_digits_of_both(saved, tmp_path):
+    models = [saved("a", 1, scale_dtype=torch.bfloat16, heads=()), saved("b", 2, heads=())]
+    combine_adapters([tmp_path / "a", tmp_path / "b"], [0.0, 1.0], tmp_path / "c")
+    assert adapter_info(tmp_path / "c").config.scale_dtype is torch.float32
+    check(tmp_path / "c", expected(models, [0.0, 1.0], {}))

@@ -37,6 +37,9 @@ _T = TypeVar("_T")
 SAMPLES = 4
 """Elements of a frozen weight that are kept, to recognise the checkpoint by."""
 
+_SAMPLE_TOLERANCE = 0.02
+"""Relative distance of sampled weights that rounding to 16 bits (0.004) does not reach, another checkpoint does."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInfo:
@@ -220,6 +223,16 @@ def as_sample(sample: Mapping[str, Any]) -> dict[str, list[float]]:
         if not (isinstance(values, list) and len(values) == SAMPLES and all(map(_is_finite, values))):
             raise ValueError(f"backbone_sample must hold {SAMPLES} numbers of {name}; got {_short(values)}")
     return {name: [float(value) for value in values] for name, values in sample.items()}
+
+
+def other_weights(sample: Mapping[str, list[float]], present: Mapping[str, list[float]]) -> list[str]:
+    """Layers of ``sample`` whose frozen weight differs from that in ``present``, a sample of another backbone."""
+    differing = []
+    for name, values in sample.items():
+        distance = math.dist(present.get(name, [math.nan] * SAMPLES), values)
+        if not distance <= _SAMPLE_TOLERANCE * math.hypot(*values):
+            differing.append(name)
+    return differing
 
 
 def _is_finite(value: Any) -> bool:

@@ -5,7 +5,6 @@ What lies in the folder is the matter of :mod:`rlrr_kernels.adapt.folder.files`.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from rlrr_kernels.adapt.folder.files import (
     TENSORS,
     adapter_document,
     as_sample,
+    other_weights,
     read_adapter,
     whole,
     write_folder,
@@ -42,9 +42,6 @@ from rlrr_kernels.adapt.model import (
 from rlrr_kernels.adapt.modules import named_modules, named_tensors, unwrap
 from rlrr_kernels.adapt.report import AdaptReport
 from rlrr_kernels.nn.rescaled import Rescaled
-
-_SAMPLE_TOLERANCE = 0.02
-"""Relative distance of sampled weights that rounding to 16 bits (0.004) does not reach, another checkpoint does."""
 
 # ---------------------------------------------------------------- save
 
@@ -268,13 +265,7 @@ def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list
     unknown = [name for name in sample if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
     if unknown:
         raise ValueError(f"{folder / CONFIG}: backbone_sample names layers that are not in the model: {some(unknown)}")
-    present = sample_backbone(model, tuple(sample))
-    differing = []
-    for name, values in sample.items():
-        saved = torch.tensor(values, dtype=torch.float64)
-        distance = (torch.tensor(present.get(name, [math.nan]), dtype=torch.float64) - saved).norm()
-        if not distance <= _SAMPLE_TOLERANCE * saved.norm():
-            differing.append(name)
+    differing = other_weights(sample, sample_backbone(model, tuple(sample)))
     if differing:
         warnings.warn(
             f"the frozen weights of {len(differing)} of {len(sample)} layers differ from those that the "
