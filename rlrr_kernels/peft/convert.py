@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -134,9 +134,13 @@ def read_peft(
     """The configuration in a PEFT folder, layer → its tensors by part, and all other tensors by name.
 
     Raises:
+        FileNotFoundError: there is no such folder, or it holds no adapter of PEFT's.
         ValueError: the folder holds no RLRR adapter.
     """
     folder = str(folder)
+    for names in ((CONFIG_NAME,), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):  # else PEFT asks a hub for that name
+        if not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+            raise FileNotFoundError(f"{folder} is no folder that PEFT saved: it has no {' or '.join(names)}")
     config: Any = PeftConfig.from_pretrained(folder)
     if config.peft_type != RLRR:
         raise ValueError(f"{folder} must hold an RLRR adapter; got {config.peft_type}")

@@ -144,3 +144,12 @@ def test_what_an_adapter_folder_has_not(tmp_path):
     get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="must hold an RLRR adapter; got"):
         load_peft(fresh, tmp_path / "lora")
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"absent is no folder that PEFT saved: it has no adapter_config\.json"):
+        load_peft(tiny_model("vit"), tmp_path / "absent")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it has no adapter_model\.safetensors or adapter_model\.bin"):
+        load_peft(tiny_model("vit"), tmp_path)
