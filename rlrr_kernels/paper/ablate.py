@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.paper.hyperparameters import SEED
-from rlrr_kernels.paper.reproduce import ReproduceConfig, grid_runs
+from rlrr_kernels.paper.reproduce import ReproduceConfig, check_datasets, grid_runs
 from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import FinetuneConfig
@@ -69,6 +69,10 @@ REPORTED_INIT = {"both": (82.7, 85.8, 61.8), "identity": (82.4, 85.1, 60.8), "no
 _DEFAULT_TITLES = {"init": "paper: s_r ~ U(±√6), s_c ~ U(±√(6/K))", "layers": "all", "form": "W ⊙ (1 + s_r s_c)"}
 
 
+_ONLY_WITH = {"data": ("lr", "weight_decay", "batch_size", "augment"), "benchmark": ("tasks",)}
+"""Settings of :class:`AblateConfig` that mean nothing beside the other source of images."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What the runs of a variant gave: accuracy by seed (a mean over datasets), and how many parameters it trains."""
@@ -113,7 +117,8 @@ class AblateConfig:
         cpu: leave a GPU alone.
 
     Raises:
-        ValueError: a study is unknown, or there are not either ``data`` or ``benchmark`` and ``root``, or no seeds.
+        ValueError: a study is unknown, there are not either ``data`` or ``benchmark`` and ``root``, a setting goes with
+            the other of them, or there are no seeds.
     """
 
     model: str
@@ -138,21 +143,28 @@ class AblateConfig:
         check_types(self)
         if (self.data is None) == (self.benchmark is None) or (self.benchmark is None) != (self.root is None):
             raise ValueError("give either --data, an image folder, or --benchmark together with --root")
+        kind, other = ("data", "benchmark") if self.benchmark is None else ("benchmark", "data")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        idle = [name for name in _ONLY_WITH[other] if getattr(self, name) != defaults[name]]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} can be given with {other} alone; got {kind}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1; got {self.seeds}")
         select_variants(self.study)
 
     def runs(self) -> list[GridRun]:
-        """One a seed, and a dataset of the benchmark.
+        """One a seed, and a dataset of the benchmark, whose lists are all read first.
 
         Raises:
-            ValueError: a setting is not allowed.
+            FileNotFoundError, ValueError: a setting is not allowed, or a dataset of the benchmark cannot be used.
         """
         given = {name: value for name in ("epochs", "image_size") if (value := getattr(self, name)) is not None}
         same = {name: getattr(self, name) for name in ("model", "weights", "cpu")}
         if self.benchmark is not None:
             names = ("benchmark", "root", "out", "seeds", "tasks", "mixed_precision")
-            return grid_runs(ReproduceConfig(**{name: getattr(self, name) for name in names}, **same, **given))
+            config = ReproduceConfig(**{name: getattr(self, name) for name in names}, **same, **given)
+            check_datasets(config)
+            return grid_runs(config)
         size = given.pop("image_size", None)
         train = TrainConfig(batch_size=self.batch_size, mixed_precision=self.mixed_precision, **given)
         names = ("data", "lr", "weight_decay", "augment")

@@ -121,7 +121,8 @@ def reproduce(
     """
     datasets = selected_datasets(config.benchmark, config.tasks)
     check_model_name(config.model)
-    notes = _check_datasets(config, datasets)
+    runs = grid_runs(config)  # a setting that is not allowed shows before many files are read
+    notes = check_datasets(config)
     results = {
         settings.name: TaskResults(settings.name, protocol_of(config), _seeds(config), (), notes[settings.name])
         for settings in datasets
@@ -152,7 +153,7 @@ def reproduce(
                     f"epoch {run.best_epoch}, chosen on the {document['epoch_chosen_on']} images"
                 )
 
-    grid(grid_runs(config), Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
+    grid(runs, Path(config.out) / RUNS, keep_checkpoints=False, on_result=keep, quiet=quiet)
     return results
 
 
@@ -249,12 +250,17 @@ def _seeds(config: ReproduceConfig) -> tuple[int, ...]:
     return tuple(range(SEED, SEED + config.seeds))
 
 
-def _check_datasets(config: ReproduceConfig, datasets: list[DatasetSettings]) -> dict[str, str | None]:
+def check_datasets(config: ReproduceConfig) -> dict[str, str | None]:
     """Reads every list, so that a missing one shows before the first run and not after days.
 
     Returns:
         Dataset → what to say beside its results: that it is not, or not all of, what was published.
+
+    Raises:
+        FileNotFoundError: the data folder does not exist.
+        ValueError: a split file is missing or damaged; all of them are named.
     """
+    datasets = selected_datasets(config.benchmark, config.tasks)
     if not Path(config.root).is_dir():
         raise FileNotFoundError(f"the data folder {config.root} does not exist")
     problems, notes = [], {}

@@ -127,6 +127,11 @@ def test_bad_input_is_told_before_any_work(rlrr, tmp_path):
     fails("--data", tmp_path, "--study", "side", text="a study must be one of sides, init, layers, form; got side")
     fails("--data", tmp_path, "--seeds", 0, text="seeds must be at least 1; got 0")
     fails("--benchmark", "imagenet", "--root", tmp_path, text="imagenet")
+    fails("--data", tmp_path, "--tasks", "svhn", text="tasks can be given with benchmark alone; got data")
+    benchmark = "--benchmark", "vtab", "--root", tmp_path / "data"
+    fails(*benchmark, "--lr", 1e-2, "--augment", "none", text="lr, augment can be given with data alone; got benchmark")
+    make_vtab(tmp_path / "data", "svhn", 8, 4, 4)  # and no kitti, whose turn comes later
+    fails(*benchmark, "--tasks", "svhn,kitti", text="1 of 2 datasets cannot be used")
 
 
 def test_names_with_brackets_are_printed_as_they_are(rlrr, tmp_path, monkeypatch):

@@ -183,6 +183,8 @@ def test_bad_datasets_are_all_told_before_the_first_run(root, tmp_path):
         reproduce(config(root, tmp_path / "out"), quiet=True)
     assert "test.txt is missing" in str(caught.value)
     assert "val200.txt, line 4: the label must be from 0 to 3" in str(caught.value)
+    with pytest.raises(ValueError, match="method must be one of"):  # before the lists are read
+        reproduce(config(root, tmp_path / "out", method="rlr"), quiet=True)
     assert not (tmp_path / "out").exists()
 
 
