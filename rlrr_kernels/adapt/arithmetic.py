@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ def _common_config(infos: Sequence[AdapterInfo]) -> RLRRConfig:
                 f"{layers[0]}): they have no sum"
             )
     rank = sum(info.config.rank for info in infos) if first.sides == "both" else 1
-    dtype = functools.reduce(torch.promote_types, (info.config.scale_dtype for info in infos))
+    dtypes: list[Any] = [info.config.scale_dtype for info in infos]  # which a name has become
+    dtype = functools.reduce(torch.promote_types, dtypes)
     return dataclasses.replace(first, rank=rank, scale_dtype=dtype)
 
 
