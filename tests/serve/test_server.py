@@ -279,7 +279,7 @@ def test_odd_folders_are_reported_and_leave_the_rest_alone(folder, tmp_path, mon
     name = "caf\udce9"
     with contextlib.suppress(OSError, UnicodeError):  # macOS has Unicode names alone
         shutil.copytree(root / "cells", root / name)
-    save_marked(root / "surrogate", "\ud800")
+    save_marked(root / "surrogate", "caf\udce9")
     odd = {path.name for path in root.iterdir()} - {"cells"}
     look = os.stat
 
@@ -435,7 +435,7 @@ def test_an_evicted_adapter_that_is_replaced_by_a_misfit_is_refused_with_the_rea
     with running(root, memory_mb=0.3, token="t") as (client, _):  # there is room for one
         for version, name, pixels, reason in (
             (1, "cells", 48, "trained at 48 pixels; the server's backbone takes 32"),
-            (2, "\ud800", PIXELS, "a name of its classes is no Unicode text"),
+            (2, "caf\udce9", PIXELS, "a name of its classes is no Unicode text"),
         ):
             assert client.classify("flowers é&-?").status == 200  # evicts the other
             save_marked(root / "cells" / "adapter", name, 2, version=version, pixels=pixels)
