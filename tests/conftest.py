@@ -76,6 +76,16 @@ def settings_of_the_process() -> dict[str, object]:
     return found
 
 
+AT_IMPORT = {"launches given up": False, "kernels given up": {}, "forced tiles": {}}
+"""What modules begin with that a test may be the first to import."""
+
+
+def changes(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Setting → what it was and is."""
+    before = AT_IMPORT | before
+    return {name: (before[name], now) for name, now in after.items() if name in before and before[name] != now}
+
+
 @pytest.fixture(autouse=True)
 def left_as_found() -> Iterator[None]:
     """Fails the test that leaves a setting of the process changed, instead of the one that meets it.
@@ -86,7 +96,7 @@ def left_as_found() -> Iterator[None]:
     before = settings_of_the_process()
     yield
     after = settings_of_the_process()
-    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    changed = changes(before, after)
     assert not changed, f"left changed (before, after): {changed}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from typing import Any, NoReturn, TypeVar
 
@@ -176,7 +177,7 @@ class Rescaled(nn.Module):
         self.scale_col = None if sides == "left" else nn.Parameter(torch.empty(col_groups, rank, cols, **options))
         self.shift = nn.Parameter(torch.empty(layer.weight.shape[0], **options)) if shift else None
         self._merged: tuple[Tensor, Tensor | None] | None = None
-        self._merged_from: list[tuple[Tensor, int]] = []
+        self._merged_from: tuple[list[Tensor | None], list[int]] = [], []
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -291,17 +292,17 @@ class Rescaled(nn.Module):
         self._merged_from = sources
         return self
 
-    def _sources(self) -> list[tuple[Tensor, int]]:
+    def _sources(self) -> tuple[list[Tensor | None], list[int]]:
         """What W' and b + f are made of, and how often each tensor was written."""
-        tensors = self.weight, self.bias, self.scale_row, self.scale_col, self.shift
-        return [(t, -1 if t.is_inference() else t._version) for t in tensors if t is not None]
+        own = self._parameters  # without a module's slow way to its attributes, for every forward asks
+        names = "weight", "bias", "scale_row", "scale_col", "shift"
+        tensors = [own[name] if name in own else getattr(self, name) for name in names]
+        return tensors, [-1 if t is None or t.is_inference() else t._version for t in tensors]
 
     def _is_outdated(self) -> bool:
         """Whether W' and b + f are of other tensors, or of what was in them before they were written."""
-        merged_from, sources = self._merged_from, self._sources()
-        return len(merged_from) != len(sources) or any(
-            before is not now or old != new for (before, old), (now, new) in zip(merged_from, sources, strict=True)
-        )
+        (merged, written), (tensors, now) = self._merged_from, self._sources()
+        return written != now or any(map(operator.is_not, merged, tensors))
 
     def unmerge(self) -> Rescaled:
         """Goes back to the frozen weight, which was never touched; returns self."""
@@ -340,7 +341,7 @@ class Rescaled(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._merged_from = []  # a copy's tensors count their writes anew; earlier pickles have no such list
+        self._merged_from = [], []  # a copy's tensors count their writes anew; earlier pickles have no such list
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rescaled:
         super()._apply(fn, recurse)

@@ -16,11 +16,6 @@ from rlrr_kernels.nn.output_rescale import OutputRescale
 from rlrr_kernels.reference import rescaled_weight_reference, rlrr_linear_reference
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def trained(*args, **kwargs) -> RLRRLinear:
     """A layer whose shift is not zero."""
     layer = RLRRLinear(*args, **kwargs)

@@ -23,11 +23,6 @@ from rlrr_kernels import (
 SIDES = ("both", "left", "right")
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def dense(layer: nn.Module) -> torch.Tensor:
     """W' of a linear layer by the formula, differentiable in what is trained."""
     rows, cols, groups = layer.out_features, layer.in_features, layer.groups

@@ -25,11 +25,6 @@ from tests.support.tiny_models import backward, disturb, tiny_images, tiny_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def make_layer(**options) -> RLRRLinear:
     torch.manual_seed(1)
     return RLRRLinear(10, 12, groups=3, dtype=torch.float64, scale_dtype=torch.float64, **options)
