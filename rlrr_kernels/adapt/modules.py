@@ -28,8 +28,10 @@ _AROUND = nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` and its like call, to compute new weights from those of layers."""
 
-_FROM_PLAIN = "_from_plain"
-"""Attribute of an adapted module: names of what it took over from the plain one and does not use itself."""
+_OWN = "_own"
+"""Attribute of an adapted module: names of what it has of its own, and what waits for the next plain module."""
+
+_PLACES = "_parameters", "_buffers", "_modules"
 
 _ADAPTED = (Rescaled, NormRescale, ChannelRescale, OutputRescale, Multi)
 
@@ -135,23 +137,33 @@ def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
 
 
 def _move_attributes(old: nn.Module, made: nn.Module) -> None:
-    """Gives ``made`` the attributes, tensors and submodules of ``old`` that it has not: what others set on a layer.
+    """Gives ``made`` what others set on ``old``, before or after it was adapted: attributes, tensors, submodules.
 
-    What an adapted layer has of its own stays with it; what came from the plain layer goes back to one. Each is put
-    where it was: a module that hides in an attribute, so as to be no submodule, becomes none.
+    Each is put where it was: a module that hides in an attribute, so as to be no submodule, becomes none. What an
+    adapted layer has of its own stays with it; an attribute of a plain one that is called like one of these waits for
+    the next plain one.
     """
-    taken = vars(old).get(_FROM_PLAIN, ()) if isinstance(old, _ADAPTED) else None
-    every = vars(nn.Module()).keys()
-    moved = []
-    for kind in (None, "_parameters", "_buffers", "_modules"):
-        source, target = (vars(module) if kind is None else vars(module)[kind] for module in (old, made))
-        for name in [name for name in source if name not in every and not hasattr(made, name)]:
-            if taken is None or name in taken:
-                target[name] = source[name]
+    own, waiting = _names_in(nn.Module()), dict[str, Any]()
+    if isinstance(old, _ADAPTED):  # without a record of one that was made by hand
+        own, waiting = vars(old).get(_OWN, (_names_in(old), waiting))
+    own_of_made = _names_in(made)
+    moved, waits = [], {}
+    for place in (None, *_PLACES):
+        source, target = (vars(module) if place is None else vars(module)[place] for module in (old, made))
+        given = {name: value for name, value in source.items() if name not in own and name != _OWN}
+        for name, value in (waiting | given if place is None else given).items():
+            if not hasattr(made, name):
+                target[name] = value
                 moved.append(name)
+            elif place is None:
+                waits[name] = value
     made._non_persistent_buffers_set.update(old._non_persistent_buffers_set.intersection(moved))
-    if moved and isinstance(made, _ADAPTED):
-        vars(made)[_FROM_PLAIN] = tuple(moved)
+    if isinstance(made, _ADAPTED):
+        vars(made)[_OWN] = own_of_made, waits
+
+
+def _names_in(module: nn.Module) -> set[str]:
+    return {*vars(module)}.union(*(vars(module)[place] for place in _PLACES))
 
 
 def _move_hooks(old: nn.Module, made: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -126,7 +127,41 @@ def test_what_others_set_on_layers_stays_on_them_and_goes_back():
     assert not is_adapted(model)
     check(plain)
     assert not hasattr(plain[0], "rank")
-    assert not hasattr(plain[0], "_from_plain")
+    assert not hasattr(plain[0], "_own")
+
+
+def test_attributes_called_as_an_adapted_layer_s_own_wait_for_the_merged_one():
+    model = tiny_model("vit")
+    layers = "blocks.0.attn.qkv", "patch_embed.proj", "norm"
+    for name in layers:
+        layer = model.get_submodule(name)
+        layer.rank, layer.init, layer.scale = 7, "theirs", None
+    adapted(model)
+    assert model.blocks[0].attn.qkv.rank == 1
+    model = copy.deepcopy(model)
+    merge_adapter(model)
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert (layer.rank, layer.init, layer.scale) == (7, "theirs", None)
+
+
+def test_what_is_set_on_adapted_layers_stays_on_the_merged_ones():
+    model = tiny_model("vit")
+    before = {name: {*vars(model.get_submodule(name))} for name in ("blocks.0.attn.qkv", "patch_embed.proj", "norm")}
+    adapted(model)
+    for name in before:
+        layer = model.get_submodule(name)
+        layer.note, layer.inner = "theirs", nn.Identity()
+        layer.register_buffer("kept", torch.ones(2), persistent=False)
+    model(torch.randn(1, 3, *model.patch_embed.img_size)).sum().backward()
+    merge_adapter(model)
+    for name in before:
+        layer = model.get_submodule(name)
+        assert layer.note == "theirs"
+        assert type(layer.get_submodule("inner")) is nn.Identity
+        assert layer.kept.sum() == 2
+        assert f"{name}.kept" not in model.state_dict()
+        assert {*vars(layer)} == before[name] | {"note"}  # nothing of the adapted layer's
 
 
 def test_what_others_set_is_put_where_it_was():
