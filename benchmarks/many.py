@@ -21,9 +21,10 @@ from PIL import Image
 
 from benchmarks.support.common import markdown_table
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.many.run import finetune_many
 from rlrr_kernels.train.models.backbones import NO_WEIGHTS
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 TOGETHER, ALONE = "side by side", "one after the other"
 

@@ -32,9 +32,10 @@ from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.ops.sampling.row_sample import sample_rows
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits, make_loader
-from rlrr_kernels.train.finetune import ADAPTER, FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
+from rlrr_kernels.train.output.folder import ADAPTER
 from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.task import load_task
 from rlrr_kernels.writing import write_together
 

@@ -25,9 +25,9 @@ except ImportError as error:
 from rlrr_kernels.paper.cli import ablate, data_app, export_adapter, import_adapter, report, reproduce
 from rlrr_kernels.serve.config import ServeConfig
 from rlrr_kernels.train.config.options import Cpu, ImageSize, Overwrite, Weights, takes_options_of
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.models.backbones import HUB
 from rlrr_kernels.train.output.progress import command, console, error_console, say
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 app = typer.Typer(
     help="Fine-tune frozen networks by residual low-rank rescaling (RLRR).",
@@ -72,8 +72,8 @@ def finetune(
 
     On several GPUs: accelerate launch -m rlrr_kernels.cli finetune ...
     """
-    from rlrr_kernels.train.finetune import CURVE
     from rlrr_kernels.train.finetune import finetune as run
+    from rlrr_kernels.train.output.folder import CURVE
 
     result = run(config, resume=resume)
     table = Table("images", "accuracy", "macro-F1", "loss")
@@ -307,11 +307,12 @@ def from_peft(
     overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter folder of one that PEFT saved."""
+    from rlrr_kernels.train.config.files import read_text
     from rlrr_kernels.train.output.folder import check_target
     from rlrr_kernels.train.peft_folders import peft_to_adapter
 
     check_target(out, overwrite, folder=True, sources=[folder])
-    names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
+    names = None if classes is None else read_text(classes, "--classes").splitlines()
     report = peft_to_adapter(
         folder, out, model=model, weights=weights, image_size=image_size, classes=names, recipe=recipe
     )

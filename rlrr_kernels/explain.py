@@ -21,6 +21,7 @@ from rlrr_kernels.ops.linear.public import known_call
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.dispatch import canonical_stacks
 from rlrr_kernels.ops.multi.task_index import BARE, TaskIndex, TaskRows
+from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 _ARGUMENTS = ("weight", "scale_row", "scale_col", "bias")
 _MULTI = ("shift", "index")
@@ -55,7 +56,8 @@ class Explanation:
     """What a call does; prints as a few lines.
 
     Attributes:
-        problem: M, N, K, r, G and the dtypes; of ``rlrr_linear_multi`` also how many adapters have rows.
+        problem: M, N, K, r, G and the dtypes; S, the rows that ``scale_grad_rows`` leaves the scale gradients; of
+            ``rlrr_linear_multi`` also how many adapters have rows.
         device: what runs it.
         backend: never ``auto``.
         why: what decided the backend.
@@ -129,16 +131,18 @@ def explain(
     x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     row, col = canonical(tensors["scale_row"], tensors["scale_col"], tensors["weight"])
+    sample = layer._draw_rows(_meta(x)) if isinstance(layer, RLRRLinear) else None  # on meta: nothing is drawn
     if isinstance(layer, RLRRLinear) and layer.merged:
         name, why, steps = "torch", "the layer is merged", _MERGED
     else:
         name, why = _backend(given["backend"], x, dtype, gpu)
-        steps = _steps(name, gpu, flat, tensors["weight"], row, col, tensors["bias"])
+        steps = _steps(name, gpu, flat, tensors["weight"], row, col, tensors["bias"], sample)
     groups, rank, K = col.shape
     kind = {"x": dtype, "W": weight.dtype}
     return Explanation(
         problem={
             "M": flat.shape[0], "N": weight.shape[0], "K": K, "r": rank, "G": groups,
+            **({} if sample is None else {"S": sample.index.shape[0]}),
             **{name: str(value).removeprefix("torch.") for name, value in kind.items()},
         },
         device=gpu or str(x.device),
@@ -298,40 +302,54 @@ def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple
 
 
 def _steps(
-    name: str, gpu_name: str | None, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None
-) -> tuple[Step, ...]:
+    name: str, gpu_name: str | None, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None,
+    sample: RowSample | None = None,
+) -> tuple[Step, ...]:  # fmt: skip
     kind, _, forced = name.partition(".")
     if kind == "cpp":
-        return _cpp_steps(x, weight, row.shape[1])
+        return _cpp_steps(x, weight, row.shape[1], sample)
     if kind == "torch":
         library = "W' in scratch, then the library's product"
         blocks = "G a block of rows at a time, by the library's product"
         return (
             Step("forward", "merge", library, ("merge", "library product")),
             Step("grad_x", "merge", library, ("merge", "library product")),
-            Step("grad_scales", "library", blocks, ("library product", "sums")),
+            Step("grad_scales", "library", _estimated(sample) + blocks, ("library product", "sums")),
         )
     gpu = devices.typical(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
-    return _triton_steps(gpu, forced, x, weight, row.contiguous(), col.contiguous(), bias)
+    return _triton_steps(gpu, forced, x, weight, row.contiguous(), col.contiguous(), bias, sample)
 
 
-def _cpp_steps(x: Tensor, weight: Tensor, rank: int) -> tuple[Step, ...]:
+def _estimated(sample: RowSample | None) -> str:
+    return "" if sample is None else f"estimated from {sample.index.shape[0]} rows: "
+
+
+def _cpp_steps(x: Tensor, weight: Tensor, rank: int, sample: RowSample | None) -> tuple[Step, ...]:
     from rlrr_kernels.ops.linear import cpp_backend
 
     paths = {number: path for path, number in cpp_backend.PATHS.items()}
+    calls = [("forward", x), ("grad_x and grad_scales", x)]
+    if sample is not None:  # one call for ∂x and ∂b, and one for each part of the sample
+        meta = x.new_empty(len(sample.index), x.shape[1], device="meta")
+        parts = sample.parts(x.new_empty(x.shape[0], weight.shape[0], device="meta"), meta)
+        calls = [("forward", x), ("grad_x", x)]
+        calls += [("grad_scales", x.new_empty(rows.shape)) for _, rows, _ in parts]
     steps = []
-    for name, backward in (("forward", False), ("grad_x and grad_scales", True)):
-        path = paths[torch.ops.rlrr_kernels_cpp.path(x, weight, rank, backward)]
-        why = f"the crossovers of csrc/dispatch.h for M = {x.shape[0]} at level {backends.cpu_level()}"
+    for name, rows in calls:
+        path = paths[torch.ops.rlrr_kernels_cpp.path(rows, weight, rank, name != "forward")]
+        why = f"the crossovers of csrc/dispatch.h for M = {rows.shape[0]} at level {backends.cpu_level()}"
+        if name == "grad_scales":
+            why = _estimated(sample) + why
         launches = ("merge", "library product") if path == "library" else (f"{path} loop",)
         steps.append(Step(name, path, why, launches))
     return tuple(steps)
 
 
 def _triton_steps(
-    gpu: Gpu, forced: str, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None
-) -> tuple[Step, ...]:
-    from rlrr_kernels.ops.linear.triton import launches
+    gpu: Gpu, forced: str, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None,
+    sample: RowSample | None,
+) -> tuple[Step, ...]:  # fmt: skip
+    from rlrr_kernels.ops.linear.triton import launches, sampled
     from rlrr_kernels.ops.tuning import store
 
     (groups, rank, _), precision = col.shape, matmul_precision()
@@ -360,10 +378,14 @@ def _triton_steps(
             continue
         tiles = store.choose_tiles(name, gpu, precision, first, weight, weight, rank, groups)
         steps.append(_fused(name, why, tiles, build(tiles)))
-    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups)
+    if sample is not None:
+        x = x.new_empty(sample.index.shape[0], x.shape[1])
+    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups, sample is not None)
     grads = (torch.empty_like(row), torch.empty_like(col), x.new_empty(weight.shape[0]))
-    found = launches.grad_scales_launches(grad_y, x, *given, grads, gpu, precision, tiles)
-    return (*steps, _fused("grad_scales", "sums leave the tiles of G, and G never reaches memory", tiles, found))
+    arguments = grad_y, x, *given, grads, *(() if sample is None else (sample,)), gpu, precision, tiles
+    found = (launches if sample is None else sampled).grad_scales_launches(*arguments)
+    why = _estimated(sample) + "sums leave the tiles of G, and G never reaches memory"
+    return (*steps, _fused("grad_scales", why, tiles, found))
 
 
 def _fused(name: str, why: str, tiles: Any, launches: tuple[Any, ...]) -> Step:

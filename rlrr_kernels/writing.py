@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what killed processes leave of them."""
+"""Files that are written whole or not at all, what killed processes leave of them, and what must be there to read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from pathlib import Path
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 """What a file is called that is not complete yet."""
+
+
+def check_present(path: Path, what: str, *, folder: bool) -> None:
+    """Raises ``FileNotFoundError``, which calls it ``what``, unless ``path`` is a folder, or can be read as a file."""
+    if not path.exists() or path.is_dir() != folder:  # a pipe is read as a file
+        problem = f"is no {'folder' if folder else 'file'}" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{what} {path} {problem}")
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -77,6 +77,39 @@ def test_the_kernels_are_those_that_run(rows: int):
     assert {step.path for step in found.steps[:2]} == {"merge" if rows == 300 else "fused"}
 
 
+@pytest.mark.skipif(not backends.INTERPRETING, reason="set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("share", [0.2, 0.5])  # without and with the means of images
+def test_the_kernels_of_sampled_rows_are_those_that_run(share: float):
+    from rlrr_kernels.ops.host.launch import recorded
+
+    layer, x = RLRRLinear(20, 24, scale_grad_rows=share), torch.randn(2, 12, 20, requires_grad=True)
+    with use_backend("triton"):
+        found = explain(layer, x)
+        with recorded() as launches:
+            layer(x).sum().backward()
+    said = [name.split(" ")[0] for step in found.steps for name in step.launches if "library" not in name]
+    ran = [launch.plan.kernel.fn.__name__ for launch in launches]
+    assert said == [name for name in ran if "linear" in name]  # the draw has kernels of its own
+    assert found.steps[-1].why.startswith(f"estimated from {2 * round(share * 12)} rows: ")
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["cpp"] if backends.CPP_FAILURE is None else [])])
+def test_sampled_rows_are_told_without_being_drawn(backend):
+    layer, x = RLRRLinear(20, 24, scale_grad_rows=0.25, prefix_tokens=1), torch.randn(2, 17, 20)
+    state = torch.get_rng_state()
+    with use_backend(backend):
+        found = explain(layer, x)
+        exact = explain(layer.eval(), x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found.problem["M"], found.problem["S"]) == (34, 2 * (1 + 4))
+    names = [step.name for step in found.steps]
+    # The C++ operator is called for the kept rows, the drawn ones and the means of the images.
+    assert names == ["forward", "grad_x", *["grad_scales"] * (3 if backend == "cpp" else 1)]
+    assert all(step.why.startswith("estimated from 10 rows: ") for step in found.steps[2:])
+    assert "S" not in exact.problem
+    assert not any("estimated" in step.why for step in exact.steps)
+
+
 def test_bad_arguments_are_named():
     tensors, x = arguments()
     with pytest.raises(TypeError, match=r"layer must be an RLRRLinear or the arguments of rlrr_linear; got Linear"):

@@ -13,9 +13,10 @@ from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import Samples, find_splits, stratified_split
-from rlrr_kernels.train.finetune import ENVIRONMENT, FinetuneConfig
 from rlrr_kernels.train.grid.runs import METRICS, GridRun, finished_result, run_grid
+from rlrr_kernels.train.output.folder import ENVIRONMENT
 from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 LOW_RATES = (3e-4, 1e-3, 3e-3)
@@ -27,7 +28,7 @@ class Arm:
 
     Args:
         title: as it is called there.
-        settings: of :class:`rlrr_kernels.train.finetune.FinetuneConfig`.
+        settings: of :class:`rlrr_kernels.train.run.config.FinetuneConfig`.
         lrs: learning rates to choose from.
         lr_of: name of the arm whose chosen rate is taken instead.
     """

@@ -9,12 +9,13 @@ from typing import Any
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, elpv_kinds_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig, look_for_run
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.many.run import finetune_many
 from rlrr_kernels.train.models.backbones import check_image_size
 from rlrr_kernels.train.output.folder import hold
 from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.run.config import FinetuneConfig
+from rlrr_kernels.train.run.start import look_for_run
 
 DEFECTS, KINDS = "defects", "kinds"
 

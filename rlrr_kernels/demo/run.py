@@ -17,13 +17,16 @@ from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
 from rlrr_kernels.train.export import logits, merge_to_file
-from rlrr_kernels.train.finetune import ADAPTER, CURVE, FinetuneConfig, FinetuneResult, finetune, look_for_run
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
 from rlrr_kernels.train.models.backbones import check_image_size, create_model
-from rlrr_kernels.train.output.folder import hold, write_files
+from rlrr_kernels.train.output.folder import ADAPTER, CURVE, hold, write_files
 from rlrr_kernels.train.output.progress import command, console, say, track
 from rlrr_kernels.train.plot import learning_curve
+from rlrr_kernels.train.run.config import FinetuneConfig
+from rlrr_kernels.train.run.results import FinetuneResult
+from rlrr_kernels.train.run.start import look_for_run
 from rlrr_kernels.train.task import load_task
 
 DEFAULT_LRS = (3e-3,)

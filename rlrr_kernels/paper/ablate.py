@@ -12,9 +12,9 @@ from rlrr_kernels.paper.hyperparameters import SEED
 from rlrr_kernels.paper.reproduce import ReproduceConfig, check_datasets, grid_runs
 from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 from rlrr_kernels.train.models.backbones import HUB
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.writing import write_together
 
 NAME = "ablation"

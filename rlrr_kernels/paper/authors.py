@@ -36,7 +36,6 @@ no tensor is guessed at or left out.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -54,9 +53,10 @@ from rlrr_kernels.adapt.folder.save_load import differences
 from rlrr_kernels.adapt.model import apply_adaptation, plan_adaptation, planned_shapes
 from rlrr_kernels.paper.data import preprocessing
 from rlrr_kernels.paper.hyperparameters import dataset_settings
+from rlrr_kernels.train.config.files import read_json
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, create_model
 from rlrr_kernels.train.task import Task
-from rlrr_kernels.writing import write_together
+from rlrr_kernels.writing import check_present, write_together
 
 CONFIG = RLRRConfig(recipe="paper")
 """How a ViT or Swin is adapted that such a file fits."""
@@ -282,8 +282,7 @@ def read_authors_file(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, or holds anything but tensors by name.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"the adapter file {file} does not exist")
+    check_present(Path(file), "the adapter file", folder=False)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything: EOFError, KeyError, TypeError, struct.error
@@ -311,10 +310,8 @@ def read_names(file: str | os.PathLike[str]) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
-    try:
-        names = json.loads(Path(file).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON that can be read: {error}") from error
+    check_present(Path(file), "the file of names", folder=False)
+    names = read_json(Path(file))
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{file} must hold an object {{name in the file: name in the scheme}}")
     return names

@@ -19,6 +19,7 @@ from rlrr_kernels.paper.hyperparameters import (
     selected_datasets,
 )
 from rlrr_kernels.train.data.folders import read_image
+from rlrr_kernels.writing import check_present
 
 _CHANCE = 0.1
 """Share of a split's images up to which equal pixels in another split are the dataset's own: dSprites has the same
@@ -55,8 +56,7 @@ def datasets_to_check(root: str | Path, benchmark: str | None, names: list[str] 
         ValueError: unknown name, or nothing to check.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"the data folder {root} does not exist")
+    check_present(root, "the data folder", folder=True)
     if names:
         return [dataset_settings(name, benchmark) for name in dict.fromkeys(names)]
     if benchmark is not None:

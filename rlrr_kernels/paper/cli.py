@@ -166,9 +166,10 @@ def reproduce(
             raise ValueError("--at-once and --job are settings of jobs; give --cluster too")
         results = run(config)
     else:
-        from rlrr_kernels.train.grid.cluster import job_parameters, submit_grid
+        from rlrr_kernels.train.grid.cluster import check_cluster, job_parameters, submit_grid
 
         parameters = job_parameters(job or ())
+        check_cluster(cluster, parameters)
         results = run(config, grid=functools.partial(submit_grid, cluster=cluster, at_once=at_once, **parameters))
     done = sum(len(task.runs) for task in results.values())
     say(f"{done} runs of {len(results)} tasks are done: {config.out}")
@@ -211,8 +212,8 @@ def import_adapter(
 ) -> None:
     """Make an adapter folder of a file that the authors' code saved; every tensor is accounted for, or named."""
     from rlrr_kernels.paper import authors
-    from rlrr_kernels.paper.data import read_text
     from rlrr_kernels.paper.hyperparameters import dataset_settings
+    from rlrr_kernels.train.config.files import read_text
     from rlrr_kernels.train.output.folder import check_target
 
     check_target(out, overwrite, folder=True)
@@ -224,7 +225,7 @@ def import_adapter(
         weights=weights,
         image_size=image_size,
         dataset=dataset,
-        classes=None if classes is None else read_text(classes).splitlines(),
+        classes=None if classes is None else read_text(classes, "--classes").splitlines(),
         names=mapping,
     )
     console.print(str(report), markup=False, highlight=False)

@@ -8,8 +8,10 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 from rlrr_kernels.paper.hyperparameters import DatasetSettings
+from rlrr_kernels.train.config.files import read_json, read_text
 from rlrr_kernels.train.data.folders import Samples, first_lines
 from rlrr_kernels.train.data.preprocessing import Preprocessing
+from rlrr_kernels.writing import check_present
 
 SPLITS = ("honest", "paper")
 """``honest``: the epoch is chosen on validation images and the test images are scored once. ``paper``: as the authors
@@ -102,8 +104,7 @@ def read_listings(root: str | Path, settings: DatasetSettings, names: tuple[str,
         FileNotFoundError: the dataset's folder or one of the files is missing.
     """
     folder = Path(root) / settings.name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the dataset folder {folder} does not exist")
+    check_present(folder, "the dataset folder", folder=True)
     files = {name: _split_file(root, settings, name) for name in names}
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
@@ -125,7 +126,7 @@ def split_note(root: str | Path, settings: DatasetSettings) -> str | None:
     if not file.exists():
         return None
     try:
-        document = json.loads(file.read_text())
+        document = read_json(file)
         return None if document["published_split"] else f"{document['source']}, not the published split"
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}") from error
@@ -152,7 +153,7 @@ def _read_vtab(file: Path, settings: DatasetSettings) -> Listing:
     labels: list[int] = []
     problems: list[str] = []
     seen: set[Path] = set()
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, "the split file").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -213,7 +214,7 @@ def _read_fgvc(files: dict[str, Path], settings: DatasetSettings) -> dict[str, L
 def _read_pairs(file: Path) -> tuple[list[tuple[str, Hashable]], list[str]]:
     """(path, class) of every entry, and what is wrong."""
     try:
-        pairs = json.loads(read_text(file), object_pairs_hook=_Pairs)
+        pairs = json.loads(read_text(file, "the split file"), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         return [], [f"{file}, line {error.lineno}: {error.msg}"]
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
@@ -241,12 +242,3 @@ def _image_base(folder: Path, settings: DatasetSettings, paths: list[str]) -> Pa
     if paths and not (folder / settings.image_folder / paths[0]).is_file() and (folder / paths[0]).is_file():
         return folder
     return folder / settings.image_folder
-
-
-def read_text(file: Path) -> str:
-    """The text in ``file``; ``ValueError`` with file and line where it is none."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not a text file in UTF-8") from error

@@ -26,11 +26,11 @@ from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.presets import paper_train_config
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import first_lines
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, run_grid
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, check_model_name
 from rlrr_kernels.train.output.progress import say
-from rlrr_kernels.writing import remove_leftovers
+from rlrr_kernels.train.run.config import FinetuneConfig
+from rlrr_kernels.writing import check_present, remove_leftovers
 
 RUNS = "runs"
 """Where the run folders lie, in the folder of a reproduction."""
@@ -261,8 +261,7 @@ def check_datasets(config: ReproduceConfig) -> dict[str, str | None]:
         ValueError: a split file is missing or damaged; all of them are named.
     """
     datasets = selected_datasets(config.benchmark, config.tasks)
-    if not Path(config.root).is_dir():
-        raise FileNotFoundError(f"the data folder {config.root} does not exist")
+    check_present(Path(config.root), "the data folder", folder=True)
     problems, notes = [], {}
     for settings in datasets:
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlrr_kernels.paper.hyperparameters import dataset_names
-from rlrr_kernels.train.config.files import check_types
-from rlrr_kernels.writing import write_together
+from rlrr_kernels.train.config.files import check_types, read_json
+from rlrr_kernels.writing import check_present, write_together
 
 FOLDER = "results"
 """Where the files lie, in the folder of a reproduction."""
@@ -106,8 +106,7 @@ def read_results(folder: str | Path) -> dict[str, TaskResults]:
         ValueError: a file is damaged, of an unknown dataset, or the files are of different protocols.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the results folder {folder} does not exist")
+    check_present(folder, "the results folder", folder=True)
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
     files = sorted(folder.glob("*.json"))
@@ -131,7 +130,7 @@ def read_results(folder: str | Path) -> dict[str, TaskResults]:
 
 def _read(file: Path) -> TaskResults:
     try:
-        document: dict[str, Any] = json.loads(file.read_text())
+        document: dict[str, Any] = read_json(file)
         if document.pop("format", None) != _FORMAT or document.pop("version", None) != 1:
             raise ValueError("it is of another format or version")
         document["protocol"] = Protocol(**document["protocol"])

@@ -21,6 +21,7 @@ from rlrr_kernels.bank.source import PEFT_CONFIG
 from rlrr_kernels.serve.images import check_resized
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.task import Task
+from rlrr_kernels.writing import check_present
 
 PEFT_TENSORS = "adapter_model.safetensors"
 
@@ -168,8 +169,7 @@ def find_adapters(root: Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"the folder of adapters {root} does not exist")
+    check_present(root, "the folder of adapters", folder=True)
     found = {path.name: _adapter_in(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")}
     return {name: folder for name, folder in found.items() if folder is not None}
 

@@ -15,8 +15,9 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 from safetensors.torch import save_file
 
 from benchmarks import scale_grad_rows
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.grid import runs as grid
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 
 @pytest.fixture

@@ -191,7 +191,8 @@ def test_finetune_computes_the_same_adapter(tmp_path):
     from safetensors.torch import load_file
 
     from rlrr_kernels.train.config.train_config import TrainConfig
-    from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+    from rlrr_kernels.train.finetune import finetune
+    from rlrr_kernels.train.run.config import FinetuneConfig
     from tests.support.image_folders import make_splits
 
     images = make_splits(tmp_path / "images")

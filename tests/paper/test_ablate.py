@@ -13,8 +13,8 @@ pytest.importorskip("accelerate", reason="the program needs accelerate")
 pytest.importorskip("typer", reason="the program needs typer")
 
 from rlrr_kernels.paper import ablate
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid import runs as grid
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 
 def test_every_variant_is_a_valid_run_and_another_one(tmp_path):

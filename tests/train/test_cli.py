@@ -233,7 +233,7 @@ def test_errors_go_to_the_error_stream(monkeypatch, capsys, tmp_path):
         main()
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: adapter folder")
+    assert err.startswith("error: the adapter folder")
 
 
 def test_a_network_of_convolutions_is_trained_and_merged(rlrr, images, tmp_path):
@@ -361,6 +361,32 @@ def test_evaluate_checks_its_options_before_the_images(rlrr, images, tmp_path, m
         assert text in printed
 
 
+def test_a_file_in_place_of_a_folder_and_the_reverse_are_told(rlrr, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    pth = ("import-adapter", file, "--model", "test_vit", "--out", tmp_path / "out")
+    for arguments, text in (
+        (("data", "check", file), f"the data folder {file} is no folder"),
+        (("report", file), f"the results folder {file} is no folder"),
+        (("serve", "--adapters", file), f"the folder of adapters {file} is no folder"),
+        (("finetune", "--data", file, "--model", "test_vit"), f"the image folder {file} is no folder"),
+        (("evaluate", file, "--data", file), f"the adapter folder {file} is no folder"),
+        ((*pth, "--classes", tmp_path), f"--classes {tmp_path} is no file"),
+        ((*pth, "--classes", tmp_path / "absent"), f"--classes {tmp_path / 'absent'} does not exist"),
+        ((*pth, "--names", tmp_path), f"the file of names {tmp_path} is no file"),
+    ):
+        assert rlrr(*arguments) == (1, f"error: {text}"), arguments
+
+
+def test_a_cluster_is_looked_at_before_any_list(rlrr, tmp_path):
+    pytest.importorskip("submitit", reason="jobs need submitit")
+    reproduce = "reproduce", "vtab", "--root", tmp_path, "--model", "test_vit", "--cluster"
+    assert rlrr(*reproduce, "moon") == (1, "error: cluster must be one of local, slurm; got 'moon'")
+    status, printed = rlrr(*reproduce, "local", "--job", "no_such=1")
+    assert status == 1
+    assert "no_such" in printed
+
+
 def test_equal_images_in_two_splits_or_classes_are_warned_of(rlrr, images, tmp_path):
     shutil.copy(images / "train" / "red" / "000.png", images / "test" / "red" / "copy.png")
     shutil.copy(images / "val" / "red" / "000.png", images / "val" / "blue" / "other.png")
@@ -390,9 +416,9 @@ def test_of_several_processes_one_speaks(rlrr, tmp_path, monkeypatch, rank):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     status, printed = rlrr("merge", tmp_path / "none")
     assert status == 1
-    assert printed.startswith("error: adapter folder")
+    assert printed.startswith("error: the adapter folder")
     assert bool(waited) == (rank == "1")
-    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].startswith("adapter folder")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].startswith("the adapter folder")
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ pytest.importorskip("timm", reason="the training library needs timm")
 pytest.importorskip("accelerate", reason="the training library needs accelerate")
 
 from rlrr_kernels.train.data.folders import find_splits
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid import runs as grid
 from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid, summarize
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop.fit import TrainConfig
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 
 def grid_runs(images, epochs=2):

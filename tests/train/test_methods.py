@@ -21,11 +21,12 @@ from rlrr_kernels.nn.output_rescale import OutputRescale
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.export import example_images, logits, merge_to_file
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop.fit import TrainConfig, fit
 from rlrr_kernels.train.methods import baselines as methods
 from rlrr_kernels.train.methods.baselines import METHODS, Baseline, apply_method, merge_baseline, optimizer_groups
 from rlrr_kernels.train.methods.files import folder_info, load_trained, save_trained
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.task import load_task
 
 BASELINES = METHODS[1:]

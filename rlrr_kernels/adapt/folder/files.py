@@ -24,7 +24,7 @@ from torch import Tensor
 from rlrr_kernels.adapt.config import RLRRConfig, check_schema_version
 from rlrr_kernels.adapt.find import some
 from rlrr_kernels.adapt.modules import plain_name
-from rlrr_kernels.writing import write_together
+from rlrr_kernels.writing import check_present, write_together
 
 TENSORS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 
@@ -288,9 +288,7 @@ def _check_digests(source: Path, document: Mapping[str, Any], file: Path, tensor
 
 
 def _check_files(folder: Path) -> None:
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"adapter folder {folder} {what}; expected a folder written by save_adapter")
+    check_present(folder, "the adapter folder", folder=True)
     missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
     if missing:
         held = sorted(path.name for path in folder.iterdir())

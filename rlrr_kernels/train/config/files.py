@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.writing import check_present
+
 SCHEMA_VERSION = 1
 
 
@@ -113,6 +115,21 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is truncated or no JSON: {error}") from error
 
 
+def read_text(file: Path, what: str) -> str:
+    """The text in ``file``.
+
+    Raises:
+        FileNotFoundError: it does not exist; calls it ``what``.
+        ValueError: it is no text in UTF-8; names file and line.
+    """
+    check_present(file, what, folder=False)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}, line {line}: not a text file in UTF-8") from error
+
+
 def _restored(hint: Any, value: Any) -> Any:
     kinds = alternatives(hint)
     nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
@@ -136,8 +153,7 @@ def read_config(kind: type, file: str | Path) -> Any:
         ValueError: it is truncated, of another version, or not of a ``kind``; names the file.
     """
     file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"the configuration file {file} does not exist")
+    check_present(file, "the configuration file", folder=False)
     values = read_json(file)
     try:
         if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:

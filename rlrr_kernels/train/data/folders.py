@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlrr_kernels.train.data.images import is_large, read_image
+from rlrr_kernels.writing import check_present
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -91,8 +92,7 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
             these folders: how many.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} does not exist")
+    check_present(folder, "the image folder", folder=True)
     found = _folders_in(folder)
     if not found:
         raise ValueError(f"{folder} holds no class folders; expected {folder}/<class>/<image>")
@@ -201,8 +201,7 @@ def split_folders(folder: str | Path) -> dict[str, Path]:
         ValueError: two folders are called like the same split.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} does not exist")
+    check_present(folder, "the image folder", folder=True)
     places: dict[str, Path] = {}
     for name in _folders_in(folder):
         split = split_of(name)

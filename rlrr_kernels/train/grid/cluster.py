@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,12 @@ def job_parameters(texts: Iterable[str]) -> dict[str, Any]:
     return parameters
 
 
-def _executor(folder: Path, cluster: str | None, parameters: dict[str, Any]) -> Any:
+def check_cluster(cluster: str | None, parameters: Mapping[str, Any]) -> None:
+    """Raises what :func:`submit_grid` raises of these settings, for a look at them before anything is read."""
+    _executor(Path(JOBS), cluster, parameters)
+
+
+def _executor(folder: Path, cluster: str | None, parameters: Mapping[str, Any]) -> Any:
     if cluster is not None and cluster not in CLUSTERS:
         raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}; got {cluster!r}")
     if importlib.util.find_spec("submitit") is None:
@@ -145,7 +150,7 @@ def _executor(folder: Path, cluster: str | None, parameters: dict[str, Any]) -> 
 
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
-        executor.update_parameters(**{"timeout_min": 1440} | parameters)
+        executor.update_parameters(**{"timeout_min": 1440, **parameters})
     except (NameError, RuntimeError, AssertionError) as error:  # what submitit raises of unknown names and no Slurm
         raise ValueError(f"submitit: {error}") from error
     return executor

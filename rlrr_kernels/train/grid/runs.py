@@ -15,9 +15,11 @@ from rich.markup import escape
 
 from rlrr_kernels.train.config.files import read_json
 from rlrr_kernels.train.data.folders import Samples
-from rlrr_kernels.train.finetune import RESULT, FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop import checkpoint
+from rlrr_kernels.train.output.folder import RESULT
 from rlrr_kernels.train.output.progress import console
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 METRICS = {
     "val_accuracy": ("validation", "accuracy"),

@@ -18,18 +18,6 @@ from rlrr_kernels.adapt.folder.save_load import trained_tensors
 from rlrr_kernels.bank import AdapterBank, AdapterState
 from rlrr_kernels.train.data.folders import ImageDataset, Samples, shorten
 from rlrr_kernels.train.data.images import ImageError
-from rlrr_kernels.train.finetune import (
-    RESULT,
-    FinetuneConfig,
-    PreparedRun,
-    check_splits,
-    check_start,
-    conclude,
-    describe_run,
-    look_for_run,
-    prepare,
-    take_folder,
-)
 from rlrr_kernels.train.grid.runs import read_result
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop.distributed import make_accelerator
@@ -41,8 +29,19 @@ from rlrr_kernels.train.methods.baselines import optimizer_groups
 from rlrr_kernels.train.models.attention import fastest_attention
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.models.drop import set_drop
-from rlrr_kernels.train.output.folder import check_free
+from rlrr_kernels.train.output.folder import RESULT, check_free
 from rlrr_kernels.train.output.progress import make_progress, say, time_to_go
+from rlrr_kernels.train.run.config import FinetuneConfig
+from rlrr_kernels.train.run.results import conclude
+from rlrr_kernels.train.run.start import (
+    PreparedRun,
+    check_splits,
+    check_start,
+    describe_run,
+    look_for_run,
+    prepare,
+    take_folder,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -249,7 +248,7 @@ class _Training:
                 model,
                 optimizer_groups(model, config.lr, config.weight_decay),
                 sets["train"],
-                sets[prepared.deciding],
+                sets[prepared.config.deciding],
                 training,
                 Path(config.out),
                 accelerator,

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlrr_kernels.train.config.files import read_text
 from rlrr_kernels.train.config.options import config_of_options, options_of
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import check_names
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 SETTINGS = tuple(option.name for option in options_of(FinetuneConfig))
 """What a task can set: the options of ``rlrr finetune``, by their names in Python."""
@@ -44,11 +45,10 @@ def read_tasks(file: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, An
     except ImportError as error:
         raise ImportError("a file of tasks needs Python 3.11; name the tasks with --task NAME=FOLDER") from error
     file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"the file of tasks {file} does not exist")
+    text = read_text(file, "the file of tasks")
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the encoding, too
+        document = tomllib.loads(text)
+    except ValueError as error:
         raise ValueError(f"{file} is no TOML: {error}") from error
     tables = document.pop(_TABLE, None)
     if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):

@@ -24,6 +24,7 @@ from rlrr_kernels.train.data.folders import shorten
 from rlrr_kernels.train.data.preprocessing import Preprocessing
 from rlrr_kernels.train.models.npz import check_npz
 from rlrr_kernels.train.models.weights import SHOWN, read_weights
+from rlrr_kernels.writing import check_present
 
 HUB = "hub"
 NO_WEIGHTS = "none"
@@ -148,8 +149,7 @@ def _from_file(name: str, classes: int, options: dict[str, Any], file: Path) -> 
     import timm
     from timm.models import VisionTransformer
 
-    if not file.is_file():
-        raise FileNotFoundError(f"the weights file {file} does not exist")
+    check_present(file, "the weights file", folder=False)
     # Without a head, and timm told that the file has none either: only then does it load strictly.
     options = options | {"pretrained": True, "num_classes": 0}
     try:

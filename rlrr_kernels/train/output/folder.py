@@ -19,6 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+ADAPTER, CONFIG, ENVIRONMENT = "adapter", "config.json", "environment.json"
+RESULT, CURVE = "result.json", "learning_curve.png"
 LOCK = ".lock"
 
 _held: set[str] = set()

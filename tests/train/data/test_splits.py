@@ -15,7 +15,8 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import EpochShuffle, ImageDataset, find_splits, make_loader
 from rlrr_kernels.train.data.preprocessing import Preprocessing
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.task import load_task
 
 SQUASHED = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3, "squash")

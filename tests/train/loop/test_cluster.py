@@ -12,10 +12,10 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 submitit = pytest.importorskip("submitit", reason="jobs need submitit")
 
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid import cluster
 from rlrr_kernels.train.grid.cluster import submit_grid
 from rlrr_kernels.train.grid.runs import GridRun, run_grid
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 
 def grid_runs(images, seeds):

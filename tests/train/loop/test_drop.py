@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from rlrr_kernels import RLRRConfig, adapt_model, load_adapter, merge_adapter, save_adapter
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop.fit import TrainConfig
 from rlrr_kernels.train.models.drop import set_drop
+from rlrr_kernels.train.run.config import FinetuneConfig
 from tests.support.image_folders import make_splits
 from tests.support.tiny_models import disturb, tiny_images, tiny_model
 

@@ -18,15 +18,16 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 
 from safetensors.torch import load_file
 
-from rlrr_kernels.train import finetune
 from rlrr_kernels.train.config.files import read_config
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_splits
+from rlrr_kernels.train.finetune import FinetuneConfig, finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop import fit as loop
 from rlrr_kernels.train.loop.fit import fit
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.output import folder as folder_module
+from rlrr_kernels.train.run import results
 from tests.support.fitting import CONFIG, Stop, assert_same, numbers, train, trained
 
 
@@ -191,40 +192,40 @@ def test_a_disk_too_full_for_a_checkpoint_is_told_at_the_start(images, tmp_path,
 
 
 def finetune_config(images, out):
-    return finetune.FinetuneConfig(
+    return FinetuneConfig(
         model="test_vit", data=images, out=out, weights="none", image_size=32, train=TrainConfig(epochs=2)
     )
 
 
 def test_an_adapter_that_cannot_be_saved_is_saved_elsewhere(images, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(finetune.tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(results.tempfile, "tempdir", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere" / "rlrr-adapter-run").touch()
     out = tmp_path / "run"
-    original = finetune.save_trained
+    original = results.save_trained
 
     def save(model, folder, **options):
         if folder.is_relative_to(out):
             raise OSError(errno.ENOSPC, "the adapter could not be saved (No space left on device)")
         return original(model, folder, **options)
 
-    monkeypatch.setattr(finetune, "save_trained", save)
+    monkeypatch.setattr(results, "save_trained", save)
     with pytest.raises(OSError, match=r"it was saved to .*elsewhere/rlrr-adapter-run-.* instead"):
-        finetune.finetune(finetune_config(images, out), quiet=True)
+        finetune(finetune_config(images, out), quiet=True)
     (rescued,) = (tmp_path / "elsewhere").glob(
         "rlrr-adapter-run-*"
     )  # of this run alone: another folder's name may be the same
     saved = load_file(rescued / "adapter.safetensors")
-    monkeypatch.setattr(finetune, "save_trained", original)
-    result = finetune.finetune(finetune_config(images, out), quiet=True, resume=True)
+    monkeypatch.setattr(results, "save_trained", original)
+    result = finetune(finetune_config(images, out), quiet=True, resume=True)
     again = load_file(result.adapter / "adapter.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
 
 
 def test_a_run_folder_is_never_overwritten(images, tmp_path):
-    finetune.finetune(finetune_config(images, tmp_path / "run"), quiet=True)
+    finetune(finetune_config(images, tmp_path / "run"), quiet=True)
     with pytest.raises(ValueError, match="holds a run already; go on with it with --resume"):
-        finetune.finetune(finetune_config(images, tmp_path / "run"), quiet=True)
+        finetune(finetune_config(images, tmp_path / "run"), quiet=True)
 
 
 def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
@@ -250,9 +251,9 @@ def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
     assert not (tmp_path / "killed" / "adapter").exists()
 
     def run(folder, resume):
-        config = read_config(finetune.FinetuneConfig, tmp_path / "killed" / "config.json")
+        config = read_config(FinetuneConfig, tmp_path / "killed" / "config.json")
         config = dataclasses.replace(config, out=tmp_path / folder)
-        return load_file(finetune.finetune(config, resume=resume, quiet=True).adapter / "adapter.safetensors")
+        return load_file(finetune(config, resume=resume, quiet=True).adapter / "adapter.safetensors")
 
     (tmp_path / "killed" / ".checkpoint.pt.12345678.tmp").touch()  # as when the signal came while it was written
     resumed, straight = run("killed", True), run("straight", False)

@@ -29,12 +29,13 @@ from typer.testing import CliRunner
 from rlrr_kernels.cli import app
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.export import merge_to_file
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.many import run as many
 from rlrr_kernels.train.many.drops import TaskDrops
 from rlrr_kernels.train.many.run import finetune_many
 from rlrr_kernels.train.many.streams import RandomStream
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 ROUNDING = 1e-4
 """Of the largest element of a tensor: a dozen steps of AdamW on what is computed in another order in float32."""
@@ -46,7 +47,7 @@ def quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlrr_kernels.train.finetune.learning_curve", lambda result, path, *_, **__: path.touch())
+        patch.setattr("rlrr_kernels.train.run.results.learning_curve", lambda result, path, *_, **__: path.touch())
         yield
     torch.set_num_threads(threads)
 

@@ -30,11 +30,11 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import find_splits
 from rlrr_kernels.train.data.images import read_image
 from rlrr_kernels.train.data.preprocessing import Preprocessing
-from rlrr_kernels.train.finetune import FinetuneConfig
 from rlrr_kernels.train.grid.runs import GridRun, finished_result, summarize
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.output.environment import add_session
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 TINY = {"depth": 1, "embed_dim": 8, "num_heads": 1}
 VIT = "vit_tiny_patch16_224"

@@ -29,8 +29,9 @@ from rlrr_kernels.train.config.files import read_config
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import ImageDataset, find_samples, make_loader
 from rlrr_kernels.train.evaluate import evaluate
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop.distributed import make_accelerator
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.task import load_task
 
 FOLDERS = ROOT / "tests" / "data" / "version_0.1.0"

@@ -25,8 +25,9 @@ from rlrr_kernels.train.config.files import config_from_dict, read_config, write
 from rlrr_kernels.train.config.options import config_of_options, describe_arguments, options_of
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.preprocessing import Preprocessing
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.output.environment import add_session
+from rlrr_kernels.train.run.config import FinetuneConfig
 
 PREPROCESSING = {"image_size": 32, "crop": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 

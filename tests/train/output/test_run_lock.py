@@ -19,8 +19,9 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 
 from rlrr_kernels.ops.host.cache import write_json
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.finetune import FinetuneConfig, finetune
+from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.output.folder import LOCK, check_free, hold
+from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.writing import write_together
 
 _HOLDER = """
