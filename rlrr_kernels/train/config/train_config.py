@@ -23,7 +23,7 @@ class TrainConfig:
     Args:
         epochs: passes over the training images.
         batch_size: images a process and step.
-        accumulate: steps an optimizer update.
+        accumulate: steps an optimizer update, whose gradient is the mean over all their images, as of one batch.
         drop_last: leave out an epoch's last batch where it would be short; other images each epoch.
         warmup_epochs: of these, spent rising to the learning rate; fractions too. None: one, or half of a single one.
         cooldown_epochs: of these, spent at the minimum, last; fractions too.

@@ -44,7 +44,6 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     plugin = {"dynamo_plugin": TorchDynamoPlugin(backend=COMPILER, dynamic=False)} if config.compile else {}
     return Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=config.accumulate,
         cpu=cpu or not torch.accelerator.is_available(),  # else processes without a GPU would each train alone
         **plugin,
     )

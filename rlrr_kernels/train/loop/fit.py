@@ -90,7 +90,7 @@ def fit(
             with accelerator.autocast():
                 logits = run.model(step.images)
             step.loss = run.loss(logits.float(), step.targets)
-            accelerator.backward(step.loss)
+            accelerator.backward(step.share * step.loss)
     return run.finish()
 
 
@@ -101,11 +101,14 @@ class Step:
     Attributes:
         images: [B, 3, H, W].
         targets: labels [B], or [B, C] where they are mixed.
-        loss: mean over the batch, set by whoever computed it and its gradients.
+        share: of the images of its optimizer update: what its loss counts in the gradient, so that several steps an
+            update have the gradient of one batch of all their images.
+        loss: mean over the batch, set by whoever computed it and the gradients of ``share`` times it.
     """
 
     images: Tensor
     targets: Tensor
+    share: float
     loss: Tensor | None = None
 
 
@@ -223,7 +226,7 @@ class Run:
             # Counted here, not by accelerate: it has one count for all the runs of a process.
             updates = (record.batch + 1) % config.accumulate == 0 or record.batch + 1 == record.batches
             with contextlib.nullcontext() if updates else accelerator.no_sync(self.model):
-                step = Step(images, targets)
+                step = Step(images, targets, self._share(record.batch))
                 yield step
             assert step.loss is not None
             accelerator.sync_gradients = updates
@@ -255,6 +258,18 @@ class Run:
                 self._add_losses(pending)
                 self.save(progress)
                 saved = time.monotonic()
+
+    def _share(self, batch: int) -> float:
+        """Of the images of its optimizer update, those in ``batch``, counted from 0 in its epoch."""
+        config, record = self.config, self.record
+        first = batch - batch % config.accumulate
+        last = min(first + config.accumulate, record.batches)
+        images = len(self.train_set) if self.accelerator.num_processes == 1 else math.inf  # else every batch is full
+
+        def before(batch: int) -> float:
+            return min(batch * config.batch_size, images)
+
+        return (before(batch + 1) - before(batch)) / (before(last) - before(first))
 
     def _estimate(self, progress: TrainProgress) -> None:
         """Says, after the first steps of a session, how long the rest will take. A first step is slower than others."""

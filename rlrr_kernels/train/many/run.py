@@ -304,7 +304,7 @@ class _Training:
             total: Any = 0
             for task, step, rows in zip(tasks, steps, logits.split(sizes), strict=True):
                 step.loss = task.run.loss(rows[:, : task.run.classes].float(), step.targets)
-                share, scaler = step.loss / task.run.config.accumulate, task.accelerator.scaler
+                share, scaler = step.share * step.loss, task.accelerator.scaler
                 total = total + (share if scaler is None else scaler.scale(share))
             total.backward()
 

@@ -71,6 +71,22 @@ def test_training_learns_and_leaves_the_backbone_alone(images, tmp_path):
     assert type(model.forward).__name__ == "method"  # accelerate's wrapper is gone
 
 
+def test_steps_of_one_update_count_as_one_batch(images, tmp_path):
+    """Also at an epoch's end, where a step is short (4 images after 5) or an update has fewer steps than others."""
+    for batch, accumulate in ((5, 2), (5, 3)):  # of 24 images: 5 + 5, 5 + 5, 4; 5 + 5 + 5, 5 + 4
+        config = dataclasses.replace(CONFIG, batch_size=batch, accumulate=accumulate, epochs=2)
+        model, result = train(images, tmp_path / f"steps-{accumulate}", config)
+        config = dataclasses.replace(config, batch_size=batch * accumulate, accumulate=1)
+        whole, expected = train(images, tmp_path / f"whole-{accumulate}", config)
+        for name, tensor in trained(whole).items():
+            torch.testing.assert_close(
+                trained(model)[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert [entry["val_loss"] for entry in result.history] == pytest.approx(
+            [entry["val_loss"] for entry in expected.history], rel=1e-4
+        )
+
+
 def test_a_checkpoint_of_another_run_is_refused(images, tmp_path):
     with pytest.raises(Stop):
         train(images, tmp_path / "run", reads=24 + 12 + 10, identity={"model": "a"})
