@@ -3,9 +3,10 @@
     python -m benchmarks.evidence --cache .cache --out runs/evidence
 
 DINOv2 ViT-S/14 is fine-tuned by every method under the same command and budget. Each method's learning rate is chosen
-among the rates of its grid on validation images of the first seed, then kept for the other seeds; ablations of RLRR
-keep the rate of RLRR. The epoch is chosen on validation images, test images are scored once a run. The command goes on
-where it was stopped and rewrites its report (``evidence.md``, ``.json``, ``.png``) after every run.
+on validation images of the first seed, among the rates of its grid and, where the best lies at an end, beyond it; then
+it is kept for the other seeds. Ablations of RLRR keep the rate of RLRR. The epoch is chosen on validation images, test
+images are scored once a run. The command goes on where it was stopped and rewrites its report (``evidence.md``,
+``.json``, ``.png``) after every run.
 """
 
 from __future__ import annotations

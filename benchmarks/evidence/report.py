@@ -69,7 +69,7 @@ def markdown(evidence: Evidence, rows: list[dict[str, Any]]) -> str:
 
 def _rate(evidence: Evidence, method: str, row: dict[str, Any]) -> str:
     """The rate and what it was chosen from: a reader sees where it lies at an end."""
-    chooser, _ = evidence.rates(method)
+    chooser = evidence.chooser(method)
     if chooser != method:
         return f"{row['lr']:g}, as {chooser}"
     return f"{row['lr']:g} of {', '.join(f'{lr:g}' for lr in row['lr_candidates'])}"

@@ -21,6 +21,9 @@ from rlrr_kernels.train.run.config import FinetuneConfig
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 LOW_RATES = (3e-4, 1e-3, 3e-3)
 
+MOST_BEYOND = 3
+"""How many rates are tried beyond those of an arm while the best lies at an end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -182,28 +185,52 @@ class Evidence:
         name = f"{dataset}/{method}/lr-{lr:g}/seed-{seed}"
         return limited_run(name, config, self.limit)
 
-    def rates(self, method: str) -> tuple[str, tuple[float, ...]]:
-        """The arm that chooses the learning rate of ``method``, and the rates it chooses from."""
-        chooser = ARMS[method].lr_of or method
-        return chooser, ARMS[chooser].lrs
+    def chooser(self, method: str) -> str:
+        """The arm that chooses the learning rate of ``method``."""
+        return ARMS[method].lr_of or method
+
+    def candidates(self, dataset: str, method: str) -> dict[float, dict[str, Any] | None]:
+        """Learning rate, ascending → result of the first seed, None where it is not finished.
+
+        Those of the arm; and where the best of them lies at an end, the next one beyond it, so that it is no end.
+        """
+        chooser = self.chooser(method)
+        rates = sorted(ARMS[chooser].lrs)
+        most = len(rates) + MOST_BEYOND if len(rates) > 1 else 1
+        while True:
+            runs = {lr: self.run(dataset, chooser, lr, self.seeds[0]) for lr in rates}
+            found = {lr: finished_result(run, self.out) for lr, run in runs.items()}
+            best = _best(found)
+            if best not in (rates[0], rates[-1]) or len(rates) == most:
+                return found
+            rates = sorted([*rates, next_rate(best, up=best == rates[-1])])
 
     def chosen_lr(self, dataset: str, method: str) -> float | None:
         """The rate that did best on validation images of the first seed; None while these runs are not finished."""
-        chooser, rates = self.rates(method)
-        scored = []
-        for lr in rates:
-            result = finished_result(self.run(dataset, chooser, lr, self.seeds[0]), self.out)
-            if result is None:
-                return None
-            scored.append((result["validation"]["accuracy"], -result["validation"]["loss"], lr))
-        return max(scored)[2]
+        return _best(self.candidates(dataset, method))
 
     def rows(self, dataset: str, method: str) -> list[dict[str, Any]]:
         """A row for every finished run with the chosen rate; none while that is not chosen."""
         lr = self.chosen_lr(dataset, method)
-        head = {"dataset": dataset, "method": method, "lr": lr, "lr_candidates": list(self.rates(method)[1])}
+        head = {"dataset": dataset, "method": method, "lr": lr, "lr_candidates": list(self.candidates(dataset, method))}
         runs = [] if lr is None else [self.run(dataset, method, lr, seed) for seed in self.seeds]
         return [head | row for run in runs if (row := result_row(run, self.out)) is not None]
+
+
+def _best(results: dict[float, dict[str, Any] | None]) -> float | None:
+    """The learning rate of the best result on validation images; None while one is missing."""
+    scored = [
+        (result["validation"]["accuracy"], -result["validation"]["loss"], lr)
+        for lr, result in results.items()
+        if result is not None
+    ]
+    return max(scored)[2] if len(scored) == len(results) else None
+
+
+def next_rate(lr: float, *, up: bool) -> float:
+    """The rate after ``lr``, or before it, in ..., 0.001, 0.003, 0.01, 0.03, ..."""
+    series = [float(f"{digit}e{exponent}") for exponent in range(-12, 3) for digit in (1, 3)]
+    return min(rate for rate in series if rate > lr) if up else max(rate for rate in series if rate < lr)
 
 
 def run_evidence(evidence: Evidence, report: Callable[[], object]) -> None:
@@ -218,8 +245,9 @@ def run_evidence(evidence: Evidence, report: Callable[[], object]) -> None:
     cells = list(evidence.cells())
     for number, (dataset, method) in enumerate(cells, 1):
         console.rule(f"[bold]{ARMS[method].title}[/bold] on {dataset}: {number} of {len(cells)}")
-        chooser, rates = evidence.rates(method)
-        do([evidence.run(dataset, chooser, lr, evidence.seeds[0]) for lr in rates])
-        lr = evidence.chosen_lr(dataset, method)
+        chooser = evidence.chooser(method)
+        while (lr := evidence.chosen_lr(dataset, method)) is None:
+            candidates = evidence.candidates(dataset, method)
+            do([evidence.run(dataset, chooser, lr, evidence.seeds[0]) for lr in candidates])
         console.print(f"learning rate {lr:g}, best on validation images of seed {evidence.seeds[0]}", highlight=False)
         do([evidence.run(dataset, method, lr, seed) for seed in evidence.seeds])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -37,6 +38,7 @@ def command(tmp_path, monkeypatch):
     for name in ("MAIN", "ABLATIONS", "ARMS"):
         part = {"MAIN": ("probe", "rlrr"), "ABLATIONS": ("rlrr-layers",), "ARMS": tuple(ARMS)}[name]
         monkeypatch.setattr(evidence, name, {arm: ARMS[arm] for arm in part})
+    monkeypatch.setattr(evidence, "MOST_BEYOND", 0)
     for module in (program, evidence_report):
         monkeypatch.setattr(module, "ARMS", ARMS)
     monkeypatch.setattr(program, "DATASETS", evidence.DATASETS)
@@ -89,6 +91,35 @@ def test_rates_are_chosen_on_one_seed_and_nothing_is_done_twice(command, tmp_pat
     assert (tmp_path / "runs" / "evidence.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"other settings: train.epochs was 2, is 3"):
         command("--epochs", 3)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (3e-3, [1e-3, 3e-3, 1e-2]),
+        (1e-2, [1e-3, 3e-3, 1e-2, 3e-2]),
+        (3e-2, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+        (3e-4, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+        (1.0, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),  # no end without an end
+    ],
+)
+def test_a_best_rate_at_an_end_has_the_next_one_tried(best, tried, monkeypatch):
+    """Accuracies fall to both sides of ``best``; a rate has a result once it was asked for."""
+    asked = []
+
+    def result(run, out):
+        if run not in asked:
+            asked.append(run)
+            return None
+        return {"validation": {"accuracy": -abs(math.log(run / best)), "loss": 1.0}}
+
+    monkeypatch.setattr(evidence, "finished_result", result)
+    monkeypatch.setattr(evidence.Evidence, "run", lambda self, dataset, method, lr, seed: lr)
+    grid = evidence.Evidence(cache=None, out=None)
+    while (chosen := grid.chosen_lr("elpv", "rlrr-mlp")) is None:
+        pass
+    assert list(grid.candidates("elpv", "rlrr-mlp")) == sorted(asked) == tried
+    assert chosen == min(tried, key=lambda lr: abs(math.log(lr / best)))
 
 
 def test_a_trial_is_marked_and_kept_apart(command, tmp_path, capsys):
