@@ -25,6 +25,8 @@ class ServeConfig:
         batch_size: most images a forward pass.
         latency_ms: how long an image waits for others to share its forward pass, at most.
         queue: most requests that are being read, waiting or computed; more are answered 503.
+        headers_timeout: seconds in which the headers of a connection's first request, or of its next after an answer,
+            have to arrive; then it is closed.
         timeout: seconds from the end of a request's headers to its answer.
         body_mb: most megabytes of an image's file.
         pixels_mp: most megapixels of an image, as it is sent and while it is resized to the model's input.
@@ -49,6 +51,7 @@ class ServeConfig:
     batch_size: int = 32
     latency_ms: float = 5.0
     queue: int = 256
+    headers_timeout: float = 10.0
     timeout: float = 30.0
     body_mb: float = 16.0
     pixels_mp: float = 50.0
@@ -66,7 +69,7 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        for name in ("timeout", "shutdown_timeout", "body_mb", "pixels_mp", "memory_mb"):
+        for name in ("headers_timeout", "timeout", "shutdown_timeout", "body_mb", "pixels_mp", "memory_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}")

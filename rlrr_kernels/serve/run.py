@@ -10,10 +10,12 @@ import threading
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from rlrr_kernels.serve.app import create_app
 from rlrr_kernels.serve.config import ServeConfig
 from rlrr_kernels.serve.logs import log, write_logs
+from rlrr_kernels.serve.protocol import TimedProtocol
 from rlrr_kernels.serve.service import Service
 
 
@@ -31,18 +33,28 @@ def serve(config: ServeConfig) -> None:
         log(logging.WARNING, "everybody who reaches this address may ask: there is no --token-file", host=config.host)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: _rescan(service, frame))
-    server = uvicorn.Server(
+    http_server(create_app(service, token), config).run()
+
+
+def http_server(app: FastAPI, config: ServeConfig) -> uvicorn.Server:
+    """What speaks HTTP for an application."""
+
+    class Protocol(TimedProtocol):
+        headers_timeout = config.headers_timeout
+
+    return uvicorn.Server(
         uvicorn.Config(
-            create_app(service, token),
+            app,
             host=config.host,
             port=config.port,
+            http=Protocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=math.ceil(config.shutdown_timeout),
         )
     )
-    server.run()
 
 
 def _rescan(service: Service, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,13 +23,14 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi, of the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs prometheus-client, of the extra [serve]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra [serve]")
+pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra [serve]")
 
 from rlrr_kernels import load_adapter
 from rlrr_kernels.serve.app import create_app
 from rlrr_kernels.serve.config import ServeConfig
 from rlrr_kernels.serve.images import decode
 from rlrr_kernels.serve.logs import JsonFormatter
+from rlrr_kernels.serve.run import http_server
 from rlrr_kernels.serve.service import Service
 from rlrr_kernels.train.models.backbones import create_model
 from tests.serve.served_adapters import MODEL, PIXELS, gif_header, png, save_marked
@@ -69,9 +71,9 @@ class Client:
 @contextlib.contextmanager
 def running(folder, token=None, **options):
     """A client of a server of this process, and its service."""
-    service = Service(ServeConfig(adapters=folder, image_size=PIXELS, cpu=True, **options))
-    app = create_app(service, token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, server_header=False))
+    config = ServeConfig(adapters=folder, image_size=PIXELS, cpu=True, port=0, **options)
+    service = Service(config)
+    server = http_server(create_app(service, token), config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -388,6 +390,57 @@ def test_what_takes_too_long_ends(folder, monkeypatch):
         assert service._open == 0
 
 
+UNFINISHED = {
+    "nothing": [b""],
+    "half of the headers": [b"GET /healthz HTTP/1.1\r\nHost: x\r\n"],
+    "headers that trickle": [b"GET /healthz HTTP/1.1\r\n", *[b"a: b\r\n"] * 30],
+    "half of a second request": [b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /heal"],
+    "a body that is not read": [b"POST /v1/classify?adapter=no HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"a"],
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_a_client_that_does_not_finish_a_request_is_cut_off(folder, case):
+    with running(folder, headers_timeout=0.5) as (client, _):
+        begin = time.monotonic()
+        connection = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+        with connection, contextlib.suppress(ConnectionError):
+            for part in UNFINISHED[case]:
+                connection.sendall(part)
+                time.sleep(0.1)
+            while connection.recv(2**16):
+                pass
+        assert 0.4 < time.monotonic() - begin < 4  # uvicorn alone takes 5 s after an answer
+        assert client.classify("cells").status == 200
+
+
+def test_a_client_that_reads_no_answer_is_cut_off(folder, monkeypatch):
+    monkeypatch.setattr("rlrr_kernels.serve.metrics.Metrics.text", lambda metrics: b"x" * 20_000_000)
+    with running(folder, headers_timeout=0.5) as (client, _):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(2)
+            received = 0
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(2**20):
+                    received += len(part)
+            assert received < 20_000_000
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as slow:
+            slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = 0
+            while received < 20_000_000:
+                time.sleep(0.1)
+                received += len(part := slow.recv(2**20, socket.MSG_WAITALL))
+                assert part
+
+
+def test_a_request_that_takes_longer_than_headers_may_is_answered(folder, monkeypatch):
+    compute = Service._run
+    monkeypatch.setattr(Service, "_run", lambda *args: (time.sleep(1), compute(*args))[1])
+    with running(folder, headers_timeout=0.2) as (client, _):
+        assert client.classify("cells").status == 200
+
+
 def test_a_reader_that_is_stuck_keeps_its_request_open_and_is_not_waited_for(folder, monkeypatch):
     gate, entered = threading.Event(), threading.Event()
 
@@ -484,6 +537,7 @@ def test_nothing_to_serve_is_said_before_the_start(tmp_path):
         ({"queue": 0}, "queue must be at least 1"),
         ({"pixels_mp": 0.0}, "pixels_mp must be above 0"),
         ({"port": 70_000}, "port must be from 0 to 65535"),
+        ({"headers_timeout": 0.0}, "headers_timeout must be above 0"),
         ({"timeout": "soon"}, "timeout must be a number"),
     ],
 )
