@@ -36,10 +36,10 @@ def log(level: int, event: str, *, exc_info: Any = None, **fields: Any) -> None:
 
 
 def write_logs() -> None:
-    """Has this package's server, uvicorn and warnings write JSON lines to the standard error stream."""
+    """Has this package's server, uvicorn, asyncio and warnings write JSON lines to the standard error stream."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("rlrr_kernels.serve", "uvicorn", "uvicorn.error"):
+    for name in ("rlrr_kernels.serve", "uvicorn", "uvicorn.error", "asyncio"):
         found = logging.getLogger(name)
         found.handlers, found.propagate = [handler], False
         found.setLevel(logging.INFO)

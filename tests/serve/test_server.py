@@ -414,6 +414,21 @@ def test_a_client_that_does_not_finish_a_request_is_cut_off(folder, case):
         assert client.classify("cells").status == 200
 
 
+def test_damage_after_the_answer_ends_the_connection(folder, caplog):
+    begin = b"POST /v1/classify?adapter=no HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+    with running(folder) as (client, _):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+            connection.sendall(begin)
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(2**16)
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            connection.sendall(b"no number of a chunk\r\n")
+            assert connection.recv(2**16) == b""
+        assert client.classify("cells").status == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_client_that_reads_no_answer_is_cut_off(folder, monkeypatch):
     monkeypatch.setattr("rlrr_kernels.serve.metrics.Metrics.text", lambda metrics: b"x" * 20_000_000)
     with running(folder, headers_timeout=0.5) as (client, _):
