@@ -325,7 +325,7 @@ class AdapterBank:
     def _take(self, names: Sequence[str | HeldAdapter | None]) -> dict[str, HeldAdapter]:
         """The adapters called ``names``, as they all are in one moment."""
         wanted = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-        read: dict[_Entry, TaskTensors] = {}
+        read: dict[_Entry, tuple[Adapter, TaskTensors]] = {}
         while True:
             with self._lock:
                 entries = {name: self._entry(name) for name in wanted}
@@ -334,15 +334,15 @@ class AdapterBank:
                     for entry in entries.values():
                         if entry in self._recent:
                             self._recent.move_to_end(entry)
-                    return {n: HeldAdapter(_describe(n, e), e.task or read[e]) for n, e in entries.items()}
+                    return {name: _held(name, entry, read.get(entry)) for name, entry in entries.items()}
             for entry in missing:
                 read[entry] = self._load(entry)
 
-    def _load(self, entry: _Entry) -> TaskTensors:
+    def _load(self, entry: _Entry) -> tuple[Adapter, TaskTensors]:
         with entry.loading:
-            task = entry.task
-            if task is not None:
-                return task
+            with self._lock:
+                if entry.task is not None:
+                    return entry.adapter, entry.task
             adapter, task = self._read_again(entry)
             with self._lock:
                 self._replace_modules(self._backbone.layout(adapter.config))
@@ -351,7 +351,7 @@ class AdapterBank:
                     entry.task = task
                     if not self._keep(entry):
                         entry.task = None
-            return task
+            return adapter, task
 
     def _read_again(self, entry: _Entry) -> tuple[Adapter, TaskTensors]:
         """What the folder of an evicted adapter holds; its files may be replaced, one after another, right now."""
@@ -443,24 +443,33 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: there is none of that name and no ``config``.
-            ValueError: there is one, and a ``config``; or as for :func:`rlrr_kernels.adapt_model`.
+            ValueError: there is one, and a ``config``; another thread swaps or removes it meanwhile; or as for
+                :func:`rlrr_kernels.adapt_model`.
         """
+        metadata: dict[str, Any] = {}
         if config is not None:
             if name in self:
                 raise ValueError(f"the bank has an adapter {name!r} already; trainable(name) trains it on")
-            model, metadata = self._backbone.adapted(config, None, classes), {}
+            entry, model = None, self._backbone.adapted(config, None, classes)
         else:
             with self._lock:
                 entry = self._entry(name)
                 if entry.model is not None:
                     return entry.model
-                config, metadata = entry.adapter.config, dict(entry.adapter.metadata)
-            model = self._backbone.adapted(config, _named(self.hold(name).task))
+            held = self.hold(name)
+            config, metadata = held.info.config, dict(held.info.metadata)
+            model = self._backbone.adapted(config, _named(held.task))
         form = self._backbone.layout(config).form
         task = TaskTensors(form, adapter_parameters(model), {head: find_module(model, head) for head in form.heads})
         shapes = {key: tuple(tensor.shape) for key, tensor in _named(task).items()}
         adapter = Adapter(config, metadata, self._backbone.classes(config, shapes))
-        self._put(name, _Entry(adapter, task, model=model), replace=name in self)
+        with self._lock:
+            now = self._entries.get(name)
+            if now is not entry:
+                if entry is not None and now is not None and now.model is not None:
+                    return now.model
+                raise ValueError(f"the adapter {name!r} was added, swapped or removed by another thread")
+            self._put(name, _Entry(adapter, task, model=model), replace=entry is not None)
         return model
 
     def freeze(self, name: str) -> BankedAdapter:
@@ -489,21 +498,33 @@ class AdapterBank:
             UnknownAdapterError: there is none of that name.
             ValueError, TypeError, OSError, ImportError: as for ``save_adapter``.
         """
-        entry = self._entry(name)
-        model = entry.model or self._backbone.adapted(entry.adapter.config, _named(self.hold(name).task))
-        return save_adapter(model, folder, metadata=entry.adapter.metadata if metadata is None else metadata)
+        with self._lock:
+            entry = self._entry(name)
+            model, own = entry.model, entry.adapter.metadata
+        if model is None:
+            held = self.hold(name)
+            model, own = self._backbone.adapted(held.info.config, _named(held.task)), held.info.metadata
+        return save_adapter(model, folder, metadata=own if metadata is None else metadata)
 
 
-def _describe(name: str, entry: _Entry) -> BankedAdapter:
+def _describe(name: str, entry: _Entry, adapter: Adapter | None = None) -> BankedAdapter:
+    adapter = adapter or entry.adapter
     return BankedAdapter(
         name=name,
-        config=entry.adapter.config,
-        metadata=entry.adapter.metadata,
-        classes=entry.adapter.classes,
+        config=adapter.config,
+        metadata=adapter.metadata,
+        classes=adapter.classes,
         folder=entry.folder,
         nbytes=0 if entry.task is None else entry.nbytes,
         trainable=entry.model is not None,
     )
+
+
+def _held(name: str, entry: _Entry, read: tuple[Adapter, TaskTensors] | None) -> HeldAdapter:
+    """What is in memory, else what was ``read``: the folder may hold another version since, which others have read."""
+    adapter, task = (entry.adapter, entry.task) if read is None or entry.task is not None else read
+    assert task is not None
+    return HeldAdapter(_describe(name, entry, adapter), task)
 
 
 def _named(task: TaskTensors) -> dict[str, Tensor]:

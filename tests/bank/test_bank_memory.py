@@ -94,6 +94,62 @@ def test_an_evicted_adapter_whose_files_are_being_replaced_is_read_once_more(
     assert len(waited) == 2
 
 
+@pytest.mark.parametrize("use", ["hold", "save", "trainable"])
+def test_what_was_read_is_described_as_it_was_read(folders, tmp_path, monkeypatch, use):
+    """While one thread reads an adapter for which there is no room, its folder changes and another reads it again."""
+    other = tiny_model("vit")
+    other.reset_classifier(7)
+    adapt_model(other, RLRRConfig(rank=2))
+    folder = shutil.copytree(folders[0], tmp_path / "0")
+    bank = AdapterBank(tiny_model("vit"), memory_budget=0)
+    bank.add("0", folder, load=False)
+    load, read = AdapterBank._load, []
+
+    def twice(bank, entry):
+        found = load(bank, entry)
+        if not read:
+            read.append(entry)
+            save_adapter(other, folder, metadata={"version": 2})
+            bank.hold("0")
+        return found
+
+    monkeypatch.setattr(AdapterBank, "_load", twice)
+    if use == "hold":
+        held = bank.hold("0")
+        assert (held.info.classes, held.info.config, held.info.metadata) == (5, RLRRConfig(recipe="paper"), {})
+        assert bank(torch.randn(1, 3, 32, 32), [held])[0].tolist() == [0] * 5
+    elif use == "save":
+        bank.save("0", tmp_path / "saved")
+        info = bank.examine(tmp_path / "saved")
+        assert (info.classes, info.config, info.metadata) == (5, RLRRConfig(recipe="paper"), {})
+    else:
+        monkeypatch.setattr(bank, "memory_budget", None)
+        assert bank.trainable("0")(torch.randn(1, 3, 32, 32)).tolist() == [[0] * 5]
+
+
+@pytest.mark.parametrize("other", ["swap", "remove", "trainable"])
+def test_an_adapter_that_another_thread_changes_while_it_is_made_trainable(folders, monkeypatch, other):
+    bank, made = AdapterBank(tiny_model("vit")), []
+    bank.add("0", folders[0])
+    adapted = type(bank._backbone).adapted
+
+    def meanwhile(*args):
+        if not made:
+            made.append(None)
+            made[0] = {"swap": lambda: bank.swap("0", folders[1]), "remove": lambda: bank.remove("0")}.get(
+                other, lambda: bank.trainable("0")
+            )()
+        return adapted(*args)
+
+    monkeypatch.setattr(type(bank._backbone), "adapted", meanwhile)
+    if other == "trainable":
+        assert bank.trainable("0") is made[0]
+    else:
+        with pytest.raises(ValueError, match="by another thread"):
+            bank.trainable("0")
+        assert (answers(bank, ["0"]) if other == "swap" else list(bank.names)) == ([1] if other == "swap" else [])
+
+
 def test_what_has_no_folder_is_never_evicted_and_must_fit(folders):
     size = AdapterBank(tiny_model("vit")).add("0", folders[0]).nbytes
     bank = AdapterBank(tiny_model("vit"), memory_budget=2 * size)
