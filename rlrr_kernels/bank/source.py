@@ -202,6 +202,7 @@ class Backbone:
                 heads[head] = shared_copy(plain, own)
             return TaskTensors(form, flat, heads)
 
+    @torch.inference_mode(False)  # it could not be trained
     def adapted(
         self, config: RLRRConfig, tensors: Mapping[str, Tensor] | None, classes: int | None = None
     ) -> nn.Module:

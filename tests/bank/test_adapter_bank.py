@@ -374,6 +374,18 @@ def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):
         bank.trainable("a", RLRRConfig())
 
 
+def test_what_is_made_trainable_in_inference_mode_trains():
+    bank = AdapterBank(tiny_model("vit"))
+    with torch.inference_mode():
+        models = [bank.trainable("new", RLRRConfig(recipe="paper"), classes=4)]
+        bank.freeze("new")
+        models.append(bank.trainable("new"))
+        models.append(bank.trainable("other", RLRRConfig(rank=2)))
+    disturb(models[2])
+    sum(row.sum() for row in bank(torch.randn(2, 3, 32, 32), ["new", "other"])).backward()
+    assert all(p.grad is not None for model in models[1:] for p in model.parameters() if p.requires_grad)
+
+
 def test_a_new_adapter_starts_as_adapt_model_starts_it():
     bank, plain = AdapterBank(backbone()), backbone()
     torch.manual_seed(3)
