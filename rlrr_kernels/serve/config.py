@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rlrr_kernels.train.config.files import check_types, read_text
+from rlrr_kernels.train.config.files import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ServeConfig:
         """
         if self.token_file is None:
             return None
-        token = read_text(self.token_file, "token_file").strip()
+        token = self.token_file.read_text(encoding="utf-8", errors="replace").strip()
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise ValueError(
                 f"token_file must hold one token of printable ASCII without spaces; {self.token_file} does not"

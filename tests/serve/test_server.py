@@ -565,9 +565,10 @@ def test_a_token_file(tmp_path):
     file = tmp_path / "token"
     file.write_text("abc-123\n")
     assert ServeConfig(adapters=tmp_path, token_file=file).token() == "abc-123"
-    file.write_text("two words")
-    with pytest.raises(ValueError, match="one token of printable ASCII"):
-        ServeConfig(adapters=tmp_path, token_file=file).token()
+    for text in (b"two words", b"", b"\xff\xfea", "\ufeffabc".encode(), b"a\xa0", b"a\x00"):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match="one token of printable ASCII"):
+            ServeConfig(adapters=tmp_path, token_file=file).token()
 
 
 @pytest.mark.slow
