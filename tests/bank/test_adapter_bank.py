@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import types
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import (
     AdapterBank,
@@ -341,6 +343,40 @@ def test_gradients_reach_each_tasks_own_parameters_exactly():
         for key, parameter in trained.items():
             assert relative_error(got[key], parameter.grad) < 1e-5, (name, key)
     assert not any(p.requires_grad or p.grad is not None for p in bank.model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("names", ["aabb", "baab"])
+@pytest.mark.parametrize("call", ["whole", "parts", "both"])
+def test_gradients_of_a_checkpointed_model(reentrant, names, call):
+    bank = AdapterBank(backbone())
+    models = [bank.trainable(name, RLRRConfig(recipe="paper"), classes=3) for name in "ab"]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        disturb(model)
+    images, weights = torch.randn(4, 3, 32, 32, requires_grad=True), torch.randn(4, 3)
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        with bank.tasks(list(names)):
+            y = bank.model.forward_head(bank.model.forward_features(images)) if call == "parts" else bank.model(images)
+            if call == "both":
+                bank.model.forward_features(images)
+            (y * weights).sum().backward()
+        found = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
+
+    expected = gradients()
+    for block in bank.model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=reentrant)
+    if (call, names) == ("both", "baab"):
+        with pytest.raises(RuntimeError, match="as a whole and in parts"):
+            gradients()
+    else:
+        for got, wanted in zip(gradients(), expected, strict=True):
+            assert relative_error(got, wanted) < 1e-5
 
 
 def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlrr_kernels.ops.host.private import tree_map
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.multi.task_index import TaskIndex
 
 
@@ -169,6 +169,7 @@ class TaskBatch:
             self.groups.append(TaskGroup(first, counted))
             first = self.groups[-1].end
         self.sorted = False
+        self._whole = self._in_parts = False
         self._widths: list[int] | None = None
 
     @property
@@ -214,13 +215,33 @@ class TaskBatch:
                 shapes.append(list(value.shape))
             return self._moved_leaf(value, back=False)
 
-        inputs = tree_map(moved, inputs)
+        inputs = private.tree_map(moved, inputs)
         if not any(shape[:1] == [self.samples] for shape in shapes):
             raise ValueError(
                 f"the model must get as many samples as tasks were named, {self.samples}; got tensors of {shapes}"
             )
-        self.sorted = True
+        self.sorted = self._whole = True
         return inputs
+
+    def is_sorted(self) -> bool:
+        """Whether a module that runs now gets its samples sorted.
+
+        They are while the model runs, and while a backward computes again what a checkpoint inside the model did not
+        keep; else the module is called by itself.
+
+        Raises:
+            RuntimeError: in such a backward, where both happened before.
+        """
+        if self.sorted or self._order is None:
+            return True
+        if torch.compiler.is_compiling() or private.backward_number() < 0:
+            self._in_parts = True
+        elif self._whole and self._in_parts:
+            raise RuntimeError(
+                "of a model that was called as a whole and in parts for the same tasks, a backward cannot compute "
+                "checkpointed layers again: enter bank.tasks() once for each"
+            )
+        return not self._in_parts
 
     def leave(self, outputs: Any) -> Any:
         """``outputs`` of the model with the samples in the order of the batch.
@@ -229,7 +250,7 @@ class TaskBatch:
             TypeError: as for :meth:`enter`.
         """
         self.sorted = False
-        return tree_map(lambda value: self._moved_leaf(value, back=True), outputs)
+        return private.tree_map(lambda value: self._moved_leaf(value, back=True), outputs)
 
     def _moved_leaf(self, value: Any, back: bool) -> Any:
         if isinstance(value, Tensor):

@@ -65,7 +65,8 @@ class Multi(nn.Module):
                 f"{tuple(x.shape)}: a layer that does not see samples apart has no adapter for each"
             )
         per_sample = x.shape[0] // batch.samples
-        if not batch.sorted:
+        in_order = batch.is_sorted()
+        if not in_order:
             x = batch.permuted(x)
         results = []
         for first, end, group in batch.parts():
@@ -79,7 +80,7 @@ class Multi(nn.Module):
         y = results[0] if len(results) == 1 else torch.cat(_padded(results))
         if per_sample == 1 and any(self.name in group.form.heads for group in batch.groups):
             batch.widths = [result.shape[-1] for result in results for _ in range(result.shape[0])]
-        return y if batch.sorted else batch.permuted(y, back=True)
+        return y if in_order else batch.permuted(y, back=True)
 
     def _owned(self, x: Tensor, group: TaskGroup) -> list[Tensor]:
         """What each task's own module makes of its rows."""

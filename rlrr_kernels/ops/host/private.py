@@ -77,6 +77,10 @@ def tree_map(function: Callable[[Any], Any], values: Any) -> Any:
     return type(values)(tree_map(function, v) for v in values) if type(values) in (tuple, list) else function(values)
 
 
+backward_number = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""Of the backward that is at work, -1 where none is. Without it: none ever, and what a checkpointed model computes
+again for its backward is taken for a forward of its own."""
+
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any kind of device, a cheap first question. Without it: the second is always asked."""
 
