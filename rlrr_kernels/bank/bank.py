@@ -460,7 +460,7 @@ class AdapterBank:
             config, metadata = held.info.config, dict(held.info.metadata)
             model = self._backbone.adapted(config, _named(held.task))
         form = self._backbone.layout(config).form
-        task = TaskTensors(form, adapter_parameters(model), {head: find_module(model, head) for head in form.heads})
+        task = TaskTensors(form, _Trained(model), {head: find_module(model, head) for head in form.heads})
         shapes = {key: tuple(tensor.shape) for key, tensor in _named(task).items()}
         adapter = Adapter(config, metadata, self._backbone.classes(config, shapes))
         with self._lock:
@@ -505,6 +505,26 @@ class AdapterBank:
             held = self.hold(name)
             model, own = self._backbone.adapted(held.info.config, _named(held.task)), held.info.metadata
         return save_adapter(model, folder, metadata=own if metadata is None else metadata)
+
+
+class _Trained(Mapping[str, Tensor]):
+    """A model's vectors by name, as they are now: ``load_state_dict(assign=True)`` puts others in their place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(named_modules(model))
+        places = [(name, *name.rpartition(".")[::2]) for name in adapter_parameters(model)]
+        self._places = {name: (modules[module], key) for name, module, key in places}
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, key = self._places[name]
+        tensor: Tensor = getattr(module, key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _describe(name: str, entry: _Entry, adapter: Adapter | None = None) -> BankedAdapter:

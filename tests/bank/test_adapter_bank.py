@@ -410,6 +410,18 @@ def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):
         bank.trainable("a", RLRRConfig())
 
 
+def test_values_loaded_into_a_trainable_model_are_those_of_the_batch():
+    bank, other = AdapterBank(backbone()), AdapterBank(backbone())
+    model, donor = (each.trainable("a", RLRRConfig(recipe="paper")) for each in (bank, other))
+    disturb(donor)
+    model.load_state_dict(donor.state_dict(), assign=True)
+    images = torch.randn(2, 3, 32, 32)
+    rows = bank(images, ["a", "a"])
+    assert relative_error(torch.stack(rows), donor(images)) < 1e-5
+    assert bank.freeze("a").trainable is False
+    assert relative_error(torch.stack(bank(images, ["a", "a"])), donor(images)) < 1e-5
+
+
 def test_what_is_made_trainable_in_inference_mode_trains():
     bank = AdapterBank(tiny_model("vit"))
     with torch.inference_mode():
