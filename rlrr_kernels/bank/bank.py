@@ -265,7 +265,7 @@ class AdapterBank:
         folder = None if isinstance(source, AdapterState) else Path(source)
         entry = _Entry(adapter, task, folder, recipe)
         self._put(name, entry, replace)
-        return self.info(name)
+        return _describe(name, entry)
 
     def _put(self, name: str, entry: _Entry, replace: bool) -> None:
         with self._lock:

@@ -127,6 +127,13 @@ def test_what_was_read_is_described_as_it_was_read(folders, tmp_path, monkeypatc
         assert bank.trainable("0")(torch.randn(1, 3, 32, 32)).tolist() == [[0] * 5]
 
 
+def test_what_was_added_is_described_though_another_thread_removed_it_at_once(folders, monkeypatch):
+    bank, put = AdapterBank(tiny_model("vit")), AdapterBank._put
+    monkeypatch.setattr(AdapterBank, "_put", lambda *args: (put(*args), bank.remove("0")))
+    assert bank.add("0", folders[0]).classes == 5
+    assert not bank.names
+
+
 @pytest.mark.parametrize("other", ["swap", "remove", "trainable"])
 def test_an_adapter_that_another_thread_changes_while_it_is_made_trainable(folders, monkeypatch, other):
     bank, made = AdapterBank(tiny_model("vit")), []
