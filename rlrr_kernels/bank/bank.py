@@ -390,11 +390,8 @@ class AdapterBank:
         taken = self._take(names)
         held = [taken[name] if isinstance(name, str) else name for name in names]
         batch = TaskBatch([None if adapter is None else adapter.task for adapter in held])
-        before, self._active.batch = self._active.batch, batch
-        try:
+        with self._active.running(batch):
             yield batch
-        finally:
-            self._active.batch = before
 
     def __call__(self, x: Tensor, names: Sequence[str | HeldAdapter | None]) -> list[Tensor]:
         """The logits of each sample under its own adapter.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import types
 from functools import partial
 
@@ -377,6 +378,59 @@ def test_gradients_of_a_checkpointed_model(reentrant, names, call):
     else:
         for got, wanted in zip(gradients(), expected, strict=True):
             assert relative_error(got, wanted) < 1e-5
+
+
+def in_a_thread_of_autograd(function):
+    """Runs ``function`` within a backward in a thread other than this one, as those of GPUs are.
+
+    On a CPU autograd takes one for backwards that are nested more than 60 deep.
+    """
+
+    class Deeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, depth):
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                if ctx.depth:
+                    Deeper.apply(torch.zeros(1, requires_grad=True), ctx.depth - 1).backward()
+                else:
+                    assert threading.get_ident() != here
+                    function()
+            return grad, None
+
+    here = threading.get_ident()
+    Deeper.apply(torch.zeros(1, requires_grad=True), 70).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_another_thread_computes_again_have_their_tasks(reentrant):
+    bank = AdapterBank(backbone())
+    models = [bank.trainable(name, RLRRConfig(recipe="paper"), classes=3) for name in "ab"]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        disturb(model)
+    images, weights = torch.randn(4, 3, 32, 32, requires_grad=True), torch.randn(4, 3)
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+
+    def gradients(run):
+        with bank.tasks(list("baab")):
+            loss = (bank.model(images) * weights).sum()
+            run(loss.backward)
+        found = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
+
+    expected = gradients(lambda backward: backward())
+    for block in bank.model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=reentrant)
+    for got, wanted in zip(gradients(in_a_thread_of_autograd), expected, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+    in_a_thread_of_autograd(lambda: torch.testing.assert_close(bank.model(images), bank.model.eval()(images)))
 
 
 def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):

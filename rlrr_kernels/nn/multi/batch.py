@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -270,10 +272,38 @@ class TaskBatch:
             yield group.first, group.end, group
 
 
-class ActiveBatch(threading.local):
+_numbers = itertools.count()
+
+
+class ActiveBatch:
     """The batch that a thread runs through a model; the model's modules share one."""
 
-    batch: TaskBatch | None = None
+    def __init__(self) -> None:
+        self._thread = _Thread()
+        self._key = f"rlrr_kernels.batch.{next(_numbers)}"
+
+    @property
+    def batch(self) -> TaskBatch | None:
+        """That of this thread; in a thread of autograd's, that of the thread which started the backward."""
+        batch = self._thread.batch
+        if batch is None and not torch.compiler.is_compiling() and private.backward_number() >= 0:
+            return private.seen_by_backward(self._key)
+        return batch
+
+    @contextlib.contextmanager
+    def running(self, batch: TaskBatch) -> Iterator[None]:
+        """Within, ``batch`` is the one of this thread."""
+        before, self._thread.batch = self._thread.batch, batch
+        private.set_for_backward(self._key, batch)
+        try:
+            yield
+        finally:
+            self._thread.batch = before
+            private.set_for_backward(self._key, before)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or pickled model has its own, and no batch
         return type(self), ()
+
+
+class _Thread(threading.local):
+    batch: TaskBatch | None = None

@@ -81,6 +81,20 @@ backward_number = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 """Of the backward that is at work, -1 where none is. Without it: none ever, and what a checkpointed model computes
 again for its backward is taken for a forward of its own."""
 
+
+def set_for_backward(key: str, value: Any) -> None:
+    """Makes ``value`` what :func:`seen_by_backward` gives in this thread, and in those that autograd runs its backward
+    in, one for each GPU. Without it: nothing is seen there."""
+    if (stash := getattr(torch._C, "_stash_obj_in_tls", None)) is not None:
+        stash(key, value)
+
+
+def seen_by_backward(key: str) -> Any:
+    """What :func:`set_for_backward` was given in the thread that started this backward; None for nothing."""
+    known = getattr(torch._C, "_is_key_in_tls", lambda key: False)
+    return torch._C._get_obj_in_tls(key) if known(key) else None
+
+
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any kind of device, a cheap first question. Without it: the second is always asked."""
 
