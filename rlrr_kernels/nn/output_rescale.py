@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.channel_rescale import ChannelRescale
+from rlrr_kernels.nn.rescaled import unfit_reason
 from rlrr_kernels.ops.norm_rescale.public import fold_norm
+
+_PADDED = {"timm.layers.conv2d_same.Conv2dSame"}
+"""Classes whose forward pads x and does nothing else to what the plain one computes."""
+
+
+def unfoldable_reason(layer: nn.Module) -> str | None:
+    """Why a scale cannot be folded into the weight of ``layer``, an ``nn.Linear`` or ``nn.Conv2d``, or None."""
+    kind = type(layer)
+    return None if f"{kind.__module__}.{kind.__name__}" in _PADDED else unfit_reason(layer)
 
 
 class OutputRescale(nn.Module):
@@ -21,7 +31,8 @@ class OutputRescale(nn.Module):
         layer: as given. rescale: γ and β [N], trained.
 
     Raises:
-        TypeError: ``layer`` is neither.
+        TypeError: ``layer`` is neither, or γ cannot be folded into its weight: its class has a forward of its own,
+            which may normalise the weight, or the weight is parametrized, pruned, quantised or sharded.
     """
 
     def __init__(
@@ -30,6 +41,9 @@ class OutputRescale(nn.Module):
         super().__init__()
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise TypeError(f"layer must be an nn.Linear or nn.Conv2d; got {type(layer).__name__}")
+        reason = unfoldable_reason(layer)
+        if reason is not None:
+            raise TypeError(f"layer must be one into which a scale can be folded, but {reason}")
         self.layer = layer.requires_grad_(False)
         self.rescale = ChannelRescale(layer.weight.shape[0], init=init, device=layer.weight.device, dtype=dtype)
 

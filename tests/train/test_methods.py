@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from tests.support.image_folders import make_splits
 from tests.support.tiny_models import backward, disturb, tiny_images, tiny_model
@@ -15,6 +16,7 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 pytest.importorskip("peft", reason="LoRA, DoRA and HiRA need peft")
 
 from safetensors.torch import load_file
+from timm.layers import Conv2dSame, StdConv2d
 
 from rlrr_kernels.cli import main
 from rlrr_kernels.nn.output_rescale import OutputRescale
@@ -105,6 +107,28 @@ def test_ssf_scales_and_shifts_after_every_operation():
     assert len(handles) == 2 * 6 + 2
     plain.head.load_state_dict(model.head.state_dict())
     torch.testing.assert_close(logits(model, images), logits(plain, images), rtol=1e-5, atol=1e-5)
+
+
+def test_ssf_refuses_convolutions_into_which_it_cannot_be_merged():
+    """γ ⊙ W of a weight-standardised convolution is W again: the merged model lost the scales."""
+    model = tiny_model("vit")
+    model.patch_embed.proj = StdConv2d(3, model.embed_dim, 4, 4)
+    before = {name: type(module) for name, module in model.named_modules()}
+    message = r"cannot fold its scales into patch_embed\.proj: StdConv2d has a forward of its own"
+    with pytest.raises(ValueError, match=message):
+        apply_method(model, Baseline("ssf"))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for layer in (model.patch_embed.proj, spectral_norm(nn.Linear(4, 4))):
+        with pytest.raises(TypeError, match="layer must be one into which a scale can be folded"):
+            OutputRescale(layer)
+
+
+def test_ssf_folds_into_a_convolution_that_pads_by_itself():
+    rescaled, x = OutputRescale(Conv2dSame(3, 4, 3, stride=2)), torch.randn(2, 3, 7, 7)
+    disturb(rescaled)
+    expected = rescaled(x)
+    torch.testing.assert_close(rescaled.fold()(x), expected)
 
 
 def test_lora_and_hira_start_at_the_backbone_and_dora_too():

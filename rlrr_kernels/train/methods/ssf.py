@@ -7,11 +7,11 @@ import dataclasses
 from torch import nn
 
 from rlrr_kernels.adapt.bypass import find_bypassed
-from rlrr_kernels.adapt.find import under
+from rlrr_kernels.adapt.find import some, under
 from rlrr_kernels.adapt.model import PLAIN_NORMS
 from rlrr_kernels.adapt.modules import replace_submodules
 from rlrr_kernels.nn.norm_rescale import NormRescale
-from rlrr_kernels.nn.output_rescale import OutputRescale
+from rlrr_kernels.nn.output_rescale import OutputRescale, unfoldable_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ def find_places(model: nn.Module, layers: tuple[str, ...], heads: tuple[str, ...
     Norms over anything but the last dimension stay as they are.
 
     Raises:
-        ValueError: the forward of one of them is bypassed (named).
+        ValueError: the forward of one of them is bypassed, or its scale could not be folded into it (named).
     """
     modules = {name: module for name, module in model.named_modules() if not under(name, heads)}
     convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
@@ -41,6 +41,11 @@ def find_places(model: nn.Module, layers: tuple[str, ...], heads: tuple[str, ...
     if bypassed:
         raise ValueError(
             f"method ssf cannot rescale what the model computes without calling it: {'; '.join(bypassed.values())}"
+        )
+    unfit = {name: reason for name in convs if (reason := unfoldable_reason(modules[name])) is not None}
+    if unfit:
+        raise ValueError(
+            f"method ssf cannot fold its scales into {some(unfit)}: {'; '.join(dict.fromkeys(unfit.values()))}"
         )
     return SSFPlaces((*layers, *convs), tuple(norms))
 
