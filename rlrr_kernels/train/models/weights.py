@@ -44,8 +44,8 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], heads: tuple[str, .
 
     Raises:
         ValueError: the file is empty, damaged (a zip's checksums are compared), holds objects that are no tensors in
-            place of weights, none of the backbone's, or tensors that cannot be weights (not finite, integers); or
-            several sets of weights of which none or several are averages, or an average that is not by name.
+            place of weights, none of the backbone's, or tensors that cannot be weights (not finite, integers, sparse);
+            or several sets of weights of which none or several are averages, or an average that is not by name.
     """
     state = _only_state(_read(file), file)
     prefix = _shared_prefix(state, [*expected, *heads])
@@ -59,6 +59,9 @@ def read_weights(file: Path, expected: Mapping[str, Tensor], heads: tuple[str, .
             f"{shorten([*state], SHOWN)}"
         )
     for name, tensor in used.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            held = "has no values (meta)" if tensor.is_meta else f"is {str(tensor.layout).removeprefix('torch.')}"
+            raise ValueError(f"{name} must be a dense tensor; it {held}")
         known = expected.get(name)
         floating = known.is_floating_point() if known is not None else name.endswith((".weight", ".bias"))
         if floating and not tensor.is_floating_point():

@@ -162,6 +162,12 @@ def test_numbers_that_cannot_be_weights_are_named(tmp_path, state):
     file.write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"I32"'))
     refused(file, "must be of floating-point numbers; it is int32")
 
+    file = tmp_path / "bad.pth"
+    torch.save(state | {key: state[key].to_sparse()}, file)
+    refused(file, f"{key} must be a dense tensor; it is sparse_coo")
+    torch.save(state | {key: state[key].to("meta")}, file)
+    refused(file, rf"{key} must be a dense tensor; it has no values \(meta\)")
+
 
 def test_a_damaged_pytorch_file_is_told_by_its_checksums(tmp_path, state):
     file = tmp_path / "flipped.pth"
