@@ -56,10 +56,11 @@ def rlrr_conv2d(
         fp32 (fp64 for float64), W' is rounded once.
 
     Raises:
-        TypeError: an argument is sparse or nested, or has a dtype not named above.
+        TypeError: an argument is no tensor, sparse or nested, or has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
-    x = x.to(check_dtypes(x, weight, scale_row, scale_col, bias))
+    dtype = check_dtypes(x, weight, scale_row, scale_col, bias)
+    x = x.to(dtype)
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter

@@ -236,6 +236,20 @@ def test_additive_refuses_other_layers_and_groups():
         AdditiveLinear(nn.Linear(4, 4), groups=3)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.Tensor.to_sparse, r"a dense tensor; got layout torch\.sparse_coo"),
+        (torch.Tensor.long, r"float32, float16, bfloat16 or float64; got torch\.int64"),
+        (torch.Tensor.numpy, "a Tensor; got ndarray"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RLRRLinear.from_linear, AdditiveLinear])
+def test_both_forms_refuse_the_same_inputs_by_name(kind, change, message):
+    with pytest.raises(TypeError, match=f"^x must be {message}"):
+        kind(nn.Linear(4, 6))(change(torch.ones(2, 4)))
+
+
 @pytest.mark.parametrize("sides", ["left", "right"])
 def test_one_side_compiles(sides):
     layer, x = RLRRLinear(10, 12, sides=sides), torch.randn(3, 10)

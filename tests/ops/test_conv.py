@@ -271,6 +271,10 @@ def test_bad_arguments_are_named():
         layer(x.double())
     with pytest.raises(TypeError, match=r"^x must be a dense tensor; got layout torch\.sparse_coo"):
         layer(x.to_sparse())
+    with pytest.raises(TypeError, match=r"^x must be a dense tensor; got layout torch\.sparse_coo"):
+        RLRRConv2d(4, 6, 3, padding=1, padding_mode="reflect")(x.to_sparse())
+    with pytest.raises(TypeError, match=r"^x must be a Tensor; got ndarray"):
+        layer(x.numpy())
     good = {"weight": layer.weight, "scale_row": layer.scale_row, "scale_col": layer.scale_col}
     for name, bad, message in (
         ("weight", torch.randn(6, 4, 3, 3, requires_grad=True), "weight must be frozen"),

@@ -173,6 +173,16 @@ def test_refuses_tensors_that_are_not_dense(name: str):
     if name == "x":
         with pytest.raises(TypeError, match=r"^x must be a dense tensor; got a nested tensor"):
             norm_rescale(**{**named, "x": torch.nested.nested_tensor([named["x"], named["x"]])})
+    with pytest.raises(TypeError, match=rf"^{name} must be a Tensor; got ndarray"):
+        norm_rescale(**{**named, name: named[name].detach().numpy()})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_refuses_numbers_that_have_no_norm(dtype: torch.dtype):
+    """A y of integers was truncated; ``nn.LayerNorm`` refuses them too."""
+    x, *parameters = arguments()
+    with pytest.raises(TypeError, match=f"^x must be float32, float16, bfloat16 or float64; got {dtype}"):
+        norm_rescale(x.detach().to(dtype), *parameters)
 
 
 @pytest.mark.parametrize(

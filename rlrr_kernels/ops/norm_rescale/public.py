@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_frozen, in_memory, not_dense
+from rlrr_kernels.ops.checks import check_dense, check_float, check_frozen, in_memory
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
@@ -52,12 +52,13 @@ def norm_rescale(
         sums are fp32 (fp64 for float64), y is rounded once.
 
     Raises:
-        TypeError: an argument is sparse or nested.
+        TypeError: an argument is no tensor, sparse or nested, or x has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient while gradients are on.
     """
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
-            raise not_dense(name, tensor)
+        if tensor is not None:
+            check_dense(tensor, name)
+    check_float(x)
     size = x.shape[-1] if x.dim() else None
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
