@@ -177,7 +177,7 @@ class _Conv2d(torch.autograd.Function):
         grad_x = grad_row = grad_col = grad_bias = None
         if torch.is_grad_enabled():  # create_graph=True
             if x is None:  # ∂x alone is asked for, and y is linear in x: any x gives it
-                x = grad_y.new_zeros(x_shape).requires_grad_()
+                x = weight.new_zeros(x_shape, dtype=grad_y.dtype).requires_grad_()  # of no batch of gradients
             grads = differentiable_gradients(
                 lambda x, row, col: _formula(x, weight, row, col, None, options, layout, residual),
                 (x, scale_row, scale_col), (need_x, need_row, need_col), grad_y,

@@ -251,7 +251,7 @@ def _backward_by_formula(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grads = [None, None, None]
     if weight is not None:
         if x is None:  # ∂x alone is asked for, and y is linear in x: any x gives it
-            x = grad_y.new_zeros(*grad_y.shape[:-1], weight.shape[1]).requires_grad_()
+            x = weight.new_zeros(*grad_y.shape[:-1], weight.shape[1], dtype=grad_y.dtype).requires_grad_()
 
         def formula(x: Tensor, scale_row: Tensor | None, scale_col: Tensor | None) -> Tensor:
             wide = accumulate_dtype(x.dtype)
@@ -261,7 +261,10 @@ def _backward_by_formula(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             return F.linear(a, merged.to(a.dtype))
 
         grads = differentiable_gradients(formula, (x, scale_row, scale_col), needs[:3], grad_y)
-    grad_bias = dispatch.flattened(grad_y).sum(0, dtype=accumulate_dtype(grad_y.dtype)) if needs[3] else None
+    grad_bias = None
+    if needs[3]:  # by a sum over all rows that a batch of grad_y has a rule for
+        grad_bias = grad_y.to(accumulate_dtype(grad_y.dtype))
+        grad_bias = grad_bias.sum(tuple(range(grad_y.dim() - 1))) if grad_y.dim() > 1 else grad_bias
     return grads[0], None, grads[1], grads[2], None if grad_bias is None else grad_bias.to(bias_dtype), None
 
 

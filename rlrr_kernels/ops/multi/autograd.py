@@ -74,8 +74,8 @@ eager_linear_multi = super(torch.autograd.Function, _LinearMulti).apply
 
 def _by_formula(ctx, grad_y: Tensor, x: Tensor | None, weight: Tensor, scale_row: Tensor, scale_col: Tensor) -> list:
     """The same gradients by the formula, which autograd can differentiate again and for a batch of ``grad_y``."""
-    if x is None:  # no scale gradient is asked for, and y is linear in x: any x gives the others
-        x = grad_y.new_zeros(*grad_y.shape[:-1], weight.shape[1]).requires_grad_()
+    if x is None:  # no scale gradient is asked for, and y is linear in x: any gives the others
+        x = weight.new_zeros(*grad_y.shape[:-1], weight.shape[1], dtype=grad_y.dtype).requires_grad_()
     wide = accumulate_dtype(x.dtype)
     # y is linear in bias and shift too.
     bias, shift = weight.new_zeros(weight.shape[0], dtype=wide), weight.new_zeros(scale_row.shape[:2], dtype=wide)

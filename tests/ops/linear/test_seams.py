@@ -328,3 +328,38 @@ def test_a_jacobian_by_batches_of_gradients(backend: str):
     y = rlrr_linear(leaf, *rest, backend=backend)[0]
     (mapped,) = torch.func.vmap(lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True))(torch.eye(len(y)))
     close(mapped, in_a_loop[0][0])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("rows", [(), (5,), (2, 5)])
+@pytest.mark.parametrize("of", NAMES)
+def test_a_jacobian_of_one_argument_alone_by_batches(of: str, rows: tuple[int, ...], create_graph: bool):
+    """Where x is not kept, or the bias alone has a gradient."""
+    tensors = leaves(problem(), ())
+    tensors["x"] = torch.randn(*rows, tensors["weight"].shape[1], dtype=tensors["weight"].dtype)
+
+    def function(value: Tensor) -> Tensor:
+        return rlrr_linear(**{**tensors, of: value})
+
+    vectorized, in_a_loop = (
+        torch.autograd.functional.jacobian(function, tensors[of], vectorize=vectorize, create_graph=create_graph)
+        for vectorize in (True, False)
+    )
+    close(vectorized, in_a_loop)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_jacobian_in_the_input_of_frozen_layers_by_batches(create_graph: bool):
+    x, images = torch.randn(3, 6, dtype=torch.float64), torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    options = {"dtype": torch.float64, "scale_dtype": torch.float64}
+    for layer, value in (
+        (RLRRLinear(6, 4, rank=2, **options), x),
+        (RLRRConv2d(2, 3, 3, **options), images),
+        (NormRescale(torch.nn.LayerNorm(6, dtype=torch.float64), dtype=torch.float64), x),
+    ):
+        layer.requires_grad_(False)
+        vectorized, in_a_loop = (
+            torch.autograd.functional.jacobian(layer, value, vectorize=vectorize, create_graph=create_graph)
+            for vectorize in (True, False)
+        )
+        close(vectorized, in_a_loop)

@@ -337,6 +337,21 @@ def test_gradcheck_and_second_derivatives():
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("of", ["x", "scale_row", "scale_col", "bias", "shift"])
+def test_a_jacobian_of_one_argument_alone_by_batches_of_gradients(of):
+    index = INDICES["unsorted"]
+    tensors, index = draw(index, 2, rank=2), torch.tensor(index)
+    tensors = {key: value[..., :4] if key in ("x", "weight", "scale_col") else value for key, value in tensors.items()}
+
+    def function(value):
+        return rlrr_linear_multi(**{**tensors, of: value}, index=index)[:, :, :3]
+
+    vectorized, in_a_loop = (
+        torch.autograd.functional.jacobian(function, tensors[of], vectorize=vectorize) for vectorize in (True, False)
+    )
+    torch.testing.assert_close(vectorized, in_a_loop)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(backend, dynamic):
     def step(x, weight, row, col, bias, shift, index):
