@@ -24,6 +24,9 @@ from rlrr_kernels.writing import check_present
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
+_MADE_BY_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""Hidden folders without a dot: what zips of a Mac, Synology's file servers and file systems add."""
+
 _SPLIT_WORDS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev", "devel", "development", "eval", "evaluation"),
@@ -76,7 +79,7 @@ class Samples:
 
 def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Samples:
     """Reads ``folder/<class>/**/<image>``; classes in alphabetical order unless given. Hidden files and folders (those
-    that begin with a dot) are skipped at any depth.
+    that begin with a dot, and what systems add, such as ``__MACOSX`` and ``@eaDir``) are skipped at any depth.
 
     Args:
         folder: holds one folder a class.
@@ -131,8 +134,12 @@ def find_samples(folder: str | Path, classes: Sequence[str] | None = None) -> Sa
     return Samples(tuple(paths), tuple(labels), tuple(classes))
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _MADE_BY_SYSTEMS
+
+
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not _is_hidden(child.name))
 
 
 def _loose_images(folder: Path) -> int:
@@ -143,7 +150,7 @@ def _images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The images at any depth, sorted, and how many other files there are, by kind."""
     images, others = [], Counter()
     for base, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         splits = [name for name in folders if split_of(name)]
         if len({*map(split_of, splits)}) > 1:
             raise ValueError(

@@ -274,12 +274,13 @@ def test_what_is_not_used_is_told(tmp_path):
 
 def test_hidden_files_and_folders_are_skipped_at_any_depth(tmp_path):
     make_images(tmp_path, {"cat": 4, "dog": 4})
-    make_images(tmp_path / "cat" / "sub", {".ipynb_checkpoints": 2, "more": 1})
-    make_images(tmp_path, {".cache": 2})
+    make_images(tmp_path / "cat" / "sub", {".ipynb_checkpoints": 2, "@eaDir": 2, "more": 1})
+    make_images(tmp_path, {".cache": 2, "lost+found": 1})
+    make_images(tmp_path / "__MACOSX", {"cat": 1, "dog": 1})
     (tmp_path / "dog" / "._000.png").write_bytes(b"a Mac's")
     paths = find_samples(tmp_path).paths
     assert len(paths) == 9
-    assert not any(part.startswith(".") for path in paths for part in path.relative_to(tmp_path).parts)
+    assert {path.relative_to(tmp_path).parent.as_posix() for path in paths} == {"cat", "cat/sub/more", "dog"}
 
 
 def test_equal_images_in_two_splits_are_found(tmp_path):
