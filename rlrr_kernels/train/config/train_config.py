@@ -39,7 +39,7 @@ class TrainConfig:
         warmup_lr: where the warm-up starts.
         mixup: alpha of mixup; 0: none. With cutmix, every batch gets one of the two.
         cutmix: alpha of cutmix; 0: none.
-        label_smoothing: of the cross-entropy, 0 to 1.
+        label_smoothing: of the cross-entropy, at least 0 and less than 1.
         ema_decay: of a moving average of what is trained, which is validated and kept in its place; None: no average.
         clip_grad: largest norm of the gradient; None: not clipped.
         mixed_precision: ``no`` (float32), ``fp16``, ``bf16``, or ``auto``: 16 bits where the device computes with them.
@@ -115,7 +115,7 @@ class TrainConfig:
         if self.restart_epochs <= 0:
             raise ValueError(f"restart_epochs must be above 0; got {self.restart_epochs}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to 1; got {self.label_smoothing}")
+            raise ValueError(f"label_smoothing must be at least 0 and less than 1; got {self.label_smoothing}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1; got {self.ema_decay}")
         if self.compile and self.fsdp:

@@ -301,7 +301,7 @@ def test_a_loss_that_explodes_is_told(images, tmp_path):
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of auto, no, fp16, bf16; got 'fp8'"),
         ({"epochs": 2, "warmup_epochs": 2}, "must be less than epochs = 2"),
         ({"select_by": "test"}, "select_by must be one of"),
-        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be at least 0 and less than 1; got 1\.0"),
     ],
 )
 def test_bad_settings_are_named(setting, message):
