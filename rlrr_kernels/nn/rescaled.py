@@ -94,7 +94,9 @@ def unfit_reason(layer: nn.Module) -> str | None:
 def check_plain(argument: str, layer: nn.Module, kind: type[nn.Module]) -> None:
     """Raises ``TypeError`` unless ``layer`` is a plain one of ``kind``, ``nn.Linear`` or ``nn.Conv2d``."""
     if not isinstance(layer, kind):
-        raise TypeError(f"{argument} must be an nn.{kind.__name__}; got {type(layer).__name__}")
+        got, name = type(layer), type(layer).__name__  # quantised ones are called Linear too
+        name = f"{got.__module__}.{name}" if name == kind.__name__ else name
+        raise TypeError(f"{argument} must be an nn.{kind.__name__}; got {name}")
     reason = unfit_reason(layer)
     if reason is not None:
         raise TypeError(f"{argument} must be a plain nn.{kind.__name__}, but {reason}")

@@ -238,6 +238,13 @@ def test_scales_and_shifts_of_ssf_are_not_lost_either():
         reparameterized(model)
 
 
+@pytest.mark.parametrize("kind", [RLRRLinear.from_linear, AdditiveLinear])
+def test_another_class_called_linear_is_refused_by_its_full_name(kind):
+    other = type("Linear", (nn.Module,), {"__module__": "quantized.dynamic"})  # as torch.ao's is called
+    with pytest.raises(TypeError, match=r"linear must be an nn\.Linear; got quantized\.dynamic\.Linear$"):
+        kind(other())
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_fusing_with_a_batch_norm_is_refused_before_the_merge_and_right_after(shift):
     linear, x = RLRRLinear(4, 6, shift=shift).eval(), torch.randn(3, 4)
