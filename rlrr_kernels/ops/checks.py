@@ -99,10 +99,13 @@ def check_dtypes(
     """Returns the compute dtype, that of x after autocast, which decides what the others may have; all are dense."""
     others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
     for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
-        if tensor is not None:
-            check_dense(tensor, name)
+        if tensor is not None and (
+            not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided
+        ):
+            check_dense(tensor, name)  # raises
     dtype, autocast = compute_dtype(x)
-    check_float(x, dtype)
+    if dtype not in _DTYPES:
+        check_float(x, dtype)  # raises
     if weight.dtype != dtype and not (
         dtype in _HALF and (weight.dtype == torch.float32 or (autocast and weight.dtype in _HALF))
     ):
