@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -123,6 +124,8 @@ def test_a_reproduction_can_be_made_of_jobs(tmp_path, monkeypatch):
         return run_grid(runs, out, on_result=on_result, keep_checkpoints=keep_checkpoints, quiet=True)
 
     monkeypatch.setattr(cluster, "submit_grid", here)
+    (tmp_path / "srun").touch(0o755)  # by which submitit knows a cluster
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     make_vtab(tmp_path / "data", "kitti", 16, 8, 8)
     command = (
         f"reproduce vtab --root {tmp_path / 'data'} --out {tmp_path / 'out'} --model test_vit --weights none --seeds 1 "
