@@ -346,10 +346,8 @@ def test_gradients_reach_each_tasks_own_parameters_exactly():
     assert not any(p.requires_grad or p.grad is not None for p in bank.model.parameters())
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("names", ["aabb", "baab"])
-@pytest.mark.parametrize("call", ["whole", "parts", "both"])
-def test_gradients_of_a_checkpointed_model(reentrant, names, call):
+def trained_bank():
+    """A bank with trained adapters a and b, four images, weights of their logits, and what takes the gradients."""
     bank = AdapterBank(backbone())
     models = [bank.trainable(name, RLRRConfig(recipe="paper"), classes=3) for name in "ab"]
     for seed, model in enumerate(models):
@@ -358,16 +356,28 @@ def test_gradients_of_a_checkpointed_model(reentrant, names, call):
     images, weights = torch.randn(4, 3, 32, 32, requires_grad=True), torch.randn(4, 3)
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
 
+    def taken():
+        found = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
+
+    return bank, images, weights, taken
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("names", ["aabb", "baab"])
+@pytest.mark.parametrize("call", ["whole", "parts", "both"])
+def test_gradients_of_a_checkpointed_model(reentrant, names, call):
+    bank, images, weights, taken = trained_bank()
+
     def gradients():
         with bank.tasks(list(names)):
             y = bank.model.forward_head(bank.model.forward_features(images)) if call == "parts" else bank.model(images)
             if call == "both":
                 bank.model.forward_features(images)
             (y * weights).sum().backward()
-        found = [p.grad for p in trained]
-        for p in trained:
-            p.grad = None
-        return found
+        return taken()
 
     expected = gradients()
     for block in bank.model.blocks:
@@ -408,22 +418,13 @@ def in_a_thread_of_autograd(function):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_that_another_thread_computes_again_have_their_tasks(reentrant):
-    bank = AdapterBank(backbone())
-    models = [bank.trainable(name, RLRRConfig(recipe="paper"), classes=3) for name in "ab"]
-    for seed, model in enumerate(models):
-        torch.manual_seed(seed)
-        disturb(model)
-    images, weights = torch.randn(4, 3, 32, 32, requires_grad=True), torch.randn(4, 3)
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    bank, images, weights, taken = trained_bank()
 
     def gradients(run):
         with bank.tasks(list("baab")):
             loss = (bank.model(images) * weights).sum()
             run(loss.backward)
-        found = [p.grad for p in trained]
-        for p in trained:
-            p.grad = None
-        return found
+        return taken()
 
     expected = gradients(lambda backward: backward())
     for block in bank.model.blocks:
