@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
 import types
 from functools import partial
@@ -434,6 +435,18 @@ def test_layers_that_another_thread_computes_again_have_their_tasks(reentrant):
     in_a_thread_of_autograd(lambda: torch.testing.assert_close(bank.model(images), bank.model.eval()(images)))
 
 
+def test_a_batch_lives_as_long_as_it_is_used():
+    """Before torch 2.12 thread-local objects of autograd's took over references of others."""
+    bank = AdapterBank(backbone())
+    for _ in range(3):
+        with bank.tasks([None]) as batch:
+            held = sys.getrefcount(batch)
+            with bank.tasks([None]):
+                pass
+            assert sys.getrefcount(batch) == held
+        assert sys.getrefcount(batch) == 2  # the name and the argument
+
+
 def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):
     bank = AdapterBank(backbone())
     torch.manual_seed(0)
@@ -447,7 +460,7 @@ def test_a_tasks_optimizer_step_changes_its_answers_alone(tmp_path):
     optimizer.step()
     after = bank(images, list("abab"))
     assert [torch.equal(x, y) for x, y in zip(before, after, strict=True)] == [False, True, False, True]
-    assert torch.equal(after[0], models["a"](images[:1])[0])
+    assert relative_error(after[0], models["a"](images[:1])[0]) < 1e-5  # libraries sum fewer rows in another order
     assert bank.trainable("a") is models["a"]
     assert bank.info("a").trainable
     assert not bank.freeze("a").trainable

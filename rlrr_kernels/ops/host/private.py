@@ -5,7 +5,10 @@ The other files of the package take them from here. Importing this imports no Tr
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -86,7 +89,22 @@ def set_for_backward(key: str, value: Any) -> None:
     """Makes ``value`` what :func:`seen_by_backward` gives in this thread, and in those that autograd runs its backward
     in, one for each GPU. Without it: nothing is seen there."""
     if (stash := getattr(torch._C, "_stash_obj_in_tls", None)) is not None:
+        if _steals_references():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
         stash(key, value)
+
+
+@functools.cache
+def _steals_references() -> bool:
+    """Whether what :func:`set_for_backward` calls takes over a reference that it was not given, as before torch 2.12:
+    the object would be freed while others use it."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("rlrr_kernels.probe", probe)
+    steals = sys.getrefcount(probe) == before
+    if steals:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return steals
 
 
 def seen_by_backward(key: str) -> Any:
