@@ -68,7 +68,7 @@ class AdditiveLinear(Rescaled):
             scale.mul_(size.to(scale.dtype))
 
     def _rescaled(self, x: Tensor) -> Tensor:
-        check_dense(x, "x")
+        check_dense(("x", x))
         check_float(x)
         x = x.to(compute_dtype(x)[0])
         scale_row, scale_col = (scale.to(x.dtype) for scale in self.scales())

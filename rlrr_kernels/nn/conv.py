@@ -122,7 +122,7 @@ class RLRRConv2d(Rescaled):
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self._edges):
             return x
-        check_dense(x, "x")
+        check_dense(("x", x))
         return F.pad(x, self._edges, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _rescaled(self, x: Tensor) -> Tensor:

@@ -51,19 +51,26 @@ def check_tensors(
     return check_dtypes(x, weight, scale_row, scale_col, bias, prefix, shift)
 
 
-def check_dense(tensor: Tensor, name: str) -> None:
-    """Raises ``TypeError`` unless ``tensor`` is a tensor, and neither sparse nor nested."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
+def check_dense(*named: tuple[str, Tensor | None]) -> None:
+    """Raises ``TypeError`` unless all that are not None are tensors, and neither sparse nor nested."""
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
 
 
-def check_float(x: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raises ``TypeError`` unless x, or ``dtype`` to which it will be cast, is one that the operators compute in."""
-    if (dtype or x.dtype) not in _DTYPES:
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype or x.dtype}")
+def check_float(x: Tensor) -> None:
+    """Raises ``TypeError`` unless the operators compute in the dtype of x."""
+    if x.dtype not in _DTYPES:
+        raise _no_float(x.dtype)
+
+
+def _no_float(dtype: torch.dtype) -> TypeError:
+    return TypeError(f"x must be float32, float16, bfloat16 or float64; got {dtype}")
 
 
 def check_frozen(tensor: Tensor, name: str, function: str) -> None:
@@ -99,13 +106,14 @@ def check_dtypes(
     """Returns the compute dtype, that of x after autocast, which decides what the others may have; all are dense."""
     others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
     for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
+        # Asked here for what check_dense would say: no call more for the tensors of nearly every call.
         if tensor is not None and (
             not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided
         ):
-            check_dense(tensor, name)  # raises
+            check_dense((name, tensor))
     dtype, autocast = compute_dtype(x)
     if dtype not in _DTYPES:
-        check_float(x, dtype)  # raises
+        raise _no_float(dtype)
     if weight.dtype != dtype and not (
         dtype in _HALF and (weight.dtype == torch.float32 or (autocast and weight.dtype in _HALF))
     ):

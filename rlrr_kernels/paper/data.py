@@ -125,10 +125,10 @@ def split_note(root: str | Path, settings: DatasetSettings) -> str | None:
     file = Path(root) / settings.name / SOURCE
     if not file.exists():
         return None
+    document = read_json(file)
     try:
-        document = read_json(file)
         return None if document["published_split"] else f"{document['source']}, not the published split"
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be read: {error!r}") from error
 
 

@@ -137,7 +137,7 @@ def _read(file: Path) -> TaskResults:
         document["runs"] = tuple(Run(**run) for run in document["runs"])
         document["seeds"] = tuple(document["seeds"])
         results = TaskResults(**document)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file} is damaged or no results file of rlrr reproduce: {reason}") from error
     if results.dataset not in dataset_names(results.protocol.benchmark):

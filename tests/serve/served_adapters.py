@@ -42,3 +42,12 @@ def gif_header(width: int, height: int) -> bytes:
     """The first bytes of a GIF: enough to open it, and its pixels would fill the memory."""
     frame = struct.pack("<HHHHB", 0, 0, width, height, 0)
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"," + frame + b"\x08"
+
+
+def save_folder(root: Path) -> Path:
+    """``root`` with the adapters ``cells`` and ``flowers é&/?`` as run folders, and what is no adapter."""
+    for i, name in enumerate(("cells", "flowers é&/?")):
+        save_marked(root / name.replace("/", "-") / "adapter", name, 2 + i)
+    (root / "notes.txt").write_text("no adapter")
+    (root / ".hidden").mkdir()
+    return root

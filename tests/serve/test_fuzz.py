@@ -14,8 +14,8 @@ pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra [serve]")
 
 from rlrr_kernels.serve.images import TooManyPixelsError, UnknownFormatError, decode
 from rlrr_kernels.train.data.images import ImageError
+from tests.serve.client import running
 from tests.serve.served_adapters import save_marked
-from tests.serve.test_server import running
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 

@@ -12,8 +12,8 @@ pytest.importorskip("prometheus_client", reason="needs prometheus-client, of the
 pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra [serve]")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which no extra has")
 
+from tests.serve.client import running
 from tests.serve.served_adapters import png, save_marked
-from tests.serve.test_server import running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import http.client
 import json
 import logging
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 
 import pytest
 import torch
@@ -26,73 +22,19 @@ pytest.importorskip("prometheus_client", reason="needs prometheus-client, of the
 pytest.importorskip("uvicorn", reason="needs uvicorn, of the extra [serve]")
 
 from rlrr_kernels import load_adapter
-from rlrr_kernels.serve.app import create_app
 from rlrr_kernels.serve.config import ServeConfig
 from rlrr_kernels.serve.images import decode
 from rlrr_kernels.serve.logs import JsonFormatter
-from rlrr_kernels.serve.run import http_server
 from rlrr_kernels.serve.service import Service
 from rlrr_kernels.train.models.backbones import create_model
-from tests.serve.served_adapters import MODEL, PIXELS, gif_header, png, save_marked
+from tests.serve.client import Client, running
+from tests.serve.served_adapters import MODEL, PIXELS, gif_header, png, save_folder, save_marked
 from tests.support.paths import ROOT
-
-
-@dataclasses.dataclass
-class Answer:
-    status: int
-    headers: dict
-    body: bytes
-
-    @property
-    def json(self):
-        return json.loads(self.body)
-
-
-class Client:
-    def __init__(self, port, token=None):
-        self.port, self.token = port, token
-
-    def request(self, method, path, body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            headers = {**({"Authorization": f"Bearer {self.token}"} if self.token else {}), **(headers or {})}
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
-
-    def get(self, path, **headers):
-        return self.request("GET", path, headers=headers)
-
-    def classify(self, adapter, body=None, query="", **headers):
-        path = f"/v1/classify?adapter={urllib.parse.quote(adapter)}{query}"
-        return self.request("POST", path, png() if body is None else body, headers)
-
-
-@contextlib.contextmanager
-def running(folder, token=None, **options):
-    """A client of a server of this process, and its service."""
-    config = ServeConfig(adapters=folder, image_size=PIXELS, cpu=True, port=0, **options)
-    service = Service(config)
-    server = http_server(create_app(service, token), config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield Client(server.servers[0].sockets[0].getsockname()[1], token), service
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    for i, name in enumerate(("cells", "flowers é&/?")):
-        save_marked(root / name.replace("/", "-") / "adapter", name, 2 + i)
-    (root / "notes.txt").write_text("no adapter")
-    (root / ".hidden").mkdir()
-    return root
+    return save_folder(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -390,72 +332,6 @@ def test_what_takes_too_long_ends(folder, monkeypatch):
         assert service._open == 0
 
 
-UNFINISHED = {
-    "nothing": [b""],
-    "half of the headers": [b"GET /healthz HTTP/1.1\r\nHost: x\r\n"],
-    "headers that trickle": [b"GET /healthz HTTP/1.1\r\n", *[b"a: b\r\n"] * 30],
-    "half of a second request": [b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /heal"],
-    "a body that is not read": [b"POST /v1/classify?adapter=no HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"a"],
-}
-
-
-@pytest.mark.parametrize("case", UNFINISHED)
-def test_a_client_that_does_not_finish_a_request_is_cut_off(folder, case):
-    with running(folder, headers_timeout=0.5) as (client, _):
-        begin = time.monotonic()
-        connection = socket.create_connection(("127.0.0.1", client.port), timeout=20)
-        with connection, contextlib.suppress(ConnectionError):
-            for part in UNFINISHED[case]:
-                connection.sendall(part)
-                time.sleep(0.1)
-            while connection.recv(2**16):
-                pass
-        assert 0.4 < time.monotonic() - begin < 4  # uvicorn alone takes 5 s after an answer
-        assert client.classify("cells").status == 200
-
-
-def test_damage_after_the_answer_ends_the_connection(folder, caplog):
-    begin = b"POST /v1/classify?adapter=no HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
-    with running(folder) as (client, _):
-        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
-            connection.sendall(begin)
-            answer = b""
-            while not answer.endswith(b"}"):
-                answer += connection.recv(2**16)
-            assert answer.startswith(b"HTTP/1.1 404 ")
-            connection.sendall(b"no number of a chunk\r\n")
-            assert connection.recv(2**16) == b""
-        assert client.classify("cells").status == 200
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-def test_a_client_that_reads_no_answer_is_cut_off(folder, monkeypatch):
-    monkeypatch.setattr("rlrr_kernels.serve.metrics.Metrics.text", lambda metrics: b"x" * 20_000_000)
-    with running(folder, headers_timeout=0.5) as (client, _):
-        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
-            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            time.sleep(2)
-            received = 0
-            with contextlib.suppress(ConnectionError):
-                while part := connection.recv(2**20):
-                    received += len(part)
-            assert received < 20_000_000
-        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as slow:
-            slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            received = 0
-            while received < 20_000_000:
-                time.sleep(0.1)
-                received += len(part := slow.recv(2**20, socket.MSG_WAITALL))
-                assert part
-
-
-def test_a_request_that_takes_longer_than_headers_may_is_answered(folder, monkeypatch):
-    compute = Service._run
-    monkeypatch.setattr(Service, "_run", lambda *args: (time.sleep(1), compute(*args))[1])
-    with running(folder, headers_timeout=0.2) as (client, _):
-        assert client.classify("cells").status == 200
-
-
 def test_a_reader_that_is_stuck_keeps_its_request_open_and_is_not_waited_for(folder, monkeypatch):
     gate, entered = threading.Event(), threading.Event()
 
@@ -465,7 +341,7 @@ def test_a_reader_that_is_stuck_keeps_its_request_open_and_is_not_waited_for(fol
         return decode(data, most)
 
     monkeypatch.setattr("rlrr_kernels.serve.service.decode", slow)
-    with running(folder, readers=1, queue=1, timeout=0.2, shutdown_timeout=0.2) as (client, service):
+    with running(folder, readers=1, queue=1, timeout=1.0, shutdown_timeout=0.2) as (client, service):
         assert client.classify("cells").status == 503
         assert service._open == 1
         assert "1 requests are open" in client.classify("cells").json["detail"]

@@ -74,7 +74,7 @@ eager_linear_multi = super(torch.autograd.Function, _LinearMulti).apply
 
 def _by_formula(ctx, grad_y: Tensor, x: Tensor | None, weight: Tensor, scale_row: Tensor, scale_col: Tensor) -> list:
     """The same gradients by the formula, which autograd can differentiate again and for a batch of ``grad_y``."""
-    if x is None:  # no scale gradient is asked for, and y is linear in x: any gives the others
+    if x is None:  # no scale gradient is asked for, and y is linear in x: any x gives the others
         x = weight.new_zeros(*grad_y.shape[:-1], weight.shape[1], dtype=grad_y.dtype).requires_grad_()
     wide = accumulate_dtype(x.dtype)
     # y is linear in bias and shift too.

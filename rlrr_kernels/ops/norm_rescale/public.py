@@ -55,9 +55,7 @@ def norm_rescale(
         TypeError: an argument is no tensor, sparse or nested, or x has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient while gradients are on.
     """
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if tensor is not None:
-            check_dense(tensor, name)
+    check_dense(("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift))
     check_float(x)
     size = x.shape[-1] if x.dim() else None
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):

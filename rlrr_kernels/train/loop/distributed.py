@@ -32,7 +32,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     """The accelerator a run under ``config`` uses; ``cpu`` leaves a GPU alone."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import TorchDynamoPlugin
+    from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 
     # accelerate keeps the first precision of a process for good; a second run may want another one.
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
@@ -44,6 +44,8 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     plugin = {"dynamo_plugin": TorchDynamoPlugin(backend=COMPILER, dynamic=False)} if config.compile else {}
     return Accelerator(
         mixed_precision=precision,
+        # Run weights steps itself: else a number in the user's configuration of accelerate would divide gradients too.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         cpu=cpu or not torch.accelerator.is_available(),  # else processes without a GPU would each train alone
         **plugin,
     )

@@ -191,7 +191,7 @@ class FinetuneConfig:
         """The split that the epoch is chosen on."""
         return "test" if self.epoch_chosen_on == "test" else "val"
 
-    def of_images_and_gradients(self) -> dict[str, Any]:
+    def image_and_gradient_settings(self) -> dict[str, Any]:
         """What makes this training what it is and is neither in the task, the adaptation nor the ``TrainConfig``."""
         drop = {} if self.drop is None else {"drop": self.drop, "drop_kind": self.drop_kind}
         rows = {} if self.scale_grad_rows == 1 else {"scale_grad_rows": self.scale_grad_rows}

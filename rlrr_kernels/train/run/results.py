@@ -95,7 +95,7 @@ def _metadata(
         "method": config.method,
         "task": task.to_dict(),
         "training": dataclasses.asdict(config.train)
-        | {"lr": config.lr, "weight_decay": config.weight_decay, **config.of_images_and_gradients()},
+        | {"lr": config.lr, "weight_decay": config.weight_decay, **config.image_and_gradient_settings()},
         "precision": accelerator.mixed_precision,
         "epoch": result.best_epoch,
         "epoch_chosen_on": config.epoch_chosen_on,

@@ -77,7 +77,7 @@ class PreparedRun:
             "adaptation": self.method.to_dict(),
             "epoch_chosen_on": self.config.epoch_chosen_on,
             **self.digests,
-            **self.config.of_images_and_gradients(),
+            **self.config.image_and_gradient_settings(),
         }
 
     def sets(self) -> dict[str, ImageDataset]:

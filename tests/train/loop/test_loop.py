@@ -87,6 +87,14 @@ def test_steps_of_one_update_count_as_one_batch(images, tmp_path):
         )
 
 
+def test_accelerate_s_own_configuration_divides_no_gradient(images, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, epochs=2)
+    model, _ = train(images, tmp_path / "plain", config)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # as accelerate launch sets it
+    configured, _ = train(images, tmp_path / "configured", config)
+    assert_same(configured, model)
+
+
 def test_a_checkpoint_of_another_run_is_refused(images, tmp_path):
     with pytest.raises(Stop):
         train(images, tmp_path / "run", reads=24 + 12 + 10, identity={"model": "a"})
