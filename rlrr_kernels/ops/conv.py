@@ -12,7 +12,7 @@ from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
-from rlrr_kernels.ops.second_order import differentiable_gradients
+from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 
 CONV_LAYOUTS = ("out,in*kh*kw", "out*kh,in*kw")
 """How a kernel [out, in, kh, kw] is seen as a matrix W: which of its axes index the rows, and which the columns."""
@@ -155,7 +155,7 @@ def _no_autocast(device_type: str):
     return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-class _Conv2d(torch.autograd.Function):
+class _Conv2d(ReverseOnly):
     """Keeps x for the scales' gradients, and the parameters."""
 
     @staticmethod

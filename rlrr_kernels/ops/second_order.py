@@ -1,4 +1,6 @@
-"""Gradients by a formula that autograd knows, for the backward of an ``autograd.Function``.
+"""Derivatives beside the first one by reverse mode: what every ``autograd.Function`` here supports and refuses.
+
+Gradients by a formula that autograd knows, for the backward of an ``autograd.Function``.
 
 Under ``create_graph=True`` they can be differentiated again: the kernels' backwards are no functions that autograd
 knows, so a second derivative of them would be lost in silence. And a gradient may stand for a batch of them
@@ -8,11 +10,23 @@ knows, so a second derivative of them would be lost in silence. And a gradient m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from rlrr_kernels.ops.host import private
+
+
+class ReverseOnly(torch.autograd.Function):
+    """An ``autograd.Function`` that refuses forward-mode derivatives, and says what has them."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            "operators of rlrr_kernels have no forward-mode derivative (jvp, jacfwd, hessian, forward_ad); use reverse "
+            "mode, or the functions of rlrr_kernels.reference, which are differentiable in every mode"
+        )
 
 
 def differentiable_gradients(

@@ -20,7 +20,7 @@ from rlrr_kernels.ops.checks import MAX_RANK, compute_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.linear.public import rlrr_linear
-from rlrr_kernels.ops.second_order import differentiable_gradients
+from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 
 PRODUCTS = ("input", "float32")
 _HALF = (torch.float16, torch.bfloat16)
@@ -201,7 +201,7 @@ def _in_float32(x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tenso
     return rlrr_linear(x.float(), weight.float(), row.float(), col.float(), wide).to(x.dtype)
 
 
-class _InFloat32(torch.autograd.Function):
+class _InFloat32(ReverseOnly):
     """The same, for which x, W and the scales are kept in their own dtypes and cast again in backward."""
 
     @staticmethod

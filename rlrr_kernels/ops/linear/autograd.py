@@ -23,7 +23,7 @@ from rlrr_kernels.ops.host.replay import PLAIN_TYPES, Replays, layout, plain_lay
 from rlrr_kernels.ops.linear import dispatch
 from rlrr_kernels.ops.recompute import Recompute
 from rlrr_kernels.ops.sampling.row_sample import RowSample, flatten_sample, unflatten_sample
-from rlrr_kernels.ops.second_order import differentiable_gradients
+from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 from rlrr_kernels.reference import rescaled_weight_reference
 
 
@@ -161,7 +161,7 @@ def linear(
 # ---------------------------------------------------------------- eager, and the operator's autograd
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(ReverseOnly):
     """Saves only what the gradients asked for will read: x or rows of it for the scales, the weight for x and them.
 
     For an x that can be computed again, the tensors that this takes instead. ``options`` are call, sample, recompute
@@ -271,7 +271,7 @@ def _backward_by_formula(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 # ---------------------------------------------------------------- torch.func
 
 
-class _LinearFunctorch(torch.autograd.Function):
+class _LinearFunctorch(ReverseOnly):
     """The same under ``torch.func``: rows of a batched x are folded into one call, batched parameters are looped.
 
     So are calls with sampled rows, which count within one x. All of x is saved: here only inputs and results may be.
@@ -303,10 +303,6 @@ class _LinearFunctorch(torch.autograd.Function):
         return grad_x, None, grad_row, grad_col, grad_bias, *(None,) * 7
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(_NO_JVP)
-
-    @staticmethod
     def vmap(info, in_dims, *args):
         index = args[8]
         if index is None and all(dim is None for dim in in_dims[1:5]):
@@ -314,7 +310,7 @@ class _LinearFunctorch(torch.autograd.Function):
         return torch.stack([_LinearFunctorch.apply(*_select(args, in_dims, i)) for i in range(info.batch_size)]), 0
 
 
-class _LinearBackwardFunctorch(torch.autograd.Function):
+class _LinearBackwardFunctorch(ReverseOnly):
     @staticmethod
     def forward(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation, *sample):
         grads = dispatch.backward(
@@ -332,19 +328,11 @@ class _LinearBackwardFunctorch(torch.autograd.Function):
         raise NotImplementedError(NO_DOUBLE_BACKWARD)
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(_NO_JVP)
-
-    @staticmethod
     def vmap(info, in_dims, *args):
         parts = [_LinearBackwardFunctorch.apply(*_select(args, in_dims, i)) for i in range(info.batch_size)]
         return tuple(torch.stack(grads) for grads in zip(*parts, strict=True)), (0, 0, 0, 0)
 
 
-_NO_JVP = (
-    "rlrr_linear has no forward-mode derivative; use reverse mode, or "
-    "rlrr_kernels.reference.rlrr_linear_reference, which is differentiable in every mode"
-)
 NO_DOUBLE_BACKWARD = (
     "rlrr_linear can be differentiated only once, and by one gradient at a time, in compiled code, inside torch.func, "
     "with scale_grad_rows and where its input is recomputed; for second derivatives there use "

@@ -12,7 +12,7 @@ from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear.autograd import is_watched
 from rlrr_kernels.ops.multi import dispatch
 from rlrr_kernels.ops.multi.task_index import TaskIndex
-from rlrr_kernels.ops.second_order import differentiable_gradients
+from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 from rlrr_kernels.reference import rlrr_linear_multi_reference
 
 NO_DOUBLE_BACKWARD = (
@@ -28,7 +28,7 @@ class Options(NamedTuple):
     backend: str
 
 
-class _LinearMulti(torch.autograd.Function):
+class _LinearMulti(ReverseOnly):
     """Keeps x where a scale gradient is asked for. Stacks are in the one form; ``index`` is a TaskIndex, or a tensor
     where the call goes through the operator."""
 

@@ -17,7 +17,7 @@ from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
 from rlrr_kernels.ops.recompute import attach_recompute
-from rlrr_kernels.ops.second_order import differentiable_gradients
+from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 
 
 def norm_rescale(
@@ -124,7 +124,7 @@ def _implementation(x: Tensor) -> ModuleType:
     return norm_rescale_torch
 
 
-class _NormRescale(torch.autograd.Function):
+class _NormRescale(ReverseOnly):
     """Keeps x, the parameters and the statistics of each row."""
 
     @staticmethod
