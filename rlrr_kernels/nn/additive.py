@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.rescaled import Rescaled, check_plain
-from rlrr_kernels.ops.checks import check_dense, check_float, compute_dtype
+from rlrr_kernels.ops.checks import check_float, check_operands, compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 
 
@@ -68,7 +68,7 @@ class AdditiveLinear(Rescaled):
             scale.mul_(size.to(scale.dtype))
 
     def _rescaled(self, x: Tensor) -> Tensor:
-        check_dense(("x", x))
+        check_operands(x)
         check_float(x)
         x = x.to(compute_dtype(x)[0])
         scale_row, scale_col = (scale.to(x.dtype) for scale in self.scales())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.rescaled import Rescaled, check_plain, frozen
-from rlrr_kernels.ops.checks import check_dense, compute_dtype
+from rlrr_kernels.ops.checks import check_operands, compute_dtype
 from rlrr_kernels.ops.conv import CONV_LAYOUTS, matrix_shape, merge_kernel, rlrr_conv2d
 from rlrr_kernels.reference import rlrr_conv2d_reference
 
@@ -122,7 +122,7 @@ class RLRRConv2d(Rescaled):
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self._edges):
             return x
-        check_dense(("x", x))
+        check_operands(x)
         return F.pad(x, self._edges, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _rescaled(self, x: Tensor) -> Tensor:

@@ -26,41 +26,41 @@ def check_linear(
 
 def check_tensors(
     x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
-    prefix: str = "", shift: Tensor | None = None,
+    prefix: str = "", shift: Tensor | None = None, function: str = "linear",
 ) -> torch.dtype:  # fmt: skip
-    """Types, devices and dtypes; ``weight`` is frozen. ``prefix`` comes before the names of all but x in messages.
+    """Types, layouts, devices and dtypes; ``weight`` is frozen. ``prefix`` comes before the names of all but x.
 
-    Returns the compute dtype, that of x after autocast.
+    Returns the compute dtype, that of x after autocast, which decides what the others may have. ``function`` of
+    ``torch.nn.functional`` would train the weight.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{prefix}weight must be a Tensor; got {type(weight).__name__}")
-    check_frozen(weight, f"{prefix}weight", "linear")
-    device = x.device
-    if weight.device != device:
-        raise ValueError(f"{prefix}weight must be on the device of x, {device}; got {weight.device}")
-    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
+    optional = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
+    others = [(prefix + name, tensor) for name, tensor in optional if tensor is not None]
+    check_operands(x, (f"{prefix}weight", weight), *others)
+    check_frozen(weight, f"{prefix}weight", function)
+    dtype, autocast = compute_dtype(x)
+    if dtype not in _DTYPES:
+        raise _no_float(dtype)
+    if weight.dtype != dtype and not (
+        dtype in _HALF and (weight.dtype == torch.float32 or (autocast and weight.dtype in _HALF))
+    ):
+        expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
+        raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight.dtype}")
     for name, tensor in others:
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{prefix}{name} must be a Tensor or None; got {type(tensor).__name__}")
-        if tensor.device != device:
-            raise ValueError(f"{prefix}{name} must be on the device of x, {device}; got {tensor.device}")
-    return check_dtypes(x, weight, scale_row, scale_col, bias, prefix, shift)
+        if tensor.dtype not in (torch.float32, dtype, weight.dtype):
+            raise TypeError(f"{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
+    return dtype
 
 
-def check_dense(*named: tuple[str, Tensor | None]) -> None:
-    """Raises ``TypeError`` unless all that are not None are tensors, and neither sparse nor nested."""
-    for name, tensor in named:
-        if tensor is None:
-            continue
+def check_operands(x: Tensor, *named: tuple[str, Tensor]) -> None:
+    """All are tensors, neither sparse nor nested, and on the device of x."""
+    for name, tensor in (("x", x), *named):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor; got {type(tensor).__name__}")
         if tensor.is_nested or tensor.layout != torch.strided:
             kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(f"{name} must be a dense tensor; got {kind}. Call {name}.to_dense() or pad it first")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
 
 
 def check_float(x: Tensor) -> None:
@@ -97,32 +97,6 @@ def compute_dtype(x: Tensor) -> tuple[torch.dtype, bool]:
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # it raises for meta
     return torch.get_autocast_dtype(device_type) if autocast and x.dtype != torch.float64 else x.dtype, autocast
-
-
-def check_dtypes(
-    x: Tensor, weight: Tensor, scale_row: Tensor | None, scale_col: Tensor | None, bias: Tensor | None,
-    prefix: str = "", shift: Tensor | None = None,
-) -> torch.dtype:  # fmt: skip
-    """Returns the compute dtype, that of x after autocast, which decides what the others may have; all are dense."""
-    others = ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias), ("shift", shift)
-    for name, tensor in (("x", x), *((prefix + n, t) for n, t in (("weight", weight), *others))):
-        # Asked here for what check_dense would say: no call more for the tensors of nearly every call.
-        if tensor is not None and (
-            not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout != torch.strided
-        ):
-            check_dense((name, tensor))
-    dtype, autocast = compute_dtype(x)
-    if dtype not in _DTYPES:
-        raise _no_float(dtype)
-    if weight.dtype != dtype and not (
-        dtype in _HALF and (weight.dtype == torch.float32 or (autocast and weight.dtype in _HALF))
-    ):
-        expected = f"{dtype} or torch.float32" if dtype in _HALF else f"{dtype}"
-        raise TypeError(f"{prefix}weight must be {expected} for x of {dtype}; got {weight.dtype}")
-    for name, tensor in others:
-        if tensor is not None and tensor.dtype not in (torch.float32, dtype, weight.dtype):
-            raise TypeError(f"{prefix}{name} must be torch.float32 or {dtype} for x of {dtype}; got {tensor.dtype}")
-    return dtype
 
 
 def check_input(x: Tensor, weight: Tensor, prefix: str = "") -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlrr_kernels.ops.checks import MAX_RANK, check_dtypes, check_frozen
+from rlrr_kernels.ops.checks import MAX_RANK, check_operands, check_tensors
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
@@ -59,7 +59,8 @@ def rlrr_conv2d(
         TypeError: an argument is no tensor, sparse or nested, or has a dtype not named above.
         ValueError: a shape does not fit, or ``weight`` requires a gradient.
     """
-    dtype = check_dtypes(x, weight, scale_row, scale_col, bias)
+    check_operands(x, ("scale_row", scale_row), ("scale_col", scale_col))  # neither may be None
+    dtype = check_tensors(x, weight, scale_row, scale_col, bias, function="conv2d")
     x = x.to(dtype)
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
@@ -114,10 +115,6 @@ def _kernel(matrix: Tensor, shape: tuple[int, ...], layout: str) -> Tensor:
 
 
 def _check(x, weight, scale_row, scale_col, bias, groups: int, layout: str) -> None:
-    check_frozen(weight, "weight", "conv2d")
-    for name, tensor in (("weight", weight), ("scale_row", scale_row), ("scale_col", scale_col), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
     if weight.dim() != 4:
         raise ValueError(f"weight must be [out, in / groups, kh, kw]; got shape {tuple(weight.shape)}")
     channels = weight.shape[1] * groups

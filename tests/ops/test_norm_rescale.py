@@ -152,6 +152,7 @@ def test_keeps_only_the_input_and_row_statistics_for_backward():
     [
         ({"weight": torch.ones(D + 1)}, r"weight must be \[D\] with D = 48.*\(49,\)"),
         ({"scale": torch.ones(1)}, r"scale must be \[D\]"),
+        ({"shift": torch.ones(D, device="meta")}, "shift must be on the device of x, cpu; got meta"),
         ({"weight": torch.ones(D, requires_grad=True)}, "weight must be frozen"),
         ({"bias": torch.ones(D, requires_grad=True)}, "bias must be frozen"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_dense, check_float, check_frozen, in_memory
+from rlrr_kernels.ops.checks import check_float, check_frozen, check_operands, in_memory
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.norm_rescale import torch_backend as norm_rescale_torch
 from rlrr_kernels.ops.norm_rescale.torch_backend import fold_norm
@@ -53,17 +53,18 @@ def norm_rescale(
 
     Raises:
         TypeError: an argument is no tensor, sparse or nested, or x has a dtype not named above.
-        ValueError: a shape does not fit, or ``weight`` or ``bias`` requires a gradient while gradients are on.
+        ValueError: a shape or device does not fit, or ``weight`` or ``bias`` requires a gradient (gradients are on).
     """
-    check_dense(("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift))
+    frozen = [(name, tensor) for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
+    operands = *frozen, ("scale", scale), ("shift", shift)
+    check_operands(x, *operands)
     check_float(x)
     size = x.shape[-1] if x.dim() else None
-    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
+    for name, tensor in operands:
+        if tensor.dim() != 1 or tensor.shape[0] != size:
             raise ValueError(f"{name} must be [D] with D = {size}, the last dimension of x; got {tuple(tensor.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_frozen(tensor, name, "layer_norm")
+    for name, tensor in frozen:
+        check_frozen(tensor, name, "layer_norm")
     dtype = result_dtype(x)
     if torch.compiler.is_compiling() or private.transforms_active():
         compute = _traced if keep_output or not _partitioned() else _traced_again_in_backward

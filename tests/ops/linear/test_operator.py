@@ -364,7 +364,7 @@ def bad(**changes):
     [
         (bad(x=[1.0]), TypeError, "x must be a Tensor; got list"),
         (bad(weight=1.0), TypeError, "weight must be a Tensor; got float"),
-        (bad(scale_row=1.0), TypeError, "scale_row must be a Tensor or None; got float"),
+        (bad(scale_row=1.0), TypeError, "scale_row must be a Tensor; got float"),
         (bad(x=torch.ones(6, 10, dtype=torch.int64)), TypeError, "x must be float32, .*; got torch.int64"),
         (bad(x=torch.ones(6, 10, dtype=torch.complex64)), TypeError, "x must be float32, .*; got torch.complex64"),
         (bad(x=torch.ones(6, 11)), ValueError, r"x must be \[..., K\] with K = 10 .*; got shape \(6, 11\)"),

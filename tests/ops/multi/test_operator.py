@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_adapters(backend):
         ({"scale_row": None, "scale_col": None, "shift": None}, ValueError, "must not all be None"),
         ({"shift": torch.ones(N)}, ValueError, r"shift must be \[T, N\] with N = 66"),
         ({"shift": torch.ones(T, N).half()}, TypeError, "shift must be torch.float32"),
-        ({"shift": "f"}, TypeError, "shift must be a Tensor or None; got str"),
+        ({"shift": "f"}, TypeError, "shift must be a Tensor; got str"),
         ({"bias": torch.ones(T, N)}, ValueError, r"bias must be \[N\]"),
         ({"weight": torch.ones(N, K).requires_grad_()}, ValueError, "weight must be frozen"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
