@@ -27,7 +27,7 @@ METRICS = {
     "test_accuracy": ("test", "accuracy"),
     "test_macro_f1": ("test", "macro_f1"),
 }
-"""Where a result document holds what :func:`summarize` gathers."""
+"""Where a result document holds the scores of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,8 @@ class GridRun:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (of a sample; None for a single value) of ``values``."""
+    """Mean and standard deviation (of a sample; None for a single value) of values."""
 
-    values: tuple[float, ...]
     mean: float
     deviation: float | None
 
@@ -57,7 +56,7 @@ class Spread:
     def of(cls, values: Iterable[float]) -> Spread:
         """The spread of at least one value."""
         values = tuple(values)
-        return cls(values, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
@@ -167,33 +166,6 @@ def _checked(result: Any) -> dict[str, Any]:
         if result[part] is not None and not isinstance(result[part][key], float | int):
             raise TypeError(f"{part}: {key} must be a number")
     return result
-
-
-def summarize(
-    results: Mapping[str, Mapping[str, Any]],
-    group_of: Callable[[str], str] = lambda name: name.rpartition("/")[0],
-) -> dict[str, dict[str, Spread]]:
-    """Mean and standard deviation of every metric over the runs of a group, ``cifar`` for ``cifar/seed-1``.
-
-    Args:
-        results: name → result document, of :func:`run_grid`.
-        group_of: name → group; by default all of it before the last slash.
-
-    Returns:
-        Group → metric of :data:`METRICS` → spread, groups and runs in the order of ``results``; a metric that a run of
-        the group does not have is left out.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for name, result in results.items():
-        groups.setdefault(group_of(name), []).append(result)
-    return {
-        group: {
-            metric: Spread.of(result[part][key] for result in members)
-            for metric, (part, key) in METRICS.items()
-            if all(result.get(part) is not None for result in members)
-        }
-        for group, members in groups.items()
-    }
 
 
 def check_names(names: list[str]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlrr_kernels.adapt import RLRRConfig
 from rlrr_kernels.adapt.config import LAYER_KINDS, WITH_BIAS
@@ -14,15 +14,9 @@ from rlrr_kernels.ops.conv import CONV_LAYOUTS
 from rlrr_kernels.train.config.files import check_types
 from rlrr_kernels.train.config.train_config import CHANGES_NO_NUMBER, TrainConfig
 from rlrr_kernels.train.data.preprocessing import AUGMENTATIONS, Preprocessing
-from rlrr_kernels.train.methods.baselines import (
-    METHODS,
-    Baseline,
-)
+from rlrr_kernels.train.methods.baselines import METHODS, Baseline
 from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS
 from rlrr_kernels.train.models.drop import check_drop
-
-if TYPE_CHECKING:
-    pass
 
 RECIPES = ("auto", "paper", "layers")
 CHOSEN_ON = ("validation", "test")

@@ -30,7 +30,7 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.data.folders import find_splits
 from rlrr_kernels.train.data.images import read_image
 from rlrr_kernels.train.data.preprocessing import Preprocessing
-from rlrr_kernels.train.grid.runs import GridRun, finished_result, summarize
+from rlrr_kernels.train.grid.runs import GridRun, finished_result
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.output.environment import add_session
@@ -77,7 +77,7 @@ def results(folder: Path) -> tuple[bytes, Path, Callable]:
     }
     file = folder / "run" / "result.json"
     file.parent.mkdir()
-    return json.dumps(document).encode(), file, lambda: summarize({"a/b": finished_result(run, folder)})
+    return json.dumps(document).encode(), file, lambda: finished_result(run, folder)
 
 
 def environments(folder: Path) -> tuple[bytes, Path, Callable]:
