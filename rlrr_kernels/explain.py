@@ -129,7 +129,7 @@ def explain(
         x = _meta(x)
         tensors = {name: None if tensor is None else _meta(tensor) for name, tensor in tensors.items()}
     x = x.to(dtype)
-    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     row, col = canonical(tensors["scale_row"], tensors["scale_col"], tensors["weight"])
     sample = layer._draw_rows(_meta(x)) if isinstance(layer, RLRRLinear) else None  # on meta: nothing is drawn
     if isinstance(layer, RLRRLinear) and layer.merged:
@@ -187,17 +187,20 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     check_samples(x, weight)
     tasks = check_stacks(weight, *stacks, shift)
     check_index_of(index, x)
-    index = index if isinstance(index, TaskIndex) else TaskIndex(index)
+    # Its own tables: what another GPU would do stays out of the caller's.
+    index = TaskIndex(index.index if isinstance(index, TaskIndex) else index)
     check_values(index, tasks)
     name, why = _backend(given["backend"], x, dtype, gpu)
     rows = index.rows(x.shape[1:-1].numel())
     row, col = canonical_stacks(given["scale_row"], given["scale_col"], weight, tasks)
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    if gpu is not None:
+        x, weight, row, col = map(_meta, (x, weight, row, col))
+    flat = x.to(dtype).reshape(x.shape[:-1].numel(), x.shape[-1])
     kind, _, forced = name.partition(".")
     if kind == "cpp":
         steps = _cpp_multi_steps(flat, weight, row.shape[2], sorted(rows.counts.values()))
     elif kind == "triton" and len(rows.counts) > 1:
-        steps = _triton_multi_steps(gpu, forced or None, _meta(flat), _meta(weight), _meta(col), rows)
+        steps = _triton_multi_steps(_gpu(gpu, x), forced or None, flat, weight, col, rows)
     else:
         each = f"one call of rlrr_linear for each of {len(rows.counts)} adapters: "
         alone = _steps(name, gpu, flat, weight, row[0], col[0], None) if tasks else ()
@@ -208,7 +211,7 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
             "T": tasks, "adapters with rows": len(rows.counts),
             **{side: str(kind).removeprefix("torch.") for side, kind in (("x", dtype), ("W", weight.dtype))},
         },
-        device=gpu or str(x.device), backend=name, why=why, steps=steps, replayed=False, gave_way={},
+        device=gpu or str(x.device), backend=name, why=why, steps=steps, replayed=False, gave_way=_gave_way(name),
     )  # fmt: skip
 
 
@@ -240,11 +243,10 @@ def _adapters(counts: list[int]) -> str:
 
 
 def _triton_multi_steps(
-    gpu_name: str | None, path: str | None, x: Tensor, weight: Tensor, col: Tensor, rows: TaskRows
+    gpu: Gpu, path: str | None, x: Tensor, weight: Tensor, col: Tensor, rows: TaskRows
 ) -> tuple[Step, ...]:
     from rlrr_kernels.ops.multi import triton_backend
 
-    gpu = devices.typical(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
     steps = []
     for name, first in (("forward", x), ("grad_x", x.new_empty(x.shape[0], weight.shape[0]))):
         cut = triton_backend.cut_of(name, first, weight, col, rows, gpu, path)
@@ -268,10 +270,8 @@ def _triton_multi_steps(
                 f"{len(segments)} tiles of rows, {cut.padding:.0%} of whose rows are no sample's"
                 if way == "fused" else "whose tiles they share"
             )  # fmt: skip
-            sizes = {field: value for field, value in tiles._asdict().items() if field != "schedule"}
-            steps.append(
-                Step(name, way, f"{_adapters(sorted(counts.values()))}, {how}", (launch,), tiles.schedule, sizes)
-            )
+            why = f"{_adapters(sorted(counts.values()))}, {how}"
+            steps.append(Step(name, way, why, (launch,), tiles.schedule, _sizes(tiles)))
     kernels = "rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_kernel"
     why = "parts of each adapter's rows leave the tiles of G, and are added up in a fixed order"
     return (*steps, Step("grad_scales", "fused", why, kernels))
@@ -282,7 +282,7 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple[str, str]:
-    asked = name if name != "auto" else backends.default_backend()
+    asked = backends.default_backend() if name == "auto" else backends.check_name(name, "backend")
     if asked != "auto":
         how = "asked for by the call" if name != "auto" else "use_backend or RLRR_BACKEND asks for it"
         if gpu is not None and asked == "cpp":
@@ -302,7 +302,7 @@ def _backend(name: str, x: Tensor, dtype: torch.dtype, gpu: str | None) -> tuple
 
 
 def _steps(
-    name: str, gpu_name: str | None, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None,
+    name: str, gpu: str | None, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None,
     sample: RowSample | None = None,
 ) -> tuple[Step, ...]:  # fmt: skip
     kind, _, forced = name.partition(".")
@@ -316,8 +316,11 @@ def _steps(
             Step("grad_x", "merge", library, ("merge", "library product")),
             Step("grad_scales", "library", _estimated(sample) + blocks, ("library product", "sums")),
         )
-    gpu = devices.typical(gpu_name) if gpu_name is not None else devices.gpu_of(x.device)
-    return _triton_steps(gpu, forced, x, weight, row.contiguous(), col.contiguous(), bias, sample)
+    return _triton_steps(_gpu(gpu, x), forced, x, weight, row.contiguous(), col.contiguous(), bias, sample)
+
+
+def _gpu(name: str | None, x: Tensor) -> Gpu:
+    return devices.gpu_of(x.device) if name is None else devices.typical(name)
 
 
 def _estimated(sample: RowSample | None) -> str:
@@ -389,8 +392,11 @@ def _triton_steps(
 
 
 def _fused(name: str, why: str, tiles: Any, launches: tuple[Any, ...]) -> Step:
-    sizes = {field: value for field, value in tiles._asdict().items() if field != "schedule"}
-    return Step(name, "fused", why, tuple(map(_kernel_name, launches)), tiles.schedule, sizes)
+    return Step(name, "fused", why, tuple(map(_kernel_name, launches)), tiles.schedule, _sizes(tiles))
+
+
+def _sizes(tiles: Any) -> dict[str, int]:
+    return {field: value for field, value in tiles._asdict().items() if field != "schedule"}
 
 
 def _kernel_name(launch: Any) -> str:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from rlrr_kernels import RLRRLinear, backends, explain, rlrr_linear, use_backend
+from rlrr_kernels import RLRRLinear, backends, devices, explain, rlrr_linear, use_backend
 from rlrr_kernels.numerics import Case
 
 pytestmark = pytest.mark.interpreted
@@ -125,6 +125,9 @@ def test_bad_arguments_are_named():
             explain(tensors, x, gpu=gpu)
     with pytest.raises(ValueError, match=r"backend must be another one than cpp, .* for gpu='sm_90'"):
         explain(tensors, x, gpu="sm_90", backend="cpp")
+    for gpu in ("sm_90", None):
+        with pytest.raises(ValueError, match=r"backend must be one of auto, .*; got 'tritn'"):
+            explain(tensors, x, gpu=gpu, backend="tritn")
 
 
 def test_a_merged_layer_calls_no_kernel():
@@ -152,6 +155,9 @@ def test_many_adapters_in_one_batch(backend):
         assert [(step.path, step.why.split(",")[0]) for step in forward] == [
             ("fused", "2 adapters of 2 rows"), ("panels", "1 adapter of 8 rows")
         ]  # fmt: skip
+    empty = {name: tensor[..., :0] for name, tensor in stacks.items() if name != "scale_row"}
+    found = explain(stacks | empty | {"index": index, "backend": backend}, torch.ones(6, 2, 0))
+    assert (found.problem["M"], found.problem["K"]) == (12, 0)
     with pytest.raises(IndexError, match="got 12 for sample 0"):
         explain(stacks | {"index": index + 9}, torch.ones(6, 2, 40))
     with pytest.raises(ValueError, match="alone; got input_activation"):
@@ -178,3 +184,14 @@ def test_many_adapters_in_one_batch_on_a_gpu():
     assert many["merge"].startswith(f"2 adapters of {20 * 197} to {40 * 197} rows")
     assert "merge" not in forward([0] * 20 + [1] * 44, x, "triton.fused")
     assert forward([5] * 64, x)["merge"].startswith("one call of rlrr_linear for each of 1 adapters")
+
+
+def test_many_adapters_are_told_of_the_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch):
+    """That of x, not that of the copies on meta by which a GPU that is not here is asked for."""
+    pytest.importorskip("triton", reason="needs Triton")
+    here, asked = devices.typical("sm_90"), []
+    monkeypatch.setattr(devices, "gpu_of", lambda device: asked.append(device.type) or here)
+    monkeypatch.setattr(backends, "resolve", lambda *call: "triton")
+    stacks = {"weight": torch.ones(768, 768), "scale_row": torch.ones(2, 768), "index": torch.tensor([0, 1])}
+    explain(stacks | {"backend": "triton"}, torch.ones(2, 197, 768))
+    assert asked == ["cpu"]
