@@ -105,6 +105,20 @@ def test_gives_the_gradients_that_are_asked_for(affine):
             torch.testing.assert_close(grad, right)
 
 
+@pytest.mark.parametrize("of", range(3))
+def test_a_jacobian_by_batches_of_gradients(of: int):
+    """No kernel can read the memory of a batch of gradients."""
+    x, weight, bias, *parameters = arguments(torch.float64, torch.float64, rows=5)
+
+    def function(value: torch.Tensor) -> torch.Tensor:
+        given = [value if i == of else tensor for i, tensor in enumerate((x, *parameters))]
+        return norm_rescale(given[0], weight, bias, *given[1:]).flatten()[::7]
+
+    value = (x, *parameters)[of]
+    found, one_by_one = (torch.autograd.functional.jacobian(function, value, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(found, one_by_one)
+
+
 def test_works_inside_transforms_and_compiled():
     x, weight, bias, scale, shift = arguments(torch.float64, torch.float64)
 

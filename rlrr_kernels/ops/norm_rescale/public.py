@@ -141,7 +141,7 @@ class _NormRescale(ReverseOnly):
         x, weight, bias, scale, mean, rstd = ctx.saved_tensors
         shift_dtype, eps, dtype = ctx.options
         need_x, _, _, need_scale, need_shift, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or private.is_batch(grad_y):  # the former: create_graph=True
             shift = torch.zeros_like(scale, dtype=shift_dtype, requires_grad=need_shift)
             grads = differentiable_gradients(
                 lambda x, scale, shift: _traced(x, weight, bias, scale, shift, eps, dtype),
