@@ -221,7 +221,7 @@ def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) 
             (launch,) = multi_launches.product_launches(*given, cut, out, gpu)
             blocks = f"MxNxK {tiles.block_m}x{tiles.block_n}x{tiles.block_k}, {tiles.warps} warps"
             yield Case(f"multi_{kernel}", dtype, f"{blocks}; {head}", launch)
-        if multi_path.may_mix(of):
+        if multi_path.may_mix(of.rank, of.dtype, of.weight_dtype):
             cut = multi_path.Cut((), (), TaskIndex(range(64)).rows(1).segments, kinds[0], mixed_tiles)
             mixed, *total = multi_launches.product_launches(*given, cut, out, gpu)
             yield Case(f"multi_mixed_{kernel}", dtype, head, mixed)

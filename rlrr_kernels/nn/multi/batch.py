@@ -126,8 +126,7 @@ class TaskGroup:
         if len(self.tasks) == 1:
             return values
         if self._of_sample is None or self._of_sample.device != values.device:
-            index = [task for task, start, end in self.segments for _ in range(end - start)]
-            self._of_sample = torch.tensor(index, device=values.device)
+            self._of_sample = self.index.index.to(values.device)
         return values.index_select(0, self._of_sample)
 
 

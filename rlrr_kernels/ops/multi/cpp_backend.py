@@ -35,12 +35,7 @@ def path_of_task(x: Tensor, weight: Tensor, rank: int, count: int, backward: boo
 
 def has_kernels(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, backward: bool = False) -> bool:
     """Whether one C++ call serves all adapters of x [M, ...]."""
-    if rows.count == 0:
-        return False
-    most = rows.cache.get("most")
-    if most is None:
-        most = rows.cache["most"] = max(rows.counts.values())
-    return path_of_task(x, weight, rank, most, backward) != "library"  # which only more rows would take
+    return path_of_task(x, weight, rank, rows.most, backward) != "library"  # which more rows would take, or none
 
 
 def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:

@@ -32,7 +32,7 @@ def forward(
     parts = []
     for task, first, end in rows.segments:
         row, col, residual_ = _scales(task, weight, scale_row, scale_col, residual)
-        total = _bias(task, bias, shift)
+        total = bias_of(task, bias, shift)
         parts.append(dispatch.forward(x[first:end], weight, row, col, total, residual_, backend, None))
     if len(parts) == 1:
         return parts[0]
@@ -86,7 +86,8 @@ def _scales(
     return (*canonical(None, None, weight), False) if task == BARE else (scale_row[task], scale_col[task], residual)
 
 
-def _bias(task: int, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+def bias_of(task: int, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """b + f of a task, [N]; None for zeros."""
     if shift is None or task == BARE:
         return bias
     return shift[task] if bias is None else bias + shift[task]

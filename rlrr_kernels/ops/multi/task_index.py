@@ -21,21 +21,22 @@ class TaskRows:
     """The rows of a batch whose samples have ``per_sample`` rows each, grouped by task.
 
     Attributes:
-        segments: (task, first row, end row).
+        segments: (task, first row, end row), none of them empty.
         count: M, how many rows there are.
         counts: how many rows each task has, -1 included; tasks without rows are left out.
+        most: the largest of these.
         cache: what a backend makes of the segments once for all layers, such as tables on a device, by its own keys.
     """
 
-    __slots__ = ("cache", "count", "counts", "segments")
+    __slots__ = ("cache", "count", "counts", "most", "segments")
 
     def __init__(self, segments: Segments, per_sample: int) -> None:
+        segments = segments if per_sample else ()
         self.segments = tuple((task, first * per_sample, end * per_sample) for task, first, end in segments)
         self.counts: dict[int, int] = {}
         for task, first, end in self.segments:
-            if end > first:
-                self.counts[task] = self.counts.get(task, 0) + end - first
-        self.count = sum(self.counts.values())
+            self.counts[task] = self.counts.get(task, 0) + end - first
+        self.count, self.most = sum(self.counts.values()), max(self.counts.values(), default=0)
         self.cache: dict[Any, Any] = {}
 
 

@@ -6,7 +6,6 @@ for the vendor library's products.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
 
 import torch
@@ -18,13 +17,12 @@ from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
-from rlrr_kernels.ops.linear.first_use import in_tf32
 from rlrr_kernels.ops.linear.tiles import Operand, Product
 from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.loop_backend import Needs
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton.launches import grad_scales_launches, product_launches
-from rlrr_kernels.ops.multi.triton.path import LEAST_RUN, MOST_MIXED_RANK, MOST_MIXED_ROWS, Cut, cut_rows
+from rlrr_kernels.ops.multi.triton.path import LEAST_RUN, MOST_MIXED_ROWS, Cut, cut_rows, may_mix
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 
@@ -34,13 +32,10 @@ def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample:
     Long runs fill tiles of their own and few rows are mixed; but a task that has so many in all that it is merged, and
     the bare W, take one product for all their rows.
     """
-    totals: collections.Counter[int] = collections.Counter()
-    for task, first, end in rows.segments:
-        totals[task] += end - first
-    few = rows.count <= MOST_MIXED_ROWS and rank <= MOST_MIXED_RANK and x.dtype == weight.dtype
+    few = rows.count <= MOST_MIXED_ROWS and may_mix(rank, x.dtype, weight.dtype)
     long = per_sample >= LEAST_RUN and sum(task == BARE for task, _, _ in rows.segments) < 2
-    most, of = max(totals.values(), default=0), (gpu_of(x.device), matmul_precision(), x.device, x.dtype, weight.dtype)
-    return (few or long) and tuned_tiles.path_choice(*of, most, weight.shape, rank).path != "merge"
+    of = gpu_of(x.device), matmul_precision(), x.device, x.dtype, weight.dtype
+    return (few or long) and tuned_tiles.path_choice(*of, rows.most, weight.shape, rank).path != "merge"
 
 
 def cut_of(
@@ -60,7 +55,7 @@ def cut_of(
             choice = tuned_tiles.path_choice(gpu, precision, *kinds, end - first, weight.shape, rank)
             return (path or choice.path) == "merge"
 
-        rows.cache[key] = cut_rows(_filled(rows), product, merges)
+        rows.cache[key] = cut_rows(rows.segments, product, merges)
     return rows.cache[key]
 
 
@@ -83,7 +78,7 @@ def forward(
     check_interpreter(x.dtype, weight.dtype)
     given = x, weight, scale_row, scale_col, bias, shift
     y = x.new_empty(x.shape[0], weight.shape[0])
-    if len(_filled(rows)) < 2 or not y.numel():
+    if len(rows.segments) < 2 or not y.numel():
         return loop_backend.forward(*given, rows, residual, backend=_linear_backend(path))
     bias, shift = (None if t is None else t.contiguous() for t in (bias, shift))
     stacks, gpu = (_within_tasks(scale_row), _within_tasks(scale_col)), gpu_of(x.device)
@@ -92,16 +87,16 @@ def forward(
 
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
-            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
-            added = _added(task, bias, shift)
+            scales, tf32 = (scale_row[task], scale_col[task]), first_use.in_tf32(launches)
+            added = loop_backend.bias_of(task, bias, shift)
             return first_use.forward_error(x[own], weight, *scales, added, residual, y[own], tf32)
 
         return _error_of((cut.tiled, cut.mixed), of)
 
-    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else _filled(rows)
+    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else rows.segments
     for task, first, end in library:
-        merged, plus = _merged(task, weight, scale_row, scale_col, residual, x.dtype, path), _added(task, bias, shift)
-        own = x[first:end], merged.t()
+        merged = _merged(task, weight, scale_row, scale_col, residual, x.dtype, path)
+        own, plus = (x[first:end], merged.t()), loop_backend.bias_of(task, bias, shift)
         if plus is None:
             torch.mm(*own, out=y[first:end])
         else:
@@ -129,7 +124,7 @@ def backward(
     check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, *need_sums = needs
     given = grad_y, x, weight, scale_row, scale_col, rows, residual
-    segments = _filled(rows)
+    segments = rows.segments
     if len(segments) < 2 or not weight.numel():
         return loop_backend.backward(*given, needs, backend=_linear_backend(path))
     gpu = gpu_of(grad_y.device)
@@ -155,7 +150,7 @@ def backward(
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
             found = tuple(None if grad is None else grad[task] for grad in (grads[0], grads[1], grads[3]))
-            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
+            scales, tf32 = (scale_row[task], scale_col[task]), first_use.in_tf32(launches)
             return first_use.grad_scales_error(grad_y[own], x[own], weight, *scales, found, tf32)
 
         return _error_of((segments,), of)
@@ -172,21 +167,16 @@ def _grad_x(grad_y, weight, scale_row, scale_col, rows, residual, stacks, gpu, p
 
     def find_error() -> str | None:
         def of(task: int, own: slice) -> str | None:
-            scales, tf32 = (scale_row[task], scale_col[task]), in_tf32(launches)
+            scales, tf32 = (scale_row[task], scale_col[task]), first_use.in_tf32(launches)
             return first_use.grad_x_error(grad_y[own], weight, *scales, residual, grad_x[own], tf32)
 
         return _error_of((cut.tiled, cut.mixed), of)
 
-    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else _filled(rows)
+    library = cut.library if not launches or guard.ran(launches, path is not None, find_error) else rows.segments
     for task, first, end in library:
         merged = _merged(task, weight, scale_row, scale_col, residual, grad_y.dtype, path)
         torch.mm(grad_y[first:end], merged, out=grad_x[first:end])
     return grad_x
-
-
-def _filled(rows: TaskRows) -> Segments:
-    """The segments, none of them empty."""
-    return rows.segments if rows.count else ()
 
 
 def _linear_backend(path: str | None) -> str:
@@ -199,13 +189,6 @@ def _within_tasks(scale: Tensor) -> Tensor:
     if scale[0].is_contiguous():
         return scale
     return scale.contiguous() if scale.stride(0) else scale[0].contiguous().expand(scale.shape)
-
-
-def _added(task: int, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """What is added to a task's products."""
-    if shift is None or task == BARE:
-        return bias
-    return shift[task] if bias is None else bias + shift[task]
 
 
 def _merged(task, weight, scale_row, scale_col, residual, dtype, path) -> Tensor:

@@ -180,7 +180,8 @@ def grad_x_launches(
 
 # ---------------------------------------------------------------- scale gradients
 
-_REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
+REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
+"""Constants of the kernels that add partial sums up."""
 
 
 class PartialSums(NamedTuple):
@@ -203,8 +204,8 @@ class PartialSums(NamedTuple):
         )
         col_offset = row[0] * row[1]
         bias_offset = col_offset + col[0] * col[1]
-        blocks = sum(triton.cdiv(size, _REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
-        plan = Plan(kernels.rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), _REDUCE_META)
+        blocks = sum(triton.cdiv(size, REDUCE_META["BLOCK"]) for _, size in (row, col, bias))
+        plan = Plan(kernels.rlrr_linear_bwd_reduce_kernel, (blocks,), (*row, *col, *bias), REDUCE_META)
         return cls(plan, col_offset, bias_offset, bias_offset + bias[0] * bias[1])
 
     def launches(

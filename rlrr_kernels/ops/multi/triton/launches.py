@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +18,7 @@ from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.linear.triton.launches import launch_meta, precision_of, rank_meta
+from rlrr_kernels.ops.linear.triton.launches import REDUCE_META, launch_meta, precision_of, rank_meta
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton import kernels
 from rlrr_kernels.ops.multi.triton.path import Cut, lines_a_row
@@ -102,15 +101,6 @@ def grad_x_launch(
 _SUM_BLOCK = 512
 
 
-class _Scale(NamedTuple):
-    """Strides of a stack of scales by task, group, vector and column."""
-
-    task: int
-    group: int
-    vector: int
-    column: int
-
-
 @_plans
 def _mixed_plans(
     count: int, contracted: int, columns: int, groups_in: int, groups_out: int, strides: tuple[int, ...], rank: int,
@@ -132,7 +122,7 @@ def _mixed_plans(
         {
             "RANK": rank, "RESIDUAL": residual, **(added if parts == 1 else dict.fromkeys(added, False)),
             "IN_PARTS": parts > 1, "EVEN": not (contracted % tiles.block_k or columns % tiles.block_n),
-            "ACC": TL_ACCUMULATE[accumulate_dtype(dtype)], "PRECISION": precision, "LINES": tiles.block_m,
+            "ACC": TL_ACCUMULATE[dtype], "PRECISION": precision, "LINES": tiles.block_m,
             "BLOCK_R": rows, "BLOCK_C": tiles.block_k, "BLOCK_O": tiles.block_n, "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         },
@@ -155,16 +145,16 @@ def mixed_launches(
 ) -> tuple[Launch, ...]:  # fmt: skip
     """Rows of y [M, N] (kernel "forward", a = x) or ∂x [M, K] ("grad_x", a = g): a table [·, 2] of (row, task)."""
     (N, K), (_, groups, rank, _) = weight.shape, scale_col.shape
-    of_row = _Scale(scale_row.stride(0), 0, 1, rank)
-    of_col = _Scale(scale_col.stride(0), rank * K, K, 1)
+    of_row = scale_row, scale_row.stride(0), 0, 1, rank  # with strides by task, group, vector and column
+    of_col = scale_col, scale_col.stride(0), rank * K, K, 1
     if kernel == "forward":
-        sizes, before, after = (K, N // groups, 1, groups), (scale_col, of_col), (scale_row, of_row)
+        sizes, before, after = (K, N // groups, 1, groups), of_col, of_row
         weight_strides = weight.stride(1), weight.stride(0)
     else:
-        sizes, before, after = (N // groups, K, groups, 1), (scale_row, of_row), (scale_col, of_col)
+        sizes, before, after = (N // groups, K, groups, 1), of_row, of_col
         weight_strides = weight.stride()
     product, total, size = _mixed_plans(
-        len(rows), *sizes, (*a.stride(), *weight_strides, *before[1], *after[1]), rank, bias is not None,
+        len(rows), *sizes, (*a.stride(), *weight_strides, *before[1:], *after[1:]), rank, bias is not None,
         shift is not None, residual, a.dtype, precision_of(a.dtype, gpu, matmul_precision()), gpu, tiles,
     )  # fmt: skip
     added = (a if bias is None else bias, a if shift is None else shift)
@@ -202,7 +192,6 @@ def product_launches(
 
 # ---------------------------------------------------------------- gradients of the scales
 
-_REDUCE_META = {"BLOCK_P": 32, "BLOCK": 128, "num_warps": 8}
 _REST_M = 16
 
 
@@ -246,9 +235,9 @@ def _grad_scales_plans(
     )  # fmt: skip
     reduction = Plan(
         kernels.rlrr_linear_multi_bwd_reduce_kernel,
-        (sum(triton.cdiv(size, _REDUCE_META["BLOCK"]) for size in sizes), tasks),
+        (sum(triton.cdiv(size, REDUCE_META["BLOCK"]) for size in sizes), tasks),
         (col_offset, sum_offset, tiles_k, row_size, tiles_per_group, col_size, shift_size, bias_size, parts),
-        _REDUCE_META,
+        REDUCE_META,
     )
     return partial, reduction, sum_offset + parts * N * need_sum
 

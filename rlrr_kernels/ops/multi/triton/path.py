@@ -78,12 +78,12 @@ def lines_a_row(rank: int) -> int:
     return 1 << rank.bit_length()
 
 
-def may_mix(product: Product) -> bool:
+def may_mix(rank: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
     """Whether rows of several tasks may share a tile.
 
     x is rounded once more there, which beside an fp32 W that is rounded too would be over the error rule.
     """
-    return product.rank <= MOST_MIXED_RANK and product.dtype == product.weight_dtype
+    return rank <= MOST_MIXED_RANK and dtype == weight_dtype
 
 
 def mixed_tiles(product: Product) -> Tiles:
@@ -132,7 +132,8 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
     """
     library = tuple(s for s in segments if s[0] == BARE or merges(s[1], s[2]))
     fused = [s for s in segments if s not in library]
-    mixed_us = mixed_row_us(product) if may_mix(product) else float("inf")
+    mixable = may_mix(product.rank, product.dtype, product.weight_dtype)
+    mixed_us = mixed_row_us(product) if mixable else float("inf")
     best, best_us = None, float("inf")
     for tiles in tiles_for(product):
         one_us, size = tile_us(product, tiles), tiles.block_m
