@@ -89,7 +89,7 @@ class Call:
         return self._replays.run(
             None if of_tensors is None else (needs, of_tensors),
             tensors,
-            lambda: _empty_grads(*tensors, needs),
+            lambda: empty_grads(*tensors, needs),
             lambda: dispatch.backward(*tensors, *options),
         )
 
@@ -134,7 +134,8 @@ def is_watched() -> bool:
     return private.dispatch_modes() > 0 and not private.transforms_active()
 
 
-def _empty_grads(grad_y, x, weight, scale_row, scale_col, needs) -> tuple[Tensor | None, ...]:
+def empty_grads(grad_y, x, weight, scale_row, scale_col, needs) -> tuple[Tensor | None, ...]:
+    """Those of ∂x, ∂scale_row, ∂scale_col and ∂bias that are needed, without values."""
     need_x, need_row, need_col, need_bias = needs
     return (
         grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x else None,
@@ -212,19 +213,15 @@ class _Linear(ReverseOnly):
         if weight is None:
             grad_x = grad_row = grad_col = None
             grad_bias = dispatch.flattened(grad_y).sum(0, dtype=accumulate_dtype(grad_y.dtype))
-        elif through_op or private.transforms_active():  # the latter: vmap over autograd.grad
-            run = torch.ops.rlrr_kernels.linear_backward if through_op else _LinearBackwardFunctorch.apply
-            options = call.residual, call.backend, needs, call.input_activation
-            grads = run(grad_y, x, weight, scale_row, scale_col, *options, *flatten_sample(sample))
-            grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        elif is_watched():
+        elif through_op or private.transforms_active() or is_watched():
+            vmapped = private.transforms_active() and not through_op  # vmap over autograd.grad
+            run = _LinearBackwardFunctorch.apply if vmapped else torch.ops.rlrr_kernels.linear_backward
             scales, options = canonical(scale_row, scale_col, weight), (call.residual, call.backend, needs)
-            grads = torch.ops.rlrr_kernels.linear_backward(
-                grad_y, x, weight, *scales, *options, call.input_activation, *flatten_sample(sample)
-            )
+            grads = run(grad_y, x, weight, *scales, *options, call.input_activation, *flatten_sample(sample))
             grad_x, grad_row, grad_col, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-            grad_row = None if grad_row is None else grad_row.view_as(scale_row)  # of the long form
-            grad_col = None if grad_col is None else grad_col.view_as(scale_col)
+            if not through_op:  # whose scales have the long form themselves
+                grad_row = None if grad_row is None else grad_row.view_as(scale_row)
+                grad_col = None if grad_col is None else grad_col.view_as(scale_col)
         else:
             grad_x, grad_row, grad_col, grad_bias = call.backward(
                 grad_y, x, weight, scale_row, scale_col, needs, sample

@@ -11,12 +11,11 @@ from torch import Tensor
 from rlrr_kernels.backends import default_backend, resolve
 from rlrr_kernels.ops.activation import functions as activation
 from rlrr_kernels.ops.checks import check_input, check_parameters
-from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.flops import tell_counters
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES, plain_layout
 from rlrr_kernels.ops.linear import dispatch
-from rlrr_kernels.ops.linear.autograd import NO_DOUBLE_BACKWARD, Call, CallCache, linear_function
+from rlrr_kernels.ops.linear.autograd import NO_DOUBLE_BACKWARD, Call, CallCache, empty_grads, linear_function
 from rlrr_kernels.ops.sampling.row_sample import check_sample, unflatten_sample
 
 _library = torch.library.Library("rlrr_kernels", "DEF")
@@ -109,14 +108,17 @@ def _call_for(residual, input_activation, backend, *tensors: Tensor | None, chec
     return call
 
 
-def _linear_autocast(device_type: str):
-    def cast(x, *arguments):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.amp.autocast(device_type, enabled=False):
-            return torch.ops.rlrr_kernels.linear(x, *arguments)
+def cast_by_autocast(library: torch.library.Library, name: str) -> None:
+    """Has autocast cast the first argument of an operator as it would that of ``F.linear``."""
+    for device_type in ("cpu", "cuda"):
 
-    return cast
+        def cast(x, *arguments, device_type=device_type):
+            if x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(device_type))
+            with torch.amp.autocast(device_type, enabled=False):
+                return getattr(torch.ops.rlrr_kernels, name)(x, *arguments)
+
+        library.impl(name, cast, f"Autocast{device_type.upper()}")
 
 
 def _linear_backward_op(
@@ -127,24 +129,16 @@ def _linear_backward_op(
         grad_y, x, weight, scale_row, scale_col, residual, backend, tuple(needs), input_activation,
         unflatten_sample(*sample),
     )  # fmt: skip
-    return _as_outputs(grad_y, grads)
+    return as_outputs(grad_y, grads)
 
 
-def _as_outputs(grad_y: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def as_outputs(grad_y: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Gradients as an operator gives them back: an empty tensor for one that is not needed."""
     return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _linear_backward_fake(
-    grad_y, x, weight, scale_row, scale_col, residual, backend, needs, input_activation=None, *sample
-):
-    need_x, need_row, need_col, need_bias = needs
-    empty = grad_y.new_empty
-    return (
-        empty(*grad_y.shape[:-1], weight.shape[1]) if need_x else empty(0),
-        empty(scale_row.shape, dtype=scale_row.dtype) if need_row else empty(0),
-        empty(scale_col.shape, dtype=scale_col.dtype) if need_col else empty(0),
-        empty(weight.shape[0], dtype=accumulate_dtype(grad_y.dtype)) if need_bias else empty(0),
-    )
+def _linear_backward_fake(grad_y, x, weight, scale_row, scale_col, residual, backend, needs, *options):
+    return as_outputs(grad_y, empty_grads(grad_y, x, weight, scale_row, scale_col, needs))
 
 
 def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options):
@@ -154,7 +148,7 @@ def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options)
     residual, backend, needs, input_activation, rows, *_ = *options, None, None
     if _nobody_watches(grad_y) and rows is None:
         call = _call_for(residual, input_activation, backend, *tensors, check=False)
-        return _as_outputs(grad_y, call.backward(*tensors, tuple(needs)))
+        return as_outputs(grad_y, call.backward(*tensors, tuple(needs)))
     tell_counters()
     with private.BelowAutograd():
         return torch.ops.rlrr_kernels.linear_backward(*tensors, *options)
@@ -162,8 +156,7 @@ def _linear_backward_autograd(grad_y, x, weight, scale_row, scale_col, *options)
 
 _library.impl("linear", _linear_op, "CompositeExplicitAutograd")
 _library.impl("linear", _linear_autograd, "Autograd")
-_library.impl("linear", _linear_autocast("cpu"), "AutocastCPU")
-_library.impl("linear", _linear_autocast("cuda"), "AutocastCUDA")
+cast_by_autocast(_library, "linear")
 _library.impl("linear_backward", _linear_backward_op, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward_autograd, "Autograd")
 torch.library.register_fake("rlrr_kernels::linear", _linear_fake, lib=_library)

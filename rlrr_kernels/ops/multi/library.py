@@ -12,6 +12,7 @@ from rlrr_kernels.backends import resolve
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.flops import tell_counters
 from rlrr_kernels.ops.host import private
+from rlrr_kernels.ops.linear.library import as_outputs, cast_by_autocast
 from rlrr_kernels.ops.multi import dispatch
 from rlrr_kernels.ops.multi.autograd import NO_DOUBLE_BACKWARD, Options, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
@@ -66,21 +67,11 @@ def _linear_multi_autograd(x, weight, scale_row, scale_col, bias, shift, index, 
     return linear_multi_function(*tensors, index, Options(residual, backend))
 
 
-def _linear_multi_autocast(device_type: str):
-    def cast(x, *arguments):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.amp.autocast(device_type, enabled=False):
-            return torch.ops.rlrr_kernels.linear_multi(x, *arguments)
-
-    return cast
-
-
 def _linear_multi_backward_op(grad_y, x, weight, scale_row, scale_col, index, residual, backend, needs):
     backend = resolve(backend, grad_y.device, grad_y.dtype)
     tasks = TaskIndex(index, grad_y.device)
     grads = dispatch.backward(grad_y, x, weight, scale_row, scale_col, tasks, residual, backend, tuple(needs))
-    return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return as_outputs(grad_y, grads)
 
 
 def _linear_multi_backward_fake(grad_y, x, weight, scale_row, scale_col, index, residual, backend, needs):
@@ -106,8 +97,7 @@ def _linear_multi_backward_autograd(grad_y, x, weight, scale_row, scale_col, *op
 
 _library.impl("linear_multi", _linear_multi_op, "CompositeExplicitAutograd")
 _library.impl("linear_multi", _linear_multi_autograd, "Autograd")
-_library.impl("linear_multi", _linear_multi_autocast("cpu"), "AutocastCPU")
-_library.impl("linear_multi", _linear_multi_autocast("cuda"), "AutocastCUDA")
+cast_by_autocast(_library, "linear_multi")
 _library.impl("linear_multi_backward", _linear_multi_backward_op, "CompositeExplicitAutograd")
 _library.impl("linear_multi_backward", _linear_multi_backward_autograd, "Autograd")
 torch.library.register_fake("rlrr_kernels::linear_multi", _linear_multi_fake, lib=_library)
