@@ -38,7 +38,7 @@ def _picked_rows(weight: Tensor, groups: int) -> Tensor:
 
 def _factor(scales: Scales, residual: bool, absolute: bool) -> Tensor:
     """1 + s_r s_c [n, k], of s_r [n, r] and s_c [G, r, k], rows in equal shares of each group."""
-    row, col = (scale.double().abs() if absolute else scale.double() for scale in scales)
+    row, col = (wide(scale, absolute) for scale in scales)
     groups, rank, width = col.shape
     return float(residual) + (row.view(groups, -1, rank) @ col).view(-1, width)
 
@@ -50,7 +50,7 @@ def merge_error(weight: Tensor, scale_row: Tensor, scale_col: Tensor, residual: 
     def formula(absolute: bool) -> Tensor:
         return wide(weight[picked], absolute) * _factor((scale_row[picked], scale_col), residual, absolute)
 
-    return error("the merged weight", merged[picked], formula, merged.dtype, False)
+    return error("the merged weight", merged[picked], formula, merged.dtype)
 
 
 def forward_error(

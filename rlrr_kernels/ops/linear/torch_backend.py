@@ -73,9 +73,9 @@ def forward(
 # and matrix products could run in TF32 or bf16.
 
 
-def row_sums(product: Tensor, scale_col: Tensor, *, out: Tensor | None = None) -> Tensor:
+def row_sums(product: Tensor, scale_col: Tensor) -> Tensor:
     """∂s_r [n, r] = (G ⊙ W) s_cᵀ of the product G ⊙ W [n, K] with s_c [r, K], both in the accumulation dtype."""
-    out = product.new_empty(product.shape[0], scale_col.shape[0]) if out is None else out
+    out = product.new_empty(product.shape[0], scale_col.shape[0])
     for j, col in enumerate(scale_col):
         out[:, j] = (product * col).sum(1)
     return out
@@ -128,7 +128,7 @@ def backward(
             product = _weighted_product(parts, start, end, wide)
             product *= weight[start:end]
             if need_row:
-                row_sums(product, col[group], out=grad_row[start:end])
+                grad_row[start:end] = row_sums(product, col[group])
             if need_col:
                 grad_col[group] += col_sums(product, row[start:end])
     return (
