@@ -63,11 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-INTERPRETING = _flag("TRITON_INTERPRET")
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton's interpreter is on, which runs its kernels on CPU tensors; Triton reads the same variable."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -115,8 +111,7 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     Raises:
         ValueError: ``name`` is not a backend, or cannot serve this device.
     """
-    if name == "auto":
-        name = default_backend()
+    name = default_backend() if name == "auto" else check_name(name, "backend")
     device_type = device if isinstance(device, str) else device.type
     if name == "auto":
         # fp64 has no tensor-core path worth a kernel: cuBLAS on merged blocks is faster.
@@ -124,17 +119,14 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
             distrust = distrust_of_triton(None if isinstance(device, str) else device.index)
             return "triton" if distrust is None else "torch"
         return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
-    if name == "torch":
-        return name
     reason = unavailable(name, device_type)
     if reason:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
-    return _FORMER.get(name, name)
+    return name
 
 
 def unavailable(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve tensors of ``device_type``; None when it can."""
-    name = check_name(name, "backend")
     if name == "cpp":
         if CPP_FAILURE is not None:
             return CPP_FAILURE
@@ -164,11 +156,10 @@ def backend_report() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     kinds = ["cpu"] + (["cuda"] if cuda else [])
     distrust = distrust_of_triton() if cuda and HAS_TRITON else None
-    cpp = None if CPP_FAILURE is not None else cpu_level()
     return {
         "torch": torch.__version__,
         "default": default_backend(),
-        "cpu_level": cpp,
+        "cpu_level": cpu_level() if CPP_FAILURE is None else None,
         "devices": {
             device: {
                 "auto": resolve("auto", device, torch.float32),
