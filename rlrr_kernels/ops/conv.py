@@ -11,6 +11,7 @@ from torch import Tensor
 from rlrr_kernels.ops.checks import MAX_RANK, check_operands, check_tensors
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
+from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.second_order import ReverseOnly, differentiable_gradients
 
@@ -64,9 +65,8 @@ def rlrr_conv2d(
     x = x.to(dtype)
     _check(x, weight, scale_row, scale_col, bias, groups, layout)
     options = (stride, padding, dilation, groups)
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     transformed = torch.compiler.is_compiling() or private.transforms_active()
-    function = _Conv2d.apply if plain and not transformed else _formula
+    function = _formula if transformed or type(x) not in PLAIN_TYPES else _Conv2d.apply
     if x.dim() == 3:
         return function(x[None], weight, scale_row, scale_col, bias, options, layout, residual)[0]
     return function(x, weight, scale_row, scale_col, bias, options, layout, residual)
@@ -171,7 +171,8 @@ class _Conv2d(ReverseOnly):
         stride, padding, dilation, groups = options
         need_x, _, need_row, need_col, need_bias, *_ = ctx.needs_input_grad
         wide = accumulate_dtype(grad_y.dtype)
-        grad_x = grad_row = grad_col = grad_bias = None
+        grad_x = grad_row = grad_col = None
+        grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype) if need_bias else None
         if torch.is_grad_enabled():  # create_graph=True
             if x is None:  # ∂x alone is asked for, and y is linear in x: any x gives it
                 x = weight.new_zeros(x_shape, dtype=grad_y.dtype).requires_grad_()  # of no batch of gradients
@@ -179,7 +180,6 @@ class _Conv2d(ReverseOnly):
                 lambda x, row, col: _formula(x, weight, row, col, None, options, layout, residual),
                 (x, scale_row, scale_col), (need_x, need_row, need_col), grad_y,
             )  # fmt: skip
-            grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype) if need_bias else None
             return grads[0], None, grads[1], grads[2], grad_bias, None, None, None
         with private.NoAutocast():
             if need_x or need_row or need_col:
@@ -199,6 +199,4 @@ class _Conv2d(ReverseOnly):
                     grad_row = linear_torch.row_sums(product, scale_col[0].to(wide)).to(scale_row.dtype)
                 if need_col:
                     grad_col = linear_torch.col_sums(product, scale_row.to(wide))[None].to(scale_col.dtype)
-            if need_bias:
-                grad_bias = grad_y.sum((0, 2, 3), dtype=wide).to(bias_dtype)
         return grad_x, None, grad_row, grad_col, grad_bias, None, None, None
