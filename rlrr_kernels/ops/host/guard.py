@@ -95,7 +95,7 @@ def ran(launches: Sequence[Launch], forced: bool, find_error: Callable[[], str |
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        _give_up(names, f"{type(error).__name__}: {_first_line(error)}")
+        _give_up(names, in_a_line(error))
         return _settle(launches, False)
     for launch, name in zip(launches, names, strict=True):
         if fault := compiler_fault(launch.plan.compiled):
@@ -212,11 +212,12 @@ def _first_error(find_error: Callable[[], str | None]) -> str | None:
     except NotFinite:
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return in_a_line(error)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), "")
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _give_up(names: Sequence[str], reason: str) -> None:

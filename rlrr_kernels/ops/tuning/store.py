@@ -49,9 +49,6 @@ def experimental_allowed() -> bool:
     return switched_on(EXPERIMENTAL_VARIABLE, "off")
 
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
-
-
 def precision_name(dtype: torch.dtype, other: torch.dtype, precision: str) -> str:
     """The dtypes of a product's operands, in one word where they agree; "tf32" where fp32 may be rounded to it.
 
@@ -59,7 +56,7 @@ def precision_name(dtype: torch.dtype, other: torch.dtype, precision: str) -> st
     """
     if dtype == torch.float32 and precision == "tf32":
         return "tf32"
-    return _NAMES[dtype] if dtype == other else f"{_NAMES[dtype]}/{_NAMES[other]}"
+    return "/".join(str(kind).removeprefix("torch.") for kind in dict.fromkeys((dtype, other)))
 
 
 def entry_name(gpu: str, kernel: str, precision: str, limit: int) -> str:

@@ -7,6 +7,7 @@ than the bound of :mod:`rlrr_kernels.numerics` is never chosen.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,7 @@ from torch import Tensor
 from rlrr_kernels import backends, devices, numerics
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.dtypes import matmul_precision
+from rlrr_kernels.ops.host import formula, guard, private
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.public import rlrr_linear
@@ -141,9 +143,7 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str 
     x, weight = t["x"], t["weight"]
     groups, rank, _ = t["scale_col"].shape
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
-    product = Product(
-        kernel, gpu, x.dtype, weight.dtype, weight.shape, rank, groups, *map(Operand.of, operands)
-    )  # fmt: skip
+    product = Product(kernel, gpu, x.dtype, weight.dtype, weight.shape, rank, groups, *map(Operand.of, operands))
     if tiles.schedule not in linear_configs.schedules_for(product):
         return f"the schedule {tiles.schedule} does not serve this problem"
     if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):
@@ -152,20 +152,16 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str 
     try:
         for launch in launches_of(kernel, t, gpu, tiles):
             compiled = launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
-            if getattr(compiled, "n_spills", 0):
-                return f"spills {compiled.n_spills} registers"
+            if spilled := private.spilled_registers(compiled):
+                return f"spills {spilled} registers"
         with tuned_tiles.only_tiles(kernel, tiles):
-            errors = numerics.bound_errors(_fused, t)
+            errors = numerics.bound_errors(functools.partial(rlrr_linear, backend="triton.fused"), t)
     except Exception as error:  # compilers fail in many ways, and one candidate must not end the tuning
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    # The operands of a TF32 product keep 10 bits of fp32's 23.
-    bound = numerics.BOUND * (2**13 if x.dtype == torch.float32 and matmul_precision() == "tf32" else 1)
+        return guard.in_a_line(error)
+    tf32 = x.dtype == torch.float32 and matmul_precision() == "tf32"
+    bound = numerics.BOUND * (formula.TF32_ROUNDOFFS if tf32 else 1)
     broken = {name: round(error, 2) for name, error in errors.items() if not error <= bound}
     return f"over {bound} unit roundoffs of the bound: {broken}" if broken else None
-
-
-def _fused(*args, **kwargs) -> Tensor:
-    return rlrr_linear(*args, backend="triton.fused", **kwargs)
 
 
 def microseconds(call: Callable[[], object]) -> float:
