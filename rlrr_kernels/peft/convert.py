@@ -8,6 +8,7 @@ projection with γ and β folded in, and are found again as what those differ by
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import AdaptReport, RLRRConfig
 from rlrr_kernels.adapt.arithmetic import LAYER_PARTS
 from rlrr_kernels.adapt.config import WITH_BIAS, matches
 from rlrr_kernels.adapt.find import some
-from rlrr_kernels.adapt.folder.save_load import differences, misfit, trained_tensors
+from rlrr_kernels.adapt.folder.files import CARD
+from rlrr_kernels.adapt.folder.save_load import check_values, differences, misfit, trained_tensors
 from rlrr_kernels.adapt.merge import folded_projection
 from rlrr_kernels.adapt.model import (
     adapt_report,
@@ -38,6 +40,7 @@ from rlrr_kernels.nn.linear import RLRRLinear
 from rlrr_kernels.peft.config import RLRRPeftConfig
 from rlrr_kernels.peft.registry import RLRR
 from rlrr_kernels.peft.targets import exact_pattern, exactly
+from rlrr_kernels.writing import write_together
 
 _PREFIX = "base_model.model."
 _TOLERANCE = 1e-4
@@ -103,13 +106,14 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
             f"modules_to_save {list(saved)} keep PEFT from layers with such a name in theirs: {some(lost)}"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     whole = {f"{_PREFIX}{name}": tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text("---\nlibrary_name: peft\n---\n\n# RLRR adapter\n", encoding="utf-8")
-    written.save_pretrained(str(folder))
+    contents = {}
+    if not (folder / CARD).exists():
+        contents[CARD] = b"---\nlibrary_name: peft\n---\n\n# RLRR adapter\n"
+    with tempfile.TemporaryDirectory() as beside:
+        written.save_pretrained(beside)
+        contents[CONFIG_NAME] = (Path(beside) / CONFIG_NAME).read_bytes()
+    write_together(folder, contents | {SAFETENSORS_WEIGHTS_NAME: save(whole, {"format": "pt"})})
     return written
 
 
@@ -165,8 +169,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
         The report of the adapted model.
 
     Raises:
-        ValueError: the folder holds no RLRR adapter, or one that does not fit: a tensor without a place or of another
-            shape, ranks that differ between layers, or a norm that is no rescaled one of the backbone.
+        ValueError: the folder holds no RLRR adapter, or one that does not fit: a tensor without a place, of another
+            shape or not finite, ranks that differ between layers, or a norm that is no rescaled one of the backbone.
     """
     config, layers, rest = read_peft(folder)
     present, named = dict(named_tensors(model)), config.modules_to_save or ()
@@ -210,6 +214,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], *, recipe: str |
     problems = differences({n: tuple(t.shape) for n, t in state.items()}, planned_shapes(model, plan))
     if problems:
         raise ValueError(misfit(Path(folder), model, problems))
+    check_values(Path(folder), state, present)
     apply_adaptation(model, plan)
     present = dict(named_tensors(model))
     with torch.no_grad():

@@ -13,6 +13,8 @@ from typing import Any
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import PeftType, register_peft_method
 
+from rlrr_kernels.writing import write_together
+
 NAME = "RLRR"
 IMPORT = "import rlrr_kernels.peft"
 
@@ -75,5 +77,5 @@ def complete_card(folder: Path) -> None:
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         if "library_name: peft" in text.partition("\n---")[0]:
             if _HEADING not in text:
-                card.write_text(text.rstrip() + _CARD, encoding="utf-8")
+                write_together(card.parent, {card.name: (text.rstrip() + _CARD).encode()})
             return

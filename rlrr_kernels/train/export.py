@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from rlrr_kernels.adapt import MergeReport, is_adapted, merge_adapter
+from rlrr_kernels.adapt.folder.save_load import check_values
 from rlrr_kernels.train.methods.baselines import BaselineMergeReport, merge_baseline
 from rlrr_kernels.train.models.backbones import is_made_for_one_size
-from rlrr_kernels.train.output.folder import write_files
 from rlrr_kernels.train.task import Task, load_task
+from rlrr_kernels.writing import write_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def merge_to_file(adapter: str | Path, file: str | Path, weights: str | Path | N
     after = logits(model, images)
     file = Path(file)
     try:
-        write_files(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
+        write_together(file.parent, {file.name: save(model.state_dict(), {"format": "pt"})})
     except OSError as error:
         message = f"the merged model could not be written ({error.strerror}); a file that was there is untouched"
         raise OSError(error.errno, message, str(file)) from error
@@ -105,6 +106,7 @@ def load_merged(file: str | Path, name: str, **options: Any) -> nn.Module:
             getattr(parent, child).bias = nn.Parameter(torch.empty_like(state[key]))
             if child == "qkv" and hasattr(parent, "qkv_bias_separate"):
                 parent.qkv_bias_separate = True  # else timm multiplies by the weight without calling the layer
+        check_values(Path(file), state, model.state_dict(keep_vars=True))
         model.load_state_dict(state)
     except (AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{file} is no merged model of {name}: {error}") from error

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from rlrr_kernels.train.loop.record import FitResult
-from rlrr_kernels.train.output.folder import write_files
+from rlrr_kernels.writing import write_together
 
 
 def learning_curve(
@@ -63,5 +63,5 @@ def learning_curve(
         axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_files(path.parent, {path.name: buffer.getvalue()})
+    write_together(path.parent, {path.name: buffer.getvalue()})
     return path

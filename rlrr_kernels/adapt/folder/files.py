@@ -27,6 +27,8 @@ from rlrr_kernels.adapt.modules import plain_name
 from rlrr_kernels.writing import check_present, write_together
 
 TENSORS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
+FILES = CONFIG, CARD, TENSORS
+"""In the order in which they are written."""
 
 ADAPTER_FORMAT = "rlrr_adapter"
 _HEADER_KEY = "rlrr_config"

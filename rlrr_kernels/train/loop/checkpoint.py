@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlrr_kernels.train.models.weights import read_tensors
-from rlrr_kernels.train.output.folder import write_files
+from rlrr_kernels.writing import write_together
 
 FORMAT = 1
 
@@ -27,7 +27,7 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_files(Path(folder), {NAME: buffer.getvalue()})
+    write_together(Path(folder), {NAME: buffer.getvalue()})
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:

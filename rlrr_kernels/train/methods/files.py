@@ -15,8 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlrr_kernels.adapt import is_adapted, load_adapter, save_adapter
-from rlrr_kernels.adapt.folder.files import ADAPTER_FORMAT, read_folder, write_folder
-from rlrr_kernels.adapt.folder.save_load import describe_base, differences, misfit, sample_backbone, warn_other_weights
+from rlrr_kernels.adapt.folder.files import ADAPTER_FORMAT, TENSORS, read_folder, write_folder
+from rlrr_kernels.adapt.folder.save_load import (
+    check_values,
+    describe_base,
+    differences,
+    misfit,
+    sample_backbone,
+    warn_other_weights,
+)
 from rlrr_kernels.train.loop.trained import trained_tensors
 from rlrr_kernels.train.methods.baselines import (
     TITLES,
@@ -133,6 +140,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     problems = differences(shapes, expected)
     if problems:
         raise ValueError(misfit(Path(folder), model, problems))
+    check_values(Path(folder) / TENSORS, tensors, model.state_dict(keep_vars=True))
     warn_other_weights(Path(folder), model, document.get("backbone_sample", {}), stacklevel=2)
     model.load_state_dict(tensors, strict=False)
 

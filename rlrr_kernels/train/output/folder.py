@@ -1,4 +1,4 @@
-"""Run folders, held by one process at a time and swept of killed ones' leftovers; writing, and what it may replace."""
+"""Run folders, held by one process at a time, and what a command may replace."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from rlrr_kernels.writing import write_together
 
 try:
     import fcntl
@@ -116,15 +114,3 @@ def check_target(target: Path, overwrite: bool, *, folder: bool, sources: Sequen
         raise FileExistsError(
             f"{target} exists; replace it with --overwrite, or name another {'folder' if folder else 'file'}"
         )
-
-
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files to ``folder`` as :func:`rlrr_kernels.writing.write_together` does.
-
-    Raises:
-        OSError: they cannot be written; names the first of them.
-    """
-    try:
-        write_together(folder, contents)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder / next(iter(contents)))) from error

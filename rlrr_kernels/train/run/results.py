@@ -26,12 +26,13 @@ from rlrr_kernels.train.methods.baselines import (
     BaselineReport,
 )
 from rlrr_kernels.train.methods.files import save_trained
-from rlrr_kernels.train.output.folder import ADAPTER, CURVE, RESULT, write_files
+from rlrr_kernels.train.output.folder import ADAPTER, CURVE, RESULT
 from rlrr_kernels.train.output.progress import track
 from rlrr_kernels.train.plot import learning_curve
 from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.run.start import PreparedRun
 from rlrr_kernels.train.task import Task
+from rlrr_kernels.writing import write_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,7 +141,7 @@ def _write_result(
         "history": result.history,
     }
     try:
-        write_files(out, {RESULT: json.dumps(document, indent=2).encode()})
+        write_together(out, {RESULT: json.dumps(document, indent=2).encode()})
         learning_curve(result, out / CURVE, title, chosen_on=metadata["epoch_chosen_on"])
     except OSError as error:  # the adapter is safe already
         if talk:

@@ -38,11 +38,11 @@ from rlrr_kernels.train.models.backbones import HUB, NO_WEIGHTS, backbone_digest
 from rlrr_kernels.train.models.drop import set_drop
 from rlrr_kernels.train.output.board import require_tensorboard
 from rlrr_kernels.train.output.environment import add_session, environment
-from rlrr_kernels.train.output.folder import ADAPTER, CONFIG, ENVIRONMENT, hold, write_files
+from rlrr_kernels.train.output.folder import ADAPTER, CONFIG, ENVIRONMENT, hold
 from rlrr_kernels.train.output.progress import say, track
 from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.task import Task
-from rlrr_kernels.writing import remove_leftovers
+from rlrr_kernels.writing import remove_leftovers, write_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -232,7 +232,7 @@ def describe_run(config: FinetuneConfig, accelerator: Accelerator, resume: bool)
     files = {ENVIRONMENT: add_session(out / ENVIRONMENT, environment(accelerator), resumed=resume)}
     if not resume or _epochs_of(out / CONFIG) != config.train.epochs:  # a run may be given more epochs
         files[CONFIG] = write_config(config)
-    write_files(out, files)
+    write_together(out, files)
 
 
 def _epochs_of(file: Path) -> int | None:
