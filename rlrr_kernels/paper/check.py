@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 from rlrr_kernels.paper.data import Listing, read_listings, split_note, training_files
@@ -167,17 +168,16 @@ def _compare(
     """Adds what is wrong, or worth a note, between split files: images in two of them, files that contradict others."""
     whole, *parts = training_files(settings)
     training = [name for name in parts if name in listings] or [whole]
-    exclusive = [*training, "test"]
-    for i, first in enumerate(exclusive):
-        for second in exclusive[i + 1 :]:
-            shared = set(listings[first].paths) & set(listings[second].paths)
-            if shared:
-                problems.append(
-                    f"{settings.name}: {len(shared)} images are in both {first} and {second}, such as {min(shared)}"
-                )
-            elif digests is not None:
-                _compare_pixels(settings, listings, (first, second), digests, problems, warnings)
-    if whole in listings and training != [whole]:
+    twofold = whole in listings and training != [whole]
+    for first, second in (*combinations([*training, "test"], 2), *([(whole, "test")] if twofold else [])):
+        shared = set(listings[first].paths) & set(listings[second].paths)
+        if shared:
+            problems.append(
+                f"{settings.name}: {len(shared)} images are in both {first} and {second}, such as {min(shared)}"
+            )
+        elif digests is not None and first in training:  # all of them are compared with the pixels of whole below
+            _compare_pixels(settings, listings, (first, second), digests, problems, warnings)
+    if twofold:
         together = [entry for name in training for entry in _entries(listings[name])]
         difference = _difference(_entries(listings[whole]), together, digests)
         if difference:

@@ -35,16 +35,17 @@ def check(
     from rlrr_kernels.paper.check import check_dataset, datasets_to_check
 
     table = Table("dataset", "classes", "images by split", "verdict")
+    names = list(split_names(dataset))
     broken = False
     details: list[str] = []
-    for settings in datasets_to_check(root, benchmark, list(split_names(dataset))):
+    for settings in datasets_to_check(root, benchmark, names):
         found = check_dataset(
             root,
             settings,
             decode=images,
             track=lambda items, total, name=settings.name: track(items, total, f"{name}: decoding images"),
         )
-        if found.absent and not dataset:  # who named none may have fetched some
+        if found.absent and not names:  # who named none may have fetched some
             table.add_row(settings.name, "-", "-", "absent")
             continue
         counts = ", ".join(f"{split} {count:,}" for split, count in found.counts.items())

@@ -108,8 +108,9 @@ def read_listings(root: str | Path, settings: DatasetSettings, names: tuple[str,
     files = {name: _split_file(root, settings, name) for name in names}
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
-        whole = _split_file(root, settings, training_files(settings)[0])
-        hint = f"; {whole.name} alone is enough for --split paper" if whole.is_file() else ""
+        whole, test = (_split_file(root, settings, name) for name in (training_files(settings)[0], "test"))
+        enough = whole.is_file() and test.is_file()
+        hint = f"; {whole.name} alone is enough for --split paper" if enough else ""
         raise FileNotFoundError(f"the split file {' and '.join(missing)} is missing{hint}")
     if settings.benchmark == "vtab":
         return {name: _read_vtab(file, settings) for name, file in files.items()}

@@ -268,7 +268,7 @@ def check_datasets(config: ReproduceConfig) -> dict[str, str | None]:
             listings = read_listings(config.root, settings, needed_files(config.root, settings, config.split))
             raise_problems(config.root, settings, listings)
             notes[settings.name] = _note(split_note(config.root, settings), settings, listings)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             problems.append(str(error))
     if problems:
         raise ValueError(

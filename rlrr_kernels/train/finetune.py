@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.markup import escape
+
 from rlrr_kernels.train.data.folders import (
     Samples,
 )
@@ -16,6 +18,7 @@ from rlrr_kernels.train.methods.baselines import (
 )
 from rlrr_kernels.train.models.attention import fastest_attention
 from rlrr_kernels.train.output.folder import check_free
+from rlrr_kernels.train.output.progress import console
 from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.train.run.results import FinetuneResult, conclude
 from rlrr_kernels.train.run.start import (
@@ -36,6 +39,7 @@ def finetune(
     *,
     splits: Mapping[str, Samples] | None = None,
     resume: bool = False,
+    title: str | None = None,
     quiet: bool = False,
 ) -> FinetuneResult:
     """Fine-tunes ``config.model`` and saves what was trained, as of the best epoch.
@@ -46,6 +50,7 @@ def finetune(
         resume: go on from the checkpoint in ``config.out`` where there is one. A run that has ended may get more
             epochs that way; else every setting that changes a number, the images (names, sizes, labels) and the
             backbone's weights have to be the same.
+        title: to print above the run, once its input has been found good.
         quiet: print nothing.
 
     Raises:
@@ -63,6 +68,8 @@ def finetune(
     if config.check:  # last: it may take minutes, what comes before takes seconds
         from_main(accelerator, lambda: check_splits([prepared.splits], talk))
     if talk:
+        if title is not None:
+            console.rule(escape(title))
         introduce(prepared, found, resume)
     with contextlib.ExitStack() as held:
         held.enter_context(fastest_attention(prepared.model, accelerator, prepared.task.preprocessing.image_size))

@@ -119,6 +119,7 @@ def test_bad_input_is_told_before_any_work(rlrr, tmp_path):
     def fails(*options, text):
         status, printed = rlrr("ablate", "--model", "test_vit", "--out", tmp_path / "out", *options)
         assert status == 1
+        assert printed.startswith("error:")  # no run is announced before
         assert text in " ".join(printed.split()), printed
         assert not (tmp_path / "out").exists()
 
@@ -126,6 +127,8 @@ def test_bad_input_is_told_before_any_work(rlrr, tmp_path):
     fails("--data", tmp_path, "--root", tmp_path, text="give either --data")
     fails("--data", tmp_path, "--study", "side", text="a study must be one of sides, init, layers, form; got side")
     fails("--data", tmp_path, "--seeds", 0, text="seeds must be at least 1; got 0")
+    fails("--data", tmp_path / "none", text="none does not exist")
+    fails("--data", tmp_path, text="holds no class folders")
     fails("--benchmark", "imagenet", "--root", tmp_path, text="imagenet")
     fails("--data", tmp_path, "--tasks", "svhn", text="tasks can be given with benchmark alone; got data")
     benchmark = "--benchmark", "vtab", "--root", tmp_path / "data"

@@ -114,7 +114,7 @@ def test_fgvc_may_hold_all_training_images_in_one_file(rlrr, tmp_path):
     # The two parts vary from version to version, the whole of them does not.
     assert found.problems[0].endswith("trainval.json: 360 images, 12,000 expected")
     (folder / "test.json").unlink()
-    assert "test.json is missing" in check_dataset(tmp_path, settings).problems[0]
+    assert check_dataset(tmp_path, settings).problems[0].endswith("test.json is missing")  # no split does without
 
 
 def test_fgvc_labels_follow_the_order_of_the_authors(tmp_path):
@@ -194,6 +194,15 @@ def test_pixels_are_those_of_the_authors_transforms():
 # ---------------------------------------------------------------- bad input
 
 
+def test_lists_of_windows_are_read(tmp_path):
+    make_vtab(tmp_path, "kitti", 8, 4, 6)
+    make_fgvc(tmp_path, "OxfordFlowers")
+    before = [load_splits(tmp_path, dataset_settings(name)) for name in ("kitti", "OxfordFlowers")]
+    for file in (*tmp_path.glob("kitti/*.txt"), *tmp_path.glob("OxfordFlowers/*.json")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert [load_splits(tmp_path, dataset_settings(name)) for name in ("kitti", "OxfordFlowers")] == before
+
+
 def test_damaged_vtab_lists_are_told_with_file_and_line(tmp_path):
     folder = make_vtab(tmp_path, "kitti", 8, 4, 6)
     settings = dataset_settings("kitti")
@@ -264,11 +273,13 @@ def test_check_finds_what_would_spoil_a_result(rlrr, tmp_path):
     first = (folder / "images/train800/000000.jpg").read_bytes()
     (folder / "images/train800/000000.jpg").write_bytes(first[: len(first) // 2])
     edit(folder / "val200.txt", "images/val200/000000.jpg 0", "images/train800/000004.jpg 0")
+    edit(folder / "train800val200.txt", "images/train800val200/000000.jpg 0", "images/test/000000.jpg 0")
     found = check_dataset(tmp_path, dataset_settings("kitti"))
     problems = "\n".join(found.problems)
     for text in (
         "test.txt: 700 images, 711 expected",
         "1 images are in both train800 and val200, such as",
+        "1 images are in both train800val200 and test, such as",
         "cannot read the image",
         "000003.jpg",
         "train800/000000.jpg",

@@ -124,7 +124,7 @@ def read_text(file: Path, what: str) -> str:
     """
     check_present(file, what, folder=False)
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}, line {line}: not a text file in UTF-8") from error

@@ -11,14 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from rlrr_kernels.train.config.files import read_json
 from rlrr_kernels.train.data.folders import Samples
 from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.output.folder import RESULT
-from rlrr_kernels.train.output.progress import console
 from rlrr_kernels.train.run.config import FinetuneConfig
 
 METRICS = {
@@ -99,15 +97,12 @@ def run_grid(
     for number, run in enumerate(runs, 1):
         if run.name in results:
             continue
-        if not quiet:
-            console.rule(
-                f"run {number} of {len(runs)}: {escape(run.name)}{_time_left(started, done, len(runs) - len(results))}"
-            )
         folder = out / run.name
         finetune(
             dataclasses.replace(run.config, out=folder),
             splits=None if run.splits is None else run.splits(),
             resume=(folder / checkpoint.NAME).exists(),
+            title=f"run {number} of {len(runs)}: {run.name}{_time_left(started, done, len(runs) - len(results))}",
             quiet=quiet,
         )
         if torch.distributed.is_initialized():
