@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _WITHOUT_RANGE = {"F": "32-bit floating-point", "I": "32-bit integer"}
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 259, 262, 284, 339
 """Tags of a TIFF file."""
+
+_UNPACKED, _IN_PLANES = 1, 2
 
 _WHITE_IS_ZERO = 0
 _SIGNED = 2
@@ -42,6 +44,12 @@ def read_image(path: str | Path | BinaryIO, formats: Sequence[str] | None = None
             tags = image.tag_v2 if kind == "TIFF" else {}
             bits = 12 if tuple(tags.get(_BITS_PER_SAMPLE, ())) == (12,) else 16
             numbers = "signed" if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) else _WITHOUT_RANGE.get(image.mode)
+            layout = tags.get(_COMPRESSION, _UNPACKED), tags.get(_PLANAR), max(tags.get(_BITS_PER_SAMPLE, (1,)))
+            if layout == (_UNPACKED, _IN_PLANES, 16):  # Pillow takes each byte for a pixel; libtiff unpacks the others
+                raise ValueError(
+                    "its colours of 16 bits are stored one after the other (PlanarConfiguration 2); save it with "
+                    "interleaved ones or compressed"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
                 upper = (np.asarray(image) >> (bits - 8)).astype(np.uint8)

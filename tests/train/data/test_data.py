@@ -319,11 +319,11 @@ def test_the_fingerprint_knows_names_sizes_and_labels_but_not_the_place(tmp_path
     assert fingerprint_of(tmp_path / "a") != before
 
 
-def write_tiff(path, shape, pixels, bits, *, photometric=1, sample_format=1):
-    """A grey TIFF file of the forms that Pillow does not write."""
+def write_tiff(path, shape, pixels, bits, *, photometric=1, sample_format=1, samples=1, planar=1):
+    """A TIFF file of the forms that Pillow does not write."""
     height, width = shape
-    tags = ((256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height))
-    tags = (*tags, (279, len(pixels)), (339, sample_format))
+    tags = ((256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, samples))
+    tags = (*tags, (278, height), (279, len(pixels)), (284, planar), (339, sample_format))
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory + bytes(4))
 
@@ -345,6 +345,14 @@ def test_deep_pixels_keep_their_range_or_are_refused_by_mode(tmp_path):
         Image.fromarray(array.astype(np.float32 if mode == "F" else np.int32)).save(tmp_path / f"{name}.tif")
         with pytest.raises(ValueError, match=rf"cannot read the image .*{name}\.tif: its pixels are .*\(mode {mode}\)"):
             read_image(tmp_path / f"{name}.tif")
+
+
+def test_deep_colours_one_after_the_other_are_refused(tmp_path):
+    write_tiff(tmp_path / "colours.tif", (8, 8), bytes(3 * 128), 16, photometric=2, samples=3)
+    assert read_image(tmp_path / "colours.tif").getpixel((0, 0)) == (0, 0, 0)
+    write_tiff(tmp_path / "planes.tif", (8, 8), bytes(3 * 128), 16, photometric=2, samples=3, planar=2)
+    with pytest.raises(ValueError, match=r"planes\.tif: its colours of 16 bits .*\(PlanarConfiguration 2\); save it"):
+        read_image(tmp_path / "planes.tif")
 
 
 def test_white_may_be_zero_and_signed_pixels_are_refused(tmp_path):
