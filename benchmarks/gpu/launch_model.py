@@ -1,4 +1,4 @@
-"""Times of kernel launches on an H200, by what they move and compute; ``docs/model.md`` says what is assumed.
+"""Times of kernel launches on an H200, by what they move and compute; ``docs/costs/model.md`` says what is assumed.
 
 A launch takes the largest of: bytes over bandwidth, each operand read once and each result written once; operations
 over rate, idle multiprocessors counted; for the fused kernels what their tiles read from the L2 cache; and waits one

@@ -1,4 +1,4 @@
-"""Predicts times on an H200 that no GPU has measured; see ``docs/model.md``.
+"""Predicts times on an H200 that no GPU has measured; see ``docs/costs/model.md``.
 
     python -m benchmarks.model [--markdown FILE]                 # every layer of the plan, every target for a layer
     python -m benchmarks.model --tiles [--kernel grad_scales --m 12608 --candidates]   # tiles, by their machine code
@@ -110,7 +110,7 @@ def report(plan: Plan) -> str:
     lines = [
         "# Predicted for an H200, measured by no GPU", "",
         f"From {H200.bandwidth / 1e12:.1f} TB/s and {H200.rates['bf16'] / 1e12:.0f} TFLOP/s in bf16, by",
-        "`python -m benchmarks.model`; [what is assumed](../../docs/model.md). Times are microseconds of kernels",
+        "`python -m benchmarks.model`; [what is assumed](../../docs/costs/model.md). Times are microseconds of kernels",
         "replayed from a CUDA graph. Everything within a kernel overlaps here, so real ones are slower.", "",
         "## Targets for one layer, bf16", "",
         "The worst case is that of the path which `auto` chooses; the last column names the shapes where neither path",

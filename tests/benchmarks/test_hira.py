@@ -57,7 +57,7 @@ def test_plain_function_keeps_nothing_the_size_of_a_weight():
 
 def test_the_page_shows_the_function_that_is_measured():
     code = (ROOT / "benchmarks" / "support" / "plain_hira.py").read_text().split('"""\n\n', 1)[1]
-    assert code in (ROOT / "docs" / "hira.md").read_text()
+    assert code in (ROOT / "docs" / "use" / "hira.md").read_text()
 
 
 def test_layers(tmp_path, monkeypatch, capsys):

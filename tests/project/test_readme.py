@@ -14,7 +14,8 @@ from tests.support.paths import ROOT
 
 PAGES = {
     page.relative_to(ROOT).as_posix(): page
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if page.parent.name != "api"  # which the site alone can show
 }
 TEXTS = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
 
