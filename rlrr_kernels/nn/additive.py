@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import Rescaled, check_plain
+from rlrr_kernels.nn.rescaled import RescaledLinear, check_plain
 from rlrr_kernels.ops.checks import check_float, check_operands, compute_dtype
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 
 
-class AdditiveLinear(Rescaled):
+class AdditiveLinear(RescaledLinear):
     """y = x (W + s_r s_c)ᵀ + b + f: RLRR without the ⊙ W in its ΔW, to see what that does.
 
     The same trained tensors, names and merging as :class:`rlrr_kernels.RLRRLinear`; no W-sized tensor is made or kept:
@@ -45,14 +45,8 @@ class AdditiveLinear(Rescaled):
     ) -> None:
         super().__init__()
         check_plain("linear", linear, nn.Linear)
-        rows, cols = linear.weight.shape
-        if groups < 1 or rows % groups:
-            raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
-        self.in_features, self.out_features, self.groups = cols, rows, groups
-        self._adopt(
-            linear, rows, cols, col_groups=groups, residual=True,
-            rank=rank, shift=shift, sides=sides, init=init, scale_dtype=scale_dtype,
-        )  # fmt: skip
+        options = {"rank": rank, "shift": shift, "sides": sides, "init": init, "scale_dtype": scale_dtype}
+        self._adopt_linear(linear, groups, residual=True, **options)
         self.train(linear.training)
 
     @torch.no_grad()
@@ -80,9 +74,6 @@ class AdditiveLinear(Rescaled):
 
     _formula = _rescaled
 
-    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W + s_r s_c [N, K] as a new tensor: computed in fp32 (fp64), rounded once to ``dtype`` (default: W's)."""
@@ -90,11 +81,3 @@ class AdditiveLinear(Rescaled):
         scale_row, scale_col = (scale.to(wide) for scale in self.scales())
         delta = (scale_row.unflatten(0, (scale_col.shape[0], -1)).unsqueeze(-1) * scale_col.unsqueeze(1)).sum(2)
         return (self.weight.to(wide) + delta.flatten(0, 1)).to(dtype or self.weight.dtype)
-
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with W' and b + f, sharing nothing with this layer. A shift makes it have a bias."""
-        return self._merged_into(nn.Linear(self.in_features, self.out_features, device="meta"))
-
-    def extra_repr(self) -> str:
-        size = f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
-        return f"{size}, {self._extra_repr()}"

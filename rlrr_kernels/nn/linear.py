@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlrr_kernels.nn.rescaled import Rescaled, check_plain, frozen
+from rlrr_kernels.nn.rescaled import RescaledLinear, check_plain, frozen
 from rlrr_kernels.ops.checks import compute_dtype
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.linear.public import rlrr_linear
@@ -16,7 +15,7 @@ from rlrr_kernels.ops.sampling.row_sample import RowSample, check_fraction, samp
 from rlrr_kernels.reference import rlrr_linear_reference
 
 
-class RLRRLinear(Rescaled):
+class RLRRLinear(RescaledLinear):
     """y = x (W ⊙ (1 + s_r s_c))ᵀ + b + f with W and b frozen; s_r, s_c and the shift f are trained (CVPR 2024, Eq. 16).
 
     ``weight`` and ``bias`` carry ``nn.Linear``'s state-dict keys, so a checkpoint of the plain layer loads with
@@ -75,7 +74,7 @@ class RLRRLinear(Rescaled):
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         super().__init__()
-        self._adopt_linear(
+        self._wrap(
             linear, groups, scale_grad_rows, prefix_tokens,
             rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype,
         )  # fmt: skip
@@ -105,23 +104,17 @@ class RLRRLinear(Rescaled):
         check_plain("linear", linear, nn.Linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt_linear(
+        layer._wrap(
             linear, groups, scale_grad_rows, prefix_tokens,
             rank=rank, shift=shift, residual=residual, sides=sides, init=init, scale_dtype=scale_dtype,
         )  # fmt: skip
         return layer.train(linear.training)
 
-    def _adopt_linear(
-        self, linear: nn.Linear, groups: int, scale_grad_rows: float, prefix_tokens: int, **options: Any
-    ) -> None:
-        rows, cols = linear.weight.shape
-        if groups < 1 or rows % groups:
-            raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
+    def _wrap(self, linear: nn.Linear, groups: int, scale_grad_rows: float, prefix_tokens: int, **options: Any) -> None:
         if prefix_tokens < 0:
             raise ValueError(f"prefix_tokens must be at least 0; got {prefix_tokens}")
         self.scale_grad_rows, self.prefix_tokens = check_fraction(scale_grad_rows), prefix_tokens
-        self.in_features, self.out_features, self.groups = cols, rows, groups
-        self._adopt(linear, rows, cols, col_groups=groups, **options)
+        self._adopt_linear(linear, groups, **options)
 
     def _rescaled(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -144,19 +137,11 @@ class RLRRLinear(Rescaled):
             return None
         return sample_rows(x.shape, self.scale_grad_rows, self.prefix_tokens, x.device)
 
-    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' [N, K] as a new tensor: computed in fp32 (fp64 for float64), rounded once to ``dtype`` (default: W's)."""
         return linear_torch.merge(self.weight, *self.scales(), self.residual, dtype)
 
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with W' and b + f, sharing nothing with this layer. A shift makes it have a bias."""
-        return self._merged_into(nn.Linear(self.in_features, self.out_features, device="meta"))
-
     def extra_repr(self) -> str:
-        size = f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
         share = "" if self.scale_grad_rows == 1 else f", scale_grad_rows={self.scale_grad_rows}"
-        return f"{size}, {self._extra_repr()}{share}"
+        return super().extra_repr() + share

@@ -8,6 +8,7 @@ import sys
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlrr_kernels.nn.scales import draw_scales, with_ones
@@ -360,3 +361,25 @@ class Rescaled(nn.Module):
             + ("" if self.sides == "both" else f", sides={self.sides!r}")
             + (", merged" if self.merged else "")
         )
+
+
+class RescaledLinear(Rescaled):
+    """What those of them share whose frozen layer is an ``nn.Linear``; G groups of rows have a vector of s_c each."""
+
+    def _adopt_linear(self, linear: nn.Linear, groups: int, **options: Any) -> None:
+        rows, cols = linear.weight.shape
+        if groups < 1 or rows % groups:
+            raise ValueError(f"groups must divide out_features = {rows}; got {groups}")
+        self.in_features, self.out_features, self.groups = cols, rows, groups
+        self._adopt(linear, rows, cols, col_groups=groups, **options)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with W' and b + f, sharing nothing with this layer. A shift makes it have a bias."""
+        return self._merged_into(nn.Linear(self.in_features, self.out_features, device="meta"))
+
+    def extra_repr(self) -> str:
+        size = f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
+        return f"{size}, {self._extra_repr()}"
