@@ -19,6 +19,8 @@ def check_gradients(model: nn.Module) -> None:
         RuntimeError: parameters without a gradient, all of them named.
     """
     trained = {name: parameter for name, parameter in own_parameters(model).items() if parameter.requires_grad}
+    # Of what FSDP1 cuts into pieces, a process has none of some parameters.
+    trained = {name: parameter for name, parameter in trained.items() if parameter.numel()}
     missing = [name for name, parameter in trained.items() if parameter.grad is None]
     if not missing:
         return

@@ -15,6 +15,8 @@ from rlrr_kernels.adapt.bypass import find_bypassed, qkv_bias_switches
 from rlrr_kernels.adapt.config import WITH_BIAS, RLRRConfig, matches
 from rlrr_kernels.adapt.find import exclude_hint, find_convs, find_heads, find_linears, some
 from rlrr_kernels.adapt.modules import (
+    check_not_sharded,
+    class_name,
     find_module,
     named_modules,
     named_tensors,
@@ -406,8 +408,10 @@ def adapt_report(model: nn.Module) -> AdaptReport:
     """The report of an adapted model, as :func:`adapt_model` returned it.
 
     Raises:
-        ValueError: the model is not adapted.
+        ValueError: the model is not adapted, or its weights are in pieces (FSDP1, outside ``summon_full_params``).
     """
+    if any(p.dim() == 1 for name, p in adapter_parameters(model).items() if name.endswith(("scale_row", "scale_col"))):
+        check_not_sharded(model)
     adaptation, model = adaptation_of(model), unwrap(model)
     modules: dict[str, Any] = dict(named_modules(model))
     layers = []
@@ -420,7 +424,7 @@ def adapt_report(model: nn.Module) -> AdaptReport:
     head = {id(p): p for name in adaptation.heads for p in modules[name].parameters()}
     adapter = {id(p): p for p in adapter_parameters(model).values()}
     return AdaptReport(
-        model=type(model).__name__,
+        model=class_name(model),
         formula=adaptation.config.formula,
         layers=tuple(layers),
         norms=adaptation.norms,

@@ -95,6 +95,22 @@ def wrappers(model: nn.Module, kinds: tuple[str, ...]) -> list[str]:
     return [name or "the model" for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
+def class_name(module: nn.Module) -> str:
+    """What the class of ``module`` is called; FSDP2 gives a module that it shards one of its own (``FSDP...``)."""
+    kind, bases = type(module), type(module).__bases__
+    return (bases[1] if bases[0].__name__ == "FSDPModule" and len(bases) == 2 else kind).__name__
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises ``ValueError`` where FSDP1 keeps the parameters of the model or a part in pieces, not as what they are."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":
+            raise ValueError(
+                f"the weights of {name or 'the model'} are sharded by FullyShardedDataParallel; do this inside "
+                "`with FullyShardedDataParallel.summon_full_params(model):`, in every process"
+            )
+
+
 # ---------------------------------------------------------------- replacing
 
 

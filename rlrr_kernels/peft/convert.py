@@ -110,9 +110,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], *, task_type: str 
     contents = {}
     if not (folder / CARD).exists():
         contents[CARD] = b"---\nlibrary_name: peft\n---\n\n# RLRR adapter\n"
-    with tempfile.TemporaryDirectory() as beside:
-        written.save_pretrained(beside)
-        contents[CONFIG_NAME] = (Path(beside) / CONFIG_NAME).read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        written.save_pretrained(scratch)
+        contents[CONFIG_NAME] = (Path(scratch) / CONFIG_NAME).read_bytes()
     write_together(folder, contents | {SAFETENSORS_WEIGHTS_NAME: save(whole, {"format": "pt"})})
     return written
 

@@ -174,9 +174,29 @@ def test_what_would_not_exchange_new_parameters_is_refused_by_name(wrap, process
     assert not is_adapted(model)
 
 
-def test_sharded_weights_are_not_merged(process_group):
+def test_pieces_of_parameters_are_not_taken_for_these(process_group):
+    """Of several processes each has a piece of FSDP1's parameters, of one dimension, or nothing."""
     model = adapted()
     shard_blocks(model)
+    backward(model, tiny_images("vit"))
+    layers = [name for name, _ in named_modules(model) if name.endswith("fc1")]
+    for name, pieces in zip(layers, ((4, 7), (0, 0)), strict=True):
+        layer = find_module(model, name)
+        for key, size in zip(("scale_row", "scale_col"), pieces, strict=True):
+            layer._parameters[key] = nn.Parameter(torch.ones(size))
+            if size:
+                layer._parameters[key].grad = torch.ones(size)
+    check_gradients(model)
+    with pytest.raises(ValueError, match=r"weights of blocks\.0 are sharded by FullyShardedDataParallel"):
+        adapt_report(model)
+
+
+def test_sharded_weights_are_not_merged_and_nothing_is_loaded(process_group, tmp_path):
+    save_adapter(adapted(), tmp_path)
+    model = adapted()
+    shard_blocks(model)
+    with pytest.raises(ValueError, match=r"weights of blocks\.0 are sharded .*summon_full_params\(model\)"):
+        load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=r"sharded by FSDP cannot be merged in place: blocks\.0, blocks\.1"):
         merge_adapter(model)
     assert is_adapted(model)
@@ -188,9 +208,12 @@ def test_fully_sharded_models_are_saved_whole_and_nothing_else(process_group, tm
 
     model = adapted()
     save_adapter(model, tmp_path / "plain")
+    report = adapt_report(model)
     mesh = init_device_mesh("cpu", (1,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # also gives the model another class
+    assert adapt_report(model) == report
     save_adapter(model, tmp_path / "sharded")
     assert contents(tmp_path / "sharded") == contents(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"sharded by FSDP cannot be merged in place: blocks\.0\.attn\.qkv"):

@@ -12,6 +12,7 @@ pytest.importorskip("peft", reason="needs peft, of the extra [peft]")
 pytest.importorskip("timm", reason="needs timm, of the extra [models]")
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from rlrr_kernels import RLRRConfig, adapt_model, load_adapter, save_adapter
 from rlrr_kernels.peft import RLRRPeftConfig, load_peft, to_peft
@@ -144,6 +145,34 @@ def test_what_an_adapter_folder_has_not(tmp_path):
     get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="must hold an RLRR adapter; got"):
         load_peft(fresh, tmp_path / "lora")
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of the size of files are Unix's")
+    to_peft(adapted("vit"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model, limit = adapted("vit", rank=4), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/adapter_model\.safetensors'"):
+            to_peft(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [lambda tensor: tensor * torch.nan, lambda tensor: tensor.view(torch.int32)])
+def test_values_that_no_training_leaves_are_named(damage, tmp_path):
+    to_peft(adapted("vit"), tmp_path)
+    file, name = tmp_path / "adapter_model.safetensors", "blocks.0.attn.qkv"
+    tensors = load_file(file)
+    key = f"base_model.model.{name}.rlrr_scale_row"
+    save_file(tensors | {key: damage(tensors[key])}, file)
+    fresh = tiny_model("vit")
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.scale_row"):
+        load_peft(fresh, tmp_path)
+    assert isinstance(fresh.blocks[0].attn.qkv, nn.Linear)
+    assert fresh.blocks[0].attn.qkv.weight.requires_grad
 
 
 def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(tmp_path, monkeypatch):

@@ -455,6 +455,11 @@ def test_a_merged_file_that_gained_biases_is_loaded_by_the_line_that_merge_print
     )
     with pytest.raises(ValueError, match=r"merged\.safetensors is no merged model of test_vit"):
         load_merged(file, "test_vit")
+    key = "head.fc.weight" if family == "swin" else "head.weight"
+    for damaged in (model.state_dict()[key].view(torch.int32), model.state_dict()[key] * torch.nan):
+        save_file(model.state_dict() | {key: damaged}, file)
+        with pytest.raises(ValueError, match=rf"merged\.safetensors.*: {key} must be of the kind|not finite: {key}"):
+            load_merged(file, name, num_classes=5, **options)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "mobilevit_xxs"])

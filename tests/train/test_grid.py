@@ -129,7 +129,7 @@ def test_bad_names_are_told(names, message, images, tmp_path):
 
 
 def test_a_result_that_cannot_be_written_is_told(images, tmp_path, monkeypatch):
-    from rlrr_kernels.train.output import folder as module
+    from rlrr_kernels.train.run import results as module
 
     original = module.write_together
 

@@ -156,6 +156,16 @@ def test_saved_and_loaded_gives_equal_logits(method, tmp_path):
     assert (tmp_path / "adapter" / "README.md").read_text().startswith("# ")
 
 
+def test_values_that_no_training_leaves_are_named(tmp_path):
+    model = tiny_model("vit")
+    apply_method(model, Baseline("bias"))
+    with torch.no_grad():
+        model.blocks[1].norm1.bias[3] = torch.nan
+    save_trained(model, tmp_path, metadata={})
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: tensors that are not finite: blocks\.1\.norm1\.bias$"):
+        load_trained(tiny_model("vit"), tmp_path)
+
+
 def test_loading_into_the_wrong_model_names_what_does_not_fit(tmp_path):
     model = tiny_model("vit")
     apply_method(model, Baseline("bias"))

@@ -39,7 +39,7 @@ from rlrr_kernels.adapt.model import (
     plan_adaptation,
     planned_shapes,
 )
-from rlrr_kernels.adapt.modules import named_modules, named_tensors, unwrap
+from rlrr_kernels.adapt.modules import check_not_sharded, class_name, named_modules, named_tensors, unwrap
 from rlrr_kernels.adapt.report import AdaptReport
 from rlrr_kernels.nn.rescaled import Rescaled
 
@@ -79,7 +79,7 @@ def save_adapter(
         OSError: the folder cannot be written; names it.
         ImportError: safetensors is not installed.
     """
-    _check_not_sharded(model)
+    check_not_sharded(model)
     adaptation, model, folder = adaptation_of(model), unwrap(model), Path(folder)
     tensors, also_trained = trained_tensors(model)
     broken = _not_finite(tensors, tensors)
@@ -88,15 +88,6 @@ def save_adapter(
     sample = sample_backbone(model, adaptation.layers)
     document = adapter_document(adaptation.config, describe_base(model), also_trained, metadata or {}, sample)
     return write_folder(folder, document, tensors, lambda: model_card(document, adapt_report(model), usage))
-
-
-def _check_not_sharded(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":
-            raise ValueError(
-                f"the weights of {name or 'the model'} are sharded by FullyShardedDataParallel; save inside "
-                "`with FullyShardedDataParallel.summon_full_params(model):`, in every process"
-            )
 
 
 def trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -130,7 +121,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     if name and config.get("tag"):
         name = f"{name}.{config['tag']}"
     classes = getattr(model, "num_classes", None)
-    return {"class": type(model).__name__, "name": name, "num_classes": classes if isinstance(classes, int) else None}
+    return {"class": class_name(model), "name": name, "num_classes": classes if isinstance(classes, int) else None}
 
 
 def sample_backbone(model: nn.Module, layers: tuple[str, ...]) -> dict[str, list[float]]:
@@ -171,8 +162,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdaptRepor
         UserWarning: the shapes fit but frozen weights differ from those the adapter was trained on.
     """
     adapted = is_adapted(model)
-    if not adapted:
-        check_not_distributed(model)
+    (check_not_sharded if adapted else check_not_distributed)(model)
     model, folder = unwrap(model), Path(folder)
     info, tensors = read_adapter(folder)
     plan = None
@@ -248,7 +238,7 @@ def _missing_modules(model: nn.Module, names: Mapping[str, Any]) -> list[str]:
 
 def misfit(folder: Path, model: nn.Module, problems: list[str]) -> str:
     """The message of the error that names ``problems``."""
-    return "\n  ".join([f"the adapter in {folder} does not fit this {type(model).__name__}:", *problems])
+    return "\n  ".join([f"the adapter in {folder} does not fit this {class_name(model)}:", *problems])
 
 
 def warn_other_weights(folder: Path, model: nn.Module, sample: Mapping[str, list[float]], *, stacklevel: int) -> bool:

@@ -26,7 +26,6 @@ from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop import fit as loop
 from rlrr_kernels.train.loop.fit import fit
 from rlrr_kernels.train.models.backbones import create_model
-from rlrr_kernels.train.output import folder as folder_module
 from rlrr_kernels.train.run import results
 from tests.support.fitting import CONFIG, Stop, assert_same, numbers, train, trained
 
@@ -179,11 +178,11 @@ def test_a_full_disk_in_mid_run_does_not_end_it(images, tmp_path, monkeypatch):
     def write(folder, contents):
         written.append(folder)
         if len(written) > 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / checkpoint.NAME))
         return original(folder, contents)
 
-    original = folder_module.write_together
-    monkeypatch.setattr(folder_module, "write_together", write)
+    original = checkpoint.write_together
+    monkeypatch.setattr(checkpoint, "write_together", write)
     warnings = []
     monkeypatch.setattr(loop.TrainProgress, "warn", lambda self, message: warnings.append(message))
     _, result = train(images, tmp_path / "run")

@@ -22,7 +22,7 @@ from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import finetune
 from rlrr_kernels.train.output.folder import LOCK, check_free, hold
 from rlrr_kernels.train.run.config import FinetuneConfig
-from rlrr_kernels.writing import write_together
+from rlrr_kernels.writing import new_folder, write_together
 
 _HOLDER = """
 import sys, time
@@ -131,3 +131,45 @@ def test_whoever_writes_a_file_removes_its_old_leftovers(write, tmp_path):
         os.utime(path, (time.time() - 7200,) * 2)
     write(tmp_path)
     assert [path.exists() for path in (old, young, other)] == [False, True, True]
+
+
+def test_a_full_disk_is_named_by_the_file_and_leaves_what_was_there(tmp_path):
+    """Here the system ends a file early; of a full disk it names no file either."""
+    resource = pytest.importorskip("resource", reason="limits of the size of files are Unix's")
+    write_together(tmp_path, {"a.bin": b"old", "b.bin": b"old"})
+
+    def fill() -> None:
+        with new_folder(tmp_path / "images") as folder:
+            (folder / "train").mkdir()
+            (folder / "train" / "0.png").write_bytes(b"small")
+            with open(folder / "train" / "1.png", "wb") as file:
+                file.write(bytes(60_000))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/b\.bin'"):
+            write_together(tmp_path, {"a.bin": b"new", "b.bin": bytes(60_000)})
+        with pytest.raises(OSError, match=r"File too large: '.*/images'"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.bin": b"old", "b.bin": b"old"}
+    left = tmp_path / ".images.0a1b2c3d.partial"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    fill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "b.bin", "images"]
+
+
+def test_two_who_fill_a_folder_do_not_mix(tmp_path):
+    with new_folder(tmp_path / "images") as first:
+        (first / "a").touch()
+        with new_folder(tmp_path / "images") as second:
+            (second / "b").touch()
+            (second / "c").touch()
+        (tmp_path / "images").rename(tmp_path / "second")
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["a"]
+    with pytest.raises(OSError, match=r"not empty: '.*/images'"), new_folder(tmp_path / "images") as third:
+        (third / "d").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "second"]
