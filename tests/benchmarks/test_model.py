@@ -177,7 +177,7 @@ def test_other_instructions_and_schedules_are_read_as_well(machine_code):
 
 
 def test_the_figures_of_the_pages(machine_code):
-    """docs/costs/gpu.md and the constants of ops/linear/path.py; the compiler's version moves them by a few per cent."""
+    """docs/costs/gpu.md and the constants of ops/linear/path.py; the compiler's version moves them by some per cent."""
     sizes, scales = (12608, 3072, 768), {}
     for schedules in (("tiled",), model.SCHEDULES):
         tiles = tiles_for("grad_scales", devices.typical("sm_90"), BF16, 12608, schedules)
