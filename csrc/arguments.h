@@ -64,21 +64,18 @@ inline Tensor dense(const Tensor& tensor, ScalarType dtype) {
 
 // The frozen weight with its scales, and the tensors that keep the pointers alive.
 struct Operands {
-  Tensor data, row, col;
   ScalarType accumulate;
+  Tensor data, row, col;
   Weight weight;
 
   Operands(const Tensor& weight_, const Tensor& scale_row, const Tensor& scale_col, bool residual)
-      : data(with_dense_columns(weight_)),
-        row(scale_row),
-        col(scale_col),
-        accumulate(weight_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
-    row = dense(scale_row, accumulate);
-    col = dense(scale_col, accumulate);
-    weight = {data.const_data_ptr(), type_of(data, "weight"), data.stride(0), row.const_data_ptr(),
-              col.const_data_ptr(),  data.size(0),            data.size(1),   row.size(1),
-              col.size(0),           residual ? 1.0 : 0.0};
-  }
+      : accumulate(weight_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+        data(with_dense_columns(weight_)),
+        row(dense(scale_row, accumulate)),
+        col(dense(scale_col, accumulate)),
+        weight{data.const_data_ptr(), type_of(data, "weight"), data.stride(0), row.const_data_ptr(),
+               col.const_data_ptr(),  data.size(0),            data.size(1),   row.size(1),
+               col.size(0),           residual ? 1.0 : 0.0} {}
 };
 
 inline void check(const Tensor& matrix, const char* name, int64_t columns, const Tensor& weight, const Tensor& scale_row,
@@ -99,10 +96,28 @@ inline void check(const Tensor& matrix, const char* name, int64_t columns, const
                   name, ", or be float32 beside 16 bits");
 }
 
+// x of a backward whose scale gradients need it.
+inline void check_x(const std::optional<Tensor>& x, int64_t count, int64_t columns, ScalarType dtype) {
+  STD_TORCH_CHECK(x && x->dim() == 2 && x->size(0) == count && x->size(1) == columns && x->scalar_type() == dtype,
+                  "rlrr_kernels_cpp: x must be [M, K] = [", count, ", ", columns,
+                  "] of the dtype of grad_y when a scale gradient is needed");
+}
+
 // Whether there is anything to compute for the kernels that serve float32 and bfloat16 alone.
 inline bool has_kernels(const Weight& weight, Type type, int64_t count) {
   const auto vectors = [](Type t) { return t == Type::f32 || t == Type::bf16; };
   return vectors(type) && vectors(weight.type) && count > 0 && weight.rows > 0 && weight.cols > 0;
+}
+
+// The way of `count` rows, of an x or g like `rows`, beside a weight [N, K] under scales of a rank.
+inline int64_t path_of(Path (*choose)(int64_t, Type, const Weight&, int64_t), const Tensor& rows, const Tensor& weight_,
+                       int64_t rank, int64_t count) {
+  const Type type = type_of(rows, "x");
+  Weight weight{};
+  weight.type = type_of(weight_, "weight");
+  weight.rows = weight_.size(0), weight.cols = weight_.size(1), weight.rank = rank;
+  const bool ours = has_kernels(weight, type, count);
+  return static_cast<int64_t>(ours ? choose(current_level(), type, weight, count) : Path::library);
 }
 
 inline Path checked(int64_t path, Path automatic, const Weight& weight, Type type, int64_t count) {

@@ -233,10 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
   const int64_t count = grad_y_.size(0), adapters = scale_row.size(0);
   check_kernels(weight, type, count);
   const bool scales = need_row || need_col;
-  STD_TORCH_CHECK(!scales || (x_ && x_->dim() == 2 && x_->size(0) == count && x_->size(1) == weight.cols &&
-                              x_->scalar_type() == grad_y_.scalar_type()),
-                  "rlrr_kernels_cpp: x must be [M, K] = [", count, ", ", weight.cols,
-                  "] of the dtype of grad_y when a scale gradient is needed");
+  if (scales) check_x(x_, count, weight.cols, grad_y_.scalar_type());
   const Tasks given(runs, count, adapters);
   STD_TORCH_CHECK(given.runs.size() == given.tasks.size(), "rlrr_kernels_cpp: the rows of a task must be side by side");
   const ScalarType f32 = ScalarType::Float;
@@ -279,14 +276,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_multi_backward(
   return {grad_x, grad_row, grad_col, grad_bias, grad_shift};
 }
 
-// The way that `count` rows of one adapter take, of an x or g [M, ...] beside a weight [N, K]; library: linear_multi knows none.
-int64_t path_of_task(const Tensor& rows, const Tensor& weight_, int64_t rank, int64_t count, bool backward) {
-  const Type type = type_of(rows, "x");
-  Weight weight{};
-  weight.type = type_of(weight_, "weight");
-  weight.rows = weight_.size(0), weight.cols = weight_.size(1), weight.rank = rank;
-  if (!has_kernels(weight, type, count)) return static_cast<int64_t>(Path::library);
-  return static_cast<int64_t>((backward ? choose_backward : choose_forward_of_task)(current_level(), type, weight, count));
+// The way that `count` rows of one adapter take, of an x or g [M, ...]; library: linear_multi knows none.
+int64_t path_of_task(const Tensor& rows, const Tensor& weight, int64_t rank, int64_t count, bool backward) {
+  return path_of(backward ? choose_backward : choose_forward_of_task, rows, weight, rank, count);
 }
 
 }  // namespace

@@ -52,10 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   const bool scales = need_row || need_col;
   const ScalarType dtype = grad_y_.scalar_type();
   const int64_t count = grad_y_.size(0);
-  STD_TORCH_CHECK(!scales || (x_ && x_->dim() == 2 && x_->size(0) == count && x_->size(1) == weight_.size(1) &&
-                              x_->scalar_type() == dtype),
-                  "rlrr_kernels_cpp: x must be [M, K] = [", count, ", ", weight_.size(1),
-                  "] of the dtype of grad_y when a scale gradient is needed");
+  if (scales) check_x(x_, count, weight_.size(1), dtype);
   const Operands operands(weight_, scale_row, scale_col, residual);
   const Weight& weight = operands.weight;
   const Type type = type_of(grad_y_, "grad_y");
@@ -102,15 +99,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   return {grad_x, row.result(), col.result(), grad_bias};
 }
 
-// The way that is taken with x or g [M, ...] and a weight [N, K] under scales of a rank.
-int64_t path(const Tensor& rows, const Tensor& weight_, int64_t rank, bool backward) {
-  const Type type = type_of(rows, "x");
-  Weight weight{};
-  weight.type = type_of(weight_, "weight");
-  weight.rows = weight_.size(0), weight.cols = weight_.size(1), weight.rank = rank;
-  const auto choose = backward ? choose_backward : choose_forward;
-  const int64_t count = rows.size(0);
-  return static_cast<int64_t>(checked(0, choose(current_level(), type, weight, count), weight, type, count));
+// The way that is taken with x or g [M, ...].
+int64_t path(const Tensor& rows, const Tensor& weight, int64_t rank, bool backward) {
+  return path_of(backward ? choose_backward : choose_forward, rows, weight, rank, rows.size(0));
 }
 
 int64_t cpu_level(int64_t number) {

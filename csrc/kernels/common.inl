@@ -193,12 +193,13 @@ class Widened {
   int64_t stride;
 };
 
-// ∂s_r summed by slot in double, then written in slot order. partial [slots, rows, rank].
-inline void finish_grad_row(const double* partial, int64_t slots, int64_t count, float* grad_row) {
+// ∂s_r from the sums of every slot, added in their order: partial [slots, rows, rank].
+template <class P, class A>
+void finish_grad_row(const P* partial, int64_t slots, int64_t count, A* grad_row) {
   for (int64_t i = 0; i < count; ++i) {
-    double total = 0;
+    P total = 0;
     for (int64_t s = 0; s < slots; ++s) total += partial[s * count + i];
-    grad_row[i] = static_cast<float>(total);
+    grad_row[i] = static_cast<A>(total);
   }
 }
 

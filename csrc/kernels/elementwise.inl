@@ -138,11 +138,7 @@ void reduce_matrix(const Weight& weight, Type type, const void* product, A* grad
     }
   };
   parallel(strips, body);
-  for (int64_t i = 0; grad_row != nullptr && i < size; ++i) {
-    double total = 0;
-    for (int64_t s = 0; s < slots; ++s) total += row_sums[s * size + i];
-    grad_row[i] = static_cast<A>(total);
-  }
+  if (grad_row != nullptr) finish_grad_row(row_sums, slots, size, grad_row);
 }
 
 void reduce(const Weight& weight, Type type, const void* product, void* grad_row, void* grad_col) {

@@ -276,10 +276,6 @@ void backward_pairs(const Backward& p) {
     };
     parallel(panels, body);
   }
-  if (!one && p.grad_row != nullptr) return split.finish(row_sums, slots, rows, p.grad_row);
-  for (int64_t i = 0; p.grad_row != nullptr && i < size; ++i) {
-    float total = 0;
-    for (int64_t s = 0; s < slots; ++s) total += row_sums[s * size + i];
-    p.grad_row[i] = total;
-  }
+  if (p.grad_row == nullptr) return;
+  one ? finish_grad_row(row_sums, slots, rows, p.grad_row) : split.finish(row_sums, slots, rows, p.grad_row);
 }

@@ -401,6 +401,6 @@ void backward_panels(const Backward& p) {
                    least(chunk, p.count - m), scales ? partial.data() : nullptr);
   }
   if (p.grad_row == nullptr) return;
-  if (one) return finish_grad_row(static_cast<const double*>(partial.data()), slots, rows, p.grad_row);
-  panels.finish(static_cast<const float*>(partial.data()), slots, rows, p.grad_row);
+  one ? finish_grad_row(static_cast<const double*>(partial.data()), slots, rows, p.grad_row)
+      : panels.finish(static_cast<const float*>(partial.data()), slots, rows, p.grad_row);
 }

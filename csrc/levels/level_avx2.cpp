@@ -26,7 +26,6 @@ namespace {
 }  // namespace avx2
 
 const Level level_avx2 = {
-    "avx2",
     avx2::forward_fused,
     avx2::forward_panels,
     avx2::forward_together,

@@ -27,7 +27,6 @@ namespace {
 }  // namespace avx512
 
 const Level level_avx512 = {
-    "avx512",
     avx512::forward_fused,
     avx512::forward_panels,
     avx512::forward_together,

@@ -19,7 +19,6 @@ namespace {
 }  // namespace portable
 
 const Level level_portable = {
-    "portable",
     portable::forward_fused,
     portable::forward_panels,
     portable::forward_together,

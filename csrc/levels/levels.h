@@ -16,7 +16,6 @@ namespace rlrr {
 
 // The code of one instruction set. `forward_*` and `backward_*` serve float32 and bfloat16.
 struct Level {
-  const char* name;
   void (*forward_fused)(const Forward&);
   void (*forward_panels)(const Forward&);
   // Of calls that share x, W and y, a few rows each; the two above take them one by one, rows of `forward_fused` in one run.
