@@ -111,7 +111,8 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     Raises:
         ValueError: ``name`` is not a backend, or cannot serve this device.
     """
-    name = default_backend() if name == "auto" else check_name(name, "backend")
+    if name == "auto":
+        name = default_backend()
     device_type = device if isinstance(device, str) else device.type
     if name == "auto":
         # fp64 has no tensor-core path worth a kernel: cuBLAS on merged blocks is faster.
@@ -119,6 +120,9 @@ def resolve(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
             distrust = distrust_of_triton(None if isinstance(device, str) else device.index)
             return "triton" if distrust is None else "torch"
         return "cpp" if device_type == "cpu" and CPP_FAILURE is None else "torch"
+    if name == "torch":
+        return name
+    name = check_name(name, "backend")
     reason = unavailable(name, device_type)
     if reason:
         raise ValueError(f"backend={name!r} cannot run here: {reason}")
