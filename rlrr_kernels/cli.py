@@ -477,8 +477,8 @@ def _explained(error: Exception) -> Exception | None:
     )
 
 
-_PATIENCE = 5
-"""Seconds."""
+_PATIENCE = 30
+"""Seconds; on a busy machine the launcher needs some to end the others."""
 
 
 def _speaks() -> bool:

@@ -102,12 +102,14 @@ def check_target(target: Path, overwrite: bool, *, folder: bool, sources: Sequen
 
     Raises:
         FileExistsError: it may not.
-        ValueError: it is one of ``sources``.
+        ValueError: it is one of ``sources``, or a pipe or device, in whose place a file would be put.
     """
     if not target.exists():
         return
     if any(os.path.exists(source) and os.path.samefile(target, source) for source in sources):
         raise ValueError(f"{target} is what is read; write to another {'folder' if folder else 'file'}")
+    if not (target.is_dir() or target.is_file()):
+        raise ValueError(f"{target} is a pipe or a device, which a file would replace; name a file")
     if target.is_dir() != folder:
         raise FileExistsError(f"{target} exists and is {'a file, no folder' if folder else 'a folder, no file'}")
     if not overwrite and not (folder and not any(target.iterdir())):

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 from rlrr_kernels.ops.host.cache import write_json
 from rlrr_kernels.train.config.train_config import TrainConfig
 from rlrr_kernels.train.finetune import finetune
-from rlrr_kernels.train.output.folder import LOCK, check_free, hold
+from rlrr_kernels.train.output.folder import LOCK, check_free, check_target, hold
 from rlrr_kernels.train.run.config import FinetuneConfig
 from rlrr_kernels.writing import new_folder, write_together
 
@@ -173,3 +173,13 @@ def test_two_who_fill_a_folder_do_not_mix(tmp_path):
     with pytest.raises(OSError, match=r"not empty: '.*/images'"), new_folder(tmp_path / "images") as third:
         (third / "d").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "second"]
+
+
+def test_no_file_is_put_in_place_of_a_pipe(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("named pipes are Unix's")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=rf"{name} is a pipe or a device, which a file would replace"):
+            check_target(tmp_path / name, True, folder=False)
