@@ -106,6 +106,10 @@ class RLRRPeftModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own also hands on the weight of child, which has none where it is a saved head of several layers.
+        setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands ``adapter_names`` of the model's forward to the layers."""

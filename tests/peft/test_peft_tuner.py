@@ -336,6 +336,16 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(model.unload()(X), Net()(X))
 
 
+def test_a_saved_module_of_several_layers_is_unloaded_with_what_it_learned():
+    net = Net()
+    net.head = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = wrapped(net, modules_to_save=["head"])
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"][0].weight.mul_(2)
+    y = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), y)
+
+
 def test_unmerging_after_the_model_was_cast():
     model = wrapped()
     model.merge_adapter()
