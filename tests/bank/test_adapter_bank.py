@@ -69,6 +69,10 @@ def configurations(family):
         {"rank": 3, "groups": 2, "shift": "with_bias"},
         {"sides": "left", "shift": False},
         {"sides": "right", "residual": False},
+        {"sides": "right", "residual": False},
+        {"sides": "right", "groups": 2},
+        {"sides": "right", "groups": 2},
+        {"sides": "left", "shift": False},
         {"include": ("*.fc1",)},
     ]
     if family == "convnext":
@@ -89,12 +93,12 @@ def test_every_sample_gets_the_logits_of_its_adapter_loaded_alone(family, tmp_pa
     bank = AdapterBank(backbone(family))
     for i, model in enumerate(models):
         assert bank.add(f"task {i}", save_adapter(model, tmp_path / str(i))).classes == 3 + i
-    plain, images = backbone(family), torch.cat([tiny_images(family) for _ in range(4)])
-    names = [None if i % 4 == 3 else f"task {i % len(models)}" for i in range(12)]
+    plain, images = backbone(family), torch.cat([tiny_images(family) for _ in range(6)])
+    names = [None if i % 4 == 3 else f"task {i % len(models)}" for i in range(18)]
     with torch.no_grad():
         logits = bank(images, names)
         for image, name, got in zip(images, names, logits, strict=True):
-            wanted = (plain if name is None else models[int(name[-1])])(image[None])[0]
+            wanted = (plain if name is None else models[int(name.split()[1])])(image[None])[0]
             assert got.shape == wanted.shape
             assert relative_error(got, wanted) < 1e-6
         assert torch.equal(torch.stack(bank(images[:3], ["task 1"] * 3)), models[1](images[:3]))  # the same path
@@ -324,6 +328,7 @@ def test_a_compiled_model_answers_as_the_eager_one():
 def test_gradients_reach_each_tasks_own_parameters_exactly():
     bank = AdapterBank(backbone())
     configs = {"a": {"recipe": "paper"}, "b": {"recipe": "paper"}, "c": {"rank": 2}, "frozen": {"recipe": "paper"}}
+    configs |= {name: {"sides": "right", "groups": 3} for name in "de"}
     models = {}
     for i, (name, config) in enumerate(configs.items()):
         models[name] = bank.trainable(name, RLRRConfig(**config), classes=3 + i)
@@ -332,8 +337,8 @@ def test_gradients_reach_each_tasks_own_parameters_exactly():
     bank.freeze("frozen")
     del models["frozen"]
     torch.manual_seed(0)
-    names = ["a", "b", "frozen", "a", "c", "b", "c", None]
-    images, labels = torch.randn(8, 3, 32, 32), torch.randint(3, (8,))
+    names = ["a", "b", "frozen", "a", "c", "b", "c", None, "d", "e"]
+    images, labels = torch.randn(10, 3, 32, 32), torch.randint(3, (10,))
     losses = [cross_entropy(row[None], label[None]) for row, label in zip(bank(images, names), labels, strict=True)]
     sum(losses).backward()
     for name, model in models.items():

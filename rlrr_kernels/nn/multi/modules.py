@@ -133,6 +133,8 @@ class MultiLinear(_MultiLayer):
         if len(group.tasks) == 1:  # what the adapted layer itself calls
             return rlrr_linear(x, weight, *self._of_task(vectors, 0, *weight.shape), residual=residual)
         row, col, shift = vectors
+        if row is None and col is not None:
+            col = col.squeeze(2)  # [T, G, 1, K] to [T, G, K], which is how the operator takes s_c alone
         x = _apart(x, group)
         return rlrr_linear_multi(x, weight, row, col, self.bias, shift, index=group.index, residual=residual).flatten(
             0, 1
