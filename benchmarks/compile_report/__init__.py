@@ -60,6 +60,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.uint8: "u8",
 }
 DTYPES = ("bf16", "fp16", "bf16/fp32", "fp32", "tf32", "fp64")
 """Of a :class:`Case`."""
@@ -83,37 +84,37 @@ class Case(NamedTuple):
     shared_bound: int | None = None  # what linear_configs.shared_bytes says it needs at most
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """Types, constants and divisibility of a launch, as Triton's own launcher would specialise them."""
     signature, constants, attributes = {}, {}, {}
-    plan, names = launch.plan, launch.plan.kernel.arg_names
-    for index, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+    parameters = launch.plan.kernel.params
+    for index, (parameter, value) in enumerate(zip(parameters, launch.args, strict=False)):
+        name, fixed, divisible = parameter.name, not parameter.do_not_specialize, False
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
-        elif isinstance(value, GluonDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
-        elif value == 1:
+            divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, TensorDescriptor | GluonDescriptor):  # Gluon's say how the block lies in shared memory
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and fixed:
             signature[name], constants[name] = "constexpr", 1  # as Triton's launcher does for strides
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    for name in names[len(launch.args) :]:
-        signature[name], constants[name] = "constexpr", plan.meta[name]
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible and fixed:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    for parameter in parameters[len(launch.args) :]:
+        signature[parameter.name], constants[parameter.name] = "constexpr", launch.plan.meta[parameter.name]
     return signature, constants, attributes
 
 
 def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
-    signature, constants, attributes = _signature(launch)
     options = {key: launch.plan.meta[key] for key in OPTIONS if key in launch.plan.meta}
     source = GluonASTSource if launch.plan.kernel.is_gluon() else ASTSource
-    return triton.compile(
-        source(launch.plan.kernel, signature, constants, attributes), target=TARGETS[arch], options=options
-    )
+    return triton.compile(source(launch.plan.kernel, *specialised(launch)), target=TARGETS[arch], options=options)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -20,11 +20,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 
+from benchmarks import compile_report
 from rlrr_kernels import backends, devices
 from rlrr_kernels.ops.host.launch import OPTIONS, Launch, Plan
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
@@ -35,7 +33,7 @@ from tests.support.ptx.machine import Machine
 from tests.support.ptx.memory import GlobalMemory
 from tests.support.ptx.parser import Program, parse
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+TARGETS = ("sm_80", "sm_90")
 
 
 def by_arch(cases: Sequence[Any]) -> list[Any]:
@@ -50,11 +48,6 @@ def by_arch(cases: Sequence[Any]) -> list[Any]:
 
 _THREADS = 1 << 14
 """Blocks run at once until they have as many: NumPy's cost of a call is then small beside that of its work."""
-
-_TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -74,20 +67,16 @@ _compiled: dict[tuple, Compiled] = {}
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """The PTX of a launch for ``sm_80`` or ``sm_90``, parsed; each is compiled once in a process."""
     kernel, meta = launch.plan.kernel, launch.plan.meta
-    signature, constants, attributes, arguments = _specialise(launch)
-    options = {name: value for name, value in meta.items() if name in OPTIONS}
-    key = (kernel.cache_key, arch, *map(repr, (signature, constants, attributes, options)))
+    specialised = signature, constants, _ = compile_report.specialised(launch)
+    key = (kernel.cache_key, arch, *map(repr, (*specialised, [meta.get(name) for name in OPTIONS])))
     if key not in _compiled:
-        source, by_hand = ASTSource, getattr(kernel, "is_gluon", lambda: False)()
-        if by_hand:
-            from triton.experimental.gluon._runtime import GluonASTSource as source  # not in every version of Triton
         with _without_assembler():
-            found = triton.compile(
-                source(kernel, signature, constants, attributes), target=TARGETS[arch], options=options
-            )
+            found = compile_report.compile_launch(launch, arch)
         ptx, metadata = found.asm["ptx"], found.metadata
         descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
-        _compiled[key] = Compiled(parse(ptx, metadata.name), ptx, metadata.shared, descriptors, arguments, by_hand)
+        arguments = [index for index, name in enumerate(signature) if name not in constants]
+        program = parse(ptx, metadata.name)
+        _compiled[key] = Compiled(program, ptx, metadata.shared, descriptors, arguments, kernel.is_gluon())
     return _compiled[key]
 
 
@@ -100,35 +89,6 @@ def _without_assembler() -> Iterator[None]:
         mock.patch.object(CUDABackend, "hash", lambda backend: f"{version(backend)}-ptx"),
     ):
         yield
-
-
-def _specialise(launch: Launch) -> tuple[dict, dict, dict, list[int]]:
-    """Types, constants, divisibility and what is left to pass, as Triton's own launcher would find them."""
-    signature, constants, attributes, passed = {}, {}, {}, []
-    parameters = launch.plan.kernel.params
-    for index, (parameter, value) in enumerate(zip(parameters, launch.args, strict=False)):
-        name, fixed = parameter.name, not parameter.do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
-        elif hasattr(value, "block_shape"):  # a descriptor; Gluon's say how the block lies in shared memory
-            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
-            divisible = False
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        elif value == 1 and fixed:
-            signature[name], constants[name] = "constexpr", 1
-            continue
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
-        passed.append(index)
-        if divisible and fixed:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    for parameter in parameters[len(launch.args) :]:
-        signature[parameter.name], constants[parameter.name] = "constexpr", launch.plan.meta[parameter.name]
-    return signature, constants, attributes, passed
 
 
 def execute(launch: Launch, arch: str, seed: int | None = None, edit: Callable[[str], str] | None = None) -> None:
