@@ -15,6 +15,7 @@ if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
 
 from rlrr_kernels.numerics import Case
+from tests.support.matmul_precision import switched
 from tests.support.ptx.launcher import by_arch, executed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -69,19 +70,11 @@ def test_the_merge(arch: str, dtype: torch.dtype):
 TF32_SIZES = (69, 96, 144, 4, 3), (16, 64, 160, 1, 1), (67, 99, 70, 17, 3)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @poisoned
 @pytest.mark.parametrize(("arch", "sizes"), by_arch([pytest.param(sizes, id=str(sizes)) for sizes in TF32_SIZES]))
-def test_tf32_products(arch: str, sizes: tuple[int, ...], tf32: None):
+def test_tf32_products(arch: str, sizes: tuple[int, ...]):
     """Operands keep 10 bits of fp32's 23; half a unit of these is the roundoff."""
-    with executed(arch) as launches:
+    with switched("high"), executed(arch) as launches:
         errors = numerics.bound_errors(partial(rlrr_linear, backend="triton.fused"), Case(*sizes).draw(0))
     assert {launch.plan.meta.get("PRECISION") for launch in launches} >= {"tf32"}
     assert errors["bias"] <= numerics.BOUND

@@ -18,6 +18,7 @@ from rlrr_kernels.ops.linear import autograd, library, public
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 from rlrr_kernels.ops.tuning import store as tuned_tiles
+from tests.support.matmul_precision import switched
 
 if not backends.INTERPRETING:
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
@@ -266,15 +267,11 @@ def test_another_precision_ends_a_replay_of_fp32(recorder: Recorder):
     for _ in range(2):
         run(tensors)
     recorder.started.clear()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if before == "highest" else "highest")
-    try:
+    with switched("high"):
         run(tensors)
         assert not recorder.started
         run(tensors)
         assert recorder.started
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_watched_launches_and_misaligned_tensors_are_not_replayed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):

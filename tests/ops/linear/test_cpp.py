@@ -13,6 +13,7 @@ from rlrr_kernels import RLRRLinear, backend_report, backends, rlrr_linear
 from rlrr_kernels.backends import CPU_LEVELS, cpu_level
 from rlrr_kernels.numerics import Case, cancelling, check_bound, check_error_rule
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from tests.support.matmul_precision import switched
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
 
@@ -380,12 +381,9 @@ def test_auto_chooses_cpp_for_cpu_tensors():
 
 def test_fast_float32_products_are_left_to_the_library():
     arguments, _ = random_arguments(64, 64, 64, groups=1)
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with switched("medium"):
         automatic = linear_cpp.forward(*arguments, True)
         library = linear_cpp.forward(*arguments, True, path="library")
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert torch.equal(automatic, library)
 
 

@@ -12,6 +12,7 @@ from rlrr_kernels import TaskIndex, backends, rlrr_linear, rlrr_linear_multi
 from rlrr_kernels.backends import CPU_LEVELS, cpu_level
 from rlrr_kernels.numerics import MultiCase, check_error_rule
 from rlrr_kernels.reference import rlrr_linear_multi_reference
+from tests.support.matmul_precision import switched
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
 
@@ -145,15 +146,12 @@ def test_concurrent_callers():
 def test_products_that_may_be_rounded_are_left_to_the_library():
     tensors = MultiCase((0, 1), 16, 64, 64, 2).draw(0)
     tensors.pop("grad_y")
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with switched("medium"):
         y = rlrr_linear_multi(**tensors, index=TaskIndex([0, 1]), backend="cpp")
         for task in (0, 1):
             total = tensors["bias"] + tensors["shift"][task]
             arguments = tensors["x"][task], tensors["weight"], tensors["scale_row"][task], tensors["scale_col"][task]
             assert torch.equal(y[task], rlrr_linear(*arguments, total, backend="cpp"))
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(
