@@ -1,4 +1,4 @@
-"""``rlrr_linear`` in C++ for the CPU: the extension, its operators' fake and autograd kernels, and the two functions.
+"""``rlrr_linear`` in C++ for the CPU: the extension, its operators' fake kernels, and the two functions.
 
 The sources are in ``csrc/``; importing this module raises ``ImportError`` where the extension is not built. Three ways
 compute a call, chosen by the crossovers in ``csrc/dispatch.h``; ``path`` forces one.
@@ -119,7 +119,7 @@ def _backward_of_rows(grad_y, x, weight, scale_row, scale_col, residual, needs, 
     return grad_x, grad_row, grad_col, grad_bias
 
 
-# ---------------------------------------------------------------- torch.ops.rlrr_kernels_cpp: fake and autograd
+# ---------------------------------------------------------------- torch.ops.rlrr_kernels_cpp: fake
 
 
 @torch.library.register_fake("rlrr_kernels_cpp::linear")
@@ -139,28 +139,3 @@ def _linear_backward_fake(
         empty(scale_col.shape if need_col else 0, dtype=scale_col.dtype),
         empty(weight.shape[0] if need_bias else 0, dtype=wide),
     )
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, scale_row, scale_col, bias, ctx.residual, ctx.path = inputs
-    if ctx.needs_input_grad[1]:
-        raise ValueError("weight must be frozen: rlrr_kernels_cpp::linear computes no gradient for it")
-    scales = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    ctx.save_for_backward(x if scales else None, weight, scale_row, scale_col)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _linear_autograd(ctx, grad_y):
-    need_x, _, need_row, need_col, need_bias = ctx.needs_input_grad[:5]
-    needs = (need_x, need_row, need_col, need_bias)
-    grads = _linear_backward(grad_y, *ctx.saved_tensors, ctx.residual, *needs, ctx.path)
-    grad_x, grad_row, grad_col, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return grad_x, None, grad_row, grad_col, grad_bias.to(ctx.bias_dtype) if need_bias else None, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("rlrr_kernels_cpp::linear can be differentiated only once")
-
-
-torch.library.register_autograd("rlrr_kernels_cpp::linear", _linear_autograd, setup_context=_setup_context)
-torch.library.register_autograd("rlrr_kernels_cpp::linear_backward", _no_double_backward)
