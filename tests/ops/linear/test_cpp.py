@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from rlrr_kernels import RLRRLinear, backend_report, backends, rlrr_linear
+from rlrr_kernels import backend_report, backends, rlrr_linear
 from rlrr_kernels.backends import CPU_LEVELS, cpu_level
 from rlrr_kernels.numerics import Case, cancelling, check_bound, check_error_rule
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
@@ -363,33 +363,6 @@ def test_fast_float32_products_are_left_to_the_library():
         automatic = linear_cpp.forward(*arguments, True)
         library = linear_cpp.forward(*arguments, True, path="library")
     assert torch.equal(automatic, library)
-
-
-def test_nothing_kept_but_x_and_parameters():
-    layer = RLRRLinear(64, 96, groups=3)
-    x = torch.randn(40, 64, requires_grad=True)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = layer(x)
-    y.sum().backward()
-    assert kept
-    assert all(tensor.untyped_storage().data_ptr() in known for tensor in kept)
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_fullgraph(compiler):
-    layer = RLRRLinear(35, 12, rank=2, groups=3)
-    x = torch.randn(6, 35)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=compiler)(x), layer(x))
-
-
-def test_functorch_transforms():
-    layer = RLRRLinear(35, 12)
-    x = torch.randn(6, 35)
-    single = torch.func.grad(lambda x: layer(x).square().sum())
-    torch.testing.assert_close(torch.func.vmap(single)(x), single(x))
 
 
 # ---------------------------------------------------------------- the instruction set

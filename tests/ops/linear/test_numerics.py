@@ -137,14 +137,6 @@ def test_expanded_gradient_and_leading_dimensions(backend: str):
 
 
 @on_every_backend
-def test_one_dimensional_x(backend: str):
-    tensors = exact_case(rows=1)
-    y = rlrr_linear(tensors["x"][0], tensors["weight"], tensors["scale_row"], tensors["scale_col"], backend=backend)
-    exact = rlrr_linear_reference(tensors["x"][0], tensors["weight"], tensors["scale_row"], tensors["scale_col"])
-    torch.testing.assert_close(y, exact)
-
-
-@on_every_backend
 @pytest.mark.parametrize(
     ("row_shape", "col_shape"),
     [((99,), (70,)), ((99,), (3, 70)), ((99, 4), (4, 70)), ((99, 4), (3, 4, 70)), (None, (70,)), (None, (3, 70)),
