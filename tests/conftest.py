@@ -119,6 +119,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def rlrr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """Runs ``rlrr ARGUMENTS``; returns the exit status and what was printed, on one line."""
     cli = pytest.importorskip("rlrr_kernels.cli", reason="the program needs typer and rich")

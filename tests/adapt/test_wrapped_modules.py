@@ -29,17 +29,6 @@ from tests.support.tiny_models import backward, disturb, tiny_images, tiny_model
 pytest.importorskip("safetensors", reason="needs safetensors, of the extra [models]")
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    """A group of this process alone."""
-    if not torch.distributed.is_available():
-        pytest.skip("needs torch.distributed")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def compile_blocks(model: nn.Module) -> None:
     for i, block in enumerate(model.blocks):
         model.blocks[i] = torch.compile(block, backend="eager")

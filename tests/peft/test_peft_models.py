@@ -267,15 +267,6 @@ def test_the_trainer_of_transformers(tmp_path):
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    """A group of this process alone."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def ddp(model):
     return nn.parallel.DistributedDataParallel(model)
 
