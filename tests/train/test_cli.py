@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,14 @@ def test_what_the_user_named_is_printed_as_it_is(rlrr, images, tmp_path):
     assert f"{images / 'test'}: accuracy" in printed
     status, printed = rlrr("merge", adapter)
     assert f'checkpoint_path="{run / "merged.safetensors"}")' in printed
+
+
+def test_a_folder_whose_name_begins_with_a_dash_is_no_option_of_the_next_command():
+    from rlrr_kernels.train.output.progress import command
+
+    assert command("merge", Path("-run/adapter"), "--weights", Path("a b.pth")).endswith(
+        " merge ./-run/adapter --weights 'a b.pth'"
+    )
 
 
 def test_many_classes_are_shown_by_the_first_and_last(rlrr, tmp_path):

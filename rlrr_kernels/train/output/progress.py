@@ -33,7 +33,8 @@ def program() -> str:
 
 def command(*arguments: object) -> str:
     """A command of the program that can be pasted into a shell, whatever the arguments hold."""
-    return f"{program()} {shlex.join(map(str, arguments))}"
+    words = [f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in arguments]
+    return f"{program()} {shlex.join(words)}"
 
 
 def make_progress(*, enabled: bool = True) -> Progress:
