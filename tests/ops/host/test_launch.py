@@ -311,7 +311,6 @@ def leaked(launch: Launch, times: int) -> dict[str, int]:
     constants = {name: value for name, value in launch.plan.meta.items() if not name.startswith("num_")}
     values = {"None": None, "number": launch.plan.numbers[0], **constants, "plan": launch.plan}
     values |= {f"tensor {i}": tensor for i, tensor in enumerate(launch.tensors)}
-    gc.collect()  # what others left must not be freed in between
     before = {name: sys.getrefcount(value) for name, value in values.items()}
     for _ in range(times):
         launch.run()
@@ -320,7 +319,10 @@ def leaked(launch: Launch, times: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("times", [500, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_launches_keep_and_lose_no_reference(cuda: FakeCuda, times: int):
+def test_launches_keep_and_lose_no_reference(cuda: FakeCuda, times: int, request: pytest.FixtureRequest):
+    gc.collect()
+    gc.disable()  # what others left must not be freed in between
+    request.addfinalizer(gc.enable)
     for launch in [*every_launch(), *norm_launches(), *persistent_launches()]:
         launch.run()
         before = cuda.count
