@@ -20,6 +20,7 @@ from rlrr_kernels.numerics import MultiCase
 from rlrr_kernels.ops.host.launch import Launch, recorded
 from rlrr_kernels.ops.multi.triton import path
 from rlrr_kernels.reference import rlrr_linear_multi_reference
+from tests.ops.multi.test_triton import MIXED, SCALES, SUM, TILES, names
 from tests.support.ptx import Fault
 from tests.support.ptx.launcher import TARGETS, changed, execute, executed
 
@@ -27,12 +28,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 on_every_arch = pytest.mark.parametrize("arch", TARGETS)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-TILES = {"rlrr_linear_multi_fwd_kernel", "rlrr_linear_multi_bwd_dx_kernel"}
-MIXED = {"rlrr_linear_multi_mixed_kernel"}
-SUM = {"rlrr_linear_multi_mixed_sum_kernel"}
-"""Where products of few rows are computed in parts."""
-SCALES = {"rlrr_linear_multi_bwd_scales_kernel", "rlrr_linear_multi_bwd_reduce_kernel"}
 
 
 @pytest.fixture
@@ -75,7 +70,7 @@ def test_error_rule(arch: str, case: MultiCase, kernels: set[str], mix: Callable
             partial(rlrr_linear_multi, index=index, backend="triton.fused"), case, 3,
             partial(rlrr_linear_multi_reference, index=index),
         )  # fmt: skip
-    assert {launch.plan.kernel.__name__ for launch in launches} - SUM == kernels | SCALES
+    assert names(launches) - SUM == kernels | SCALES
 
 
 def test_wide_tiles_on_hopper():
@@ -109,7 +104,7 @@ def test_the_order_of_warps_does_not_matter(arch: str, mix: Callable[[], None]):
         with executed(arch, seed) as launches:
             run = partial(rlrr_linear_multi, index=torch.tensor(case.index), backend="triton.fused")
             found.append(numerics.outputs(run, drawn, True))
-    assert {launch.plan.kernel.__name__ for launch in launches} - SUM == TILES | MIXED | SCALES
+    assert names(launches) - SUM == TILES | MIXED | SCALES
     for other in found[1:]:
         for name, value in found[0].items():
             assert torch.equal(other[name], value), name
