@@ -4,10 +4,8 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,6 +21,7 @@ from rlrr_kernels.paper.hyperparameters import DATASETS
 from rlrr_kernels.paper.reproduce import ReproduceConfig, finetune_config, protocol_of, reproduce
 from rlrr_kernels.paper.results import read_results
 from rlrr_kernels.train.loop import checkpoint
+from tests.support.killed import epochs_of, run_and_kill
 
 TASKS = ("svhn", "kitti")
 
@@ -214,34 +213,23 @@ def test_killed_again_and_again_ends_as_never_killed(root, tmp_path):
         f"reproduce vtab --root {root} --out {out} --model test_vit --weights none --seeds 1 --tasks svhn,kitti "
         "--epochs 6 --image-size 32 --cpu --mixed-precision no --checkpoint-minutes 0"
     )
-    command = [sys.executable, "-m", "rlrr_kernels.cli", *arguments.split()]
+    command = [sys.executable, "-um", "rlrr_kernels.cli", *arguments.split()]
     log = tmp_path / "log"
-
-    def start():
-        with log.open("w") as stream:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            return subprocess.Popen(command, stdout=stream, env=environment)
-
-    def epochs_of(task):
-        folder = out / f"runs/{task}/seed-42"
-        return checkpoint.load_checkpoint(folder)["epoch"] if (folder / checkpoint.NAME).exists() else 0
 
     def printed_epochs():
         return [int(epoch) for epoch in re.findall(r"epoch +(\d+)/6", log.read_text())]
 
     done = 0  # of the run that was going on
     for task, epochs in (("svhn", 2), ("kitti", 1)):
-        process = start()
-        deadline = time.monotonic() + 300
-        while epochs_of(task) < epochs and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        run = out / f"runs/{task}/seed-42"
+        with log.open("w") as stream:
+            run_and_kill(command, lambda run=run, epochs=epochs: epochs_of(run) >= epochs, stream)
         assert printed_epochs()[0] == done + 1  # no finished epoch again
-        done = epochs_of(task)
+        done = epochs_of(run)
     assert set(read_results(out)) == {"svhn"}  # whole; kitti is not finished
     (out / "results" / ".kitti.json.01234567.tmp").touch()  # as when the signal came while it was written
-    assert start().wait() == 0
+    with log.open("w") as stream:
+        subprocess.run(command, stdout=stream, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     assert printed_epochs() == list(range(done + 1, 7))
 
     reproduce(config(root, tmp_path / "straight", epochs=6), quiet=True)

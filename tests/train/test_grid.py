@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,6 +19,7 @@ from rlrr_kernels.train.grid.runs import GridRun, Spread, run_grid
 from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop.fit import TrainConfig
 from rlrr_kernels.train.run.config import FinetuneConfig
+from tests.support.killed import epochs_of, run_and_kill
 
 
 def grid_runs(images, epochs=2):
@@ -160,17 +157,9 @@ def test_killed_at_any_moment_a_grid_goes_on(images, tmp_path, finetuned):
     """kill -9 in the middle of the second run: the first is not repeated, all ends as if nothing had happened."""
     out = tmp_path / "killed"
     script = _SCRIPT.format(tests=str(ROOT), images=str(images), out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-        if (out / "probe/seed-2" / checkpoint.NAME).exists():
-            break
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    epochs = checkpoint.load_checkpoint(out / "probe/seed-2")["epoch"]
+    run_and_kill([sys.executable, "-c", script], (out / "probe/seed-2" / checkpoint.NAME).exists)
     first = (out / "probe/seed-1/result.json").read_text()
-    assert epochs >= 1
+    assert epochs_of(out / "probe/seed-2") >= 1
 
     resumed = run_grid(grid_runs(images, epochs=6)[:2], out, quiet=True)
     assert out / "probe/seed-1" not in finetuned

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ pytest.importorskip("accelerate", reason="the training library needs accelerate"
 from safetensors.torch import load_file
 
 from rlrr_kernels.train.config.train_config import TrainConfig
-from rlrr_kernels.train.loop import checkpoint
 from rlrr_kernels.train.loop.distributed import make_accelerator, shard_frozen
 from tests.support.fitting import numbers, train, trained
+from tests.support.killed import epochs_of, wait_until
 from tests.train.loop.distributed_runs import ONE_PROCESS
 
 
@@ -144,11 +143,7 @@ def test_all_processes_killed_and_started_again_end_as_if_they_had_not_been(tmp_
     options = {"stdout": subprocess.DEVNULL, "env": environment()}
     killed = tmp_path / "killed"
     process = subprocess.Popen([*command, str(killed)], **options)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-        if (killed / checkpoint.NAME).exists() and checkpoint.load_checkpoint(killed)["epoch"] >= 2:
-            break
+    wait_until(lambda: epochs_of(killed) >= 2, process)
     workers = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
     for each in (process, *workers):
         each.kill()

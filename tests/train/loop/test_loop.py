@@ -3,10 +3,7 @@
 import dataclasses
 import errno
 import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -28,6 +25,7 @@ from rlrr_kernels.train.loop.fit import fit
 from rlrr_kernels.train.models.backbones import create_model
 from rlrr_kernels.train.run import results
 from tests.support.fitting import CONFIG, Stop, assert_same, numbers, train, trained
+from tests.support.killed import epochs_of, run_and_kill
 
 
 @pytest.fixture
@@ -258,19 +256,8 @@ def test_killed_and_resumed_is_as_never_killed(images, tmp_path):
         "--ema-decay 0.9 --activation-checkpointing --schedule restarts --schedule-per epoch "
         f"--data {images} --out {tmp_path / 'killed'}"
     ).split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlrr_kernels.cli", *arguments],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-        path = tmp_path / "killed" / checkpoint.NAME
-        if path.exists() and checkpoint.load_checkpoint(path.parent)["epoch"] >= 2:
-            break
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "rlrr_kernels.cli", *arguments]
+    run_and_kill(command, lambda: epochs_of(tmp_path / "killed") >= 2)
     assert not (tmp_path / "killed" / "adapter").exists()
 
     def run(folder, resume):

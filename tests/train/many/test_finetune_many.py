@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ from rlrr_kernels.train.many.drops import TaskDrops
 from rlrr_kernels.train.many.run import finetune_many
 from rlrr_kernels.train.many.streams import RandomStream
 from rlrr_kernels.train.run.config import FinetuneConfig
+from tests.support.killed import run_and_kill
 
 ROUNDING = 1e-4
 """Of the largest element of a tensor: a dozen steps of AdamW on what is computed in another order in float32."""
@@ -232,19 +229,12 @@ def test_killed_and_resumed_is_as_never_killed(root, trained, tmp_path):
         """
     )
     command, killed = ["finetune-many", "--tasks", str(tmp_path / "tasks.toml")], tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlrr_kernels.cli", *command],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
+
+    def reached():
         begun = all((killed / name / checkpoint.NAME).exists() for name in trained)
-        if begun and checkpoint.load_checkpoint(killed / "again")["batch"] == 2:
-            break
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        return begun and checkpoint.load_checkpoint(killed / "again")["batch"] == 2
+
+    run_and_kill([sys.executable, "-m", "rlrr_kernels.cli", *command], reached)
     assert not list(killed.glob("*/adapter"))
     done = CliRunner().invoke(app, [*command, "--resume"])
     assert done.exit_code == 0, done.output
