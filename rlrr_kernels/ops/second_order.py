@@ -1,8 +1,8 @@
 """Derivatives beside the first one by reverse mode: what every ``autograd.Function`` here supports and refuses.
 
 Supported are gradients by a formula that autograd knows. Under ``create_graph=True`` they can be differentiated again:
-the kernels' backwards are no functions that autograd knows, so a second derivative of them would be lost in silence. And
-a gradient may stand for a batch of them (``is_grads_batched=True``), whose memory no kernel can read.
+the kernels' backwards are no functions that autograd knows, so a second derivative of them would be lost in silence.
+And a gradient may stand for a batch of them (``is_grads_batched=True``), whose memory no kernel can read.
 """
 
 from __future__ import annotations
