@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -449,6 +449,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("timm").setLevel(logging.ERROR)  # its notes on what this program asked it to do
     try:
+        _check_given(sys.argv[1:])
         app()
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as raised:
         error = _explained(raised)
@@ -462,6 +463,14 @@ def main() -> None:
     except KeyboardInterrupt:
         error_console.print("stopped; go on with the same command and --resume")
         sys.exit(130)
+
+
+def _check_given(arguments: Sequence[str]) -> None:
+    """Raises ``ValueError`` for an empty argument, such as a shell's unset variable: a path would be this folder."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        name, value = argument.split("=", 1) if argument.startswith("--") and "=" in argument else (before, argument)
+        if not value:
+            raise ValueError(f"the argument{f' after {name}' if name else ''} is empty")
 
 
 def _explained(error: Exception) -> Exception | None:

@@ -228,6 +228,17 @@ def test_too_little_memory_is_told_in_a_line(rlrr, monkeypatch, tmp_path):
         merge(RuntimeError("a fault"))
 
 
+@pytest.mark.parametrize("out", [("--out", ""), ("--out=",)])
+def test_an_empty_argument_is_not_the_current_folder(rlrr, out, images, tmp_path, monkeypatch):
+    """As a shell's unset variable leaves it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    status, printed = rlrr("finetune", "--model", "test_vit", "--data", images, *out)
+    assert (status, printed) == (1, "error: the argument after --out is empty")
+    assert not [*here.iterdir()]
+
+
 def test_errors_go_to_the_error_stream(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["rlrr", "merge", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
