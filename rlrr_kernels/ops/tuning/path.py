@@ -59,8 +59,8 @@ def tune_path(
     Raises:
         ValueError: an argument is not one of those above, or Triton cannot run on ``device``.
     """
-    device, shapes, rows = torch.device(device), list(shapes), list(rows)
-    check_problems(shapes, rows, dtype, device)
+    shapes, rows = list(shapes), list(rows)
+    device = check_problems(shapes, rows, dtype, device)
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
     gpu, precision = devices.gpu_of(device), matmul_precision()
     points: list[tuple[float, float, float]] = []  # gain, log of the time fused and merged

@@ -200,13 +200,11 @@ def tune(
     Raises:
         ValueError: an argument is not one of those above, or Triton cannot run on ``device``.
     """
-    device, shapes, rows = torch.device(device), list(shapes), list(rows)
+    shapes, rows = list(shapes), list(rows)
     if not kernels or set(kernels) - set(KERNELS):
         raise ValueError(f"kernels must be of {', '.join(KERNELS)}; got {list(kernels)}")
-    check_problems(shapes, rows, dtype, device)
+    device = check_problems(shapes, rows, dtype, device)
     path, timer = path or tuned_tiles.cache_file(), timer or microseconds
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     gpu = devices.gpu_of(device)
     results = []
     for kernel in kernels:
@@ -231,8 +229,10 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses what cannot be measured.
+def check_problems(
+    shapes: list[tuple[int, int]], rows: list[int], dtype: torch.dtype, device: torch.device | str
+) -> torch.device:
+    """The device, with its number, on which all of it can be measured.
 
     Raises:
         ValueError: an argument is not one of :func:`tune`'s, or Triton cannot run on ``device``.
@@ -243,11 +243,15 @@ def check_problems(shapes: list[tuple[int, int]], rows: list[int], dtype: torch.
         raise ValueError(f"shapes must be pairs (N, K) of positive numbers; got {shapes}")
     if not rows or min(rows) < 1:
         raise ValueError(f"rows must be positive numbers; got {rows}")
+    device = torch.device(device)
     reason = backends.unavailable("triton", device.type)
     if device.type == "cuda" and not torch.cuda.is_available():
         reason = "there is no CUDA GPU here"
     if reason:
         raise ValueError(f"device={str(device)!r} cannot be tuned: {reason}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer) -> Tuned:
