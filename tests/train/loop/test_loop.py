@@ -68,6 +68,12 @@ def test_training_learns_and_leaves_the_backbone_alone(images, tmp_path):
     assert type(model.forward).__name__ == "method"  # accelerate's wrapper is gone
 
 
+def determined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All but the shifts of keys, which softmax does not see: AdamW makes steps of the rounding in their gradients."""
+    shifts = {name: tensor.chunk(3) for name, tensor in tensors.items() if name.endswith("qkv.shift")}
+    return tensors | {name: torch.cat((q, v)) for name, (q, _, v) in shifts.items()}
+
+
 def test_steps_of_one_update_count_as_one_batch(images, tmp_path):
     """Also at an epoch's end, where a step is short (4 images after 5) or an update has fewer steps than others."""
     for batch, accumulate in ((5, 2), (5, 3)):  # of 24 images: 5 + 5, 5 + 5, 4; 5 + 5 + 5, 5 + 4
@@ -75,10 +81,8 @@ def test_steps_of_one_update_count_as_one_batch(images, tmp_path):
         model, result = train(images, tmp_path / f"steps-{accumulate}", config)
         config = dataclasses.replace(config, batch_size=batch * accumulate, accumulate=1)
         whole, expected = train(images, tmp_path / f"whole-{accumulate}", config)
-        for name, tensor in trained(whole).items():
-            torch.testing.assert_close(
-                trained(model)[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        found, wanted = determined(trained(model)), determined(trained(whole))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         assert [entry["val_loss"] for entry in result.history] == pytest.approx(
             [entry["val_loss"] for entry in expected.history], rel=1e-4
         )
