@@ -131,30 +131,6 @@ void forward_tasks(const std::vector<Forward>& calls) {
       &body);
 }
 
-// b + f of every task [tasks, N]: b itself where a task has no f, null without both.
-class Biases {
- public:
-  Biases(const Tasks& tasks, const float* bias, const float* shift, int64_t size)
-      : buffer_(shift != nullptr ? tasks.tasks.size() * size * sizeof(float) : 0), bias_(bias), shift_(shift), size_(size) {
-    if (shift == nullptr) return;
-    float* out = static_cast<float*>(buffer_.data());
-    for (const Task& task : tasks.tasks) {
-      const float* own = shift + task.number * size;
-      for (int64_t n = 0; task.number >= 0 && n < size; ++n) out[n] = bias == nullptr ? own[n] : bias[n] + own[n];
-      out += size;
-    }
-  }
-
-  const float* of(const Task& task, int64_t place) const {
-    return shift_ == nullptr || task.number < 0 ? bias_ : static_cast<const float*>(buffer_.data()) + place * size_;
-  }
-
- private:
-  Buffer buffer_;
-  const float *bias_, *shift_;
-  int64_t size_;
-};
-
 Tensor linear_multi(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, const Tensor& scale_col,
                     const std::optional<Tensor>& bias_, const std::optional<Tensor>& shift_, const Tensor& runs, bool residual,
                     int64_t path_) {
@@ -166,17 +142,16 @@ Tensor linear_multi(const Tensor& x_, const Tensor& weight_, const Tensor& scale
   check_kernels(weight, type, count);
   STD_TORCH_CHECK(path_ >= 0 && path_ <= 2, "rlrr_kernels_cpp: path of linear_multi must be 0 to 2; got ", path_);
   const Tasks given(runs, count, scale_row.size(0));
-  const Biases biases(given, floats(bias_, "bias", weight.rows), floats(shift_, "shift", scale_row.size(0) * weight.rows),
-                      weight.rows);
+  const float *bias = floats(bias_, "bias", weight.rows), *shift = floats(shift_, "shift", scale_row.size(0) * weight.rows);
   Tensor y = empty({count, weight.rows}, x_.scalar_type());
   const Tensor x = with_dense_columns(x_);
   std::vector<Forward> few, many;
-  for (size_t i = 0; i < given.tasks.size(); ++i) {
-    const Task& task = given.tasks[i];
+  for (const Task& task : given.tasks) {
+    const float* own = shift == nullptr || task.number < 0 ? nullptr : shift + task.number * weight.rows;
     const Path automatic = choose_forward_of_task(current_level(), type, weight, task.count);
     const Path path = path_ == 0 ? automatic : static_cast<Path>(path_);
     (path == Path::fused ? few : many)
-        .push_back({stacks.of(task.number), type, task.count, {x.const_data_ptr(), x.stride(0)}, biases.of(task, i),
+        .push_back({stacks.of(task.number), type, task.count, {x.const_data_ptr(), x.stride(0)}, {bias, own},
                     y.mutable_data_ptr(), task.runs});
   }
   if (!few.empty()) level().forward_together(few.data(), few.size());

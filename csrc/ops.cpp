@@ -25,7 +25,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, 
                        type,
                        count,
                        {x.const_data_ptr(), x.stride(0)},
-                       wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr,
+                       {wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr, nullptr},
                        y.mutable_data_ptr(),
                        &all};
     (path == Path::fused ? level().forward_fused : level().forward_panels)(call);

@@ -41,12 +41,17 @@ struct Run {
   int64_t first, count;
 };
 
+// What is added to y: b [rows], shared by adapters, and f [rows], an adapter's own; either may be null.
+struct Bias {
+  const float *shared, *own;
+};
+
 struct Forward {
   Weight weight;
   Type type;  // of x and y
   int64_t count;  // M, of all runs together
   Matrix x;           // [.., cols]
-  const float* bias;  // [rows] or null
+  Bias bias;
   void* y;            // [.., rows], contiguous
   const Run* runs;    // where the rows lie in x and y
 };

@@ -75,6 +75,15 @@ INLINE void store_upto(Type type, void* p, int64_t at, Vec a, int64_t n) {
   type == Type::f32 ? store_upto(static_cast<float*>(p) + at, a, n) : store_upto(static_cast<bf16*>(p) + at, a, n);
 }
 
+// b + f of the row n of W, and of a vector of rows of which `left` exist; zeros without either.
+INLINE float bias_at(const Bias& bias, int64_t n) {
+  return (bias.shared == nullptr ? 0 : bias.shared[n]) + (bias.own == nullptr ? 0 : bias.own[n]);
+}
+INLINE Vec load_bias(const Bias& bias, int64_t n, int64_t left) {
+  const Vec shared = bias.shared == nullptr ? zero() : load_upto(bias.shared + n, left);
+  return bias.own == nullptr ? shared : add(shared, load_upto(bias.own + n, left));
+}
+
 // visit(w): the element at row n and column k of a weight of float32 or bfloat16, and what follows it.
 template <class Visit>
 INLINE void with_weight(const Weight& weight, int64_t n, int64_t k, Visit visit) {

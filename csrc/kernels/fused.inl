@@ -5,7 +5,7 @@ constexpr int64_t kChain = 128;
 
 // y tile [MR, NR] of rows n.. of W; every row of the tile lies in one group. `kFetch`: W comes from memory.
 template <int MR, int NR, class W, bool kRankOne, bool kFetch>
-SHARED void fused_tile(const Weight& weight, int64_t n, const float* x, int64_t x_stride, const float* bias, float* y,
+SHARED void fused_tile(const Weight& weight, int64_t n, const float* x, int64_t x_stride, const Bias& bias, float* y,
                        int64_t y_stride) {
   const int64_t cols = weight.cols, rank = weight.rank;
   const W* w = static_cast<const W*>(weight.data) + n * weight.stride;
@@ -50,9 +50,7 @@ SHARED void fused_tile(const Weight& weight, int64_t n, const float* x, int64_t 
     } else {
       UNROLL for (int i = 0; i < NR; ++i) y[m * y_stride + i] = sum(total[m][i]);
     }
-    if (bias != nullptr) {
-      for (int i = 0; i < NR; ++i) y[m * y_stride + i] += bias[n + i];
-    }
+    for (int i = 0; i < NR; ++i) y[m * y_stride + i] += bias_at(bias, n + i);
   }
 }
 

@@ -133,59 +133,86 @@ INLINE void store_row(bf16* out, Vec a, Vec b, Vec c, Vec d, int64_t some) {
   store_pairs(out + 2 * kWidth, round_both(c, d), first_elements(some - 2 * kWidth));
 }
 
-void pairs_forward(const Forward& p) {
-  const Weight& weight = p.weight;
-  const int64_t cols = weight.cols;
-  const PairedRows x(p.x, p.runs, p.count, cols);
+// The rows row.. of y, in bfloat16, from n on: `total` and the bias.
+template <int MR>
+INLINE void finish_tile(const Forward& p, int64_t row, int64_t n, int64_t some, Vec (&total)[MR][kPairVectors]) {
+  Vec bias[kPairVectors];
+  UNROLL for (int j = 0; j < kPairVectors; ++j) bias[j] = load_bias(p.bias, n + j * kWidth, some - j * kWidth);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int j = 0; j < kPairVectors; ++j) total[i][j] = add(total[i][j], bias[j]);
+    bf16* y = static_cast<bf16*>(p.y) + (row + i) * p.weight.rows + n;
+    store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
+  }
+}
+
+// Products of `count` rows with W', by panels of its rows that do not cross a multiple of `span`.
+//
+// tiles(n, visit) has to call visit(m, row, height, a, stride) for all tiles of up to kPairRows rows, in pairs from `a` on,
+// beside the panel from n on: m counts the rows, `row` is passed on to finish(row, n, some, total), which gets their sums
+// with `some` rows of W'.
+template <class Tiles, class Finish>
+INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, Tiles tiles, Finish finish) {
   const SplitPanels split(weight, false);
+  const int64_t cols = weight.cols, panels = (span + kPairPanel - 1) / kPairPanel;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     const int64_t deepest = round_up(least(cols, kPairDepth), 2 * kWidth);
     const Buffer panel_buffer(deepest / 2 * kPairPanel * sizeof(uint32_t));
-    const Buffer sums_buffer(cols > kPairDepth ? p.count * kPairPanel * sizeof(float) : 0);
+    const Buffer sums_buffer(cols > kPairDepth ? count * kPairPanel * sizeof(float) : 0);
     uint32_t* panel = static_cast<uint32_t*>(panel_buffer.data());
     float* sums = static_cast<float*>(sums_buffer.data());
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t n = index * kPairPanel, some = least(kPairPanel, weight.rows - n);
-      Vec bias[kPairVectors];
-      UNROLL for (int j = 0; j < kPairVectors; ++j) {
-        bias[j] = p.bias == nullptr ? zero() : load_upto(p.bias + n + j * kWidth, some - j * kWidth);
-      }
+      const int64_t n = index / panels * span + index % panels * kPairPanel;
+      const int64_t some = least(kPairPanel, (index / panels + 1) * span - n);
       for (int64_t k = 0; k < cols; k += kPairDepth) {
         const int64_t depth = least(kPairDepth, cols - k);
-        const bool last = k + depth == cols;
         with_form(weight, [&](auto w, auto one) __attribute__((always_inline)) {
           pack_transposed<decltype(w), decltype(one)::value>(weight, split, n, some, k, depth, panel);
         });
-        auto multiply_rows = [&](int64_t m, int64_t row, int64_t height) __attribute__((always_inline)) {
+        tiles(n, [&](int64_t m, int64_t row, int64_t height, const bf16* a, int64_t stride) __attribute__((always_inline)) {
           auto multiply = [&](auto rows) __attribute__((always_inline)) {
             constexpr int MR = decltype(rows)::value;
             Vec total[MR][kPairVectors];
             UNROLL for (int i = 0; i < MR; ++i) {
               UNROLL for (int j = 0; j < kPairVectors; ++j) {
-                total[i][j] = k == 0 ? bias[j] : load(sums + (m + i) * kPairPanel + j * kWidth);
+                total[i][j] = k == 0 ? zero() : load(sums + (m + i) * kPairPanel + j * kWidth);
               }
             }
-            multiply_tile<MR, false>(x.at(m, row) + k, x.stride, panel, (depth + 1) / 2, total);
+            multiply_tile<MR, false>(a + k, stride, panel, (depth + 1) / 2, total);
+            if (k + depth == cols) return finish(row, n, some, total);
             UNROLL for (int i = 0; i < MR; ++i) {
-              if (last) {
-                bf16* y = static_cast<bf16*>(p.y) + (row + i) * weight.rows + n;
-                store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
-                continue;
-              }
               UNROLL for (int j = 0; j < kPairVectors; ++j) store(sums + (m + i) * kPairPanel + j * kWidth, total[i][j]);
             }
           };
           with_count<kPairRows>(height, multiply);
-        };
-        for_runs(p.runs, 0, p.count, [&](int64_t m, int64_t row, int64_t count) __attribute__((always_inline)) {
-          const int64_t tiles = (count + kPairRows - 1) / kPairRows;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t at = count * tile / tiles;  // of nearly equal height
-            multiply_rows(m + at, row + at, count * (tile + 1) / tiles - at);
-          }
         });
       }
     }
   };
-  parallel((weight.rows + kPairPanel - 1) / kPairPanel, body);
+  parallel(weight.rows / span * panels, body);
+}
+
+// tile(first, height) for `count` rows in tiles of up to `most` and of nearly equal height.
+template <class Tile>
+INLINE void for_tiles(int64_t count, int64_t most, Tile tile) {
+  const int64_t tiles = (count + most - 1) / most;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = count * i / tiles;
+    tile(first, count * (i + 1) / tiles - first);
+  }
+}
+
+void pairs_forward(const Forward& p) {
+  const PairedRows x(p.x, p.runs, p.count, p.weight.cols);
+  multiply_panels(
+      p.weight, p.weight.rows, p.count,
+      [&](int64_t, auto visit) __attribute__((always_inline)) {
+        for_runs(p.runs, 0, p.count, [&](int64_t m, int64_t row, int64_t count) __attribute__((always_inline)) {
+          for_tiles(count, kPairRows, [&](int64_t first, int64_t height) __attribute__((always_inline)) {
+            visit(m + first, row + first, height, x.at(m + first, row + first), x.stride);
+          });
+        });
+      },
+      [&](int64_t row, int64_t n, int64_t some, auto& total) __attribute__((always_inline)) {
+        finish_tile(p, row, n, some, total);
+      });
 }

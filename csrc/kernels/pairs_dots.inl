@@ -60,7 +60,7 @@ void dots_forward(const Forward& p) {
     for (int64_t n = 4 * begin; n < least(4 * end, weight.rows); n += 4) {
       const int64_t some = least(4, weight.rows - n);
       float bias[4] = {};
-      for (int64_t i = 0; p.bias != nullptr && i < some; ++i) bias[i] = p.bias[n + i];
+      for (int64_t i = 0; i < some; ++i) bias[i] = bias_at(p.bias, n + i);
       for (int64_t k = 0; k < cols; k += kDotDepth) {
         const int64_t depth = least(kDotDepth, cols - k);
         const bool last = k + depth == cols;
@@ -94,11 +94,9 @@ void dots_forward(const Forward& p) {
           with_count<kPairRows>(rows, multiply);
         };
         for_runs(p.runs, 0, p.count, [&](int64_t m, int64_t row, int64_t count) __attribute__((always_inline)) {
-          const int64_t tiles = (count + kPairRows - 1) / kPairRows;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t at = count * tile / tiles;
-            multiply_rows(m + at, row + at, count * (tile + 1) / tiles - at);
-          }
+          for_tiles(count, kPairRows, [&](int64_t first, int64_t rows) __attribute__((always_inline)) {
+            multiply_rows(m + first, row + first, rows);
+          });
         });
       }
     }

@@ -150,8 +150,7 @@ void forward_panels(const Forward& p) {
             for (int64_t m = 0; m < some_rows; ++m) {
               const float* from = sums + (first - start + m) * width + b * kBlockRows;
               for (int64_t i = 0; i < rows; i += kWidth) {
-                Vec value = load_upto(from + i, kBlockRows - i);
-                if (p.bias != nullptr) value = add(value, load_upto(p.bias + n + i, rows - i));
+                const Vec value = add(load_upto(from + i, kBlockRows - i), load_bias(p.bias, n + i, rows - i));
                 store_upto(p.type, p.y, (row + m) * weight.rows + n + i, value, rows - i);
               }
             }

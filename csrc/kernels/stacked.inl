@@ -58,11 +58,14 @@ INLINE void sum_lanes(const Vec (&lanes)[NR], float* out) {
 
 // ---------------------------------------------------------------- forward
 
-// A row of x in a forward: of any call, each with scales, bias and y of its own.
+// A row of x in a forward, of any call.
 struct StackedRow {
-  const float *row, *bias;  // s_r [N, rank]; [N] or null
-  bool base;
+  const Weight* weight;  // with the call's scales
+  const bf16* x;         // [K]
+  Bias bias;
   bf16* y;  // [N]
+
+  const float* scale_row() const { return static_cast<const float*>(weight->row); }  // [N, rank]
 };
 
 // The rows of calls that share x, W and y, one after the other, as operands of products with W: of each row and group of W
@@ -76,18 +79,20 @@ class StackedCalls {
         buffer_(calls->weight.groups * count * operands_ * stride * sizeof(bf16)),
         rows_(count * sizeof(StackedRow)),
         rows(static_cast<StackedRow*>(rows_.data())) {
-    const int64_t groups = calls->weight.groups;
     StackedRow* out = rows;
     for (const Forward* call = calls; call < calls + size; ++call) {
-      const Weight& weight = call->weight;
       for_runs(call->runs, 0, call->count, [&](int64_t, int64_t first, int64_t n) {
         for (int64_t m = first; m < first + n; ++m, ++out) {
-          *out = {static_cast<const float*>(weight.row), call->bias, weight.base != 0,
-                  static_cast<bf16*>(call->y) + m * weight.rows};
-          for (int64_t group = 0; group < groups; ++group) fill(*call, m, group, at(group, out - rows));
+          *out = {&call->weight, static_cast<const bf16*>(call->x.data) + m * call->x.stride, call->bias,
+                  static_cast<bf16*>(call->y) + m * call->weight.rows};
         }
       });
     }
+    const int64_t groups = calls->weight.groups;
+    auto body = [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) fill(rows[i / groups], i % groups, at(i % groups, i / groups));
+    };
+    count * groups * stride < 1 << 14 ? body(0, 0, count * groups) : parallel(count * groups, body);
   }
 
   // The operands of row m beside a group of W: [1 + rank, stride], followed by those of row m + 1.
@@ -104,14 +109,13 @@ class StackedCalls {
     return total;
   }
 
-  void fill(const Forward& call, int64_t m, int64_t group, bf16* out) const {
-    const Weight& weight = call.weight;
-    const bf16* x = static_cast<const bf16*>(call.x.data) + m * call.x.stride;
+  void fill(const StackedRow& row, int64_t group, bf16* out) const {
+    const Weight& weight = *row.weight;
     const float* col = static_cast<const float*>(weight.col) + group * weight.rank * weight.cols;
     for (int64_t k = 0; k < stride; k += 2 * kWidth) {
       const int64_t left = weight.cols - k;
-      store_pairs(out + k, load_pairs(x + k, first_elements(left)));
-      const Vec a = load_upto(x + k, left), b = load_upto(x + k + kWidth, left - kWidth);
+      store_pairs(out + k, load_pairs(row.x + k, first_elements(left)));
+      const Vec a = load_upto(row.x + k, left), b = load_upto(row.x + k + kWidth, left - kWidth);
       for (int64_t j = 0; j < weight.rank; ++j) {
         const float* s = col + j * weight.cols + k;
         const Vec a_s = mul(a, load_upto(s, left)), b_s = mul(b, load_upto(s + kWidth, left - kWidth));
@@ -154,7 +158,7 @@ template <int NR>
 INLINE void store_stacked(const StackedRow& row, int64_t n, const Vec (&total)[NR]) {
   float sums[NR];
   sum_lanes(total, sums);
-  UNROLL for (int i = 0; i < NR; ++i) assign(row.y[n + i], row.bias == nullptr ? sums[i] : sums[i] + row.bias[n + i]);
+  UNROLL for (int i = 0; i < NR; ++i) assign(row.y[n + i], sums[i] + bias_at(row.bias, n + i));
 }
 
 // y [MR, NR] for rank 1.
@@ -166,8 +170,8 @@ INLINE void stacked_tile(const Weight& weight, int64_t n, bool fetch, const Stac
   UNROLL for (int m = 0; m < MR; ++m) {
     Vec total[NR];
     UNROLL for (int i = 0; i < NR; ++i) {
-      const Vec scale = splat(rows[m].row[n + i]), rescaled = product[2 * m + 1][i];
-      total[i] = rows[m].base ? fma(scale, rescaled, product[2 * m][i]) : mul(scale, rescaled);
+      const Vec scale = splat(rows[m].scale_row()[n + i]), rescaled = product[2 * m + 1][i];
+      total[i] = rows[m].weight->base != 0 ? fma(scale, rescaled, product[2 * m][i]) : mul(scale, rescaled);
     }
     store_stacked(rows[m], n, total);
   }
@@ -178,7 +182,7 @@ template <int NR>
 void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, int64_t stride, int64_t n) {
   Vec total[NR];
   UNROLL for (int i = 0; i < NR; ++i) total[i] = zero();
-  for (int64_t v = row.base ? 0 : 1; v <= weight.rank;) {
+  for (int64_t v = row.weight->base != 0 ? 0 : 1; v <= weight.rank;) {
     auto some = [&](auto operands) __attribute__((always_inline)) {
       constexpr int V = decltype(operands)::value;
       Vec product[V][NR];
@@ -186,7 +190,7 @@ void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, i
       multiply_stacked(weight, w, 0, x + v * stride, stride, product);
       UNROLL for (int u = 0; u < V; ++u) {
         UNROLL for (int i = 0; i < NR; ++i) {
-          const float scale = v + u == 0 ? 1 : row.row[(n + i) * weight.rank + v + u - 1];
+          const float scale = v + u == 0 ? 1 : row.scale_row()[(n + i) * weight.rank + v + u - 1];
           total[i] = fma(splat(scale), product[u][i], total[i]);
         }
       }
@@ -197,13 +201,44 @@ void stacked_ranks(const Weight& weight, const StackedRow& row, const bf16* x, i
   store_stacked(row, n, total);
 }
 
+// Rank 1 and enough rows to transpose W for them, a panel at a time: the lanes of a tile are rows of W.
+void stacked_panels(const Weight& weight, const StackedCalls& x) {
+  const Buffer zeros(most(weight.rows, weight.groups * weight.cols) * sizeof(float));
+  __builtin_memset(zeros.data(), 0, most(weight.rows, weight.groups * weight.cols) * sizeof(float));
+  Weight bare = weight;
+  bare.row = bare.col = zeros.data();
+  bare.base = 1;
+  multiply_panels(
+      bare, weight.group_rows(), 2 * x.count,
+      [&](int64_t n, auto visit) __attribute__((always_inline)) {
+        const int64_t group = n / weight.group_rows();
+        for_tiles(x.count, kPairRows / 2, [&](int64_t m, int64_t height) __attribute__((always_inline)) {
+          visit(2 * m, m, 2 * height, x.at(group, m), x.stride);
+        });
+      },
+      [&](int64_t m, int64_t n, int64_t some, auto& total) __attribute__((always_inline)) {
+        constexpr int MR = sizeof(total) / sizeof(total[0]);
+        UNROLL for (int i = 0; i + 1 < MR; i += 2) {
+          const StackedRow& row = x.rows[m + i / 2];
+          Vec y[kPairVectors];
+          UNROLL for (int j = 0; j < kPairVectors; ++j) {
+            const int64_t at = n + j * kWidth, left = some - j * kWidth;
+            const Vec scale = load_upto(row.scale_row() + at, left);
+            y[j] = row.weight->base != 0 ? fma(scale, total[i + 1][j], total[i][j]) : mul(scale, total[i + 1][j]);
+            y[j] = add(y[j], load_bias(row.bias, at, left));
+          }
+          store_row(row.y + n, y[0], y[1], y[2], y[3], some);
+        }
+      });
+}
+
 // Calls that share x, W and y.
 void forward_stacked(const Forward* calls, int64_t size) {
   const Weight& weight = calls->weight;
   const StackedCalls x(calls, size);
+  if (weight.rank == 1 && x.count > kFewStackedRows) return stacked_panels(weight, x);
   const int64_t group_rows = weight.group_rows();
   const int64_t block_rows = cache_rows<bf16>(weight), blocks = (group_rows + block_rows - 1) / block_rows;
-  const int64_t tiles = (x.count + 2) / 3;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t group = block / blocks, first = group * group_rows + block % blocks * block_rows;
@@ -219,16 +254,16 @@ void forward_stacked(const Forward* calls, int64_t size) {
           stacked_ranks<decltype(width)::value>(weight, x.rows[m], x.at(group, m), x.stride, n);
         });
       }
-      for (int64_t tile = 0; weight.rank == 1 && tile < tiles; ++tile) {
-        const int64_t m = x.count * tile / tiles, after = x.count * (tile + 1) / tiles;  // of nearly equal height
+      if (weight.rank > 1) continue;
+      for_tiles(x.count, 3, [&](int64_t m, int64_t count) __attribute__((always_inline)) {
         auto rows = [&](auto height) __attribute__((always_inline)) {
           constexpr int MR = decltype(height)::value;
           each(Count<MR == 1 ? 8 : 4>(), [&](auto width, int64_t n) __attribute__((always_inline)) {
-            stacked_tile<MR, decltype(width)::value>(weight, n, tile == 0, x.rows + m, x.at(group, m), x.stride);
+            stacked_tile<MR, decltype(width)::value>(weight, n, m == 0, x.rows + m, x.at(group, m), x.stride);
           });
         };
-        with_count<3>(after - m, rows);
-      }
+        with_count<3>(count, rows);
+      });
     }
   };
   parallel(blocks * weight.groups, body);

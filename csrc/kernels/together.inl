@@ -4,7 +4,8 @@
 // A row of x that is alone under its adapter, of rank 1.
 struct Single {
   const float *x, *scaled;  // [K]; x ⊙ s_c [G, K]
-  const float *row, *bias;  // s_r [N]; [N] or null
+  const float* row;           // s_r [N]
+  Bias bias;
   bool base;
   void* y;  // [N]
 };
@@ -49,8 +50,7 @@ INLINE void single_tile(const Weight& weight, const Single* singles, int64_t n, 
       UNROLL for (int i = 0; i < NR; ++i) sums[i] = sum(total[m][i]);
     }
     UNROLL for (int i = 0; i < NR; ++i) {
-      const float* bias = singles[m].bias;
-      const float y = sums[i] + (bias == nullptr ? 0 : bias[n + i]);
+      const float y = sums[i] + bias_at(singles[m].bias, n + i);
       rounded ? assign(static_cast<bf16*>(singles[m].y)[n + i], y) : assign(static_cast<float*>(singles[m].y)[n + i], y);
     }
   }

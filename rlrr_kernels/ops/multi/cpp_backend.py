@@ -35,7 +35,12 @@ def path_of_task(x: Tensor, weight: Tensor, rank: int, count: int, backward: boo
 
 def has_kernels(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, backward: bool = False) -> bool:
     """Whether one C++ call serves all adapters of x [M, ...]."""
-    return path_of_task(x, weight, rank, rows.most, backward) != "library"  # which more rows would take, or none
+    key = x.dtype, weight.dtype, weight.shape, rank, backward, matmul_precision("cpu")
+    found = rows.cache.get(key)
+    if found is None:  # asked once for layers alike: the operator that tells costs a twentieth of a small layer
+        # "library" is what more rows would take, or none.
+        found = rows.cache[key] = path_of_task(x, weight, rank, rows.most, backward) != "library"
+    return found
 
 
 def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:

@@ -91,6 +91,15 @@ def test_rows_longer_than_a_panel_and_more_than_a_chunk(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols", "groups"), [(70, 66, 1), (201, 35, 3), (65, 1041, 1)])
+@pytest.mark.parametrize(("residual", "bias"), [(True, True), (False, False)])
+def test_many_adapters_of_one_row(dtype, rows, cols, groups, residual, bias):
+    """Together they have enough rows to lay W out for them."""
+    index = (*range(33), -1, 3, 40)
+    holds(MultiCase(index, 1, rows, cols, 41, 1, groups, residual=residual, bias=bias, dtype=dtype), seeds=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_for_any_number_of_threads(dtype):
     tensors = MultiCase(INDEX, 40, 70, 66, 5, dtype=dtype).draw(0)
     tensors.pop("grad_y")
