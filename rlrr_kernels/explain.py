@@ -19,7 +19,6 @@ from rlrr_kernels.ops.checks import canonical, check_linear, check_tensors
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear.public import known_call
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
-from rlrr_kernels.ops.multi.dispatch import canonical_stacks
 from rlrr_kernels.ops.multi.task_index import BARE, TaskIndex, TaskRows
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
@@ -192,7 +191,7 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     check_values(index, tasks)
     name, why = _backend(given["backend"], x, dtype, gpu)
     rows = index.rows(x.shape[1:-1].numel())
-    row, col = canonical_stacks(given["scale_row"], given["scale_col"], weight, tasks)
+    row, col = canonical(given["scale_row"], given["scale_col"], weight, (tasks,))
     if gpu is not None:
         x, weight, row, col = map(_meta, (x, weight, row, col))
     flat = x.to(dtype).reshape(x.shape[:-1].numel(), x.shape[-1])

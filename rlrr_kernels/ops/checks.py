@@ -145,22 +145,27 @@ def check_parameters(
         raise ValueError(f"{prefix}bias must be [N] with N = {N}; got shape {tuple(bias.shape)}")
 
 
-def canonical(scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """scale_row as [N, r] and scale_col as [G, r, K]; None becomes ones that share one element."""
+def canonical(
+    scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor, stack: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """scale_row as [N, r] and scale_col as [G, r, K], each behind the dimensions of a ``stack``; None becomes ones that
+    share one element."""
+    lead = len(stack)
     if scale_row is None:
-        rank = 1 if scale_col is None or scale_col.dim() < 3 else scale_col.shape[1]
+        rank = 1 if scale_col is None or scale_col.dim() < lead + 3 else scale_col.shape[lead + 1]
         one = torch.ones((), dtype=accumulate_dtype(weight.dtype), device=weight.device)
-        row = one.expand(weight.shape[0], rank)
+        row = one.expand(*stack, weight.shape[0], rank)
     else:
-        row = scale_row if scale_row.dim() == 2 else scale_row.unsqueeze(1)
+        row = scale_row if scale_row.dim() == lead + 2 else scale_row.unsqueeze(-1)
     if scale_col is None:
-        col = torch.ones((), dtype=row.dtype, device=weight.device).expand(1, row.shape[1], weight.shape[1])
-    elif scale_col.dim() == 3:
+        one = torch.ones((), dtype=row.dtype, device=weight.device)
+        col = one.expand(*stack, 1, row.shape[-1], weight.shape[1])
+    elif scale_col.dim() == lead + 3:
         col = scale_col
-    elif scale_row is not None and scale_row.dim() == 2:
-        col = scale_col.unsqueeze(0)
+    elif row is scale_row:  # beside [N, r]
+        col = scale_col.unsqueeze(lead)
     else:
-        col = scale_col.unsqueeze(-2) if scale_col.dim() == 2 else scale_col[None, None]
+        col = scale_col.unsqueeze(-2) if scale_col.dim() == lead + 2 else scale_col[..., None, None, :]
     return row, col
 
 

@@ -1,5 +1,5 @@
-"""What ``rlrr_linear_multi`` computes: groups the samples by task, and brings stacks of scales into the one form that
-the backends see, scale_row [T, N, r] and scale_col [T, G, r, K]."""
+"""What ``rlrr_linear_multi`` computes: groups the samples by task. Stacks of scales come in the one form that backends
+see, scale_row [T, N, r] and scale_col [T, G, r, K]."""
 
 from __future__ import annotations
 
@@ -8,36 +8,13 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlrr_kernels.ops.checks import in_memory
-from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.linear.dispatch import able, flattened
 from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.task_index import TaskIndex
-
-
-def canonical_stacks(
-    scale_row: Tensor | None, scale_col: Tensor | None, weight: Tensor, tasks: int
-) -> tuple[Tensor, Tensor]:
-    """scale_row as [T, N, r] and scale_col as [T, G, r, K]; None becomes ones that share one element."""
-    (rows, cols), ranks = weight.shape, scale_row is not None and scale_row.dim() == 3
-    if scale_row is None:
-        rank = scale_col.shape[2] if scale_col is not None and scale_col.dim() == 4 else 1
-        row = torch.ones((), dtype=accumulate_dtype(weight.dtype), device=weight.device).expand(tasks, rows, rank)
-    else:
-        row = scale_row if ranks else scale_row.unsqueeze(2)
-    if scale_col is None:
-        col = torch.ones((), dtype=row.dtype, device=weight.device).expand(tasks, 1, row.shape[2], cols)
-    elif scale_col.dim() == 4:
-        col = scale_col
-    elif ranks:
-        col = scale_col.unsqueeze(1)
-    else:
-        col = scale_col.unsqueeze(2) if scale_col.dim() == 3 else scale_col[:, None, None]
-    return row, col
 
 
 def forward(

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels import backends
-from rlrr_kernels.ops.checks import check_tensors
+from rlrr_kernels.ops.checks import canonical, check_tensors
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.linear.autograd import Call, CallCache, call_key, is_watched
 from rlrr_kernels.ops.multi import library  # noqa: F401  (registers torch.ops.rlrr_kernels.linear_multi)
 from rlrr_kernels.ops.multi.autograd import Options, eager_linear_multi, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
-from rlrr_kernels.ops.multi.dispatch import canonical_stacks
 from rlrr_kernels.ops.multi.task_index import TaskIndex, check_transforms
 
 
@@ -73,7 +72,7 @@ def rlrr_linear_multi(
     if call.dtype is not None:
         x = x.to(call.dtype)
     tasks = next(stack.shape[0] for stack in (scale_row, scale_col, shift) if stack is not None)
-    row, col = canonical_stacks(scale_row, scale_col, weight, tasks)
+    row, col = canonical(scale_row, scale_col, weight, (tasks,))
     tensors, options = (x, weight, row, col, bias, shift), Options(residual, call.backend)
     values = index.index if isinstance(index, TaskIndex) else index
     if call.eager:
