@@ -216,7 +216,7 @@ def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) 
         ("grad_x", grad_y, x, (None, None)),
     ):
         given, of = (kernel, a, weight, *stacks, *added, True, images), product(kernel, a, weight)
-        kinds, mixed_tiles = multi_path.tiles_for(of), multi_path.mixed_tiles(of)
+        kinds, mixed_tiles = multi_path.candidate_tiles(of), multi_path.mixed_tiles(of)
         for tiles in kinds if rank == 1 and dtype == "bf16" else kinds[-1:]:
             cut = multi_path.Cut((), images.segments, (), tiles, mixed_tiles)
             (launch,) = multi_launches.product_launches(*given, cut, out, gpu)

@@ -59,7 +59,7 @@ H200 = Ceilings(
 """What is taken for an H200 where none has measured."""
 
 
-class Launch(NamedTuple):
+class Cost(NamedTuple):
     """What one kernel launch is charged for; the largest of its times counts, and ``KERNEL_US``."""
 
     bytes: float  # from and to memory
@@ -74,11 +74,11 @@ class Launch(NamedTuple):
         return max(1e6 * max(self.bytes / bandwidth, rated), self.least_us) + linear_tiles.KERNEL_US
 
 
-def _split(split: Launch, result_bytes: float, partial_bytes: float) -> list[Launch]:
+def _split(split: Cost, result_bytes: float, partial_bytes: float) -> list[Cost]:
     """A product's launch, and where it is split the one that sums its fp32 partial results."""
     if not partial_bytes:
         return [split._replace(bytes=split.bytes + result_bytes)]
-    return [split._replace(bytes=split.bytes + partial_bytes), Launch(partial_bytes + result_bytes)]
+    return [split._replace(bytes=split.bytes + partial_bytes), Cost(partial_bytes + result_bytes)]
 
 
 def whole_waves(programs: int) -> float:
@@ -86,10 +86,10 @@ def whole_waves(programs: int) -> float:
     return -(-programs // MULTIPROCESSORS) * MULTIPROCESSORS / programs
 
 
-def library_product(m: int, n: int, k: int, size: int, bandwidth: float, rate: float) -> list[Launch]:
+def library_product(m: int, n: int, k: int, size: int, bandwidth: float, rate: float) -> list[Cost]:
     """The vendor library's launches of [M, K] by [K, N], elements of ``size`` bytes: the fastest tile and split-K."""
     if not m * n * k:
-        return [Launch(size * m * n)]
+        return [Cost(size * m * n)]
     options = []
     for (a, b), share in LIBRARY_TILES.items():
         tiles = -(-m // a) * -(-n // b)
@@ -99,7 +99,7 @@ def library_product(m: int, n: int, k: int, size: int, bandwidth: float, rate: f
         for splits in (1, 2, 3, 4, 5, 6, 7, 8, 16):
             idle = whole_waves(tiles * splits) * padding / share
             waits = arrival * max(0.0, k / splits / LIBRARY_IN_FLIGHT - 1)
-            launch = Launch(size * (m * k + n * k), 2.0 * m * n * k, idle, 0.0, waits)
+            launch = Cost(size * (m * k + n * k), 2.0 * m * n * k, idle, 0.0, waits)
             options.append(_split(launch, size * m * n, 4 * splits * m * n if splits > 1 else 0))
     return min(options, key=lambda launches: sum(launch.microseconds(bandwidth, rate) for launch in launches))
 
@@ -158,12 +158,12 @@ class _Layer:
         self.x, self.y = self.m * self.k * self.dtype.itemsize, self.m * self.n * self.dtype.itemsize
         self.weight, self.merged = (self.n * self.k * dtype.itemsize for dtype in (self.weight_dtype, self.dtype))
 
-    def library(self, m: int, n: int, k: int) -> list[Launch]:
+    def library(self, m: int, n: int, k: int) -> list[Cost]:
         return library_product(m, n, k, self.dtype.itemsize, self.bandwidth, self.rate)
 
-    def cast(self) -> list[Launch]:
+    def cast(self) -> list[Cost]:
         """Autocast's copy of an fp32 W."""
-        return [Launch(self.weight + self.merged)] if self.weight != self.merged else []
+        return [Cost(self.weight + self.merged)] if self.weight != self.merged else []
 
     def multiply_adds(self, count: float) -> float:
         """So many fp32 multiply-adds outside the matrix units, in operations at the rate of the products."""
@@ -175,19 +175,19 @@ class _Layer:
             return 2.0 * products * linear_paths.MATRIX_OPERATIONS * linear_tiles.padded_rank(self.rank)
         return products * self.multiply_adds(self.rank - 1)
 
-    def product(self, kernel: str, path: str) -> list[Launch]:
+    def product(self, kernel: str, path: str) -> list[Cost]:
         """y or ∂x: ``library`` with a given W, ``merge``, ``fused`` (fused) or ``auto``."""
         if path == "auto":
             dtypes = self.dtype, self.weight_dtype, self.tf32
             path = "merge" if linear_paths.merge_gain(*self.sizes, self.rank, GPU, *dtypes) > 1 else "fused"
         if path == "fused":
             return self._fused(kernel)
-        merged = Launch(self.weight + self.merged, self.multiply_adds((self.rank - 1) * self.n * self.k))
+        merged = Cost(self.weight + self.merged, self.multiply_adds((self.rank - 1) * self.n * self.k))
         merge = [merged] if path == "merge" else []
         sizes = (self.m, self.n, self.k) if kernel == "forward" else (self.m, self.k, self.n)
         return merge + self.library(*sizes)
 
-    def _fused(self, kernel: str) -> list[Launch]:
+    def _fused(self, kernel: str) -> list[Cost]:
         itemsize, weight_itemsize = self.dtype.itemsize, self.weight_dtype.itemsize
         tiles = linear_tiles.tiles_for(kernel, GPU, self.dtype, self.m)
         in_pipeline = linear_tiles.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, GPU)
@@ -197,14 +197,14 @@ class _Layer:
         given, result = (self.x, self.y) if kernel == "forward" else (self.y, self.x)
         arrival = linear_tiles.ARRIVAL_US if cut.m_tiles == 1 else linear_tiles.ARRIVAL_US / 2
         iterations = cut.programs * cut.iterations
-        launch = Launch(
+        launch = Cost(
             self.weight + given, iterations * tiles.block_n * tiles.block_k * (2.0 * tiles.block_m + self.factors(1)),
             whole_waves(cut.programs), iterations * cut.tile_bytes,
             arrival * max(0.0, cut.iterations / max(tiles.stages - 1, 1) - 1),
         )  # fmt: skip
         return _split(launch, result, 4 * cut.splits * result / itemsize if cut.splits > 1 else 0)
 
-    def scales(self, share: float) -> list[Launch]:
+    def scales(self, share: float) -> list[Cost]:
         """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
         schedules = SCHEDULES if share == 1 and self.rank <= linear_tiles.UNROLLED_RANK else SCHEDULES[:1]
         tiles = linear_tiles.tiles_for("grad_scales", GPU, self.dtype, self.m, schedules)
@@ -220,21 +220,28 @@ class _Layer:
         partial = 4 * cut.splits * (self.rank * (of_k * self.n + of_n * self.k) + self.n)
         made = bn * bk * cut.programs * cut.ends  # values of G that are made partial sums of
         made_us = 1e6 * (PARTIAL_SUM_CLOCKS * made / MULTIPROCESSORS / CLOCK_HZ + self.factors(2) * made / self.rate)
-        launch = Launch(share * (self.x + self.y) + self.weight + partial, 2.0 * iterations * bm * bn * bk, idle)
+        launch = Cost(share * (self.x + self.y) + self.weight + partial, 2.0 * iterations * bm * bn * bk, idle)
         launch = launch._replace(cache_bytes=iterations * cut.tile_bytes)
         products_us = launch._replace(bytes=0.0).microseconds(self.bandwidth, self.rate) - linear_tiles.KERNEL_US
-        return [launch._replace(least_us=products_us + made_us), Launch(partial)]
+        return [launch._replace(least_us=products_us + made_us), Cost(partial)]
 
-    def reference(self) -> tuple[list[Launch], list[Launch], list[Launch]]:
+    def reference(self) -> tuple[list[Cost], list[Cost], list[Cost]]:
         """Forward, ∂x and scale gradients of the eager formula, kernel by kernel."""
         w = self.weight
         if self.rank == 1:
-            merge = [Launch(2 * w), Launch(2 * w), Launch(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
-            gradients = [Launch(3 * w), Launch(w), Launch(2 * w), Launch(3 * w), Launch(w), Launch(self.y)]
+            merge = [Cost(2 * w), Cost(2 * w), Cost(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
+            gradients = [
+                Cost(3 * w),
+                Cost(w),
+                Cost(2 * w),
+                Cost(3 * w),
+                Cost(w),
+                Cost(self.y),
+            ]
         else:
-            factor = Launch(w, self.multiply_adds(self.rank * self.n * self.k))  # s_r s_c; its like for either gradient
-            merge = [factor, Launch(3 * w), Launch(3 * w), *self.cast()]  # ⊙ W, + W
-            gradients = [Launch(3 * w), factor, factor, Launch(self.y)]
+            factor = Cost(w, self.multiply_adds(self.rank * self.n * self.k))  # s_r s_c; its like for either gradient
+            merge = [factor, Cost(3 * w), Cost(3 * w), *self.cast()]  # ⊙ W, + W
+            gradients = [Cost(3 * w), factor, factor, Cost(self.y)]
         forward = merge + self.product("forward", "library")
         scales = self.library(self.n, self.k, self.m) + self.cast() + gradients
         return forward, self.product("grad_x", "library"), scales
@@ -242,7 +249,7 @@ class _Layer:
 
 def launches(
     name: str, work: str, problem: Problem, share: float = 1.0, ceilings: Ceilings = H200, precision: str = "bf16"
-) -> list[Launch]:
+) -> list[Cost]:
     """The launches of implementation ``name`` for ``work`` ("forward", "step": forward and backward, or "scales").
 
     ``scales`` is the gradient of scales and bias alone, G = gᵀx for the floor; under ``share`` from these rows, whose
@@ -254,15 +261,18 @@ def launches(
     elif name in ("floor", "frozen", "merged"):
         cast = layer.cast() if name == "frozen" else []
         forward, grad_x = cast + layer.product("forward", "library"), cast + layer.product("grad_x", "library")
-        scales = layer.library(layer.n, layer.k, layer.m) if name == "floor" else [Launch(layer.y)]  # only ∂b
+        scales = layer.library(layer.n, layer.k, layer.m) if name == "floor" else [Cost(layer.y)]  # only ∂b
     elif name == "torch":
         forward, grad_x = layer.product("forward", "merge"), layer.product("grad_x", "merge")
-        scales = [*layer.library(layer.n, layer.k, layer.m), Launch(layer.merged + 10 * layer.n * layer.k * 4)]
+        scales = [*layer.library(layer.n, layer.k, layer.m), Cost(layer.merged + 10 * layer.n * layer.k * 4)]
     else:
         path = {"triton": "fused"}.get(name, name.removeprefix("triton."))
         forward, grad_x, scales = layer.product("forward", path), layer.product("grad_x", path), layer.scales(share)
         if share < 1:  # rows of x are copied in the forward; the images' means read all of g
-            forward, scales = [*forward, Launch(2 * share * layer.x)], [Launch(layer.y + share * layer.x), *scales]
+            forward, scales = (
+                [*forward, Cost(2 * share * layer.x)],
+                [Cost(layer.y + share * layer.x), *scales],
+            )
     return {"forward": forward, "scales": scales, "step": forward + grad_x + scales}[work]
 
 

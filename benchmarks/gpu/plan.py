@@ -84,7 +84,7 @@ def vit_layers(model: str, width: int) -> list[Shape]:
     return [Shape(f"{model} {name}", n * width, k * width) for name, (n, k) in sizes.items()]
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """Everything the sections iterate over; ``tiny`` marks the CPU's run, whose timings mean nothing."""
 
     device: str
@@ -127,7 +127,7 @@ def _build_tiny(name: str) -> Any:
     )
 
 
-def gpu_plan() -> Plan:
+def gpu_plan() -> RunPlan:
     """The plan for a CUDA GPU. A lower tier is measured earlier."""
     base, large, huge = vit_layers("ViT-B", 768), vit_layers("ViT-L", 1024), vit_layers("ViT-H", 1280)
     batches = [TOKENS * batch for batch in (1, 8, 64, 256)]
@@ -170,13 +170,13 @@ def gpu_plan() -> Plan:
         (130, 256, 512, 1, 17), (256, 768, 768, 1, 32), (1576, 2304, 768, 3, 1), (12608, 768, 3072, 1, 1),
         (5003, 3072, 768, 1, 1),
     ]  # fmt: skip
-    return Plan(
+    return RunPlan(
         "cuda", False, "bf16", 4096, layers, compiled, [(3, *entry, "bf16") for entry in first], memory, blocks, tuned,
         check_cases, 256, base[1], batches, models, _build, {}, 0.15, True,
     )  # fmt: skip
 
 
-def cpu_plan() -> Plan:
+def cpu_plan() -> RunPlan:
     """The same sections on tiny shapes, for Triton's interpreter (which cannot do bf16) or the torch path alone."""
     shape, wide = Shape("ViT-B fc1", 32, 16), Shape("wide", 32, 32)
     layers = [(1, shape, 32, "fp32"), (1, wide, 3, "fp32"), (3, shape.with_rank(16), 3, "fp32")]
@@ -184,7 +184,7 @@ def cpu_plan() -> Plan:
         (tier, "vit_base_patch16_224", 8, "fp32", mode)
         for tier, mode in ((2, "eager"), (3, "compile"), (4, "estimate"))
     ]
-    return Plan(
+    return RunPlan(
         "cpu", True, "fp32", 32, layers, [(3, shape, 3, "fp32", "default")], [(5, shape, 32, "fp32")],
         [(2, shape, 8, "fp32")], [(2, 16, 1, 1, "fp32")], [(4, [(shape, 8), (wide, 8)], "fp32")],
         [(20, 33, 40, 3, 4)], 16, shape,

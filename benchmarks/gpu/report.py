@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.plan import RunPlan
 from benchmarks.gpu.targets import TASK_KEYS, layer_groups, measured, merge_crossovers, time_of, verdicts
 from benchmarks.gpu.work import Row
 from benchmarks.support.common import markdown_table, number
@@ -65,7 +65,7 @@ def proven_lines(rows: list[Row]) -> list[str]:
     return [heading, "", *(f"    {line}," for line in proven), ""]
 
 
-def markdown(rows: list[Row], plan: Plan, environment: Row) -> str:
+def markdown(rows: list[Row], plan: RunPlan, environment: Row) -> str:
     """Targets first, then every section's table, then what was skipped and why."""
     lines = ["# GPU benchmarks", "", "; ".join(f"{key} {value}" for key, value in environment.items()), ""]
     if environment["meaningless"]:
@@ -158,7 +158,7 @@ def _layer_tables(rows: list[Row]) -> list[str]:
     return lines
 
 
-def pictures(rows: list[Row], plan: Plan, folder: Path) -> None:
+def pictures(rows: list[Row], plan: RunPlan, folder: Path) -> None:
     """Layers against the floor over M, kept and peak memory, and training steps."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -210,7 +210,7 @@ def _bars(path: Path, names: list[str], bars: dict[str, list[float]], unit: str,
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def write_report(rows: list[Row], plan: Plan, environment: Row, folder: Path, with_pictures: bool = True) -> None:
+def write_report(rows: list[Row], plan: RunPlan, environment: Row, folder: Path, with_pictures: bool = True) -> None:
     """Markdown and pictures of the rows so far. Without matplotlib there are no pictures."""
     (folder / MARKDOWN).write_text(markdown(rows, plan, environment), encoding="utf-8")
     if with_pictures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.plan import RunPlan
 from benchmarks.gpu.work import Row
 
 FEW_M = 64
@@ -67,7 +67,7 @@ def layer_groups(rows: list[Row]) -> list[tuple[Row, dict[str, Row]]]:
     return _groups(rows, "layers", ("shape", "M", "precision", "work", "compile_mode", "tiles"))
 
 
-def _layer_cases(rows, plan: Plan, work: str, ours: str, baseline: str, few: bool | None) -> Iterator[tuple]:
+def _layer_cases(rows, plan: RunPlan, work: str, ours: str, baseline: str, few: bool | None) -> Iterator[tuple]:
     """(our time, the baseline's, rows by name, where) of layers in the main precision, with tuned tiles if any."""
     groups = layer_groups(rows)
     keys = ("shape", "M", "precision", "work", "compile_mode")
@@ -84,7 +84,7 @@ def _layer_cases(rows, plan: Plan, work: str, ours: str, baseline: str, few: boo
             yield time_of(group[ours]), time_of(group[baseline]), group, where
 
 
-def layer_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
+def layer_verdicts(rows: list[Row], plan: RunPlan) -> list[Verdict]:
     """The targets for one layer."""
     many, few = f"M ≥ {plan.many_m}", f"M ≤ {FEW_M}"
 
@@ -153,7 +153,7 @@ TASK_KEYS = ("shape", "samples", "rows_a_sample", "tasks", "precision", "work")
 """What rows of the section ``tasks`` that were measured together have in common."""
 
 
-def step_verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
+def step_verdicts(rows: list[Row], plan: RunPlan) -> list[Verdict]:
     """The targets for training steps, by model."""
     groups = _groups(rows, "steps", ("model", "batch", "precision", "mode"))
     verdicts = []
@@ -194,7 +194,7 @@ def _graph_against_compiled(groups: list[tuple[Row, dict[str, Row]]]) -> list[Ca
     return result
 
 
-def verdicts(rows: list[Row], plan: Plan) -> list[Verdict]:
+def verdicts(rows: list[Row], plan: RunPlan) -> list[Verdict]:
     """Every target."""
     return layer_verdicts(rows, plan) + other_verdicts(rows) + task_verdicts(rows) + step_verdicts(rows, plan)
 

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.gpu.launch_model import H200, model_us
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, gpu_plan, vit_layers
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, RunPlan, gpu_plan, vit_layers
 from benchmarks.gpu.targets import layer_groups, layer_verdicts
 from benchmarks.gpu.work import Row, sizes_of
 from benchmarks.model import tasks
@@ -37,7 +37,7 @@ Case = tuple[str, int, str, bool | None]
 """A target, M, a shape, and whether it is reached there."""
 
 
-def predicted_rows(plan: Plan) -> list[Row]:
+def predicted_rows(plan: RunPlan) -> list[Row]:
     """Rows as the section "layers" has them, with the model's time in place of a measured one."""
     rows: list[Row] = [{"section": "ceilings", "what": "copy", "TB_per_s": H200.bandwidth / 1e12}]
     for shape, m, name in dict.fromkeys(entry[1:] for entry in plan.layers):
@@ -53,7 +53,7 @@ def predicted_rows(plan: Plan) -> list[Row]:
     return rows
 
 
-def _cases(rows: list[Row], plan: Plan, best: bool) -> Iterator[Case]:
+def _cases(rows: list[Row], plan: RunPlan, best: bool) -> Iterator[Case]:
     """Every target at every shape; with ``best`` the faster path stands for the one that is chosen."""
     ceilings = [row for row in rows if row["section"] == "ceilings"]
     for head, group in layer_groups(rows):
@@ -76,7 +76,7 @@ def _where_not(cases: list[Case]) -> str:
     return "; ".join(parts) or "none"
 
 
-def target_lines(rows: list[Row], plan: Plan) -> list[list[object]]:
+def target_lines(rows: list[Row], plan: RunPlan) -> list[list[object]]:
     """For each target for a layer: where the model says that it is not reached, and where by neither path."""
     chosen, best = (list(_cases(rows, plan, best)) for best in (False, True))
     lines = []
@@ -91,7 +91,7 @@ def target_lines(rows: list[Row], plan: Plan) -> list[list[object]]:
     return lines
 
 
-def model_lines(plan: Plan) -> list[list[object]]:
+def model_lines(plan: RunPlan) -> list[list[object]]:
     """The linear layers of whole models, forward and backward: what a training step can gain on them at most."""
     lines = []
     for (name, width, blocks), batch, precision in product(VITS, (8, 64), ("bf16", "bf16/fp32")):
@@ -104,7 +104,7 @@ def model_lines(plan: Plan) -> list[list[object]]:
     return lines
 
 
-def report(plan: Plan) -> str:
+def report(plan: RunPlan) -> str:
     """Everything about layers, as Markdown."""
     rows = predicted_rows(plan)
     lines = [

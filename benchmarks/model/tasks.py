@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.launch_model import GPU, H200, Launch, grid, library_product, whole_waves
+from benchmarks.gpu.launch_model import GPU, H200, Cost, grid, library_product, whole_waves
 from benchmarks.gpu.plan import TOKENS, Shape, vit_layers
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_tiles
@@ -46,7 +46,7 @@ def cut_of(kernel: str, batch: Batch, shape: Shape) -> Cut:
     return path.cut_rows(index.rows(batch.rows).segments, product, merges)
 
 
-def launches(kernel: str, batch: Batch, shape: Shape) -> list[Launch]:
+def launches(kernel: str, batch: Batch, shape: Shape) -> list[Cost]:
     """Those of the forward or ∂x (kernel "grad_x")."""
     cut, (n, k) = cut_of(kernel, batch, shape), (shape.n, shape.k)
     columns, contracted = (n, k) if kernel == "forward" else (k, n)
@@ -58,7 +58,7 @@ def launches(kernel: str, batch: Batch, shape: Shape) -> list[Launch]:
         waits = linear_tiles.ARRIVAL_US / 2 * max(0.0, steps / max(tiles.stages - 1, 1) - 1)
         operations = 2.0 * programs * steps * tiles.block_m * tiles.block_n * tiles.block_k
         moved = weight + SIZE * rows * (n + k)
-        found.append(Launch(moved, operations, whole_waves(programs), programs * steps * whole.tile_bytes, waits))
+        found.append(Cost(moved, operations, whole_waves(programs), programs * steps * whole.tile_bytes, waits))
     if cut.mixed:
         tiles, rows = cut.mixed_tiles, sum(end - first for _, first, end in cut.mixed)
         blocks = -(-contracted // tiles.block_k)
@@ -70,10 +70,10 @@ def launches(kernel: str, batch: Batch, shape: Shape) -> list[Launch]:
         cache = steps * tiles.block_k * (tiles.block_m + tiles.block_n) * SIZE
         waits = linear_tiles.ARRIVAL_US * max(0.0, blocks / splits / max(tiles.stages - 1, 1) - 1)
         moved = weight + SIZE * rows * contracted + (parts or result)
-        found.append(Launch(moved, operations, whole_waves(programs * splits), cache, waits))
-        found += [Launch(parts + result)] if parts else []
+        found.append(Cost(moved, operations, whole_waves(programs * splits), cache, waits))
+        found += [Cost(parts + result)] if parts else []
     for _, first, end in cut.library:
-        found += [Launch(2 * weight), *library_product(end - first, columns, contracted, SIZE, H200.bandwidth, RATE)]
+        found += [Cost(2 * weight), *library_product(end - first, columns, contracted, SIZE, H200.bandwidth, RATE)]
     return found
 
 

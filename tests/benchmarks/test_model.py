@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.cpu.report import RESULTS
 from benchmarks.gpu import launch_model as model
-from benchmarks.gpu.launch_model import Launch, grid, library_product
+from benchmarks.gpu.launch_model import Cost, grid, library_product
 from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import __main__ as command
 from benchmarks.support.common import Problem
@@ -41,10 +41,10 @@ def test_the_published_prediction_is_the_models():
 
 
 def test_a_launch_takes_its_largest_part_and_a_fixed_cost():
-    assert Launch(4e6).microseconds(BANDWIDTH, RATE) == KERNEL_US + 1
-    assert Launch(4e6, 8e9, idle=1.5).microseconds(BANDWIDTH, RATE) == KERNEL_US + 15
-    assert Launch(4e6, 8e9, least_us=40).microseconds(BANDWIDTH, RATE) == KERNEL_US + 40
-    cached = Launch(0, 0, 2.0, 1e-6 * model.L2_BYTES_A_CLOCK * model.CLOCK_HZ)
+    assert Cost(4e6).microseconds(BANDWIDTH, RATE) == KERNEL_US + 1
+    assert Cost(4e6, 8e9, idle=1.5).microseconds(BANDWIDTH, RATE) == KERNEL_US + 15
+    assert Cost(4e6, 8e9, least_us=40).microseconds(BANDWIDTH, RATE) == KERNEL_US + 40
+    cached = Cost(0, 0, 2.0, 1e-6 * model.L2_BYTES_A_CLOCK * model.CLOCK_HZ)
     assert math.isclose(cached.microseconds(BANDWIDTH, RATE), KERNEL_US + 2)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.gpu.correctness.guard import GuardedMemory, guarded
 from benchmarks.gpu.estimates import ESTIMATES, estimate_by_images, exact_by_sampling
-from benchmarks.gpu.plan import TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.plan import TOKENS, Precision, RunPlan, Shape
 from benchmarks.gpu.timing import explain
 from benchmarks.gpu.work import Row, announce, sizes_of
 from benchmarks.support.common import Problem
@@ -215,7 +215,7 @@ def _errors(ours: Tensors, eager: Tensors, exact: Tensors) -> dict[str, tuple[fl
 class Checks:
     """Remembers what was checked, in an earlier process too, whose rows are given; ``rows`` says how it went."""
 
-    def __init__(self, plan: Plan, earlier: Iterable[Row] = ()) -> None:
+    def __init__(self, plan: RunPlan, earlier: Iterable[Row] = ()) -> None:
         self.plan = plan
         self.rows: list[Row] = []
         self._verdicts: dict[tuple[str, str], str | None] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.gpu.launch_model import Ceilings
-from benchmarks.gpu.plan import PRECISIONS, Plan
+from benchmarks.gpu.plan import PRECISIONS, RunPlan
 from benchmarks.gpu.timing import interleave, release
 from benchmarks.gpu.work import Row
 
@@ -18,7 +18,7 @@ def ceilings_of(rows: list[Row]) -> Ceilings | None:
     return Ceilings(bandwidth, rates) if bandwidth and rates else None
 
 
-def ceiling_rows(plan: Plan) -> list[Row]:
+def ceiling_rows(plan: RunPlan) -> list[Row]:
     """Copy bandwidth, counting bytes read plus written, and the rate of a square product in every dtype."""
     elements, side = (1 << 16, 64) if plan.tiny else (1 << 30, 8192)
     source = torch.randn(elements, device=plan.device, dtype=torch.float32 if plan.tiny else torch.bfloat16)

@@ -12,7 +12,7 @@ from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.launch_model import Ceilings, model_us
 from benchmarks.gpu.measurements.implementations import OURS, PLAIN, compiled_formula, layer_steps
 from benchmarks.gpu.measurements.tune import is_tuned
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Precision, RunPlan, Shape
 from benchmarks.gpu.timing import copies_for, host_us, release, timing_rows
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from benchmarks.support.baselines import PEFT, peft_reason
@@ -47,7 +47,7 @@ def reason_against(checks: Checks, name: str, precision: Precision, problem: Pro
 
 
 def layer_rows(
-    plan: Plan,
+    plan: RunPlan,
     checks: Checks,
     ceilings: Ceilings | None,
     shape: Shape,
@@ -92,7 +92,7 @@ def layer_rows(
     return rows
 
 
-def _names(plan: Plan, m: int, work: str, mode: str) -> tuple[str, ...]:
+def _names(plan: RunPlan, m: int, work: str, mode: str) -> tuple[str, ...]:
     if mode == AGAIN:
         return AGAIN_IMPLEMENTATIONS[work]
     if mode:
@@ -101,7 +101,7 @@ def _names(plan: Plan, m: int, work: str, mode: str) -> tuple[str, ...]:
     return IMPLEMENTATIONS[work] + (tuple(ESTIMATES) if estimated else ())
 
 
-def host_rows(plan: Plan, checks: Checks) -> list[Row]:
+def host_rows(plan: RunPlan, checks: Checks) -> list[Row]:
     """What a call costs the host over ``F.linear``: one row of x, so that the device never holds the host up."""
     precision = PRECISIONS[plan.main]
     t = plan.problem(1, plan.host, precision).tensors()
@@ -128,7 +128,7 @@ def host_rows(plan: Plan, checks: Checks) -> list[Row]:
     )
 
 
-def layer_units(plan: Plan) -> list[Unit]:
+def layer_units(plan: RunPlan) -> list[Unit]:
     """The layers of the plan, those that wait for a compiler or for the tuner, and the host's share."""
 
     def unit(tier: int, shape: Shape, m: int, name: str, work: str, mode: str, seconds: float) -> Unit:

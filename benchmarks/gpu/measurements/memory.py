@@ -13,7 +13,7 @@ from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
 from benchmarks.gpu.measurements.implementations import OURS, forwards, layer_steps
 from benchmarks.gpu.measurements.layers import reason_against
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, Shape
+from benchmarks.gpu.plan import PRECISIONS, Precision, RunPlan, Shape
 from benchmarks.gpu.timing import explain, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from benchmarks.support.baselines import PEFT, peft_reason
@@ -32,7 +32,7 @@ def alive_bytes(forward: Forward) -> int:
     return torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
 
 
-def _row(plan: Plan, head: Row, reason: str | None, measure: Callable[[], Row]) -> Row:
+def _row(plan: RunPlan, head: Row, reason: str | None, measure: Callable[[], Row]) -> Row:
     try:
         return head | ({"skipped": reason} if reason else measure())
     except Exception as error:
@@ -41,7 +41,7 @@ def _row(plan: Plan, head: Row, reason: str | None, measure: Callable[[], Row]) 
         release(plan.device)
 
 
-def _bytes(plan: Plan, forward: Forward, x: Tensor, others: list[Tensor], step: Step) -> Row:
+def _bytes(plan: RunPlan, forward: Forward, x: Tensor, others: list[Tensor], step: Step) -> Row:
     """``kept_bytes``: saved tensors beyond x and ``others``, the parameters; ``kept_with_x_bytes``: beyond ``others``.
     ``alive_bytes``: what the GPU's allocator says of the former (None on a CPU). ``peak_bytes``: the most a step holds
     beyond its arguments."""
@@ -53,7 +53,7 @@ def _bytes(plan: Plan, forward: Forward, x: Tensor, others: list[Tensor], step: 
     }  # fmt: skip
 
 
-def memory_rows(plan: Plan, checks: Checks, shape: Shape, m: int, precision: Precision) -> list[Row]:
+def memory_rows(plan: RunPlan, checks: Checks, shape: Shape, m: int, precision: Precision) -> list[Row]:
     """What every implementation of one layer keeps, see :func:`_bytes`."""
     problem = plan.problem(m, shape, precision)
 
@@ -76,7 +76,7 @@ def memory_rows(plan: Plan, checks: Checks, shape: Shape, m: int, precision: Pre
     return rows
 
 
-def block_rows(plan: Plan, checks: Checks, width: int, heads: int, images: int, precision: Precision) -> list[Row]:
+def block_rows(plan: RunPlan, checks: Checks, width: int, heads: int, images: int, precision: Precision) -> list[Row]:
     """The same of a ViT of one block, for every variant of :mod:`benchmarks.activation_bytes`."""
 
     def measure(variant: str) -> Row:
@@ -106,7 +106,7 @@ def block_rows(plan: Plan, checks: Checks, width: int, heads: int, images: int, 
     return rows
 
 
-def memory_units(plan: Plan) -> list[Unit]:
+def memory_units(plan: RunPlan) -> list[Unit]:
     """One unit for each shape, and one for each block."""
     blocks = [
         Unit(

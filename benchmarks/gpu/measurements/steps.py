@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.estimates import ESTIMATES
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision
+from benchmarks.gpu.plan import PRECISIONS, Precision, RunPlan
 from benchmarks.gpu.timing import MAX_ROUNDS, MIN_ROUNDS, capture, explain, release
 from benchmarks.gpu.work import Row, Unit, announce
 from benchmarks.support.baselines import PEFT, PEFT_TARGETS, peft_config, peft_module, peft_reason, use_reference
@@ -36,7 +36,9 @@ _KERNELS_OF = {"recompute": "auto", RECOMPUTED_ESTIMATE: "rows 1/4"}
 """Which implementation's kernels one that recomputes runs."""
 
 
-def build_model(plan: Plan, name: str, model_name: str, precision: Precision) -> tuple[nn.Module, list[dict[str, Any]]]:
+def build_model(
+    plan: RunPlan, name: str, model_name: str, precision: Precision
+) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A model and its optimizer's groups. Trained beside the adapter is the head, whatever the method.
 
     A 16-bit reference has 16-bit scales, its cheapest form: fp32 ones would make every product fp32.
@@ -59,7 +61,7 @@ def build_model(plan: Plan, name: str, model_name: str, precision: Precision) ->
 
 
 def training_step(
-    plan: Plan, model: nn.Module, groups: list[dict[str, Any]], batch: int, precision: Precision, compiled: bool
+    plan: RunPlan, model: nn.Module, groups: list[dict[str, Any]], batch: int, precision: Precision, compiled: bool
 ) -> Step:
     """A call that makes one step of AdamW on fixed random images and labels."""
     config = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -90,7 +92,7 @@ def _check_names(name: str) -> list[str]:
     return names + (["recompute"] if name in _KERNELS_OF else [])
 
 
-def step_rows(plan: Plan, checks: Checks, model_name: str, batch: int, precision: Precision, mode: str) -> list[Row]:
+def step_rows(plan: RunPlan, checks: Checks, model_name: str, batch: int, precision: Precision, mode: str) -> list[Row]:
     """Every implementation of one model, steps interleaved; ``mode``: eager, graph, compile or estimate."""
     if mode == "compile":
         torch._dynamo.reset()
@@ -123,7 +125,7 @@ def step_rows(plan: Plan, checks: Checks, model_name: str, batch: int, precision
     return list(rows.values())
 
 
-def _interleaved(plan: Plan, steps: dict[str, Step]) -> dict[str, float]:
+def _interleaved(plan: RunPlan, steps: dict[str, Step]) -> dict[str, float]:
     """Median milliseconds of each step, to the end of its work on the device."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     started, rounds = time.perf_counter(), 0
@@ -147,7 +149,7 @@ def _estimated_seconds(model_name: str, batch: int, mode: str) -> float:
     return len(IN_MODE.get(mode, IMPLEMENTATIONS)) * each + 3.0
 
 
-def step_units(plan: Plan) -> list[Unit]:
+def step_units(plan: RunPlan) -> list[Unit]:
     """One unit for each model, batch, precision and mode."""
     return [
         Unit(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.correctness.check import MULTI, Checks
-from benchmarks.gpu.plan import PRECISIONS, Batch, Plan, Precision
+from benchmarks.gpu.plan import PRECISIONS, Batch, Precision, RunPlan
 from benchmarks.gpu.timing import copies_for, release, timing_rows
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from benchmarks.support.common import Problem, Step
@@ -55,7 +55,7 @@ def _step(name: str, work: str, index: TaskIndex, t: Tensors) -> Step:
     return torch.no_grad()(forward)
 
 
-def task_rows(plan: Plan, checks: Checks, batch: Batch, precision: Precision, work: str) -> list[Row]:
+def task_rows(plan: RunPlan, checks: Checks, batch: Batch, precision: Precision, work: str) -> list[Row]:
     """Every implementation on one batch, interleaved."""
     problem = plan.problem(batch.samples * batch.rows, batch.shape, precision)
     head = {
@@ -82,7 +82,7 @@ def task_rows(plan: Plan, checks: Checks, batch: Batch, precision: Precision, wo
         release(plan.device)
 
 
-def task_units(plan: Plan) -> list[Unit]:
+def task_units(plan: RunPlan) -> list[Unit]:
     """The batches of the plan, forward and with the backward."""
 
     def unit(tier: int, batch: Batch, name: str, work: str) -> Unit:

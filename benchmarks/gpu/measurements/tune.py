@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from benchmarks.gpu.correctness.check import Checks
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Precision, RunPlan, Shape
 from benchmarks.gpu.timing import ContextLost, copies_for, interleave, release
 from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from benchmarks.support.common import Problem
@@ -22,7 +22,7 @@ from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.linear import tiles as linear_configs
 
 
-def _entry(plan: Plan, kernel: str, precision: Precision, m: int) -> str:
+def _entry(plan: RunPlan, kernel: str, precision: Precision, m: int) -> str:
     """The name of a tuned entry; under ``precision.applied()``."""
     from rlrr_kernels.ops.tuning import store as tuned_tiles
 
@@ -32,7 +32,7 @@ def _entry(plan: Plan, kernel: str, precision: Precision, m: int) -> str:
     return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
 
 
-def is_tuned(plan: Plan, problem: Problem, precision: Precision) -> bool:
+def is_tuned(plan: RunPlan, problem: Problem, precision: Precision) -> bool:
     """Whether any kernel takes tuned tiles for a problem."""
     if backends.unavailable("triton", plan.device):
         return False
@@ -44,7 +44,7 @@ def is_tuned(plan: Plan, problem: Problem, precision: Precision) -> bool:
 
 
 def tune_rows(
-    plan: Plan, problems: list[tuple[Shape, int]], precision: Precision, kernel: str, schedule: str
+    plan: RunPlan, problems: list[tuple[Shape, int]], precision: Precision, kernel: str, schedule: str
 ) -> list[Row]:
     """Times each candidate of :mod:`rlrr_kernels.ops.tuning.tiles` of one schedule, and the tiles in use.
 
@@ -108,7 +108,7 @@ def tune_rows(
 
 
 def _time_candidates(
-    plan: Plan,
+    plan: RunPlan,
     problem: Problem,
     precision: Precision,
     kernel: str,
@@ -135,7 +135,7 @@ def _time_candidates(
     return {tiles: timing.graph_us or timing.wall_us for tiles, timing in timings.items()}, skipped | failures
 
 
-def _check_context(plan: Plan, reason: str) -> None:
+def _check_context(plan: RunPlan, reason: str) -> None:
     """The tuner takes every error for a candidate's own; one that the device does not survive ends the process."""
     if plan.device == "cuda":
         try:
@@ -151,7 +151,7 @@ HANGING_LIMIT = 40.0
 """Seconds after which one of them is given up."""
 
 
-def tune_units(plan: Plan) -> list[Unit]:
+def tune_units(plan: RunPlan) -> list[Unit]:
     """One unit for each kernel, schedule and class of M."""
     units = []
     for tier, problems, name in plan.tuned:
@@ -170,7 +170,7 @@ def tune_units(plan: Plan) -> list[Unit]:
     return units
 
 
-def fallback_rows(plan: Plan, checks: Checks, precision: Precision) -> list[Row]:
+def fallback_rows(plan: RunPlan, checks: Checks, precision: Precision) -> list[Row]:
     """Makes sure that what ships for TMA works here, or that all later units do without it.
 
     The tiles without TMA are first put in force, in the file of tuned tiles, and left so unless the shipped ones pass:

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.gpu.estimates import ESTIMATES
-from benchmarks.gpu.plan import PRECISIONS, TOKENS, Plan, Precision, Shape, gpu_plan, vit_layers
+from benchmarks.gpu.plan import PRECISIONS, TOKENS, Precision, RunPlan, Shape, gpu_plan, vit_layers
 from benchmarks.support.common import Problem
 from benchmarks.support.fake_cuda import Driver
 from rlrr_kernels import devices
@@ -82,7 +82,7 @@ def tuning_jobs(problem: Problem, precision: Precision, gpu: Gpu) -> Iterator[Jo
                 yield precision.applied()(partial(candidate, kernel, tiles))
 
 
-def model_jobs(plan: Plan, name: str, batch: int, precision: Precision) -> Iterator[Job]:
+def model_jobs(plan: RunPlan, name: str, batch: int, precision: Precision) -> Iterator[Job]:
     """The layers, norms and activations of a ViT in training."""
     width = next(width for key, width in WIDTHS.items() if key in name)
     tokens = batch * (TOKENS if "patch16" in name else 257)
@@ -106,7 +106,7 @@ def model_jobs(plan: Plan, name: str, batch: int, precision: Precision) -> Itera
     yield activation
 
 
-def jobs(plan: Plan, gpu: Gpu) -> list[Job]:
+def jobs(plan: RunPlan, gpu: Gpu) -> list[Job]:
     """All compilations of the plan, first needed first; the same launch may be asked for more than once."""
     found: list[tuple[int, Job]] = []
 
@@ -131,7 +131,7 @@ def jobs(plan: Plan, gpu: Gpu) -> list[Job]:
     return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
 
-def compile_part(capability: int, part: int, parts: int, plan: Plan | None = None) -> dict[str, int]:
+def compile_part(capability: int, part: int, parts: int, plan: RunPlan | None = None) -> dict[str, int]:
     """Compiles every ``parts``-th job from ``part`` on; how many were done and how many failed."""
     counts = {"done": 0, "failed": 0}
     gpu = devices.typical(f"sm_{capability}")

@@ -13,7 +13,7 @@ from benchmarks.gpu.measurements.memory import memory_units
 from benchmarks.gpu.measurements.steps import step_units
 from benchmarks.gpu.measurements.tasks import task_units
 from benchmarks.gpu.measurements.tune import fallback_rows, tune_units
-from benchmarks.gpu.plan import PRECISIONS, Plan, Precision, cpu_plan, gpu_plan
+from benchmarks.gpu.plan import PRECISIONS, Precision, RunPlan, cpu_plan, gpu_plan
 from benchmarks.gpu.session.worker import Bench
 from benchmarks.gpu.work import Row, Unit
 
@@ -23,13 +23,13 @@ SECTIONS = ("layers", "host", "memory", "steps", "tasks", "tune")
 _ORDER = ("ceilings", "correctness", *SECTIONS)
 
 
-def make_units(sections: tuple[str, ...], device: str) -> tuple[Plan, list[Unit]]:
+def make_units(sections: tuple[str, ...], device: str) -> tuple[RunPlan, list[Unit]]:
     """The plan for ``device`` ("cuda" or "cpu"), and the units of these sections, most valuable first."""
     plan = gpu_plan() if device == "cuda" else cpu_plan()
     return plan, units_of(plan, sections)
 
 
-def units_of(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
+def units_of(plan: RunPlan, sections: tuple[str, ...]) -> list[Unit]:
     """The units of these sections, most valuable first."""
     units = [*layer_units(plan), *memory_units(plan), *step_units(plan), *task_units(plan), *tune_units(plan)]
     units = [unit for unit in units if unit.section in sections]
@@ -38,7 +38,7 @@ def units_of(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
     return sorted(units, key=lambda unit: (unit.tier, _ORDER.index(unit.section)))
 
 
-def check_units(plan: Plan, sections: tuple[str, ...]) -> list[Unit]:
+def check_units(plan: RunPlan, sections: tuple[str, ...]) -> list[Unit]:
     """One unit for each implementation and precision, before the first that times either."""
     tiers: dict[tuple[str, str], int] = {}
 

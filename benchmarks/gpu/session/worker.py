@@ -21,19 +21,19 @@ import torch
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.launch_model import Ceilings
 from benchmarks.gpu.measurements.ceilings import ceilings_of
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.plan import RunPlan
 from benchmarks.gpu.timing import ContextLost, describe, explain, release
 from benchmarks.gpu.work import Row, Unit, listen
 from benchmarks.support.baselines import peft_module
 
-MakeUnits = Callable[[], tuple[Plan, list[Unit]]]
+MakeUnits = Callable[[], tuple[RunPlan, list[Unit]]]
 """Gives the same units in every process; picklable."""
 
 
 class Bench:
     """What the units of a process share: the plan, the checks, and what earlier rows say, other processes' too."""
 
-    def __init__(self, plan: Plan, earlier: list[Row]) -> None:
+    def __init__(self, plan: RunPlan, earlier: list[Row]) -> None:
         self.plan = plan
         self.checks = Checks(plan, earlier)
         self._rows = list(earlier)

@@ -14,7 +14,7 @@ from benchmarks.gpu.correctness import check as check_module
 from benchmarks.gpu.correctness.check import Checks
 from benchmarks.gpu.measurements import layers, steps
 from benchmarks.gpu.measurements.tune import fallback_rows
-from benchmarks.gpu.plan import PRECISIONS, Plan, Shape, cpu_plan
+from benchmarks.gpu.plan import PRECISIONS, RunPlan, Shape, cpu_plan
 from benchmarks.gpu.session.units import SECTIONS, units_of
 from benchmarks.gpu.session.worker import Bench
 from benchmarks.support.baselines import peft_module
@@ -53,7 +53,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuned_tiles.forget()
 
 
-def a_plan(tiny: bool) -> Plan:
+def a_plan(tiny: bool) -> RunPlan:
     """A GPU's plan of the CPU's sizes, in precisions that the interpreter computes."""
     shape = Shape("ViT-B fc1", 32, 16)
     timed = [(1, shape, 20, "fp32"), (3, shape, 3, "fp16/fp32")]

@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
 from benchmarks.gpu.correctness.check import MOST_DEATHS, Checks
-from benchmarks.gpu.plan import PRECISIONS, Plan, cpu_plan
+from benchmarks.gpu.plan import PRECISIONS, RunPlan, cpu_plan
 from benchmarks.gpu.session import session
 from benchmarks.gpu.session.session import Session
 from benchmarks.gpu.session.units import SECTIONS, make_units
@@ -60,7 +60,7 @@ def without_peft() -> None:
         sys.modules.setdefault("peft", None)
 
 
-def faulty_units() -> tuple[Plan, list[Unit]]:
+def faulty_units() -> tuple[RunPlan, list[Unit]]:
     """Every fault once, and a good unit after each; imported by the processes that run them."""
     without_peft()
     units = [Unit(1, "ceilings", "good", 0.0, good)]
@@ -69,7 +69,7 @@ def faulty_units() -> tuple[Plan, list[Unit]]:
     return cpu_plan(), units
 
 
-def broken_start() -> tuple[Plan, list[Unit]]:
+def broken_start() -> tuple[RunPlan, list[Unit]]:
     """Good where the session lives; its processes never get ready."""
     if "RLRR_CACHE_DIR" in os.environ:
         os._exit(3)

@@ -62,7 +62,7 @@ one tile, for which W is read and rescaled once. By the machine code of each it 
 and as long as one of 128 + 64 + 16 rows, whose three products have the compiler rescale W three times."""
 
 
-def tiles_for(product: Product) -> tuple[Tiles, ...]:
+def candidate_tiles(product: Product) -> tuple[Tiles, ...]:
     """What tiles of rows may be of."""
     if not product.regular and product.gpu.family != devices.INTERPRETER:
         return (linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize],)
@@ -135,7 +135,7 @@ def cut_rows(segments: Segments, product: Product, merges: Callable[[int, int], 
     mixable = may_mix(product.rank, product.dtype, product.weight_dtype)
     mixed_us = mixed_row_us(product) if mixable else float("inf")
     best, best_us = None, float("inf")
-    for tiles in tiles_for(product):
+    for tiles in candidate_tiles(product):
         one_us, size = tile_us(product, tiles), tiles.block_m
         rests = [(task, end - (end - first) % size, end) for task, first, end in fused]
         mixed = tuple(s for s in rests if 0 < (s[2] - s[1]) * mixed_us < one_us)
