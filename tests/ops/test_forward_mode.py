@@ -1,5 +1,7 @@
 """Forward-mode derivatives: refused by every operator, in the same words, under ``jvp`` and on dual tensors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,8 +34,10 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_dual_tensors_are_refused_by_name(name: str):
-    with forward_ad.dual_level():
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad])  # which turns reverse mode off alone
+def test_dual_tensors_are_refused_by_name(name: str, context: type):
+    FUNCTIONS[name](torch.ones(3, 16))  # a layout that is known
+    with forward_ad.dual_level(), context():
         x = forward_ad.make_dual(torch.ones(3, 16), torch.ones(3, 16))
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             FUNCTIONS[name](x)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from rlrr_kernels import backends
 from rlrr_kernels.ops.checks import canonical, check_tensors
+from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.replay import PLAIN_TYPES
 from rlrr_kernels.ops.linear.autograd import Call, CallCache, call_key, is_watched
-from rlrr_kernels.ops.multi import library  # noqa: F401  (registers torch.ops.rlrr_kernels.linear_multi)
+from rlrr_kernels.ops.multi import dispatch, library  # noqa: F401  (registers torch.ops.rlrr_kernels.linear_multi)
 from rlrr_kernels.ops.multi.autograd import Options, eager_linear_multi, linear_multi_function
 from rlrr_kernels.ops.multi.checks import check_index_of, check_samples, check_stacks, check_values
 from rlrr_kernels.ops.multi.task_index import TaskIndex, check_transforms
@@ -86,6 +87,8 @@ def rlrr_linear_multi(
     if not isinstance(index, TaskIndex):
         index = TaskIndex(index, x.device)
     check_values(index, tasks)
+    if call.eager and private.autograd_is_off():
+        return dispatch.forward(*tensors, index, *options)
     return run(*tensors, index, options)
 
 
