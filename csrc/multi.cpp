@@ -136,22 +136,26 @@ Tensor linear_multi(const Tensor& x_, const Tensor& weight_, const Tensor& scale
                     int64_t path_) {
   const Stacks stacks(weight_, scale_row, scale_col, residual);
   const Weight& weight = stacks.any();
-  STD_TORCH_CHECK(x_.dim() == 2 && x_.size(1) == weight.cols, "rlrr_kernels_cpp: x must be [M, ", weight.cols, "]");
+  const int64_t last = x_.dim() - 1;
+  STD_TORCH_CHECK(last >= 1 && x_.size(last) == weight.cols, "rlrr_kernels_cpp: x must be [.., M, ", weight.cols, "]");
   const Type type = type_of(x_, "x");
-  const int64_t count = x_.size(0);
+  std::vector<int64_t> sizes(last + 1, weight.rows);  // of y
+  int64_t count = 1;
+  for (int64_t i = 0; i < last; ++i) count *= sizes[i] = x_.size(i);
   check_kernels(weight, type, count);
   STD_TORCH_CHECK(path_ >= 0 && path_ <= 2, "rlrr_kernels_cpp: path of linear_multi must be 0 to 2; got ", path_);
   const Tasks given(runs, count, scale_row.size(0));
   const float *bias = floats(bias_, "bias", weight.rows), *shift = floats(shift_, "shift", scale_row.size(0) * weight.rows);
-  Tensor y = empty({count, weight.rows}, x_.scalar_type());
-  const Tensor x = with_dense_columns(x_);
+  Tensor y = empty(sizes, x_.scalar_type());
+  const Tensor x = last == 1 ? with_dense_columns(x_) : dense(x_, x_.scalar_type());
+  const Matrix rows{x.const_data_ptr(), x.stride(last - 1)};
   std::vector<Forward> few, many;
   for (const Task& task : given.tasks) {
     const float* own = shift == nullptr || task.number < 0 ? nullptr : shift + task.number * weight.rows;
     const Path automatic = choose_forward_of_task(current_level(), type, weight, task.count);
     const Path path = path_ == 0 ? automatic : static_cast<Path>(path_);
     (path == Path::fused ? few : many)
-        .push_back({stacks.of(task.number), type, task.count, {x.const_data_ptr(), x.stride(0)}, {bias, own},
+        .push_back({stacks.of(task.number), type, task.count, rows, {bias, own},
                     y.mutable_data_ptr(), task.runs});
   }
   if (!few.empty()) level().forward_together(few.data(), few.size());

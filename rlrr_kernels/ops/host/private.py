@@ -119,6 +119,7 @@ any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
 """What ``torch.jit.trace`` knows; None where it is not at work. Without it: None."""
 
+
 def autograd_is_off() -> bool:
     """Whether a call leaves nothing to autograd: no gradients are recorded, and neither forward mode nor a trace is at
     work. Without the level of forward mode: never, and calls that could spare autograd do not."""

@@ -29,22 +29,23 @@ def forward(
     backend: str,
 ) -> Tensor:
     """y [S, ..., N] of x [S, ..., K] and stacks of scales in the one form."""
-    module, options = _implementation(able(backend, x, weight, scale_row, scale_col, bias, shift))
-    x, weight, scale_row, scale_col, bias, shift = in_memory(x, weight, scale_row, scale_col, bias, shift)
+    backend = able(backend, x, weight, scale_row, scale_col, bias, shift)
+    module, options = _implementation(backend)
+    x, *tensors = in_memory(x, weight, scale_row, scale_col, bias, shift)
     per_sample, permutation = x.shape[1:-1].numel(), index.permutation(x.device)
     rows = index.rows(per_sample)
     if permutation is not None and hasattr(module, "takes_runs"):
         runs = index.rows(per_sample, grouped=False)
         if module.takes_runs(x, weight, scale_row.shape[2], runs, per_sample):
             rows, permutation = runs, None
-    flat = flattened(x if permutation is None else x.index_select(0, permutation[0]))
+    grouped = x if permutation is None else x.index_select(0, permutation[0])
     with private.NoAutocast():
-        y = module.forward(flat, weight, scale_row, scale_col, bias, shift, rows, residual, **options)
+        y = module.forward(grouped if backend == "cpp" else flattened(grouped), *tensors, rows, residual, **options)
     shape = (*x.shape[:-1], weight.shape[0])
     if permutation is not None:
         return y.view(shape).index_select(0, permutation[1])
     # As in rlrr_linear: a view would forbid callers to modify y in place.
-    return y if x.dim() == 2 else private.view_of_new(y, shape)
+    return y if y.dim() == x.dim() else private.view_of_new(y, shape)
 
 
 def backward(
