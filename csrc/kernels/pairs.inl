@@ -133,25 +133,13 @@ INLINE void store_row(bf16* out, Vec a, Vec b, Vec c, Vec d, int64_t some) {
   store_pairs(out + 2 * kWidth, round_both(c, d), first_elements(some - 2 * kWidth));
 }
 
-// The rows row.. of y, in bfloat16, from n on: `total` and the bias.
-template <int MR>
-INLINE void finish_tile(const Forward& p, int64_t row, int64_t n, int64_t some, Vec (&total)[MR][kPairVectors]) {
-  Vec bias[kPairVectors];
-  UNROLL for (int j = 0; j < kPairVectors; ++j) bias[j] = load_bias(p.bias, n + j * kWidth, some - j * kWidth);
-  UNROLL for (int i = 0; i < MR; ++i) {
-    UNROLL for (int j = 0; j < kPairVectors; ++j) total[i][j] = add(total[i][j], bias[j]);
-    bf16* y = static_cast<bf16*>(p.y) + (row + i) * p.weight.rows + n;
-    store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
-  }
-}
-
 // Products of `count` rows with W', by panels of its rows that do not cross a multiple of `span`.
 //
 // tiles(n, visit) has to call visit(m, row, height, a, stride) for all tiles of up to kPairRows rows, in pairs from `a` on,
-// beside the panel from n on: m counts the rows, `row` is passed on to finish(row, n, some, total), which gets their sums
-// with `some` rows of W'.
-template <class Tiles, class Finish>
-INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, Tiles tiles, Finish finish) {
+// beside the panel from n on: m counts the rows. begin_panel(n, some) gives what takes a tile's sums with `some` rows of W' from n
+// on: finish(row, total).
+template <class Tiles, class Begin>
+INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, Tiles tiles, Begin begin_panel) {
   const SplitPanels split(weight, false);
   const int64_t cols = weight.cols, panels = (span + kPairPanel - 1) / kPairPanel;
   auto body = [&](int64_t, int64_t begin, int64_t end) {
@@ -163,6 +151,7 @@ INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, T
     for (int64_t index = begin; index < end; ++index) {
       const int64_t n = index / panels * span + index % panels * kPairPanel;
       const int64_t some = least(kPairPanel, (index / panels + 1) * span - n);
+      const auto finish = begin_panel(n, some);
       for (int64_t k = 0; k < cols; k += kPairDepth) {
         const int64_t depth = least(kPairDepth, cols - k);
         with_form(weight, [&](auto w, auto one) __attribute__((always_inline)) {
@@ -178,7 +167,7 @@ INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, T
               }
             }
             multiply_tile<MR, false>(a + k, stride, panel, (depth + 1) / 2, total);
-            if (k + depth == cols) return finish(row, n, some, total);
+            if (k + depth == cols) return finish(row, total);
             UNROLL for (int i = 0; i < MR; ++i) {
               UNROLL for (int j = 0; j < kPairVectors; ++j) store(sums + (m + i) * kPairPanel + j * kWidth, total[i][j]);
             }
@@ -212,7 +201,17 @@ void pairs_forward(const Forward& p) {
           });
         });
       },
-      [&](int64_t row, int64_t n, int64_t some, auto& total) __attribute__((always_inline)) {
-        finish_tile(p, row, n, some, total);
+      [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        const Vec bias[] = {load_bias(p.bias, n, some), load_bias(p.bias, n + kWidth, some - kWidth),
+                            load_bias(p.bias, n + 2 * kWidth, some - 2 * kWidth),
+                            load_bias(p.bias, n + 3 * kWidth, some - 3 * kWidth)};
+        return [=, &p](int64_t row, auto& total) __attribute__((always_inline)) {
+          constexpr int MR = sizeof(total) / sizeof(total[0]);
+          UNROLL for (int i = 0; i < MR; ++i) {
+            UNROLL for (int j = 0; j < kPairVectors; ++j) total[i][j] = add(total[i][j], bias[j]);
+            bf16* y = static_cast<bf16*>(p.y) + (row + i) * p.weight.rows + n;
+            store_row(y, total[i][0], total[i][1], total[i][2], total[i][3], some);
+          }
+        };
       });
 }

@@ -146,15 +146,16 @@ void forward_panels(const Forward& p) {
         }
         for (int64_t b = 0; b < some; ++b) {
           const int64_t n = first_row(block + b), rows = height(block + b);
-          for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t some_rows) {
-            for (int64_t m = 0; m < some_rows; ++m) {
-              const float* from = sums + (first - start + m) * width + b * kBlockRows;
-              for (int64_t i = 0; i < rows; i += kWidth) {
-                const Vec value = add(load_upto(from + i, kBlockRows - i), load_bias(p.bias, n + i, rows - i));
+          for (int64_t i = 0; i < rows; i += kWidth) {
+            const Vec bias = load_bias(p.bias, n + i, rows - i);
+            for_runs(p.runs, start, count, [&](int64_t first, int64_t row, int64_t some_rows) {
+              const float* from = sums + (first - start) * width + b * kBlockRows + i;
+              for (int64_t m = 0; m < some_rows; ++m, from += width) {
+                const Vec value = add(load_upto(from, kBlockRows - i), bias);
                 store_upto(p.type, p.y, (row + m) * weight.rows + n + i, value, rows - i);
               }
-            }
-          });
+            });
+          }
         }
       }
     }

@@ -216,19 +216,21 @@ void stacked_panels(const Weight& weight, const StackedCalls& x) {
           visit(2 * m, m, 2 * height, x.at(group, m), x.stride);
         });
       },
-      [&](int64_t m, int64_t n, int64_t some, auto& total) __attribute__((always_inline)) {
-        constexpr int MR = sizeof(total) / sizeof(total[0]);
-        UNROLL for (int i = 0; i + 1 < MR; i += 2) {
-          const StackedRow& row = x.rows[m + i / 2];
-          Vec y[kPairVectors];
-          UNROLL for (int j = 0; j < kPairVectors; ++j) {
-            const int64_t at = n + j * kWidth, left = some - j * kWidth;
-            const Vec scale = load_upto(row.scale_row() + at, left);
-            y[j] = row.weight->base != 0 ? fma(scale, total[i + 1][j], total[i][j]) : mul(scale, total[i + 1][j]);
-            y[j] = add(y[j], load_bias(row.bias, at, left));
+      [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        return [&x, n, some](int64_t m, auto& total) __attribute__((always_inline)) {
+          constexpr int MR = sizeof(total) / sizeof(total[0]);
+          UNROLL for (int i = 0; i + 1 < MR; i += 2) {
+            const StackedRow& row = x.rows[m + i / 2];
+            Vec y[kPairVectors];
+            UNROLL for (int j = 0; j < kPairVectors; ++j) {
+              const int64_t at = n + j * kWidth, left = some - j * kWidth;
+              const Vec scale = load_upto(row.scale_row() + at, left);
+              y[j] = row.weight->base != 0 ? fma(scale, total[i + 1][j], total[i][j]) : mul(scale, total[i + 1][j]);
+              y[j] = add(y[j], load_bias(row.bias, at, left));
+            }
+            store_row(row.y + n, y[0], y[1], y[2], y[3], some);
           }
-          store_row(row.y + n, y[0], y[1], y[2], y[3], some);
-        }
+        };
       });
 }
 
