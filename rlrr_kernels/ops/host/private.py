@@ -120,11 +120,10 @@ tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
 """What ``torch.jit.trace`` knows; None where it is not at work. Without it: None."""
 
 
-def autograd_is_off() -> bool:
-    """Whether a call leaves nothing to autograd: no gradients are recorded, and neither forward mode nor a trace is at
-    work. Without the level of forward mode: never, and calls that could spare autograd do not."""
-    level = getattr(torch.autograd.forward_ad, "_current_level", 0)
-    return not torch.is_grad_enabled() and level < 0 and tracing_state() is None
+def autograd_is_asked_for() -> bool:
+    """Whether autograd has to know of calls that record no gradients: forward mode or a trace is at work. Without the
+    level of forward mode: always, and calls that could spare autograd do not."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0 or tracing_state() is not None
 
 
 NoAutocast = _needed(torch._C, "_DisableAutocast", "keeps the dtypes of its products under autocast")

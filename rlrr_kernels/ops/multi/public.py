@@ -87,7 +87,7 @@ def rlrr_linear_multi(
     if not isinstance(index, TaskIndex):
         index = TaskIndex(index, x.device)
     check_values(index, tasks)
-    if call.eager and private.autograd_is_off():
+    if call.eager and not (torch.is_grad_enabled() or private.autograd_is_asked_for()):
         return dispatch.forward(*tensors, index, *options)
     return run(*tensors, index, options)
 
