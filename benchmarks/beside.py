@@ -119,7 +119,7 @@ def host(checkouts: list[Path]) -> list[dict]:
         command = [sys.executable, "-m", "benchmarks.host_overhead"]
         variables = os.environ | {"PYTHONPATH": str(checkout)}
         text = subprocess.run(command, cwd=checkout, env=variables, text=True, capture_output=True, check=True).stdout
-        for name, median in re.findall(r"^(\S.*?: forward[a-z +]*?)\s+([\d.]+) \(", text, re.MULTILINE):
+        for name, median in re.findall(r"^(\S.*?: forward[a-z_ +]*?)\s+([\d.]+) \(", text, re.MULTILINE):
             found[which].setdefault(name, []).append(float(median))
     names = [name for name in found[0] if name in found[1]]
     rows = [

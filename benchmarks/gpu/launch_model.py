@@ -230,14 +230,7 @@ class _Layer:
         w = self.weight
         if self.rank == 1:
             merge = [Cost(2 * w), Cost(2 * w), Cost(3 * w), *self.cast()]  # ⊙ s_c, ⊙ s_r, + W
-            gradients = [
-                Cost(3 * w),
-                Cost(w),
-                Cost(2 * w),
-                Cost(3 * w),
-                Cost(w),
-                Cost(self.y),
-            ]
+            gradients = [Cost(3 * w), Cost(w), Cost(2 * w), Cost(3 * w), Cost(w), Cost(self.y)]
         else:
             factor = Cost(w, self.multiply_adds(self.rank * self.n * self.k))  # s_r s_c; its like for either gradient
             merge = [factor, Cost(3 * w), Cost(3 * w), *self.cast()]  # ⊙ W, + W
@@ -269,10 +262,7 @@ def launches(
         path = {"triton": "fused"}.get(name, name.removeprefix("triton."))
         forward, grad_x, scales = layer.product("forward", path), layer.product("grad_x", path), layer.scales(share)
         if share < 1:  # rows of x are copied in the forward; the images' means read all of g
-            forward, scales = (
-                [*forward, Cost(2 * share * layer.x)],
-                [Cost(layer.y + share * layer.x), *scales],
-            )
+            forward, scales = [*forward, Cost(2 * share * layer.x)], [Cost(layer.y + share * layer.x), *scales]
     return {"forward": forward, "scales": scales, "step": forward + grad_x + scales}[work]
 
 

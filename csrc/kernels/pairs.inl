@@ -136,8 +136,8 @@ INLINE void store_row(bf16* out, Vec a, Vec b, Vec c, Vec d, int64_t some) {
 // Products of `count` rows with W', by panels of its rows that do not cross a multiple of `span`.
 //
 // tiles(n, visit) has to call visit(m, row, height, a, stride) for all tiles of up to kPairRows rows, in pairs from `a` on,
-// beside the panel from n on: m counts the rows. begin_panel(n, some) gives what takes a tile's sums with `some` rows of W' from n
-// on: finish(row, total).
+// beside the panel from n on: m counts the rows. begin_panel(n, some) gives finish(row, total), which takes a tile's sums with
+// the panel's `some` rows of W'.
 template <class Tiles, class Begin>
 INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, Tiles tiles, Begin begin_panel) {
   const SplitPanels split(weight, false);
@@ -180,10 +180,10 @@ INLINE void multiply_panels(const Weight& weight, int64_t span, int64_t count, T
   parallel(weight.rows / span * panels, body);
 }
 
-// tile(first, height) for `count` rows in tiles of up to `most` and of nearly equal height.
+// tile(first, height) for `count` rows in tiles of up to `tallest` and of nearly equal height.
 template <class Tile>
-INLINE void for_tiles(int64_t count, int64_t most, Tile tile) {
-  const int64_t tiles = (count + most - 1) / most;
+INLINE void for_tiles(int64_t count, int64_t tallest, Tile tile) {
+  const int64_t tiles = (count + tallest - 1) / tallest;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = count * i / tiles;
     tile(first, count * (i + 1) / tiles - first);

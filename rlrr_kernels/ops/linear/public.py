@@ -78,7 +78,7 @@ def rlrr_linear(
     if scale_grad_rows is not None:
         check_sample("scale_grad_rows", scale_grad_rows, x)
     if call.eager:
-        if not (torch.is_grad_enabled() or private.autograd_is_asked_for()):  # half the time of a small call
+        if not (torch.is_grad_enabled() or private.autograd_is_asked_for()):  # an eighth of a small call
             return call.forward(x, weight, scale_row, scale_col, bias)
         return eager_linear(x, weight, scale_row, scale_col, bias, (call, scale_grad_rows, recompute, False))
     return linear(x, weight, scale_row, scale_col, bias, call, scale_grad_rows, recompute)
