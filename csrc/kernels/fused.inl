@@ -116,8 +116,8 @@ void forward_fused(const Forward& p) {
 
 // ---------------------------------------------------------------- backward
 
-// Vectors along a row of W in one fp32 sum of ∂s_r, which then goes to a double: at 4 lanes 32 lose to eager.
-constexpr int64_t kRowRun = kWidth < 8 ? 8 : 32;
+// Vectors along a row of W in one fp32 sum of ∂s_r, which then goes to a double: at 4 lanes 8 lose to eager.
+constexpr int64_t kRowRun = kWidth < 8 ? 4 : 32;
 
 // Where one thread, which owns the columns [begin, end), sums.
 struct Stream {

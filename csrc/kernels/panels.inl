@@ -8,9 +8,9 @@ constexpr int64_t kPanel = 2 * kWidth;  // columns of one outer-product tile
 constexpr int64_t kChunk = 1024;        // most rows of x contracted into G before its sums are taken
 constexpr int64_t kBlock = 256;         // rows of W' made together in backward
 constexpr int64_t kTogether = 4;        // panels that share one reading of g in backward
-constexpr int64_t kRun = 128;           // elements contracted in one run of additions
+constexpr int64_t kRun = 64;            // elements contracted in one run of additions
 constexpr int64_t kBlockRows = 8;       // rows of W' prepared together in forward
-constexpr int64_t kDepth = 768;         // columns of such a block: 24 KiB
+constexpr int64_t kDepth = kWidth < 8 ? 512 : 768;  // columns of such a block: 24 KiB; 4 lanes sum no more without losing to eager
 constexpr int64_t kHeldBlocks = 8;      // such blocks that many rows of x are multiplied by: in the L2 cache
 constexpr int64_t kFewRows = 192;       // rows of x that stay in the L2 cache
 constexpr int64_t kRows = 2048;         // rows of x for which W' is made once in forward
@@ -169,8 +169,7 @@ void forward_panels(const Forward& p) {
 template <int MR>
 INLINE void outer_tile(const float* a, const float* b, int64_t steps, float* out, bool first) {
   Vec total[MR][2];
-  clear(total);
-  multiply_broadcast(a, 1, kTileRows, b, kPanel, steps, total);
+  multiply_few(a, 1, kTileRows, b, kPanel, steps, total);
   UNROLL for (int i = 0; i < MR; ++i) {
     float* row = out + i * kPanel;
     store(row, first ? total[i][0] : add(load(row), total[i][0]));

@@ -23,6 +23,24 @@ INLINE void clear(Vec (&total)[MR][NV]) {
   }
 }
 
+// The same from zero. Up to three rows are summed in four chains, of every fourth step: one would lose to eager, whose products
+// of so few rows have several.
+template <int MR, int NV>
+INLINE void multiply_few(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
+                         Vec (&total)[MR][NV]) {
+  constexpr int kChains = MR <= 3 ? 4 : 1;
+  clear(total);
+  for (int c = 0; c < kChains; ++c) {
+    Vec chain[MR][NV];
+    clear(chain);
+    multiply_broadcast(a + c * a_step, a_row, kChains * a_step, b + c * b_step, kChains * b_step,
+                       (steps + kChains - 1 - c) / kChains, chain);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int v = 0; v < NV; ++v) total[i][v] = c == 0 ? chain[i][v] : add(total[i][v], chain[i][v]);
+    }
+  }
+}
+
 constexpr int64_t kLaneRows = kTileRows / 2;
 
 // NV vectors of lanes of ∂s_r: out [rows <= kLaneRows, lanes] += h [rows, cols] · across [cols / kShare, lanes]. In two sums,
@@ -145,8 +163,7 @@ class ScalePanels {
       auto tile = [&](auto height) __attribute__((always_inline)) {
         constexpr int MR = decltype(height)::value;
         Vec total[MR][NV];
-        clear(total);
-        multiply_broadcast(static_cast<const float*>(weight.row) + n * rank + j, 1, rank, h, kCols, rows, total);
+        multiply_few(static_cast<const float*>(weight.row) + n * rank + j, 1, rank, h, kCols, rows, total);
         UNROLL for (int i = 0; i < MR; ++i) {
           UNROLL for (int v = 0; v < NV; ++v) {
             const int64_t at = (j + i) * kCols + v * kWidth;

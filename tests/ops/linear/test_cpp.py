@@ -10,28 +10,20 @@ import pytest
 import torch
 
 from rlrr_kernels import backend_report, backends, rlrr_linear
-from rlrr_kernels.backends import CPU_LEVELS, cpu_level
+from rlrr_kernels.backends import CPU_LEVELS
 from rlrr_kernels.numerics import Case, cancelling, check_bound, check_error_rule
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
+from tests.support.levels import LEVELS, eager_for
 from tests.support.matmul_precision import switched
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
 
 linear_cpp = pytest.importorskip("rlrr_kernels.ops.linear.cpp_backend") if backends.CPP_FAILURE is None else None
 
-LEVELS = () if linear_cpp is None else CPU_LEVELS[: CPU_LEVELS.index(cpu_level()) + 1]
 PATHS = ("fused", "panels", "library")
 
 # Rows, out_features, in_features: nothing a multiple of a vector or tile, and one that fills them.
 SHAPES = ((1, 33, 35), (5, 66, 17), (29, 45, 99), (64, 96, 128), (300, 130, 70))
-
-
-@pytest.fixture
-def level(request):
-    before = cpu_level()
-    linear_cpp.set_cpu_level(request.param)
-    yield request.param
-    linear_cpp.set_cpu_level(before)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +71,8 @@ def test_error_rule(level, path, dtype, shape, force_path):
         pytest.skip("one pass sums G over the rows of x in one chain: it is for few rows and never chosen here")
     force_path(path)
     rank, groups, residual = {1: (1, 3, True), 5: (3, 1, False), 29: (2, 5, True)}.get(shape[0], (1, 1, True))
-    check_error_rule(cpp_linear, Case(*shape, rank=rank, groups=groups, residual=residual, dtype=dtype))
+    case = Case(*shape, rank=rank, groups=groups, residual=residual, dtype=dtype)
+    check_error_rule(cpp_linear, case, reference=eager_for(level))
 
 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
@@ -97,7 +90,7 @@ def test_error_rule(level, path, dtype, shape, force_path):
 )
 def test_ranks_are_products(level, dtype, case, force_path):
     force_path("panels")
-    check_error_rule(cpp_linear, case._replace(dtype=dtype))
+    check_error_rule(cpp_linear, case._replace(dtype=dtype), reference=eager_for(level))
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -146,7 +139,7 @@ def test_few_rows_of_bfloat16_in_groups(rows, threads, force_path):
     ids=str,
 )
 def test_sums_of_few_terms(level, case):
-    check_error_rule(cpp_linear, case)
+    check_error_rule(cpp_linear, case, reference=eager_for(level))
 
 
 @pytest.mark.slow
@@ -156,7 +149,7 @@ def test_sums_of_few_terms(level, case):
 def test_sums_of_few_terms_everywhere(level, rank, shape):
     """Weights no smaller: the level without FMA rounds every product once more than eager does where that has one."""
     for rows in (1, 2, 3, 5, 9, 17, 33):
-        check_error_rule(cpp_linear, Case(rows, *shape, rank=rank))
+        check_error_rule(cpp_linear, Case(rows, *shape, rank=rank), reference=eager_for(level))
 
 
 @pytest.mark.slow
@@ -168,7 +161,7 @@ def test_error_rule_at_vit_shapes(level, path, shape, dtype, force_path):
     if path == "fused" and shape[0] > 64:
         pytest.skip("never chosen here")
     force_path(path)
-    check_error_rule(cpp_linear, Case(*shape, groups=3, dtype=dtype))
+    check_error_rule(cpp_linear, Case(*shape, groups=3, dtype=dtype), reference=eager_for(level))
 
 
 @pytest.mark.parametrize(

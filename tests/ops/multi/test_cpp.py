@@ -9,27 +9,18 @@ import pytest
 import torch
 
 from rlrr_kernels import TaskIndex, backends, rlrr_linear, rlrr_linear_multi
-from rlrr_kernels.backends import CPU_LEVELS, cpu_level
+from rlrr_kernels.backends import cpu_level
 from rlrr_kernels.numerics import MultiCase, check_error_rule
 from rlrr_kernels.reference import rlrr_linear_multi_reference
+from tests.support.levels import LEVELS, eager_for
 from tests.support.matmul_precision import switched
 
 pytestmark = pytest.mark.skipif(backends.CPP_FAILURE is not None, reason=str(backends.CPP_FAILURE))
 
 if backends.CPP_FAILURE is None:
-    from rlrr_kernels.ops.linear import cpp_backend as linear_cpp
     from rlrr_kernels.ops.multi import cpp_backend as multi_cpp
 
-LEVELS = () if backends.CPP_FAILURE is not None else CPU_LEVELS[: CPU_LEVELS.index(cpu_level()) + 1]
 INDEX = (3, -1, 0, 3, 0, -1, 4, 1)
-
-
-@pytest.fixture
-def level(request):
-    before = cpu_level()
-    linear_cpp.set_cpu_level(request.param)
-    yield request.param
-    linear_cpp.set_cpu_level(before)
 
 
 @pytest.fixture(params=[1, 3])
@@ -53,7 +44,7 @@ def holds(case, **options):
     index = torch.tensor(case.index)
     check_error_rule(
         functools.partial(rlrr_linear_multi, index=index, backend="cpp"), case, **options,
-        reference=functools.partial(rlrr_linear_multi_reference, index=index),
+        reference=eager_for(cpu_level(), functools.partial(rlrr_linear_multi_reference, index=index)),
     )  # fmt: skip
 
 
