@@ -354,7 +354,7 @@ def _triton_steps(
     from rlrr_kernels.ops.linear.triton import launches, sampled
     from rlrr_kernels.ops.tuning import store
 
-    (groups, rank, _), precision = col.shape, matmul_precision()
+    rank, precision = col.shape[1], matmul_precision()
     grad_y = x.new_empty(x.shape[0], weight.shape[0])
     given, grad_x = (weight, row, col), torch.empty_like(x)
     products = {
@@ -378,11 +378,11 @@ def _triton_steps(
             merge = launches.merge_launch(*given, True, torch.empty_like(weight, dtype=first.dtype))
             steps.append(Step(name, path, why, (_kernel_name(merge), "library product")))
             continue
-        tiles = store.choose_tiles(name, gpu, precision, first, weight, weight, rank, groups)
+        tiles = store.choose_tiles(name, gpu, precision, first, weight, weight.dtype, rank)
         steps.append(_fused(name, why, tiles, build(tiles)))
     if sample is not None:
         x = x.new_empty(sample.index.shape[0], x.shape[1])
-    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups, sample is not None)
+    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight.dtype, rank, sample is not None)
     grads = (torch.empty_like(row), torch.empty_like(col), x.new_empty(weight.shape[0]))
     arguments = grad_y, x, *given, grads, *(() if sample is None else (sample,)), gpu, precision, tiles
     found = (launches if sample is None else sampled).grad_scales_launches(*arguments)

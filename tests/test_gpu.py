@@ -330,7 +330,7 @@ def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, mon
     for switch in ("on", "off"):
         monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, switch)
         tuned_tiles.forget()
-        tiles = tuned_tiles.choose_tiles("forward", devices.gpu_of(x.device), "ieee", x, weight, weight, 1)
+        tiles = tuned_tiles.choose_tiles("forward", devices.gpu_of(x.device), "ieee", x, weight, weight.dtype, 1)
         assert tiles == (results[0].tiles if switch == "on" and results[0].kept else shipped)
     tuned_tiles.forget()
 

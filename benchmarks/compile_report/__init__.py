@@ -3,10 +3,9 @@
     python -m benchmarks.compile_report [--json FILE] [--arch sm_90 ...] [--accept]
 
 Each row: registers a thread, spilled bytes a thread and whether a loop has any of them, shared memory a block, whether
-the kernel has a matrix product, which matrix instruction its code uses, whether a kernel that is given descriptors
-loads by TMA, and of kernels that are scheduled by hand how much arithmetic runs beside a product. Launches are built by
-the launchers themselves from meta tensors, so the report compiles what a GPU would run. What is made of the rows is in
-``verdict.py``.
+the kernel has a matrix product, which matrix instruction its code uses, and whether a kernel that is given descriptors
+loads by TMA. Launches are built by the launchers themselves from meta tensors, so the report compiles what a GPU would
+run. What is made of the rows is in ``verdict.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlrr_kernels import devices
@@ -42,7 +39,6 @@ from rlrr_kernels.ops.multi.triton import path as multi_path
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from rlrr_kernels.ops.sampling import triton_draw as row_sample_triton
 from rlrr_kernels.ops.sampling.row_sample import MOST_KEYS, RowSample
-from rlrr_kernels.ops.tuning import tiles as tuning
 
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 89, 90, 100, 103, 120)},
@@ -93,9 +89,8 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor | GluonDescriptor):  # Gluon's say how the block lies in shared memory
-            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and fixed:
@@ -113,8 +108,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
 def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
     """Compiles a launch for an architecture of :data:`TARGETS`."""
     options = {key: launch.plan.meta[key] for key in OPTIONS if key in launch.plan.meta}
-    source = GluonASTSource if launch.plan.kernel.is_gluon() else ASTSource
-    return triton.compile(source(launch.plan.kernel, *specialised(launch)), target=TARGETS[arch], options=options)
+    return triton.compile(ASTSource(launch.plan.kernel, *specialised(launch)), target=TARGETS[arch], options=options)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -177,17 +171,6 @@ def _sum_of_parts(arch: str) -> Case:
     return Case("sum of parts", "bf16", f"16 x 768 x 3072, {launch.plan.meta['SPLITS']} parts", launch)
 
 
-def experimental_cases(arch: str) -> Iterator[Case]:
-    """What the tuner tries for ``arch`` when asked for kernels that no GPU has run."""
-    for dtype, kernel in product(("bf16", "fp16"), configs.KERNELS):
-        for tiles in tuning.candidates(kernel, devices.typical(arch), _NAMES[dtype], 4096, experimental=True):
-            if tiles.schedule not in configs.MAY_HANG:
-                continue
-            yield _case(kernel, arch, dtype, tiles, (_NAMES[dtype], _NAMES[dtype]), 4096)
-            if dtype == "bf16":
-                yield _case(kernel, arch, dtype, tiles, (torch.bfloat16,) * 2, 4096, n=2304, groups=3)
-
-
 def multi_cases(arch: str) -> Iterator[Case]:
     """``rlrr_linear_multi`` of 64 images for 64 tasks: every kind of tile, rows of all tasks in a tile, ragged shapes.
 
@@ -208,8 +191,7 @@ def _multi_cases(arch: str, dtype: str, n: int, k: int, rank: int, groups: int) 
     weight, stacks = _meta(n, k, dtype=w_dtype), (_meta(64, n, rank), _meta(64, groups, rank, k))
 
     def product(kernel: str, first: torch.Tensor, second: torch.Tensor) -> configs.Product:
-        operands = configs.Operand.of(first), configs.Operand.of(second)
-        return configs.Product(kernel, gpu, x_dtype, w_dtype, weight.shape, rank, groups, *operands, sampled=True)
+        return configs.Product.of(kernel, gpu, first, second, w_dtype, rank, sampled=True)
 
     for kernel, a, out, added in (
         ("forward", x, grad_y, (_meta(n), _meta(64, n))),
@@ -344,25 +326,7 @@ def report_row(case: Case, arch: str) -> dict[str, Any]:
         "uses_dot": "tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],
         "matrix_instruction": next((name for name in MATRIX_INSTRUCTIONS if name in code), None),
         "tma": "cp.async.bulk.tensor" in code if case.launch.plan.blocks else None,
-        "overlap": min(overlaps(compiled.asm["sass"])) if case.launch.plan.kernel.is_gluon() else None,
     }
-
-
-def overlaps(sass: str) -> list[int]:
-    """Of each asynchronous product of sm_90, how much fp32 arithmetic there is between its start and its wait.
-
-    What a hand-made schedule is for: a tile is rescaled while another multiplies.
-    """
-    found, arithmetic, running = [], 0, False
-    for line in sass.splitlines():
-        if "HGMMA" in line:
-            running = "gsb0" in line  # the last instruction of a product
-        elif running and re.search(r"\b(FFMA|FMUL)\b", line):
-            arithmetic += 1
-        elif "WARPGROUP.DEPBAR" in line:
-            found.append(arithmetic)
-            arithmetic, running = 0, False
-    return found
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -389,9 +353,8 @@ def rows(
     try:
         for arch in archs or TARGETS:
             cases = chain(
-                linear_cases(arch), experimental_cases(arch), multi_cases(arch) if whole else (), draw_cases(),
-                norm_cases(), activation_cases(),
-            )  # fmt: skip
+                linear_cases(arch), multi_cases(arch) if whole else (), draw_cases(), norm_cases(), activation_cases()
+            )
             for case in cases:
                 if case.dtype in dtypes and (whole or not case.config.endswith(BETWEEN)):
                     yield report_row(case, arch)

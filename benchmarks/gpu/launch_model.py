@@ -135,10 +135,6 @@ def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype, 
     output_tiles, steps, width, contracted = (of_n, of_k, bn, bk) if kernel == "forward" else (of_k, of_n, bk, bn)
     output_tiles *= of_m
     moved = bm * contracted * size + bn * bk * weight_size
-    if tiles.schedule == "gluon":
-        programs = min(output_tiles, MULTIPROCESSORS)
-        ends = -(-output_tiles // programs)
-        return Grid(programs, ends * steps, moved, ends * bm * width * size, of_m, 1, ends)
     splits = linear_tiles.contraction_splits(steps, output_tiles, tiles, GPU)
     iterations = -(-steps // splits)
     splits = -(-steps // iterations)

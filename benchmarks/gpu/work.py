@@ -18,8 +18,8 @@ def sizes_of(problem: Problem) -> Row:
 class Unit(NamedTuple):
     """Some rows of one section. ``tier``: lower is more valuable; ``seconds``: an estimate, to stop in time.
 
-    ``run`` is given the :class:`benchmarks.gpu.session.worker.Bench` of its process. ``limit``: seconds after which
-    the process is killed; None for a few times the estimate.
+    ``run`` is given the :class:`benchmarks.gpu.session.worker.Bench` of its process, which is killed after a few times
+    the estimate.
     """
 
     tier: int
@@ -27,7 +27,6 @@ class Unit(NamedTuple):
     label: str
     seconds: float
     run: Callable[[Any], list[Row]]
-    limit: float | None = None
 
 
 _listener: Callable[[Row], object] | None = None

@@ -230,9 +230,6 @@ def compiled(kernel: str, tiles: Tiles, precision: str, m: int) -> Compiled:
         raise RuntimeError(f"{kernel} with {tiles} does not compile: {type(error).__name__}") from error
     registers, spills = compile_report._nvidia_resources(binary.asm["cubin"])
     loop, held = read_loop(binary.asm["sass"], tiles.warps), resident(registers, tiles.warps, binary.metadata.shared)
-    if tiles.schedule == "gluon" and loop is not None:
-        # Each of two halves of a tile has warps of its own, whose loop does two blocks an iteration.
-        loop, held = loop._replace(stalls=loop.stalls // 2), 1
     return Compiled(loop, registers, spills, held)
 
 

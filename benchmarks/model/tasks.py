@@ -37,7 +37,7 @@ def cut_of(kernel: str, batch: Batch, shape: Shape) -> Cut:
     """Which way the rows of each task go on an H200."""
     width = shape.k if kernel == "forward" else shape.n
     operands = Operand((1, width), (width, 1), SIZE, True), Operand((shape.n, shape.k), (shape.k, 1), SIZE, True)
-    product = Product(kernel, GPU, DTYPE, DTYPE, (shape.n, shape.k), 1, 1, *operands)
+    product = Product(kernel, GPU, DTYPE, DTYPE, 1, *operands)
 
     def merges(first: int, end: int) -> bool:
         return linear_paths.merge_gain(end - first, shape.n, shape.k, 1, GPU, DTYPE, DTYPE) > 1

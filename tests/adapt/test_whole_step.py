@@ -96,9 +96,9 @@ def test_the_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch):
     images, labels = tiny_images("vit"), torch.tensor([0, 1, 2])
     layers, norms = (sum(isinstance(m, kind) for m in model.modules()) for kind in (RLRRLinear, NormRescale))
     assert (layers, norms) == (8, 5)
-    started, run = [], launch.Plan.run
+    started, run = [], launch.Launch.run
     monkeypatch.setattr(
-        launch.Plan, "run", lambda plan, *args: started.append(plan.kernel.fn.__name__) or run(plan, *args)
+        launch.Launch, "run", lambda launch: started.append(launch.plan.kernel.fn.__name__) or run(launch)
     )
     monkeypatch.setattr(backends, "INTERPRETING", True)  # lets CPU tensors take the Triton road
     monkeypatch.setattr(public, "_calls", autograd.CallCache())

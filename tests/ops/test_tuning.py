@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chosen(kernel="forward", rows=8, dtype=torch.float32, rank=1, stride=64) -> Tiles:
     x, weight = torch.empty_strided((rows, 64), (stride, 1), dtype=dtype), torch.empty(64, 64, dtype=dtype)
-    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), matmul_precision(), x, weight, weight, rank)
+    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), matmul_precision(), x, weight, dtype, rank)
 
 
 def keep(tiles: Tiles = FASTER, kernel: str = "forward", precision: str = "float32") -> None:
@@ -160,36 +160,39 @@ def test_tiles_whose_schedule_no_gpu_has_proven_serve_when_asked_for_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """In a process that only finds the file they must not serve."""
-    hopper = devices.typical("sm_90")
-    monkeypatch.setattr(tuned_tiles, "gpu_name", lambda device: "H200")
+    monkeypatch.setattr(tuned_tiles, "gpu_name", lambda device: "this GPU")
 
-    def schedule(kernel: str, rows: int = 1576) -> str:
-        x, y, weight = (torch.empty(*s, dtype=torch.bfloat16) for s in ((rows, 64), (rows, 128), (128, 64)))
-        operands = {"forward": (x, weight), "grad_x": (y, weight), "grad_scales": (x, y)}[kernel]
-        return tuned_tiles.choose_tiles(kernel, hopper, "ieee", *operands, weight, 1).schedule
+    def schedule(gpu: str, rows: int = 1023) -> str:
+        x, y = (torch.empty(rows, width, dtype=torch.bfloat16) for width in (64, 128))
+        return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, y, torch.bfloat16, 1).schedule
 
-    tiles = Tiles(128, 128, 64, 8, 3, schedule="gluon")
-    names = {kernel: tuned_tiles.entry_name("H200", kernel, "bfloat16", 0) for kernel in linear_configs.KERNELS}
-    tuned_tiles.write(
-        tuned_tiles.cache_file(),
-        {
-            names["forward"]: tiles._asdict(),
-            names["grad_x"]: tiles._asdict(),
-            names["grad_scales"]: tiles._replace(schedule="persistent")._asdict(),
-        },
-    )
-    assert [schedule(kernel) for kernel in linear_configs.KERNELS] == ["tiled", "tiled", "persistent"]
+    name = tuned_tiles.entry_name("this GPU", "grad_scales", "bfloat16", 0)
+    entry = Tiles(64, 128, 128, 8, 4, schedule="persistent")._asdict()
+    tuned_tiles.write(tuned_tiles.cache_file(), {name: entry})
+    assert [schedule(gpu) for gpu in ("sm_90", "sm_100")] == ["persistent", "tiled"]
     entries = tuned_tiles.read(tuned_tiles.cache_file())
-    assert tuned_tiles.unproven(entries, hopper) == sorted([names["forward"], names["grad_x"]])
+    assert tuned_tiles.unproven(entries, devices.typical("sm_100")) == [name]
+    assert tuned_tiles.unproven(entries, devices.typical("sm_90")) == []
     monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "on")
     tuned_tiles.forget()
-    assert [schedule(kernel) for kernel in linear_configs.KERNELS] == ["gluon", "gluon", "persistent"]
-    assert (schedule("forward", 256), schedule("grad_x", 257)) == ("tiled", "gluon"), "256 rows are another class"
-    assert (schedule("grad_scales", 255), schedule("grad_scales", 256)) == ("tiled", "persistent"), "TMA_MIN_ROWS"
+    assert schedule("sm_100") == "persistent"
+    assert (schedule("sm_100", 255), schedule("sm_100", 256)) == ("tiled", "persistent"), "TMA_MIN_ROWS"
     monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "maybe")
     tuned_tiles.forget()
     with pytest.raises(ValueError, match="RLRR_EXPERIMENTAL must be on or off; got 'maybe'"):
-        schedule("forward")
+        schedule("sm_100")
+
+
+@needs_interpreter
+def test_tiles_of_a_schedule_that_is_gone_serve_nothing_and_spoil_nothing(folder: Path):
+    keep()
+    content = json.loads((folder / "tiles.json").read_text(encoding="utf-8"))
+    gone = tuned_tiles.entry_name("interpreter", "grad_x", "float32", 0)
+    content["entries"][gone] = Tiles(256, 128, 64, 4, 3, schedule="gluon")._asdict()
+    (folder / "tiles.json").write_text(json.dumps(content), encoding="utf-8")
+    tuned_tiles.forget()
+    assert (chosen(), chosen("grad_x").schedule) == (FASTER, "tiled")
+    assert gone not in tuned_tiles.read(folder / "tiles.json")
 
 
 def test_forcing_tiles_ends_with_the_block():

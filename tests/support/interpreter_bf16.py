@@ -80,4 +80,4 @@ def install() -> None:
     builder.create_dot, builder.create_fp_to_fp = dot_bf16, convert_bf16
     for name in _CASTS:
         setattr(builder, name, cast_bf16)
-    launch.REFUSED_BY_INTERPRETER = ()
+    launch.REFUSED_BY_INTERPRETER = frozenset()

@@ -78,11 +78,11 @@ def test_verdicts(tmp_path: Path):
 
 
 def test_tuned_tiles_that_wait_to_be_asked_for(monkeypatch: pytest.MonkeyPatch):
-    name = store.entry_name("H100", "forward", "bfloat16", 0)
+    name = store.entry_name("B200", "grad_scales", "bfloat16", 0)
     tiled = Tiles(128, 128, 64, 8, 3)
     store.write(store.cache_file(), {name: tiled._asdict()})
     assert states()["tuned tiles (RLRR_TUNING)"] == f"on; {store.cache_file()}: 1 entries"
-    store.write(store.cache_file(), {name: tiled._replace(schedule="gluon")._asdict()})
+    store.write(store.cache_file(), {name: tiled._replace(schedule="persistent")._asdict()})
     assert "used under RLRR_EXPERIMENTAL=on alone, as no GPU has proven" in states()["tuned tiles (RLRR_TUNING)"]
     assert states()["tuned tiles (RLRR_TUNING)"].endswith(name)
     monkeypatch.setenv(store.EXPERIMENTAL_VARIABLE, "on")

@@ -144,13 +144,6 @@ def _check_context(plan: RunPlan, reason: str) -> None:
             raise ContextLost(reason) from error
 
 
-HANGING_TIERS = 2
-"""How much later schedules that may hang are tried, so that what they could cost is already measured."""
-
-HANGING_LIMIT = 40.0
-"""Seconds after which one of them is given up."""
-
-
 def tune_units(plan: RunPlan) -> list[Unit]:
     """One unit for each kernel, schedule and class of M."""
     units = []
@@ -158,13 +151,11 @@ def tune_units(plan: RunPlan) -> list[Unit]:
         for kernel, (schedule, kernels) in product(linear_configs.KERNELS, linear_configs.SCHEDULES.items()):
             if kernel not in kernels or (schedule != "tiled" and problems[0][1] < linear_configs.TMA_MIN_ROWS):
                 continue
-            may_hang = schedule in linear_configs.MAY_HANG
             label = f"{kernel}, {schedule}, M = {', '.join(str(m) for _, m in problems)}, {name}"
             units.append(
                 Unit(
-                    tier + HANGING_TIERS * may_hang, "tune", label, 5.0 * len(problems),
+                    tier, "tune", label, 5.0 * len(problems),
                     lambda bench, s=problems, p=PRECISIONS[name], k=kernel, c=schedule: tune_rows(plan, s, p, k, c),
-                    HANGING_LIMIT if may_hang else None,
                 )
             )  # fmt: skip
     return units

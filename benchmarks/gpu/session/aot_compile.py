@@ -26,7 +26,7 @@ from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host import launch as launch_module
+from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
@@ -40,9 +40,9 @@ Job = Callable[[], object]
 WIDTHS = {"base": 768, "large": 1024, "huge": 1280}
 
 
-def _compile_only(plan: launch_module.Plan, *tensors: Tensor) -> None:
-    """Stands for ``Plan.run``."""
-    plan.kernel.run(*plan.arguments(tensors), grid=plan.grid, warmup=True, **plan.meta)
+def _compile_only(launch: Launch) -> None:
+    """Stands for ``Launch.run``."""
+    launch.plan.kernel.run(*launch.args, grid=launch.plan.grid, warmup=True, **launch.plan.meta)
 
 
 def linear_jobs(problem: Problem, precision: Precision, share: float | None = None) -> Iterator[Job]:
@@ -69,7 +69,7 @@ def linear_jobs(problem: Problem, precision: Precision, share: float | None = No
 
 
 def tuning_jobs(problem: Problem, precision: Precision, gpu: Gpu) -> Iterator[Job]:
-    """The tuner's candidates, those of schedules that may hang included."""
+    """The tuner's candidates, experimental ones included."""
     t = problem.empty("meta")
 
     def candidate(kernel: str, tiles: linear_configs.Tiles) -> None:
@@ -136,7 +136,7 @@ def compile_part(capability: int, part: int, parts: int, plan: RunPlan | None = 
     counts = {"done": 0, "failed": 0}
     gpu = devices.typical(f"sm_{capability}")
     with (
-        mock.patch.object(launch_module.Plan, "run", _compile_only),
+        mock.patch.object(Launch, "run", _compile_only),
         mock.patch.object(linear_triton, "gpu_of", return_value=gpu),
         mock.patch.object(guard, "enabled", return_value=False),  # there are no results to look at
     ):

@@ -77,7 +77,7 @@ class Session:
         worker = self._ready_worker()
         left = self.deadline - time.perf_counter()
         usual = TINY_LIMIT if self.plan.tiny else max(LEAST_LIMIT, LIMIT_RATIO * unit.seconds)
-        limit = max(0.0, min(unit.limit or usual, left))
+        limit = max(0.0, min(usual, left))
         started = time.perf_counter()
         try:
             rows, answers = worker.run(number, limit)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlrr_kernels.ops.activation import functions
 from rlrr_kernels.ops.host import formula, guard
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -70,7 +70,6 @@ def backward_launch(grad_a: Tensor, h: Tensor, name: str, value: Tensor | None) 
 
 def backward(grad_a: Tensor, h: Tensor, name: str, need_value: bool) -> tuple[Tensor, Tensor | None]:
     """∂h, which takes the memory of ``grad_a`` [M, H], and act(h) in the dtype of h if it is needed."""
-    check_interpreter(grad_a.dtype, h.dtype)
     h = h.contiguous()
     value = torch.empty_like(h) if need_value else None
     if h.numel():

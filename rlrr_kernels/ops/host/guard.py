@@ -174,22 +174,22 @@ def _known(launches: Sequence[Launch]) -> list[bool | None]:
     """The verdict of each launch's kernel; None where none is in."""
     if not enabled(launches[0].tensors[0].device):
         return [True]
-    return [launch.plan.verdicts.get(launch.plan.key(launch.tensors)) for launch in launches]
+    return [launch.plan.verdicts.get(launch.key) for launch in launches]
 
 
 def _settle(launches: Sequence[Launch], verdict: bool) -> bool:
     """Notes the verdict where the next launch looks for it; a kernel that gave way is started by Triton, if at all."""
     for launch in launches:
-        launch.plan.verdicts[launch.plan.key(launch.tensors)] = verdict
+        launch.plan.verdicts[launch.key] = verdict
         if not verdict:
-            launch.plan.forget_starts()
+            launch.plan.starts.clear()
     return verdict
 
 
 def _unsettled(launches: Sequence[Launch]) -> bool:
     """Lets the results be used, and no launch be replayed: replays are made of kernels with a verdict."""
     for launch in launches:
-        launch.plan.forget_starts()
+        launch.plan.starts.clear()
     return True
 
 

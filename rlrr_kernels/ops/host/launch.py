@@ -38,6 +38,9 @@ TL_ACCUMULATE = {
 LAUNCH_VARIABLE = "RLRR_LAUNCH"
 """The one switch: "direct" (default), or "triton" for Triton's own launcher always, and no replays."""
 
+REFUSED_BY_INTERPRETER = frozenset((torch.bfloat16,))
+"""What Triton's interpreter computes wrongly: it works on bfloat16's raw bits."""
+
 _dtype = operator.attrgetter("dtype")
 _address = Tensor.data_ptr
 _make_start = private.start_maker(triton.__version__)
@@ -92,7 +95,7 @@ class Plan:
     number, so a CUDA graph keeps it as it keeps the pointers of others.
     """
 
-    __slots__ = ("_starts", "blocks", "compiled", "grid", "kernel", "meta", "numbers", "verdicts")
+    __slots__ = ("blocks", "compiled", "grid", "kernel", "meta", "numbers", "starts", "verdicts")
 
     def __init__(
         self,
@@ -108,79 +111,10 @@ class Plan:
         self.numbers = numbers
         self.meta = meta | {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not said: 3.10's default is False
         self.compiled: Any = None  # what Triton's launcher last ran; None from its interpreter
-        self.verdicts: dict[tuple, bool] = {}  # of rlrr_kernels.ops.host.guard, by key: whether the kernel may serve
-        self._starts: dict[tuple, tuple[Any, StartKernel]] = {}
-
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Tensor | TensorDescriptor | int | float, ...]:
-        """What the kernel is given, its constants left out."""
-        by_tma = [
-            TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
-            for tensor, block in zip(tensors, self.blocks, strict=False)
-        ]
-        return (*by_tma, *tensors[len(by_tma) :], *self.numbers)
-
-    def run(self, *tensors: Tensor) -> None:
-        """Launches on the device of the first tensor, which Triton leaves to the caller."""
-        device = tensors[0].get_device()
-        if device >= 0 and device != current_device():
-            with torch.cuda.device(device):
-                return self.run(*tensors)
-        key, failure = self.key(tensors), None
-        known = self._starts.get(key)
-        if known is not None and direct_allowed():
-            driver, start = known
-            pointers = list(map(_address, tensors))
-            if not (
-                reduce(operator.or_, pointers) & 15
-                or driver is not triton.runtime.driver.active
-                or watched(self.kernel)
-            ):
-                try:
-                    return start(driver.get_current_stream(device), pointers)
-                except Exception as error:  # a launcher that is not what its version says; a driver's error comes again
-                    failure = error
-        self.compiled = self.kernel[self.grid](*self.arguments(tensors), **self.meta)
-        if failure is not None:
-            give_up_direct(f"a start past it failed with {type(failure).__name__}: {failure}")
-        else:
-            self._keep_start(key, tensors)
-        return None
-
-    def _keep_start(self, key: tuple, tensors: Sequence[Tensor]) -> None:
-        """Starts the kernel that Triton just launched without it from now on, where that can be done."""
-        if (
-            not direct_allowed()
-            or _make_start is None
-            or not isinstance(self.kernel, triton.JITFunction)
-            or triton.runtime.driver.active.get_current_target().backend != "cuda"
-            or any(tensor.data_ptr() % 16 for tensor in tensors)
-            or watched(self.kernel)
-        ):
-            return None
-        try:
-            start = _make_start(self, self.compiled)
-        except Exception as error:
-            return give_up_direct(f"a compiled kernel is not as expected: {type(error).__name__}: {error}")
-        if start is not None:
-            start = _by_tma(start, tensors[: len(self.blocks)]) if self.blocks else start
-            self._starts[key] = triton.runtime.driver.active, start
-        return None
-
-    def forget_starts(self) -> None:
-        """Has the next launch done by Triton."""
-        self._starts.clear()
-
-    def key(self, tensors: Sequence[Tensor]) -> tuple:
-        """What a kernel depends on beside the plan, and where descriptors are made, what these do beside an address."""
-        key = (tensors[0].get_device(), *map(_dtype, tensors))
-        for tensor in tensors[: len(self.blocks)]:
-            key += (tensor.shape, tensor.stride())
-        return key
-
-    def known_start(self, tensors: Sequence[Tensor]) -> StartKernel | None:
-        """How the kernel for these tensors is started past Triton; None before it was launched, or if it cannot be."""
-        known = self._starts.get(self.key(tensors)) if direct else None
-        return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
+        # By Launch.key: whether the kernel may serve (rlrr_kernels.ops.host.guard), and how it is started past Triton,
+        # with the driver for which that holds; without a start the next launch is done by Triton.
+        self.verdicts: dict[tuple, bool] = {}
+        self.starts: dict[tuple, tuple[Any, StartKernel]] = {}
 
 
 class Launch(NamedTuple):
@@ -192,13 +126,87 @@ class Launch(NamedTuple):
     @property
     def args(self) -> tuple[Tensor | TensorDescriptor | int | float, ...]:
         """What the kernel is given, its constants left out."""
-        return self.plan.arguments(self.tensors)
+        by_tma = [
+            TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
+            for tensor, block in zip(self.tensors, self.plan.blocks, strict=False)
+        ]
+        return (*by_tma, *self.tensors[len(by_tma) :], *self.plan.numbers)
+
+    @property
+    def key(self) -> tuple:
+        """What a kernel depends on beside the plan, and where descriptors are made, what these do beside an address."""
+        key = (self.tensors[0].get_device(), *map(_dtype, self.tensors))
+        for tensor in self.tensors[: len(self.plan.blocks)]:
+            key += (tensor.shape, tensor.stride())
+        return key
+
+    @property
+    def known_start(self) -> StartKernel | None:
+        """How the kernel is started past Triton; None before it was launched, or if it cannot be."""
+        known = self.plan.starts.get(self.key) if direct else None
+        return known[1] if known is not None and known[0] is triton.runtime.driver.active else None
 
     def run(self) -> None:
-        """Launches on the device of the first tensor."""
-        self.plan.run(*self.tensors)
+        """Launches on the device of the first tensor, which Triton leaves to the caller.
+
+        Raises:
+            ValueError: a tensor is bfloat16, which Triton's interpreter, that is on, computes wrongly.
+        """
+        plan, tensors = self
+        device = tensors[0].get_device()
+        if device >= 0 and device != current_device():
+            with torch.cuda.device(device):
+                return self.run()
+        if backends.INTERPRETING and not REFUSED_BY_INTERPRETER.isdisjoint(map(_dtype, tensors)):
+            raise ValueError(
+                "a tensor is bfloat16, which Triton's interpreter computes wrongly; use float32 or float16 "
+                "under TRITON_INTERPRET=1, or backend 'torch'"
+            )
+        key, started, failure = self.key, False, None
+        known = plan.starts.get(key)
+        if known is not None and direct_allowed():
+            driver, start = known
+            pointers = list(map(_address, tensors))
+            if not (
+                reduce(operator.or_, pointers) & 15
+                or driver is not triton.runtime.driver.active
+                or watched(plan.kernel)
+            ):
+                try:
+                    start(driver.get_current_stream(device), pointers)
+                    started = True
+                except Exception as error:  # a launcher that is not what its version says; a driver's error comes again
+                    failure = error
+        if not started:
+            plan.compiled = plan.kernel[plan.grid](*self.args, **plan.meta)
+            if failure is not None:
+                give_up_direct(f"a start past it failed with {type(failure).__name__}: {failure}")
+            else:
+                self._keep_start(key)
         if thread.record is not None:
             thread.record.append(self)
+        return None
+
+    def _keep_start(self, key: tuple) -> None:
+        """Starts the kernel that Triton just launched without it from now on, where that can be done."""
+        plan, tensors = self
+        if (
+            not direct_allowed()
+            or _make_start is None
+            or not isinstance(plan.kernel, triton.JITFunction)
+            or triton.runtime.driver.active.get_current_target().backend != "cuda"
+            or any(tensor.data_ptr() % 16 for tensor in tensors)
+            or watched(plan.kernel)
+        ):
+            return None
+        try:
+            start = _make_start(plan, plan.compiled)
+        except Exception as error:
+            return give_up_direct(f"a compiled kernel is not as expected: {type(error).__name__}: {error}")
+        if start is not None:
+            start = _by_tma(start, tensors[: len(plan.blocks)]) if plan.blocks else start
+            plan.starts[key] = triton.runtime.driver.active, start
+        return None
 
 
 class _Thread(threading.local):
@@ -252,20 +260,3 @@ def _by_tma(start: StartKernel, tensors: Sequence[Tensor]) -> StartKernel:
         start(stream, (*map(_Descriptor, pointers, layouts), *pointers[len(layouts) :]))
 
     return start_by_tma
-
-
-REFUSED_BY_INTERPRETER: tuple[torch.dtype, ...] = (torch.bfloat16,)
-"""What Triton's interpreter computes wrongly: it works on bfloat16's raw bits."""
-
-
-def check_interpreter(*dtypes: torch.dtype) -> None:
-    """Refuses bfloat16 under Triton's interpreter.
-
-    Raises:
-        ValueError: a dtype is bfloat16 and the interpreter is on.
-    """
-    if backends.INTERPRETING and not set(REFUSED_BY_INTERPRETER).isdisjoint(dtypes):
-        raise ValueError(
-            "a tensor is bfloat16, which Triton's interpreter computes wrongly; use float32 or float16 "
-            "under TRITON_INTERPRET=1, or backend 'torch'"
-        )

@@ -197,7 +197,7 @@ class Replay:
         positions = {tensor.data_ptr(): position for position, tensor in enumerate(tensors)}
         taken = [tensor for launch in launches for tensor in launch.tensors]
         memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        starts = [launch.plan.known_start(launch.tensors) for launch in launches]
+        starts = [launch.known_start for launch in launches]
         if (
             len(positions) < len(tensors)
             or None in starts

@@ -41,17 +41,12 @@ class Tiles(NamedTuple):
 
 KERNELS = ("forward", "grad_x", "grad_scales")
 
-SCHEDULES = {"tiled": KERNELS, "persistent": ("grad_scales",), "gluon": ("forward", "grad_x")}
+SCHEDULES = {"tiled": KERNELS, "persistent": ("grad_scales",)}
 """How the programs of a launch share its work, and which kernels know that way.
 
 ``tiled``: one program a tile, operands through pointers; any layout, any GPU. ``persistent``: one wave of programs,
-each an equal share of all iterations, operands by TMA. ``gluon``: warp-specialised for Hopper
-(``triton/kernels_gluon.py``), its ``warps`` are those of each half of a tile. What they serve is in
-:func:`schedules_for`.
+each an equal share of all iterations, operands by TMA. What it serves is in :func:`schedules_for`.
 """
-
-MAY_HANG = ("gluon",)
-"""Schedules that could hang a GPU: they are tried in a process that can be killed."""
 
 EXECUTED = (("grad_scales", "persistent", "sm_90"),)
 """Kernels, schedules and GPUs whose compiled code is executed, without a GPU, before it is released."""
@@ -214,10 +209,6 @@ def shared_bytes(
             least = max(least, 4 * (4 * tiles.block_n * tiles.block_k + vectors))
         return max(least, stages + barriers + (tiles.block_n * STRIP_BYTES if tiles.schedule == "persistent" else 0))
     contracted = tiles.block_k if kernel == "forward" else tiles.block_n
-    if tiles.schedule == "gluon":  # tiles of x, W and a scale for every stage, that of y, barriers
-        stage = (tiles.block_m * contracted + tiles.block_n * tiles.block_k) * size + contracted * 4
-        result = tiles.block_m * (tiles.block_n + tiles.block_k - contracted) * size
-        return stage * tiles.stages + result + 512
     first, second = tiles.block_m * contracted, tiles.block_n * tiles.block_k
     scales = max(UNROLLED_RANK, dot_rank) * (tiles.block_n + tiles.block_k) * max(4, size)
     stage = first * size + second * weight_dtype.itemsize + scales
@@ -248,11 +239,6 @@ class Operand(NamedTuple):
     itemsize: int
     aligned: bool  # whether it begins at a multiple of 16 bytes
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Operand:
-        """That of a tensor."""
-        return cls(tensor.shape, tensor.stride(), tensor.itemsize, tensor.data_ptr() % 16 == 0)
-
 
 class Product(NamedTuple):
     """One of the layer's products, as the choice of its tiles sees it."""
@@ -261,12 +247,19 @@ class Product(NamedTuple):
     gpu: Gpu
     dtype: torch.dtype  # of x and g
     weight_dtype: torch.dtype
-    weight_shape: tuple[int, int]  # [N, K]
     rank: int
-    groups: int
     first: Operand  # [M, ...]: x or g
     second: Operand  # W or x
     sampled: bool = False  # whether G is an estimate from sampled rows
+
+    @classmethod
+    def of(
+        cls, kernel: str, gpu: Gpu, first: torch.Tensor, second: torch.Tensor, weight_dtype: torch.dtype, rank: int,
+        sampled: bool = False,
+    ) -> Product:  # fmt: skip
+        """That of two tensors."""
+        operands = [Operand(t.shape, t.stride(), t.itemsize, t.data_ptr() % 16 == 0) for t in (first, second)]
+        return cls(kernel, gpu, first.dtype, weight_dtype, rank, *operands, sampled)
 
     @property
     def regular(self) -> bool:
@@ -280,34 +273,17 @@ class Product(NamedTuple):
 def schedules_for(product: Product) -> tuple[str, ...]:
     """The schedules that can serve a product, whether or not they are faster or proven.
 
-    ``persistent`` loads both operands by TMA, and a loop over the rank would take the registers that a wide tile of G
-    leaves. ``gluon`` besides wants operands of one 16-bit dtype and rank 1, rows of the result and of the scales that
-    begin at multiples of 16 bytes, and no tile of W that straddles two groups.
+    ``persistent`` loads both operands by TMA: their rows must be contiguous and begin, as the matrix does, at multiples
+    of 16 bytes, one after another, and coordinates are 32 bits wide. A loop over the rank would take the registers that
+    a wide tile of G leaves.
     """
-    kernel, gpu, dtype, weight_dtype, (N, K), rank, groups, first, second, sampled = product
-    if sampled or gpu.family not in TMA_FAMILIES or not _loaded_by_tma(first, second):
-        return ("tiled",)
-    if kernel == "grad_scales":
-        return ("tiled", "persistent") if rank <= UNROLLED_RANK else ("tiled",)
-    by_hand = (
-        gpu.name == "sm_90"
-        and dtype == weight_dtype
-        and dtype in (torch.bfloat16, torch.float16)
-        and rank == 1
-        and N % 8 == 0
-        and K % 8 == 0
-        and (groups == 1 or N // groups % 128 == 0)
+    able = (
+        product.kernel == "grad_scales"
+        and product.gpu.family in TMA_FAMILIES
+        and product.rank <= UNROLLED_RANK
+        and not product.sampled
     )
-    return ("tiled", "gluon") if by_hand else ("tiled",)
-
-
-def _loaded_by_tma(*operands: Operand) -> bool:
-    """Whether the tensor memory accelerator can load blocks of all of these matrices.
-
-    The rows of one must be contiguous and begin, as the matrix does, at multiples of 16 bytes, one after another;
-    coordinates are 32 bits wide.
-    """
-    return all(
+    if able and all(
         0 < rows < 2**31
         and 0 < columns < 2**31
         and inner == 1
@@ -315,8 +291,10 @@ def _loaded_by_tma(*operands: Operand) -> bool:
         and stride * itemsize % 16 == 0
         and stride * itemsize < 2**40
         and aligned
-        for (rows, columns), (stride, inner), itemsize, aligned in operands
-    )
+        for (rows, columns), (stride, inner), itemsize, aligned in (product.first, product.second)
+    ):
+        return ("tiled", "persistent")
+    return ("tiled",)
 
 
 def proven(kernel: str, schedule: str, gpu: Gpu) -> bool:

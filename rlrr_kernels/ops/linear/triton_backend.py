@@ -13,7 +13,6 @@ from torch import Tensor
 from rlrr_kernels.devices import gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import torch_backend as linear_torch
 from rlrr_kernels.ops.linear.first_use import in_tf32
@@ -55,15 +54,14 @@ def forward(
 
     ``path`` forces ``fused`` or ``merge``.
     """
-    check_interpreter(x.dtype, weight.dtype)
-    M, N, (groups, rank, _) = x.shape[0], weight.shape[0], scale_col.shape
+    M, N, rank = x.shape[0], weight.shape[0], scale_col.shape[1]
     gpu, precision = gpu_of(x.device), matmul_precision()
     choice = tuned_tiles.path_choice(gpu, precision, x.device, x.dtype, weight.dtype, M, weight.shape, rank)
     if (path or choice.path) == "merge":
         return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     y = x.new_empty(M, N)
     if y.numel():
-        tiles = tuned_tiles.choose_tiles("forward", gpu, precision, x, weight, weight, rank, groups)
+        tiles = tuned_tiles.choose_tiles("forward", gpu, precision, x, weight, weight.dtype, rank)
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         given = x, weight, scale_row, scale_col, bias, residual, y
@@ -94,7 +92,6 @@ def backward(
     Scale gradients come in the dtype of their scale, ∂b in fp32 (fp64 for float64). With a ``sample`` G is its estimate
     and x [S, K] holds its rows.
     """
-    check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, need_bias = needs
     scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
     dtype, gpu, precision = accumulate_dtype(grad_y.dtype), gpu_of(grad_y.device), matmul_precision()
@@ -106,8 +103,8 @@ def backward(
         torch.empty_like(scale_col) if need_col else None,
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
-    groups, rank, _ = scale_col.shape
-    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight, rank, groups, sample is not None)
+    rank = scale_col.shape[1]
+    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight.dtype, rank, sample is not None)
     given = grad_y, x, weight, scale_row, scale_col, grads
     if sample is None:
         launches = grad_scales_launches(*given, gpu, precision, tiles)
@@ -124,7 +121,7 @@ def backward(
 
 
 def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision) -> Tensor:
-    M, (N, K), (groups, rank, _) = grad_y.shape[0], weight.shape, scale_col.shape
+    M, (N, K), rank = grad_y.shape[0], weight.shape, scale_col.shape[1]
     choice = tuned_tiles.path_choice(gpu, precision, grad_y.device, grad_y.dtype, weight.dtype, M, weight.shape, rank)
     if (path or choice.path) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
@@ -132,7 +129,7 @@ def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision
         return grad_y.new_zeros(M, K)
     grad_x = grad_y.new_empty(M, K)
     if grad_x.numel():
-        tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight, rank, groups)
+        tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight.dtype, rank)
         given = grad_y, weight, scale_row, scale_col, residual, grad_x
         launches = grad_x_launches(*given, gpu, precision, tiles)
         if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, in_tf32(launches))):

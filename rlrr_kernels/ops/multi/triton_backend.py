@@ -14,7 +14,6 @@ from torch import Tensor
 from rlrr_kernels.devices import Gpu, gpu_of
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host.launch import check_interpreter
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.tiles import Operand, Product
@@ -45,8 +44,8 @@ def cut_of(
 
     ``path`` forces ``fused``, so that no task is merged, or ``merge``.
     """
-    _, groups, rank, _ = scale_col.shape
-    product = Product(kernel, gpu, a.dtype, weight.dtype, weight.shape, rank, groups, Operand.of(a), Operand.of(weight))
+    rank = scale_col.shape[2]
+    product = Product.of(kernel, gpu, a, weight, weight.dtype, rank)
     precision, kinds = matmul_precision(), (a.device, a.dtype, weight.dtype)
     key = product._replace(first=Operand((0, 0), a.stride(), 0, True)), precision, path
     if key not in rows.cache:
@@ -75,7 +74,6 @@ def forward(
 
     weight [N, K], scale_row [T, N, r], scale_col [T, G, r, K], bias [N], shift [T, N]. ``path`` as in :func:`cut_of`.
     """
-    check_interpreter(x.dtype, weight.dtype)
     given = x, weight, scale_row, scale_col, bias, shift
     y = x.new_empty(x.shape[0], weight.shape[0])
     if len(rows.segments) < 2 or not y.numel():
@@ -121,7 +119,6 @@ def backward(
     Those of scales have their scale's dtype, those of bias and shift are fp32 (fp64 for float64); adapters without rows
     get zeros. ``x`` may be None when no scale gradient is needed.
     """
-    check_interpreter(grad_y.dtype, weight.dtype)
     need_x, need_row, need_col, *need_sums = needs
     given = grad_y, x, weight, scale_row, scale_col, rows, residual
     segments = rows.segments
@@ -143,7 +140,7 @@ def backward(
         for need, (shape, dtype) in zip(needs[1:], shapes, strict=True)
     )
     tiles = tuned_tiles.choose_tiles(
-        "grad_scales", gpu, matmul_precision(), x, grad_y, weight, scale_col.shape[2], scale_col.shape[1], sampled=True
+        "grad_scales", gpu, matmul_precision(), x, grad_y, weight.dtype, scale_col.shape[2], sampled=True
     )
     launches = grad_scales_launches(grad_y, x, weight, *stacks, grads, rows, gpu, tiles)
 

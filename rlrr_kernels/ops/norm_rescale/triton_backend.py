@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.ops.host import guard, private
-from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan, check_interpreter
+from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.norm_rescale import first_use, torch_backend
 
 MAX_SIZE = 8192
@@ -249,7 +249,6 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., D] in ``dtype``, mean and rstd [..., 1] in the dtype of the sums, of x [..., D]."""
-    check_interpreter(x.dtype, scale.dtype, *(t.dtype for t in (weight, bias) if t is not None))
     wide = torch.promote_types(x.dtype, torch.float32)
     flat = _rows(x)
     weight, bias, scale, shift = _contiguous(weight, bias, scale, shift)
@@ -280,7 +279,6 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """∂x [..., D], ∂γ [D], ∂β [D], each in the dtype of its tensor; None where ``needs`` says so."""
-    check_interpreter(grad_y.dtype, x.dtype)
     need_x, need_scale, need_shift = needs
     g, flat = _rows(grad_y), _rows(x)
     weight, bias, scale, mean, rstd = _contiguous(weight, bias, scale, mean, rstd)

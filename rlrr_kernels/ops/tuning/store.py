@@ -24,7 +24,7 @@ from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.host.cache import cache_folder, gpu_name, switched_on, write_json
 from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Operand, Product, Tiles
+from rlrr_kernels.ops.linear.tiles import Product, Tiles
 
 SWITCH_VARIABLE = "RLRR_TUNING"
 EXPERIMENTAL_VARIABLE = "RLRR_EXPERIMENTAL"
@@ -72,6 +72,8 @@ def path_entry_name(gpu: str, precision: str) -> str:
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a file, {} where there is none: fields of :class:`Tiles`, or least_gain, and what was measured.
 
+    Entries whose schedule this version does not have are left out.
+
     Raises:
         ValueError: the file is not what the tuner writes.
         OSError: it cannot be read.
@@ -81,8 +83,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["entries"] if content["format"] in (1, FORMAT) else None
-        for entry in (entries or {}).values():
-            _value(entry)
+        for name, entry in list((entries or {}).items()):
+            if entry.get("schedule", "tiled") not in linear_configs.SCHEDULES:
+                del entries[name]
+            else:
+                _value(entry)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if entries is None:
@@ -105,7 +110,7 @@ def _tiles(entry: dict[str, Any]) -> Tiles:
     powers = [tiles.block_m, tiles.block_n, tiles.block_k, tiles.warps]
     if not all(type(value) is int and value > 0 for value in numbers) or any(value & (value - 1) for value in powers):
         raise ValueError(f"no tiles: {entry}")
-    if min(powers[:3]) < 16 or tiles.warps > 16 or tiles.schedule not in linear_configs.SCHEDULES:
+    if min(powers[:3]) < 16 or tiles.warps > 16:
         raise ValueError(f"no tiles: {entry}")
     return tiles
 
@@ -176,7 +181,7 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
 
 
 def choose_tiles(
-    kernel: str, gpu: Gpu, precision: str, first: Tensor, second: Tensor, weight: Tensor, rank: int, groups: int = 1,
+    kernel: str, gpu: Gpu, precision: str, first: Tensor, second: Tensor, weight_dtype: torch.dtype, rank: int,
     sampled: bool = False,
 ) -> Tiles:  # fmt: skip
     """The tiles of ``kernel``: the user's own where there are any, else those of the table.
@@ -190,15 +195,11 @@ def choose_tiles(
         precision: of products of float32, see :func:`precision_name`.
         first: [M, ...], x or g; with ``second``, W or x, the operands of its product.
         second: see ``first``.
-        weight: W [N, K].
+        weight_dtype: of W.
         rank: r of the scales.
-        groups: G of the scales.
         sampled: whether the scale gradients are estimated from rows of x.
     """
-    product = Product(
-        kernel, gpu, first.dtype, weight.dtype, weight.shape, rank, groups,
-        Operand.of(first), Operand.of(second), sampled,
-    )  # fmt: skip
+    product = Product.of(kernel, gpu, first, second, weight_dtype, rank, sampled)
     return _choose(product, first.device, precision, _forced.get(kernel))
 
 

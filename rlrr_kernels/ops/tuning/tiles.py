@@ -25,7 +25,7 @@ from rlrr_kernels.ops.host import formula, guard, private
 from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.public import rlrr_linear
-from rlrr_kernels.ops.linear.tiles import KERNELS, Operand, Product, Tiles
+from rlrr_kernels.ops.linear.tiles import KERNELS, Product, Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import store as tuned_tiles
 
@@ -62,18 +62,7 @@ PERSISTENT_CANDIDATES = {
 }  # fmt: skip
 """The same for persistent grids, by kernel and bytes of an element."""
 
-EXPERIMENTAL_CANDIDATES = {
-    ("forward", 2): [Tiles(256, 128, 64, 4, 3, schedule="gluon"), Tiles(128, 128, 64, 4, 5, schedule="gluon")],
-    ("grad_x", 2): [Tiles(256, 64, 128, 4, 3, schedule="gluon"), Tiles(128, 64, 128, 4, 5, schedule="gluon")],
-}
-"""By kernel and bytes of an element."""
-
-GLUON_TRITONS = ("3.6.", "3.9.")
-"""Versions whose compiler is checked to keep the hand-made schedule; its language changes between versions."""
-
-INTERPRETED_CANDIDATES = [
-    Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES if name not in linear_configs.MAY_HANG
-]
+INTERPRETED_CANDIDATES = [Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES]
 
 GAIN = 0.98
 """Share of the shipped tiles' time below which others are kept: less is noise."""
@@ -103,8 +92,7 @@ class Tuned(NamedTuple):
 def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
     """The tiles to try at M = ``rows``; the shipped ones come first, and split products are tried unsplit too.
 
-    Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`. Last among
-    them are those whose kernel may hang, for a process that can be killed.
+    Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`.
     """
     tma = gpu.family in linear_configs.TMA_FAMILIES and rows >= linear_configs.TMA_MIN_ROWS
     schedules = ("tiled", "persistent") if tma else ("tiled",)
@@ -119,8 +107,6 @@ def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimenta
         found += [Tiles(*numbers, schedule="persistent") for numbers in values]
     if limit and kernel != "grad_scales":
         found += [tiles._replace(max_splits=1) for tiles in found]
-    if gpu.name == "sm_90" and tma and not limit and triton.__version__.startswith(GLUON_TRITONS):
-        found += EXPERIMENTAL_CANDIDATES.get((kernel, dtype.itemsize), [])
     if not experimental:
         found = [tiles for tiles in found if linear_configs.proven(kernel, tiles.schedule, gpu)]
     return list(dict.fromkeys(found))
@@ -141,9 +127,8 @@ def launches_of(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> tu
 def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str | None:
     """Why a candidate must not be chosen; None where it may."""
     x, weight = t["x"], t["weight"]
-    groups, rank, _ = t["scale_col"].shape
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
-    product = Product(kernel, gpu, x.dtype, weight.dtype, weight.shape, rank, groups, *map(Operand.of, operands))
+    product = Product.of(kernel, gpu, *operands, weight.dtype, t["scale_col"].shape[1])
     if tiles.schedule not in linear_configs.schedules_for(product):
         return f"the schedule {tiles.schedule} does not serve this problem"
     if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):

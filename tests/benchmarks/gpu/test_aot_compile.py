@@ -16,7 +16,7 @@ from benchmarks.support.common import Problem
 from benchmarks.support.fake_cuda import fake_cuda
 from rlrr_kernels import backends, devices, rlrr_linear
 from rlrr_kernels.ops.host import guard
-from rlrr_kernels.ops.host.launch import Plan
+from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.linear.triton import kernels as linear_kernels
 
@@ -46,7 +46,7 @@ def compiled(folder: Path) -> set[str]:
 def test_what_was_compiled_is_found_by_the_launches(cache: Path):
     problem = Problem(24, 48, 64, torch.float32, True, "cpu", None, 1, 3)
     arch = mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90"))
-    with arch, mock.patch.object(Plan, "run", aot_compile._compile_only):
+    with arch, mock.patch.object(Launch, "run", aot_compile._compile_only):
         triton.runtime.driver.set_active(aot_compile.Driver(90))
         for job in aot_compile.linear_jobs(problem, PRECISIONS["fp32"]):
             job()
@@ -66,7 +66,7 @@ def test_what_was_compiled_is_found_by_the_launches(cache: Path):
 
 def test_every_job_of_the_plan_can_be_compiled(monkeypatch: pytest.MonkeyPatch):
     launched = []
-    monkeypatch.setattr(aot_compile, "_compile_only", lambda plan, *tensors: launched.append(plan.kernel.__name__))
+    monkeypatch.setattr(aot_compile, "_compile_only", lambda launch: launched.append(launch.plan.kernel.__name__))
     monkeypatch.setattr(triton.runtime.driver, "set_active", lambda driver: None)
     monkeypatch.setattr(guard, "enabled", lambda device: True)  # as it is on a GPU
     plan = gpu_plan()
@@ -113,7 +113,7 @@ def test_no_launch_is_larger_than_a_gpu_allows(sizes: tuple[int, int, int], prec
     problem = Problem(m, n, k, case.dtype, True, "meta")
     with (
         mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical("sm_90")),
-        mock.patch.object(Plan, "run", lambda plan, *tensors: launched.append(plan)),
+        mock.patch.object(Launch, "run", lambda launch: launched.append(launch.plan)),
     ):
         for job in aot_compile.linear_jobs(problem, case, 0.25):
             job()

@@ -65,7 +65,7 @@ def faulty_units() -> tuple[RunPlan, list[Unit]]:
     without_peft()
     units = [Unit(1, "ceilings", "good", 0.0, good)]
     for fault in (no_memory, crash, hang, lose_the_gpu):
-        units += [Unit(1, "memory", fault.__name__, 0.0, fault, limit=2.0), Unit(1, "ceilings", "good", 0.0, good)]
+        units += [Unit(1, "memory", fault.__name__, 0.0, fault), Unit(1, "ceilings", "good", 0.0, good)]
     return cpu_plan(), units
 
 
@@ -76,7 +76,8 @@ def broken_start() -> tuple[RunPlan, list[Unit]]:
     return cpu_plan(), [Unit(1, "ceilings", "good", 0.0, good)]
 
 
-def test_a_unit_that_ends_its_process_leaves_a_row_and_the_others_go_on(tmp_path: Path, capfd):
+def test_a_unit_that_ends_its_process_leaves_a_row_and_the_others_go_on(tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.setattr(session, "TINY_LIMIT", 2.0)
     run = Session(faulty_units, tmp_path, command.environment("cpu", "abc"), 10.0)
     run.run()
     run.finish()
@@ -129,7 +130,7 @@ def test_processes_that_do_not_get_ready_end_the_session_with_a_report(tmp_path:
 
 def test_a_unit_that_outlasts_the_session_is_ended_with_it(tmp_path: Path):
     run = Session(faulty_units, tmp_path, command.environment("cpu", "abc"), 10.0)
-    run.units = [unit._replace(limit=None) for unit in run.units if unit.run in (good, hang)]
+    run.units = [unit for unit in run.units if unit.run in (good, hang)]
     run._ready_worker()
     number = faulty_units()[1].index(next(unit for unit in faulty_units()[1] if unit.run is hang))
     run.deadline = time.perf_counter() + 1.0

@@ -38,13 +38,13 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setenv(guard.VARIABLE, "on")
     # Plans are kept, and with them their verdicts: every test has its own.
-    monkeypatch.setattr(launching.Plan, "key", lambda plan, tensors: (str(tmp_path), *_key(plan, tensors)))
+    monkeypatch.setattr(launching.Launch, "key", property(lambda launch: (str(tmp_path), *_key(launch))))
     guard.forget()
     yield tmp_path / "checks.json"
     guard.forget()
 
 
-_key = launching.Plan.key
+_key = launching.Launch.key.fget
 
 
 def plant(
@@ -221,7 +221,7 @@ def test_verdicts_are_kept_for_later_processes(checks: Path, monkeypatch: pytest
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(checks.parent))
     monkeypatch.setenv(guard.VARIABLE, "on")
     of_a_compiled_kernel(monkeypatch)
-    monkeypatch.setattr(launching.Plan, "key", lambda plan, tensors: ("another process", *_key(plan, tensors)))
+    monkeypatch.setattr(launching.Launch, "key", property(lambda launch: ("another process", *_key(launch))))
     monkeypatch.setattr(first_use, "error", lambda *args: pytest.fail("it was looked at again"))
     guard.forget()
     with pytest.warns(UserWarning, match="when it was first used here"):
@@ -298,7 +298,7 @@ def test_the_other_kernels_give_way_too(operator: Callable, kernel: str, place: 
     expected = operator("torch", torch.float32)
     for fault in (lambda tensor: tensor.add_(1), fail):
         with monkeypatch.context() as patch:
-            patch.setattr(launching.Plan, "key", lambda plan, tensors, here=(patch,): (here, *_key(plan, tensors)))
+            patch.setattr(launching.Launch, "key", property(lambda launch, here=(patch,): (here, *_key(launch))))
             guard.forget()
             ran = plant(patch, kernel, fault, place)
             with pytest.warns(UserWarning, match=f"gives way to the library's products(.*\n)*.*{kernel}"):

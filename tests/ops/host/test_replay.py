@@ -48,9 +48,10 @@ class Recorder:
         self.started: list[str] = []
         self.fault: Callable[[Sequence[int], list[Tensor]], object] | None = None
 
-    def known_start(self, plan: launching.Plan, tensors: Sequence[Tensor]) -> Callable:
-        """Stands for ``Plan.known_start``."""
-        like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    def known_start(self, launch: launching.Launch) -> Callable:
+        """Stands for ``Launch.known_start``."""
+        plan = launch.plan
+        like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in launch.tensors]
 
         def start(stream: int, pointers: Sequence[int]) -> None:
             self.started.append(plan.kernel.fn.__name__)
@@ -66,9 +67,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     recorder = Recorder()
-    monkeypatch.setattr(
-        launching.Plan, "known_start", lambda plan, tensors: recorder.known_start(plan, tensors), raising=True
-    )
+    monkeypatch.setattr(launching.Launch, "known_start", property(recorder.known_start))
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(launching, "watched", lambda *kernels: False)
     for module in (public, library):

@@ -102,9 +102,3 @@ def test_what_was_accepted_is_within_the_limits():
         for arch, rows in figures.items():
             for name, spills in rows.items():
                 assert 0 < spills <= verdict.ONCE.bytes, (arch, name)
-
-
-def test_arithmetic_beside_a_product_is_counted_up_to_its_wait():
-    start, wait = "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR12], R24, gsb0\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
-    assert compile_report.overlaps(f"FMUL R0\n{start}{wait}FFMA R1\n{start}FMUL R2\nFFMA R3\n{wait}") == [0, 2]
-    assert compile_report.overlaps("FMUL R0\nHMMA.16816.F32.BF16 R4\n") == []

@@ -82,8 +82,8 @@ def test_products_that_fill_no_gpu_are_computed_in_parts(
     from rlrr_kernels.ops.host import launch
     from rlrr_kernels.ops.linear.triton import kernels as linear_kernels
 
-    started, run = [], launch.Plan.run
-    monkeypatch.setattr(launch.Plan, "run", lambda plan, *args: started.append(plan.kernel) or run(plan, *args))
+    started, run = [], launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda launch: started.append(launch.plan.kernel) or run(launch))
     groups = 1 if rows % 3 else 3
     tensors = exact_case(rows=count, out_features=rows, in_features=cols, groups=groups, rank=rank)
     for problem in (tensors, {name: tensor for name, tensor in tensors.items() if name != "bias"}):

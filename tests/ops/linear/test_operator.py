@@ -346,7 +346,7 @@ def test_backend_names(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.skipif(not backends.INTERPRETING, reason="needs TRITON_INTERPRET=1")
 def test_bfloat16_is_refused_under_the_interpreter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "rlrr_kernels.ops.host.launch.REFUSED_BY_INTERPRETER", (torch.bfloat16,)
+        "rlrr_kernels.ops.host.launch.REFUSED_BY_INTERPRETER", frozenset((torch.bfloat16,))
     )  # lifted for the tests
     tensors = problem(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="interpreter computes wrongly"):

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
-from rlrr_kernels.ops.host.launch import Plan
+from rlrr_kernels.ops.host.launch import Launch
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
@@ -35,8 +35,7 @@ def chosen(rows=1576, dtype=torch.bfloat16, gpu="sm_90", offset=0, transposed=Fa
     storage = torch.empty(rows * 64 + offset, dtype=dtype)
     x = storage[offset:].view(rows, 64)
     grad_y = torch.empty(128, rows, dtype=dtype).t() if transposed else torch.empty(rows, 128, dtype=dtype)
-    weight = torch.empty(128, 64, dtype=dtype)
-    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, grad_y, weight, 1, 1, sampled)
+    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, grad_y, dtype, 1, sampled)
 
 
 def test_the_table_serves_it_where_tma_can_load():
@@ -103,8 +102,8 @@ def persistent(tiles: Tiles) -> Iterator[None]:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("shape", "tiles"), PROBLEMS, ids=str)
 def test_exact_on_odd_shapes(shape: tuple, tiles: Tiles, monkeypatch: pytest.MonkeyPatch):
-    ran, run = [], Plan.run
-    monkeypatch.setattr(Plan, "run", lambda plan, *given: ran.append(plan.kernel.__name__) or run(plan, *given))
+    ran, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: ran.append(launch.plan.kernel.__name__) or run(launch))
     tensors = Case(*shape, dtype=torch.float64).draw(0)
     with persistent(tiles):
         numerics.check_bound(fused, tensors)

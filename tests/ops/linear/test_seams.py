@@ -162,15 +162,15 @@ def negated(tensor: Tensor) -> Tensor:
 def addresses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels on a GPU are handed addresses; Triton's interpreter would see to the signs."""
     if backends.INTERPRETING:
-        from rlrr_kernels.ops.host.launch import Plan
+        from rlrr_kernels.ops.host.launch import Launch
 
-        run = Plan.run
+        run = Launch.run
 
-        def checked(plan: Plan, *tensors: Tensor) -> None:
-            assert not any(tensor.is_neg() for tensor in tensors)
-            run(plan, *tensors)
+        def checked(launch: Launch) -> None:
+            assert not any(tensor.is_neg() for tensor in launch.tensors)
+            run(launch)
 
-        monkeypatch.setattr(Plan, "run", checked)
+        monkeypatch.setattr(Launch, "run", checked)
 
 
 @on_every_backend

@@ -17,7 +17,7 @@ ROWS = (1, 2, 16, 17, 64, 197, 1576, 4096, 12608, 50432, 10**7)
 
 def product(
     kernel="forward", gpu: str = "sm_90", dtype=torch.bfloat16, rows=1576, shape=(128, 64), strides=None, rank=1,
-    groups=1, weight_dtype=None, transposed=False, offset=0, sampled=False,
+    weight_dtype=None, transposed=False, offset=0, sampled=False,
 ) -> configs.Product:  # fmt: skip
     """A product of x or g and a weight of ``shape``, or of g and x."""
     width = {"forward": shape[1], "grad_x": shape[0], "grad_scales": shape[1]}[kernel]
@@ -26,7 +26,7 @@ def product(
     second_shape = (rows, shape[0]) if kernel == "grad_scales" else shape
     second = configs.Operand(second_shape, (second_shape[1], 1), dtype.itemsize, True)
     dtypes = dtype, weight_dtype or dtype
-    return configs.Product(kernel, devices.typical(gpu), *dtypes, shape, rank, groups, first, second, sampled)
+    return configs.Product(kernel, devices.typical(gpu), *dtypes, rank, first, second, sampled)
 
 
 @pytest.mark.parametrize("arch", [*configs.TABLE, "sm_75", "unknown"])
@@ -154,26 +154,6 @@ def test_a_persistent_grid_serves_what_tma_can_load(changes: dict, expected: boo
     assert found[0] == "tiled"
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"kernel": "grad_x"}, True),
-        ({"kernel": "grad_scales"}, False),
-        ({"gpu": "sm_100"}, False),
-        ({"dtype": torch.float32}, False),
-        ({"weight_dtype": torch.float16}, False),
-        ({"rank": 2}, False),
-        ({"shape": (132, 64)}, False),
-        ({"shape": (384, 64), "groups": 3}, True),
-        ({"shape": (192, 64), "groups": 3}, False),  # a tile would straddle two groups
-        ({"offset": 8}, False),
-    ],
-)
-def test_what_the_product_scheduled_by_hand_serves(changes: dict, expected: bool):
-    assert ("gluon" in configs.schedules_for(product(**changes))) is expected
-
-
 def test_only_what_was_executed_or_proven_serves_unasked(monkeypatch: pytest.MonkeyPatch):
     def schedule(kernel: str, gpu: str, rows: int = 4096) -> str:
         return configs.tiles_of(product(kernel, gpu, rows=rows)).schedule
@@ -182,7 +162,6 @@ def test_only_what_was_executed_or_proven_serves_unasked(monkeypatch: pytest.Mon
     assert schedule("grad_scales", "sm_90") == "persistent"
     assert schedule("grad_scales", "sm_100") == schedule("grad_scales", "sm_103") == "tiled"
     assert schedule("forward", "sm_90") == schedule("grad_x", "sm_90") == "tiled"
-    assert not configs.proven("forward", "gluon", SM_90)
     monkeypatch.setattr(configs, "PROVEN", (("grad_scales", "persistent", "sm_100"),))
     configs.tiles_for.cache_clear()
     assert schedule("grad_scales", "sm_100") == "persistent"

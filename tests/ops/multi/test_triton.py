@@ -199,7 +199,7 @@ def product(kernel="forward", n=3072, k=768, rank=1, dtype=torch.bfloat16, weigh
     width = k if kernel == "forward" else n
     first = Operand((1, width), (stride or width, 1), dtype.itemsize, True)
     second = Operand((n, k), (k, 1), dtype.itemsize, True)
-    return Product(kernel, devices.typical(gpu), dtype, weight_dtype or dtype, (n, k), rank, 1, first, second)
+    return Product(kernel, devices.typical(gpu), dtype, weight_dtype or dtype, rank, first, second)
 
 
 def cut(index, rows: int, merged=0, **options) -> path.Cut:

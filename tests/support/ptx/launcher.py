@@ -58,7 +58,6 @@ class Compiled(NamedTuple):
     shared: int
     descriptors: list[dict[str, Any]]  # Triton's own description of each
     arguments: list[int]
-    by_hand: bool  # whether it is Gluon, whose author has to write every fence
 
 
 _compiled: dict[tuple, Compiled] = {}
@@ -76,7 +75,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
         arguments = [index for index, name in enumerate(signature) if name not in constants]
         program = parse(ptx, metadata.name)
-        _compiled[key] = Compiled(program, ptx, metadata.shared, descriptors, arguments, kernel.is_gluon())
+        _compiled[key] = Compiled(program, ptx, metadata.shared, descriptors, arguments)
     return _compiled[key]
 
 
@@ -112,10 +111,7 @@ def execute(launch: Launch, arch: str, seed: int | None = None, edit: Callable[[
     blocks = range(math.prod(launch.plan.grid))
     for first in blocks[::at_once]:
         running = blocks[first : first + at_once]
-        Machine(
-            program, parameters, memory, compiled.shared, launch.plan.grid, running, maps, seed,
-            fenced_barriers=compiled.by_hand,  # Triton's compiler writes none after its own
-        ).run()  # fmt: skip
+        Machine(program, parameters, memory, compiled.shared, launch.plan.grid, running, maps, seed).run()
     memory.write_back()
 
 
@@ -166,12 +162,12 @@ def executed(arch: str, seed: int | None = None) -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
 
-    def run(plan: Plan, *tensors: torch.Tensor) -> None:
-        launches.append(Launch(plan, tensors))
-        execute(launches[-1], arch, seed)
+    def run(launch: Launch) -> None:
+        launches.append(launch)
+        execute(launch, arch, seed)
 
     with (
-        mock.patch.object(Plan, "run", run),
+        mock.patch.object(Launch, "run", run),
         mock.patch.object(linear_triton, "gpu_of", return_value=devices.typical(arch)),
         mock.patch.object(multi_triton, "gpu_of", return_value=devices.typical(arch)),
         mock.patch.object(backends, "unavailable", return_value=None),
@@ -204,5 +200,5 @@ def changed(
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         kernel = getattr(module, kernel.fn.__name__)
-    plan = type(plan)(kernel, grid or plan.grid, plan.numbers, plan.meta | meta, plan.blocks)
+    plan = Plan(kernel, grid or plan.grid, plan.numbers, plan.meta | meta, plan.blocks)
     return Launch(plan, launch.tensors)

@@ -26,7 +26,7 @@ from tests.support.ptx.parser import Address, Immediate, Instruction, Operand, P
 Lanes = np.ndarray | None
 """Indices of threads; None: all."""
 
-_CONTROL = ("bra", "brx", "ret", "exit", "bar", "barrier", "mbarrier")
+_CONTROL = ("bra", "ret", "exit", "bar", "barrier", "mbarrier")
 """After these a thread need not go on, or not with the others."""
 
 _LIMIT = 10**7
@@ -45,7 +45,6 @@ class Machine:
         blocks: numbers of those that run here, at once.
         maps: by its value, the tensor that a parameter which is a descriptor describes.
         seed: of the order of events; None: the one described above.
-        fenced_barriers: whether mbarriers need a fence before copies arrive at them.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Machine:
         blocks: Sequence[int],
         maps: Mapping[int, TensorMap] | None = None,
         seed: int | None = None,
-        fenced_barriers: bool = False,
     ) -> None:
         self.program, self.memory = program, memory
         self.parameters = Parameters(program.parameters, parameters)
@@ -76,10 +74,10 @@ class Machine:
         asynchronous = program.has_bulk_copies or "wgmma" in program.opcodes
         self.shared = SharedMemory(len(blocks), shared, asynchronous)
         self.copies = AsyncCopies(self)
-        self.barriers = Barriers(self, fenced_barriers)
+        self.barriers = Barriers(self)
         self.tensor_copies = TensorCopies(self, maps or {})
         self.products = Products(self)
-        self._unit = 128 if {"wgmma", "setmaxnreg"} & program.opcodes else 32
+        self._unit = 128 if "wgmma" in program.opcodes else 32
         self._rank = np.zeros(0, np.int64)
         # How soon asynchronous work ends is drawn once, so that runs differ by more than jitter.
         self._haste = 0.0 if self.random is None else self.random.choice([0.0, 0.02, 0.3])
@@ -275,11 +273,6 @@ def _counts(numbers: np.ndarray) -> list[tuple[int, int]]:
 @instruction("bra ?uni")
 def _branch(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     machine.pc[machine.threads_of(lanes)] = current.target
-
-
-@instruction("brx idx")
-def _branch_by_table(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    machine.pc[machine.threads_of(lanes)] = current.targets[machine.bits(current.operands[0], 32, lanes)]
 
 
 @instruction("ret", "exit")

@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from tests.support.ptx.faults import Fault
 from tests.support.ptx.forms import find_form
 
@@ -70,7 +68,6 @@ class Instruction:
     guard: Register | None = None
     negated: bool = False
     target: int = -1  # of a branch
-    targets: np.ndarray | None = None  # of a branch through a table
 
     @property
     def type(self) -> str:
@@ -135,8 +132,6 @@ class _Parser:
         self.scopes, self.opened = [""], 0
         self.registers: dict[str, int] = {}  # width by name, or by prefix for a numbered list
         self.labels: dict[str, int] = {}
-        self.tables: dict[str, list[str]] = {}
-        self.last_label = ""
         self.branches: list[tuple[Instruction, tuple[str, ...], str]] = []
         self.code: list[Instruction] = []
 
@@ -150,15 +145,11 @@ class _Parser:
             position = token.end()
             self._take(token.lastgroup, token[token.lastgroup])
         for branch, scopes, name in self.branches:
-            if branch.opcode == "brx":
-                branch.targets = np.array([self._resolve(label, scopes) for label in self.tables[name]])
-            else:
-                branch.target = self._resolve(name, scopes)
+            branch.target = self._resolve(name, scopes)
         return self.code
 
     def _take(self, kind: str, text: str) -> None:
         if kind == "label":
-            self.last_label = text
             self.labels[self.scopes[-1] + text] = len(self.code)
         elif kind == "open":
             self.opened += 1
@@ -181,8 +172,6 @@ class _Parser:
             bits = 1 if declared[1] == "pred" else int(declared[1][1:])
             for name in split_operands(declared[2]):
                 self.registers[self.scopes[-1] + re.sub(r"<\d+>$", "<>", name)] = bits
-        elif text.startswith(".branchtargets"):
-            self.tables[self.last_label] = split_operands(text[:-1].split(None, 1)[1])
         elif not re.match(r"\.(loc|file|pragma)\b", text):
             raise Fault(f"unknown directive {text!r}")
 
@@ -191,7 +180,7 @@ class _Parser:
         name, _, rest = text[guard.end() if guard else 0 :].partition(" ")
         execute, modifiers = find_form(name)
         opcode, operands = name.split(".")[0], split_operands(rest)
-        names = operands if opcode == "bra" else operands[1:] if opcode == "brx" else []
+        names = operands if opcode == "bra" else []
         parsed = tuple(self._operand(part) for part in operands[: len(operands) - len(names)])
         found = Instruction(text, opcode, parsed, execute, modifiers)
         if guard:

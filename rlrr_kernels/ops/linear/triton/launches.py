@@ -32,11 +32,11 @@ def precision_of(dtype: torch.dtype, gpu: Gpu, precision: str) -> str:
     return "tf32" if dtype == torch.float32 and precision == "tf32" and gpu.tf32 else "ieee"
 
 
-def launch_meta(dtype: torch.dtype, precision: str, tiles: Tiles) -> dict[str, Any]:
+def launch_meta(dtype: torch.dtype, gpu: Gpu, precision: str, tiles: Tiles) -> dict[str, Any]:
     """Constants and options of a launch with ``tiles`` whose products are of ``dtype``."""
     return {
         "ACC": TL_ACCUMULATE[dtype],
-        "PRECISION": precision,
+        "PRECISION": precision_of(dtype, gpu, precision),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
@@ -113,7 +113,7 @@ def _forward_plans(
     numbers = M, N, K, N // groups
     meta = {
         "RANK": rank, "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
+        "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, gpu, precision, tiles),
     }  # fmt: skip
     if tiles.schedule != "tiled":
         raise no_such_schedule("forward", tiles)
@@ -128,10 +128,6 @@ def forward_launches(
     gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """y [M, N] = x W'ᵀ + b; a second launch adds the partial results up where the product is split along K."""
-    if tiles.schedule == "gluon":
-        from rlrr_kernels.ops.linear.triton import launches_gluon  # older versions of Triton do not have its language
-
-        return launches_gluon.forward_launches(x, weight, scale_row, scale_col, bias, residual, y, gpu, tiles)
     plans = _forward_plans(
         x.shape, x.stride(), weight.shape, weight.stride(), scale_col.shape, bias is not None, residual, x.dtype,
         gpu, precision, tiles,
@@ -151,7 +147,7 @@ def _grad_x_plans(
     numbers = M, N, K, group_size
     meta = {
         "RANK": rank, "RESIDUAL": residual,
-        "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
+        "EVEN_N": group_size % tiles.block_n == 0, **launch_meta(dtype, gpu, precision, tiles),
     }  # fmt: skip
     if tiles.schedule != "tiled":
         raise no_such_schedule("grad_x", tiles)
@@ -167,10 +163,6 @@ def grad_x_launches(
     gpu: Gpu, precision: str, tiles: Tiles,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """∂x [M, K] = g W'; a second launch adds the partial results up where the product is split along N."""
-    if tiles.schedule == "gluon":
-        from rlrr_kernels.ops.linear.triton import launches_gluon
-
-        return launches_gluon.grad_x_launches(grad_y, weight, scale_row, scale_col, residual, grad_x, gpu, tiles)
     plans = _grad_x_plans(
         grad_y.shape, grad_y.stride(), weight.shape, weight.stride(), scale_col.shape, residual, grad_y.dtype,
         gpu, precision, tiles,
@@ -237,7 +229,7 @@ def _grad_scales_plans(
     tiles_k, tiles_per_group = triton.cdiv(K, tiles.block_k), triton.cdiv(group_size, tiles.block_n)
     meta = {
         "RANK": rank, "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": need_bias,
-        **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
+        **launch_meta(dtype, gpu, precision, tiles),
     }  # fmt: skip
     if tiles.schedule == "persistent":
         output_tiles, iterations = groups * tiles_per_group * tiles_k, triton.cdiv(M, tiles.block_m)

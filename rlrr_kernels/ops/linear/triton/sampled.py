@@ -22,7 +22,7 @@ from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
 from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
-from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, precision_of, rank_meta
+from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, rank_meta
 from rlrr_kernels.ops.sampling.row_sample import RowSample
 
 _MOST_BIAS_COLUMNS = 16
@@ -211,7 +211,7 @@ def _plans(
             **rank_meta("grad_scales", rank, tiles, dtype, gpu, weight_itemsize),
             "NEED_ROW": need_row, "NEED_COL": need_col, "NEED_BIAS": sums_bias, "CENTRED": images > 0,
             "EVEN_M": not any(part % tiles.block_m for part in (kept, images, S)),
-            **launch_meta(dtype, precision_of(dtype, gpu, precision), tiles),
+            **launch_meta(dtype, gpu, precision, tiles),
         },
     )  # fmt: skip
     if not images:

@@ -49,7 +49,7 @@ def _forward_plan(
     (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
         **rank_meta("forward", rank, tiles, dtype, gpu), "RESIDUAL": residual, "HAS_BIAS": has_bias,
-        "HAS_SHIFT": has_shift, "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, precision, tiles),
+        "HAS_SHIFT": has_shift, "EVEN_K": K % tiles.block_k == 0, **launch_meta(dtype, gpu, precision, tiles),
     }  # fmt: skip
     grid = (groups * triton.cdiv(N // groups, tiles.block_n) * count,)
     return Plan(kernels.rlrr_linear_multi_fwd_kernel, grid, (N, K, N // groups, *strides), meta)
@@ -63,7 +63,7 @@ def forward_launch(
     strides = *x.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _forward_plan(
         len(tiled), strides, weight.shape, scale_col.shape, bias is not None, shift is not None, residual, x.dtype,
-        precision_of(x.dtype, gpu, matmul_precision()), gpu, tiles,
+        matmul_precision(), gpu, tiles,
     )  # fmt: skip
     added = (x if bias is None else bias, x if shift is None else shift)
     return Launch(plan, (x, weight, scale_row, scale_col, *added, tiled, y))
@@ -77,7 +77,7 @@ def _grad_x_plan(
     (N, K), (_, groups, rank, _) = weight_shape, col_shape
     meta = {
         **rank_meta("grad_x", rank, tiles, dtype, gpu), "RESIDUAL": residual, "ONE_GROUP": groups == 1,
-        "EVEN_N": N // groups % tiles.block_n == 0, **launch_meta(dtype, precision, tiles),
+        "EVEN_N": N // groups % tiles.block_n == 0, **launch_meta(dtype, gpu, precision, tiles),
     }  # fmt: skip
     grid = (triton.cdiv(K, tiles.block_k) * count,)
     return Plan(kernels.rlrr_linear_multi_bwd_dx_kernel, grid, (N, K, N // groups, *strides), meta)
@@ -91,7 +91,7 @@ def grad_x_launch(
     strides = *grad_y.stride(), *weight.stride(), scale_row.stride(0), scale_col.stride(0)
     plan = _grad_x_plan(
         len(tiled), strides, weight.shape, scale_col.shape, residual, grad_y.dtype,
-        precision_of(grad_y.dtype, gpu, matmul_precision()), gpu, tiles,
+        matmul_precision(), gpu, tiles,
     )  # fmt: skip
     return Launch(plan, (grad_y, weight, scale_row, scale_col, tiled, grad_x))
 
@@ -122,7 +122,7 @@ def _mixed_plans(
         {
             "RANK": rank, "RESIDUAL": residual, **(added if parts == 1 else dict.fromkeys(added, False)),
             "IN_PARTS": parts > 1, "EVEN": not (contracted % tiles.block_k or columns % tiles.block_n),
-            "ACC": TL_ACCUMULATE[dtype], "PRECISION": precision, "LINES": tiles.block_m,
+            "ACC": TL_ACCUMULATE[dtype], "PRECISION": precision_of(dtype, gpu, precision), "LINES": tiles.block_m,
             "BLOCK_R": rows, "BLOCK_C": tiles.block_k, "BLOCK_O": tiles.block_n, "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         },
@@ -155,7 +155,7 @@ def mixed_launches(
         weight_strides = weight.stride()
     product, total, size = _mixed_plans(
         len(rows), *sizes, (*a.stride(), *weight_strides, *before[1:], *after[1:]), rank, bias is not None,
-        shift is not None, residual, a.dtype, precision_of(a.dtype, gpu, matmul_precision()), gpu, tiles,
+        shift is not None, residual, a.dtype, matmul_precision(), gpu, tiles,
     )  # fmt: skip
     added = (a if bias is None else bias, a if shift is None else shift)
     given = a, weight, before[0], after[0], *added, rows
@@ -230,7 +230,7 @@ def _grad_scales_plans(
         (col_offset, sum_offset, N, K, N // groups, *strides),
         {
             **rank_meta("grad_scales", rank, tiles, dtype, gpu, weight_itemsize), "NEED_ROW": need_row,
-            "NEED_COL": need_col, "NEED_SUM": need_sum, "REST_M": _REST_M, **launch_meta(dtype, precision, tiles),
+            "NEED_COL": need_col, "NEED_SUM": need_sum, "REST_M": _REST_M, **launch_meta(dtype, gpu, precision, tiles),
         },
     )  # fmt: skip
     reduction = Plan(
@@ -265,7 +265,7 @@ def grad_scales_launches(
     needs = tuple(grad is not None for grad in grads)
     partial, reduction, size = _grad_scales_plans(
         len(parts), len(tasks), strides, weight.shape, weight.itemsize, scale_col.shape, needs, grad_y.dtype,
-        precision_of(grad_y.dtype, gpu, matmul_precision()), gpu, tiles,
+        matmul_precision(), gpu, tiles,
     )  # fmt: skip
     part_table = table(rows, (key, "rows"), x.device, lambda: parts)
     task_table = table(rows, (key, "tasks"), x.device, lambda: tasks)

@@ -103,7 +103,7 @@ def _rates(product: Product) -> tuple[float, float]:
 def _pass_us(product: Product, multiplied: int, loaded: int, width: int) -> float:
     """A pass over W: operations of ``multiplied`` rows; W is read and, for each ``width`` columns, ``loaded`` rows."""
     rate, cache = _rates(product)
-    (rows, cols), size = product.weight_shape, product.dtype.itemsize
+    (rows, cols), size = product.second.shape, product.dtype.itemsize
     columns, contracted = (rows, cols) if product.kernel == "forward" else (cols, rows)
     moved = rows * cols * product.weight_dtype.itemsize + -(-columns // width) * loaded * contracted * size
     return max(2.0 * multiplied * rows * cols / rate, moved / cache)

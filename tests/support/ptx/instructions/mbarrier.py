@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Barrier:
-    """One mbarrier; ``initialiser``: the thread that no fence has followed yet, -1 afterwards."""
+    """One mbarrier."""
 
     arrivals: int
     missing: int
-    initialiser: int
     bytes: int = 0
     phase: int = 0
 
@@ -29,29 +28,16 @@ class Barrier:
 class Barriers:
     """All mbarriers, by where they lie in the shared memory of all blocks."""
 
-    def __init__(self, machine: Machine, fenced: bool) -> None:
-        self._fenced = fenced
+    def __init__(self, machine: Machine) -> None:
         self._barriers: dict[int, Barrier] = {}
         self.awaited = np.full(machine.count, -1)  # by thread, the mbarrier that it waits for
 
-    def initialise(self, key: int, arrivals: int, thread: int) -> None:
-        self._barriers[key] = Barrier(arrivals, arrivals, thread)
+    def initialise(self, key: int, arrivals: int) -> None:
+        self._barriers[key] = Barrier(arrivals, arrivals)
 
     def invalidate(self, key: int) -> None:
         self._find(key)
         del self._barriers[key]
-
-    def fence(self, threads: np.ndarray) -> None:
-        """``fence.proxy.async`` of some threads."""
-        fenced = set(threads.tolist())
-        for barrier in self._barriers.values():
-            if barrier.initialiser in fenced:
-                barrier.initialiser = -1
-
-    def check_fenced(self, key: int) -> None:
-        """Refuses the asynchronous proxy a barrier that it may not see yet."""
-        if self._fenced and self._find(key).initialiser >= 0:
-            raise Fault("a copy arrives at an mbarrier that was initialised without a fence")
 
     def change(self, key: int, arrivals: int, announced: int) -> None:
         """Counts arrivals, and bytes that are announced (negative: that have come)."""
@@ -86,8 +72,8 @@ _SPACE = "shared|shared::cta"
 @instruction(f"mbarrier init {_SPACE} b64")
 def _initialise(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     found, arrivals = keys(machine, current.operands[0], lanes), machine.bits(current.operands[1], 32, lanes)
-    for key, count, thread in zip(found, arrivals, machine.threads_of(lanes), strict=True):
-        machine.barriers.initialise(int(key), int(count), int(thread))
+    for key, count in zip(found, arrivals, strict=True):
+        machine.barriers.initialise(int(key), int(count))
 
 
 @instruction(f"mbarrier inval {_SPACE} b64")

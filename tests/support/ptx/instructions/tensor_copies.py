@@ -1,7 +1,7 @@
-"""``cp.async.bulk.tensor``: blocks of matrices between global and shared memory by the tensor memory accelerator.
+"""``cp.async.bulk.tensor``: blocks of matrices from global to shared memory by the tensor memory accelerator.
 
-A load ends when no thread can go on without it, a store when its thread waits for its group; with a seed, either may
-end before. What a load will overwrite is NaN from its start on, and a store reads its source when it ends.
+A load ends when no thread can go on without it, with a seed at times before. What it will overwrite is NaN from its
+start on. Stores are not known: no kernel of ours has any.
 """
 
 from __future__ import annotations
@@ -43,14 +43,12 @@ class TensorMap:
 
 @dataclass(eq=False)
 class _Copy:
-    """One block under way. ``barrier``: the mbarrier that a load arrives at; ``group``: that of a store's thread."""
+    """One block under way. ``barrier``: the mbarrier that it arrives at."""
 
     map: TensorMap
     corner: tuple[int, int]  # row, column
     places: np.ndarray  # [rows, columns], in bytes of the shared memory of all blocks
-    thread: int
-    barrier: int = -1
-    group: int = -1
+    barrier: int
 
 
 def swizzled(places: np.ndarray, mode: int) -> np.ndarray:
@@ -64,10 +62,8 @@ class TensorCopies:
     def __init__(self, machine: Machine, maps: Mapping[int, TensorMap]) -> None:
         self._machine, self._maps = machine, maps
         self._loads: list[_Copy] = []
-        self._stores: list[_Copy] = []
-        self._group = np.zeros(machine.count, np.int64)
 
-    def _copy(self, descriptor: int, column: int, row: int, address: int, thread: int) -> _Copy:
+    def start_load(self, descriptor: int, column: int, row: int, address: int, barrier: int, thread: int) -> None:
         number = self._machine.parameters.at(descriptor)
         if number not in self._maps:
             raise Fault("a copy by what is no descriptor")
@@ -79,7 +75,10 @@ class TensorCopies:
             raise Fault("out of bounds: a block of a tensor in shared memory")
         offsets = address + np.arange(found.nbytes // found.itemsize).reshape(found.block) * found.itemsize
         start = int(self._machine.block[thread]) * shared.size
-        return _Copy(found, (row, column), swizzled(offsets, found.swizzle) + start, thread)
+        copy = _Copy(found, (row, column), swizzled(offsets, found.swizzle) + start, barrier)
+        shared.check_fenced(copy.places, "a copy in")
+        self._elements(copy)[copy.places // found.itemsize] = -1
+        self._loads.append(copy)
 
     def _inside(self, copy: _Copy) -> tuple[np.ndarray, np.ndarray]:
         """Which elements of a block lie in the matrix, and the addresses of these."""
@@ -88,30 +87,6 @@ class TensorCopies:
         inside = (rows >= 0) & (rows < copy.map.shape[0]) & (columns >= 0) & (columns < copy.map.shape[1])
         elements = rows * copy.map.strides[0] + columns * copy.map.strides[1]
         return inside, copy.map.address + elements[inside] * copy.map.itemsize
-
-    def start_load(self, descriptor: int, column: int, row: int, address: int, barrier: int, thread: int) -> None:
-        copy = self._copy(descriptor, column, row, address, thread)
-        copy.barrier = barrier
-        self._machine.barriers.check_fenced(barrier)
-        self._machine.shared.check_fenced(copy.places, "a copy in")
-        self._elements(copy)[copy.places // copy.map.itemsize] = -1
-        self._loads.append(copy)
-
-    def start_store(self, descriptor: int, column: int, row: int, address: int, thread: int) -> None:
-        copy = self._copy(descriptor, column, row, address, thread)
-        copy.group = int(self._group[thread])
-        self._machine.shared.check_fenced(copy.places, "a copy out")
-        self._stores.append(copy)
-
-    def commit(self, threads: np.ndarray) -> None:
-        self._group[threads] += 1
-
-    def wait(self, threads: np.ndarray, newest: int) -> None:
-        """The stores of these threads end, those of the ``newest`` groups excepted."""
-        waiting = set(threads.tolist())
-        for store in list(self._stores):
-            if store.thread in waiting and store.group < self._group[store.thread] - newest:
-                self._end(store)
 
     def land_awaited(self, awaited: np.ndarray) -> bool:
         """Ends the first load whose mbarrier a thread waits for; False if there is none."""
@@ -122,10 +97,9 @@ class TensorCopies:
         return load is not None
 
     def land_any(self, random: np.random.Generator) -> None:
-        """Ends one of all copies under way whose group is closed."""
-        able = self._loads + [store for store in self._stores if store.group < self._group[store.thread]]
-        if able:
-            self._end(able[random.integers(len(able))])
+        """Ends one of all copies under way."""
+        if self._loads:
+            self._end(self._loads[random.integers(len(self._loads))])
 
     def _elements(self, copy: _Copy) -> np.ndarray:
         return self._machine.shared.bytes.view(UNSIGNED[8 * copy.map.itemsize]).view(f"i{copy.map.itemsize}")
@@ -135,19 +109,15 @@ class TensorCopies:
         inside, addresses = self._inside(copy)
         found = memory.offsets(addresses, size, "a block of a tensor") // size
         elements, matrix = self._elements(copy), memory.bytes.view(f"i{size}")
-        if copy.barrier < 0:
-            matrix[found] = elements[copy.places[inside] // size]
-            self._stores.remove(copy)
-        else:
-            elements[copy.places // size] = 0
-            elements[copy.places[inside] // size] = matrix[found]
-            self._loads.remove(copy)
-            self._machine.barriers.change(copy.barrier, 0, -copy.map.nbytes)
+        elements[copy.places // size] = 0
+        elements[copy.places[inside] // size] = matrix[found]
+        self._loads.remove(copy)
+        self._machine.barriers.change(copy.barrier, 0, -copy.map.nbytes)
 
     def check_ended(self) -> None:
         """Refuses an end of the kernel while copies are under way."""
-        if self._loads or self._stores:
-            raise Fault(f"the kernel ends before {len(self._loads)} loads and {len(self._stores)} stores of blocks")
+        if self._loads:
+            raise Fault(f"the kernel ends before {len(self._loads)} loads of blocks")
 
 
 @instruction("cp async bulk tensor 2d shared::cta|shared::cluster global ?tile mbarrier::complete_tx::bytes")
@@ -161,38 +131,16 @@ def _load(machine: Machine, current: Instruction, lanes: Lanes) -> None:
         machine.tensor_copies.start_load(descriptor, column, row, address, arrives_at, int(thread))
 
 
-@instruction("cp async bulk tensor 2d global shared::cta ?tile bulk_group")
-def _store(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    target, where = current.operands
-    for thread in machine.threads_of(lanes):
-        one = np.array([thread])
-        descriptor, column, row = _tensor_operands(machine, target, one)
-        address = int(machine.address(where, one, shared=True)[0])
-        machine.tensor_copies.start_store(descriptor, column, row, address, int(thread))
-
-
 def _tensor_operands(machine: Machine, operand, lanes: np.ndarray) -> tuple[int, int, int]:
     """Address of the descriptor, column and row."""
     column, row = (int(machine.read(part, "s32", lanes)[0]) for part in operand.corner)
     return int(machine.bits(operand.base, 64, lanes)[0]), column, row
 
 
-@instruction("cp async bulk commit_group")
-def _commit(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    machine.tensor_copies.commit(machine.threads_of(lanes))
-
-
-@instruction("cp async bulk wait_group ?read")
-def _wait(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    machine.tensor_copies.wait(machine.threads_of(lanes), current.operands[0].value)
-
-
 @instruction("fence proxy async ?shared::cta|global|shared::cluster", "fence mbarrier_init release cluster")
 def _fence(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    threads = machine.threads_of(lanes)
-    machine.barriers.fence(threads)
     if ".proxy" in current.text and ".global" not in current.text:
-        machine.shared.fence(threads, machine.count)
+        machine.shared.fence(machine.threads_of(lanes), machine.count)
 
 
 @instruction("fence sc|acq_rel cta|gpu|sys|cluster", "membar gl|cta|sys", "griddepcontrol wait|launch_dependents")

@@ -245,8 +245,3 @@ def _commit(machine: Machine, current: Instruction, lanes: Lanes) -> None:
 @instruction("wgmma wait_group sync aligned")
 def _wait(machine: Machine, current: Instruction, lanes: Lanes) -> None:
     machine.products.wait(_groups(machine, lanes), current.operands[0].value)
-
-
-@instruction("setmaxnreg inc|dec sync aligned u32")
-def _registers(machine: Machine, current: Instruction, lanes: Lanes) -> None:
-    """How many registers a thread has does not matter here."""
