@@ -346,7 +346,7 @@ def tune(
     """Measure tiles of the Triton kernels on this GPU and keep those that beat the shipped ones. Takes minutes."""
     import torch
 
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
     from rlrr_kernels.ops.tuning.path import tune_path
     from rlrr_kernels.ops.tuning.tiles import Tuned
     from rlrr_kernels.ops.tuning.tiles import tune as run
@@ -373,7 +373,7 @@ def tune(
         else "where the model says, as shipped"
     )
     say(f"merges: {merges.us:.1f} µs, shipped {merges.shipped_us:.1f} µs: {kept}")
-    say(f"{tuned_tiles.cache_file()} is used from now on; RLRR_TUNING=off ignores it")
+    say(f"{store.cache_file()} is used from now on; RLRR_TUNING=off ignores it")
     if experimental:
         say("tiles with a schedule that no GPU has proven are used under RLRR_EXPERIMENTAL=on alone")
 

@@ -351,8 +351,8 @@ def _triton_steps(
     gpu: Gpu, forced: str, x: Tensor, weight: Tensor, row: Tensor, col: Tensor, bias: Tensor | None,
     sample: RowSample | None,
 ) -> tuple[Step, ...]:  # fmt: skip
+    from rlrr_kernels.ops.choice import store
     from rlrr_kernels.ops.linear.triton import launches, sampled
-    from rlrr_kernels.ops.tuning import store
 
     rank, precision = col.shape[1], matmul_precision()
     grad_y = x.new_empty(x.shape[0], weight.shape[0])

@@ -71,7 +71,7 @@ def settings_of_the_process() -> dict[str, object]:
         found["Triton's driver"] = launch.triton.runtime.driver._active
     if guard := sys.modules.get("rlrr_kernels.ops.host.guard"):
         found["kernels given up"] = guard.given_up()
-    if store := sys.modules.get("rlrr_kernels.ops.tuning.store"):
+    if store := sys.modules.get("rlrr_kernels.ops.choice.store"):
         found["forced tiles"] = dict(store._forced)
     return found
 

@@ -87,7 +87,7 @@ def test_auto_leaves_other_gpus_to_the_library(name: str, reason: str):
 
 
 def test_every_family_ships_tiles_and_every_trusted_amd_gpu_is_compiled_for():
-    tiles = pytest.importorskip("rlrr_kernels.ops.linear.tiles")
+    tiles = pytest.importorskip("rlrr_kernels.ops.choice.tiles")
     assert {devices.family_of(name) for name in devices.SHARED_BYTES} == set(tiles.TABLE)
     report = pytest.importorskip("benchmarks.compile_report")
     assert set(devices.COMPILED_AMD) <= set(report.TARGETS)

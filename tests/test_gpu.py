@@ -202,12 +202,12 @@ def test_cuda_graph_capture(backend: str):
 @contextmanager
 def persistent(number: int) -> Iterator[None]:
     """Makes the scale gradients take one of their persistent candidates."""
-    from rlrr_kernels.ops.linear import tiles as linear_configs
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
+    from rlrr_kernels.ops.choice import tiles as configs
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     values = tuning.PERSISTENT_CANDIDATES["grad_scales", 2][number]
-    with tuned_tiles.only_tiles("grad_scales", linear_configs.Tiles(*values, schedule="persistent")):
+    with store.only_tiles("grad_scales", configs.Tiles(*values, schedule="persistent")):
         yield
 
 
@@ -312,27 +312,27 @@ def test_compiled_model(mode: str):
 
 def test_the_tuner_keeps_what_is_faster_and_dispatch_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rlrr_kernels import devices
-    from rlrr_kernels.ops.linear import tiles as linear_configs
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
+    from rlrr_kernels.ops.choice import tiles as configs
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
-    tuned_tiles.forget()
+    store.forget()
     results = tuning.tune([(768, 768)], [16, 1576], kernels=("forward",))  # all kernels are minutes of compilation
     assert [result.kernel for result in results] == ["forward"] * 2
     kept = sum(result.kept for result in results)
-    assert len(tuned_tiles.read(tuned_tiles.cache_file())) == kept
+    assert len(store.read(store.cache_file())) == kept
     for rows in (16, 1576):
         case = Case(rows, 768, 768, dtype=torch.bfloat16, device="cuda")
         numerics.check_bound(partial(rlrr_linear, backend="triton.fused"), case.draw(0))
     x, weight = (torch.empty(16, 768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    shipped = linear_configs.tiles_for("forward", devices.gpu_of(x.device), x.dtype, 16)
+    shipped = configs.tiles_for("forward", devices.gpu_of(x.device), x.dtype, 16)
     for switch in ("on", "off"):
-        monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, switch)
-        tuned_tiles.forget()
-        tiles = tuned_tiles.choose_tiles("forward", devices.gpu_of(x.device), "ieee", x, weight, weight.dtype, 1)
+        monkeypatch.setenv(store.SWITCH_VARIABLE, switch)
+        store.forget()
+        tiles = store.choose_tiles("forward", devices.gpu_of(x.device), "ieee", x, weight, weight.dtype, 1)
         assert tiles == (results[0].tiles if switch == "on" and results[0].kept else shipped)
-    tuned_tiles.forget()
+    store.forget()
 
 
 def test_a_whole_training_step_in_a_cuda_graph():

@@ -27,10 +27,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlrr_kernels import devices
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
 from rlrr_kernels.ops.activation.functions import ACTIVATIONS
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.launch import OPTIONS, Launch
-from rlrr_kernels.ops.linear import tiles as configs
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.linear.triton import sampled as linear_rows_triton
 from rlrr_kernels.ops.multi.task_index import TaskIndex
@@ -77,7 +77,7 @@ class Case(NamedTuple):
     dtype: str
     config: str
     launch: Launch
-    shared_bound: int | None = None  # what linear_configs.shared_bytes says it needs at most
+    shared_bound: int | None = None  # what configs.shared_bytes says it needs at most
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:

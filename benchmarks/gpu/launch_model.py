@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.support.common import Problem
 from rlrr_kernels import devices
-from rlrr_kernels.ops.linear import path as linear_paths
-from rlrr_kernels.ops.linear import tiles as linear_tiles
-from rlrr_kernels.ops.linear.tiles import Tiles
+from rlrr_kernels.ops.choice import path as path_model
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 
 ARCHITECTURE = "sm_90"
 """Whose tiles and paths are modelled."""
@@ -25,7 +25,7 @@ SCHEDULES = ("tiled", "persistent")
 
 GPU = devices.typical(ARCHITECTURE)
 _, _, MULTIPROCESSORS, PEAKS = GPU
-BANDWIDTH = linear_paths.REACHED_BANDWIDTH * PEAKS.bandwidth
+BANDWIDTH = path_model.REACHED_BANDWIDTH * PEAKS.bandwidth
 CLOCK_HZ = 1.755e9
 """Of an H100 or H200 SXM under load; the datasheet's 989 TFLOP/s are 132 times 4096 operations at 1.83 GHz."""
 
@@ -49,11 +49,11 @@ class Ceilings(NamedTuple):
     rates: dict[str, float]
 
 
-_HALF = linear_paths.REACHED_RATE * PEAKS.half
+_HALF = path_model.REACHED_RATE * PEAKS.half
 H200 = Ceilings(
     BANDWIDTH,
     {"bf16": _HALF, "fp16": _HALF} | {
-        "tf32": linear_paths.REACHED_RATE * PEAKS.tf32, "fp32": linear_paths.REACHED_RATE * PEAKS.float32,
+        "tf32": path_model.REACHED_RATE * PEAKS.tf32, "fp32": path_model.REACHED_RATE * PEAKS.float32,
     },
 )  # fmt: skip
 """What is taken for an H200 where none has measured."""
@@ -71,7 +71,7 @@ class Cost(NamedTuple):
     def microseconds(self, bandwidth: float, rate: float) -> float:
         """With ``bandwidth`` bytes and ``rate`` operations a second."""
         rated = max(self.operations / rate, self.cache_bytes / (L2_BYTES_A_CLOCK * CLOCK_HZ)) * self.idle
-        return max(1e6 * max(self.bytes / bandwidth, rated), self.least_us) + linear_tiles.KERNEL_US
+        return max(1e6 * max(self.bytes / bandwidth, rated), self.least_us) + configs.KERNEL_US
 
 
 def _split(split: Cost, result_bytes: float, partial_bytes: float) -> list[Cost]:
@@ -95,7 +95,7 @@ def library_product(m: int, n: int, k: int, size: int, bandwidth: float, rate: f
         tiles = -(-m // a) * -(-n // b)
         padding = tiles * a * b / (m * n)
         # An operand that only one row of programs reads comes from memory.
-        arrival = linear_tiles.ARRIVAL_US if m <= a or n <= b else 0.0
+        arrival = configs.ARRIVAL_US if m <= a or n <= b else 0.0
         for splits in (1, 2, 3, 4, 5, 6, 7, 8, 16):
             idle = whole_waves(tiles * splits) * padding / share
             waits = arrival * max(0.0, k / splits / LIBRARY_IN_FLIGHT - 1)
@@ -117,25 +117,25 @@ class Grid(NamedTuple):
 
 
 def grid(kernel: str, tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Grid:
-    """The grid of a kernel of ``linear_tiles.KERNELS`` on x [M, K] and W [N, K], as it is launched on Hopper."""
+    """The grid of a kernel of ``configs.KERNELS`` on x [M, K] and W [N, K], as it is launched on Hopper."""
     size, weight_size = dtype.itemsize, weight_dtype.itemsize
     bm, bn, bk = tiles[:3]
     of_m, of_n, of_k = -(-m // bm), -(-n // bn), -(-k // bk)
     if kernel == "grad_scales":
         moved = bm * (bn + bk) * size
         if tiles.schedule == "persistent":
-            iterations = linear_tiles.steps_a_program(of_n * of_k * of_m, tiles, GPU)
+            iterations = configs.steps_a_program(of_n * of_k * of_m, tiles, GPU)
             ends = iterations / of_m + 1
             splits = max(1, -(-of_m // iterations))
             programs = -(-of_n * of_k * of_m // iterations)
             return Grid(programs, iterations, moved, round(4 * (bn + bk) * ends), of_m, splits, ends)
         programs = of_n * (of_k + 1)  # those that sum g for the bias among them
-        splits = linear_tiles.splits_for(m, tiles, programs, GPU)
+        splits = configs.splits_for(m, tiles, programs, GPU)
         return Grid(programs * splits, -(-of_m // splits), moved, 4 * (bn + bk), of_m, splits, 1.0)
     output_tiles, steps, width, contracted = (of_n, of_k, bn, bk) if kernel == "forward" else (of_k, of_n, bk, bn)
     output_tiles *= of_m
     moved = bm * contracted * size + bn * bk * weight_size
-    splits = linear_tiles.contraction_splits(steps, output_tiles, tiles, GPU)
+    splits = configs.contraction_splits(steps, output_tiles, tiles, GPU)
     iterations = -(-steps // splits)
     splits = -(-steps // iterations)
     return Grid(output_tiles * splits, iterations, moved, bm * width * (4 if splits > 1 else size), of_m, splits)
@@ -163,19 +163,19 @@ class _Layer:
 
     def multiply_adds(self, count: float) -> float:
         """So many fp32 multiply-adds outside the matrix units, in operations at the rate of the products."""
-        return 2.0 * count * self.rate / (linear_paths.REACHED_RATE * PEAKS.float32)
+        return 2.0 * count * self.rate / (path_model.REACHED_RATE * PEAKS.float32)
 
     def factors(self, products: int) -> float:
         """What ``products`` of the scales by one another, or by G ⊙ W, cost for each element of W, beside rank 1."""
-        if self.rank > linear_tiles.UNROLLED_RANK:
-            return 2.0 * products * linear_paths.MATRIX_OPERATIONS * linear_tiles.padded_rank(self.rank)
+        if self.rank > configs.UNROLLED_RANK:
+            return 2.0 * products * path_model.MATRIX_OPERATIONS * configs.padded_rank(self.rank)
         return products * self.multiply_adds(self.rank - 1)
 
     def product(self, kernel: str, path: str) -> list[Cost]:
         """y or ∂x: ``library`` with a given W, ``merge``, ``fused`` (fused) or ``auto``."""
         if path == "auto":
             dtypes = self.dtype, self.weight_dtype, self.tf32
-            path = "merge" if linear_paths.merge_gain(*self.sizes, self.rank, GPU, *dtypes) > 1 else "fused"
+            path = "merge" if path_model.merge_gain(*self.sizes, self.rank, GPU, *dtypes) > 1 else "fused"
         if path == "fused":
             return self._fused(kernel)
         merged = Cost(self.weight + self.merged, self.multiply_adds((self.rank - 1) * self.n * self.k))
@@ -185,13 +185,13 @@ class _Layer:
 
     def _fused(self, kernel: str) -> list[Cost]:
         itemsize, weight_itemsize = self.dtype.itemsize, self.weight_dtype.itemsize
-        tiles = linear_tiles.tiles_for(kernel, GPU, self.dtype, self.m)
-        in_pipeline = linear_tiles.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, GPU)
-        if self.rank > linear_tiles.UNROLLED_RANK and not in_pipeline:
-            tiles = linear_tiles.IRREGULAR[kernel, itemsize]
+        tiles = configs.tiles_for(kernel, GPU, self.dtype, self.m)
+        in_pipeline = configs.multiplied_in_pipeline(self.rank, self.dtype, weight_itemsize, GPU)
+        if self.rank > configs.UNROLLED_RANK and not in_pipeline:
+            tiles = configs.IRREGULAR[kernel, itemsize]
         cut = grid(kernel, tiles, *self.sizes, self.dtype, self.weight_dtype)
         given, result = (self.x, self.y) if kernel == "forward" else (self.y, self.x)
-        arrival = linear_tiles.ARRIVAL_US if cut.m_tiles == 1 else linear_tiles.ARRIVAL_US / 2
+        arrival = configs.ARRIVAL_US if cut.m_tiles == 1 else configs.ARRIVAL_US / 2
         iterations = cut.programs * cut.iterations
         launch = Cost(
             self.weight + given, iterations * tiles.block_n * tiles.block_k * (2.0 * tiles.block_m + self.factors(1)),
@@ -202,8 +202,8 @@ class _Layer:
 
     def scales(self, share: float) -> list[Cost]:
         """Partial sums of ∂s_r, ∂s_c and ∂b from ``share`` of the rows, and their reduction."""
-        schedules = SCHEDULES if share == 1 and self.rank <= linear_tiles.UNROLLED_RANK else SCHEDULES[:1]
-        tiles = linear_tiles.tiles_for("grad_scales", GPU, self.dtype, self.m, schedules)
+        schedules = SCHEDULES if share == 1 and self.rank <= configs.UNROLLED_RANK else SCHEDULES[:1]
+        tiles = configs.tiles_for("grad_scales", GPU, self.dtype, self.m, schedules)
         rows = max(1, round(self.m * share))
         cut = grid("grad_scales", tiles, rows, self.n, self.k, self.dtype, self.weight_dtype)
         bm, bn, bk = tiles[:3]
@@ -218,7 +218,7 @@ class _Layer:
         made_us = 1e6 * (PARTIAL_SUM_CLOCKS * made / MULTIPROCESSORS / CLOCK_HZ + self.factors(2) * made / self.rate)
         launch = Cost(share * (self.x + self.y) + self.weight + partial, 2.0 * iterations * bm * bn * bk, idle)
         launch = launch._replace(cache_bytes=iterations * cut.tile_bytes)
-        products_us = launch._replace(bytes=0.0).microseconds(self.bandwidth, self.rate) - linear_tiles.KERNEL_US
+        products_us = launch._replace(bytes=0.0).microseconds(self.bandwidth, self.rate) - configs.KERNEL_US
         return [launch._replace(least_us=products_us + made_us), Cost(partial)]
 
     def reference(self) -> tuple[list[Cost], list[Cost], list[Cost]]:

@@ -13,7 +13,7 @@ from benchmarks.support.common import markdown_table, number
 
 JSON, MARKDOWN = "gpu.json", "gpu.md"
 TILES = "tiles.json"
-"""The tuner's winners, as :mod:`rlrr_kernels.ops.tuning.store` reads them."""
+"""The tuner's winners, as :mod:`rlrr_kernels.ops.choice.store` reads them."""
 PICTURES = ("gpu_layers.png", "gpu_memory.png", "gpu_steps.png")
 
 NO_TIME = "no time left"
@@ -57,11 +57,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def proven_lines(rows: list[Row]) -> list[str]:
-    """The lines to write into ``PROVEN`` of ``rlrr_kernels/ops/linear/tiles.py``; none where nothing was faster."""
+    """The lines to write into ``PROVEN`` of ``rlrr_kernels/ops/choice/tiles.py``; none where nothing was faster."""
     proven = dict.fromkeys(row["proven_row"] for row in measured(rows, "tune") if "proven_row" in row)
     if not proven:
         return []
-    heading = "## Schedules that were right and faster here: lines for PROVEN in rlrr_kernels/ops/linear/tiles.py"
+    heading = "## Schedules that were right and faster here: lines for PROVEN in rlrr_kernels/ops/choice/tiles.py"
     return [heading, "", *(f"    {line}," for line in proven), ""]
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.targets import layer_groups, layer_verdicts
 from benchmarks.gpu.work import Row, sizes_of
 from benchmarks.model import tasks
 from benchmarks.support.common import markdown_table
-from rlrr_kernels.ops.linear.tiles import KERNELS
+from rlrr_kernels.ops.choice.tiles import KERNELS
 
 IMPLEMENTATIONS = {
     "forward": ("reference", "merged", "floor", "triton.fused", "triton.merge", "auto"),

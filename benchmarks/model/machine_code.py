@@ -32,8 +32,8 @@ from benchmarks.gpu.launch_model import (
 from benchmarks.gpu.plan import PRECISIONS, vit_layers
 from benchmarks.model import tasks
 from benchmarks.support.common import LAYER_SHAPES
-from rlrr_kernels.ops.linear import tiles as linear_tiles
-from rlrr_kernels.ops.linear.tiles import Tiles
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 
 WGMMA_MACS = {"BF16": 2048, "F16": 2048, "TF32": 1024}
 """Multiply-adds a clock of a multiprocessor, by the type of the operands (H100 datasheet)."""
@@ -215,7 +215,7 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled(kernel: str, tiles: Tiles, precision: str, m: int) -> Compiled:
-    """Compiles a kernel of ``linear_tiles.KERNELS`` for sm_90 at this M of a 768 to 3072 layer.
+    """Compiles a kernel of ``configs.KERNELS`` for sm_90 at this M of a 768 to 3072 layer.
 
     Raises:
         RuntimeError: the compiler failed.
@@ -268,10 +268,10 @@ def predict(kernel: str, tiles: Tiles, m: int, n: int, k: int, precision: str, c
     result = 0 if scales else m * (n if kernel == "forward" else k) * dtype.itemsize
     given = m * ((0 if kernel == "grad_x" else k) + (0 if kernel == "forward" else n)) * dtype.itemsize
     memory = 1e6 * (n * k * weight_dtype.itemsize + given + (partial or result)) / BANDWIDTH
-    sum_us = linear_tiles.KERNEL_US + 1e6 * (partial + result) / BANDWIDTH if partial else 0.0
+    sum_us = configs.KERNEL_US + 1e6 * (partial + result) / BANDWIDTH if partial else 0.0
     # The wait for the first tile is a kernel's ramp, which KERNEL_US has.
     times = (max(1e6 * (sum(w[i] for w in waves) - clocks) / CLOCK_HZ, memory) for i in (0, 1))
-    return Prediction(*(time + linear_tiles.KERNEL_US + sum_us for time in times))
+    return Prediction(*(time + configs.KERNEL_US + sum_us for time in times))
 
 
 def library_us(kernel: str, m: int, n: int, k: int, precision: str) -> float:
@@ -285,11 +285,11 @@ def library_us(kernel: str, m: int, n: int, k: int, precision: str) -> float:
 def overheads(kernel: str, precision: str) -> list[float]:
     """What the shipped tiles take longer than the library, as shares of the product at its rate, by layer and M.
 
-    The median for forward and ∂x is a constant of :mod:`rlrr_kernels.ops.linear.path`.
+    The median for forward and ∂x is a constant of :mod:`rlrr_kernels.ops.choice.path`.
     """
     rate, found = H200.rates[precision.split("/")[0]], []
     for m in OVERHEAD_M:
-        tiles = linear_tiles.tiles_for(kernel, GPU, PRECISIONS[precision].dtype, m)
+        tiles = configs.tiles_for(kernel, GPU, PRECISIONS[precision].dtype, m)
         code = compiled(kernel, tiles, precision, 4096)
         for shape in (shape for width in (768, 1024, 1280) for shape in vit_layers("", width)):
             sizes = m, shape.n, shape.k
@@ -334,7 +334,7 @@ def report(kernels: list[str], precisions: list[str], sizes: list[int], candidat
                 yield f"{kernel}, {precision}: median overhead {statistics.median(overheads(kernel, precision)):.2f}"
             for m in sizes:
                 dtype = PRECISIONS[precision].dtype
-                tried = [linear_tiles.tiles_for(kernel, GPU, dtype, m, SCHEDULES)]
+                tried = [configs.tiles_for(kernel, GPU, dtype, m, SCHEDULES)]
                 if candidates:
                     from rlrr_kernels.ops.tuning import tiles as tuning
 

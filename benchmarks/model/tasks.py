@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.gpu.launch_model import GPU, H200, Cost, grid, library_product, whole_waves
 from benchmarks.gpu.plan import TOKENS, Shape, vit_layers
-from rlrr_kernels.ops.linear import path as linear_paths
-from rlrr_kernels.ops.linear import tiles as linear_tiles
-from rlrr_kernels.ops.linear.tiles import Operand, Product
+from rlrr_kernels.ops.choice import path as path_model
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Operand, Product
 from rlrr_kernels.ops.multi.task_index import TaskIndex
 from rlrr_kernels.ops.multi.triton import path
 from rlrr_kernels.ops.multi.triton.path import Cut
@@ -40,7 +40,7 @@ def cut_of(kernel: str, batch: Batch, shape: Shape) -> Cut:
     product = Product(kernel, GPU, DTYPE, DTYPE, 1, *operands)
 
     def merges(first: int, end: int) -> bool:
-        return linear_paths.merge_gain(end - first, shape.n, shape.k, 1, GPU, DTYPE, DTYPE) > 1
+        return path_model.merge_gain(end - first, shape.n, shape.k, 1, GPU, DTYPE, DTYPE) > 1
 
     index = TaskIndex(sorted(sample % batch.tasks for sample in range(batch.samples)))
     return path.cut_rows(index.rows(batch.rows).segments, product, merges)
@@ -55,7 +55,7 @@ def launches(kernel: str, batch: Batch, shape: Shape) -> list[Cost]:
         tiles, rows = cut.tiles, sum(end - first for _, first, end in cut.tiled)
         whole = grid(kernel, tiles, len(cut.tiled) * tiles.block_m, n, k, DTYPE, DTYPE)
         steps, programs = whole.iterations * whole.splits, whole.programs // whole.splits
-        waits = linear_tiles.ARRIVAL_US / 2 * max(0.0, steps / max(tiles.stages - 1, 1) - 1)
+        waits = configs.ARRIVAL_US / 2 * max(0.0, steps / max(tiles.stages - 1, 1) - 1)
         operations = 2.0 * programs * steps * tiles.block_m * tiles.block_n * tiles.block_k
         moved = weight + SIZE * rows * (n + k)
         found.append(Cost(moved, operations, whole_waves(programs), programs * steps * whole.tile_bytes, waits))
@@ -63,12 +63,12 @@ def launches(kernel: str, batch: Batch, shape: Shape) -> list[Cost]:
         tiles, rows = cut.mixed_tiles, sum(end - first for _, first, end in cut.mixed)
         blocks = -(-contracted // tiles.block_k)
         programs = -(-columns // tiles.block_n) * -(-rows // (tiles.block_m // path.lines_a_row(1)))
-        splits = linear_tiles.contraction_splits(blocks, programs, tiles, GPU)
+        splits = configs.contraction_splits(blocks, programs, tiles, GPU)
         result, steps = SIZE * rows * columns, programs * blocks
         parts = 4 * splits * rows * columns if splits > 1 else 0
         operations = 2.0 * steps * tiles.block_m * tiles.block_n * tiles.block_k
         cache = steps * tiles.block_k * (tiles.block_m + tiles.block_n) * SIZE
-        waits = linear_tiles.ARRIVAL_US * max(0.0, blocks / splits / max(tiles.stages - 1, 1) - 1)
+        waits = configs.ARRIVAL_US * max(0.0, blocks / splits / max(tiles.stages - 1, 1) - 1)
         moved = weight + SIZE * rows * contracted + (parts or result)
         found.append(Cost(moved, operations, whole_waves(programs * splits), cache, waits))
         found += [Cost(parts + result)] if parts else []

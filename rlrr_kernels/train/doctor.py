@@ -69,8 +69,8 @@ def _backends() -> Table:
 
 def _kernels() -> Table:
     """What decides whether and how Triton's kernels serve: GPUs, the C compiler, switches, verdicts, tuned tiles."""
+    from rlrr_kernels.ops.choice import store
     from rlrr_kernels.ops.host import guard, launch
-    from rlrr_kernels.ops.tuning import store
 
     table = Table("what", "state", title="Triton kernels")
     gpus = [devices.gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
@@ -116,7 +116,7 @@ def _checks() -> str:
 
 
 def _tuned(gpus: list[devices.Gpu]) -> str:
-    from rlrr_kernels.ops.tuning import store
+    from rlrr_kernels.ops.choice import store
 
     path = store.cache_file()
     entries = store.read(path)

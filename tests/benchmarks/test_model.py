@@ -14,7 +14,7 @@ from benchmarks.gpu.plan import PRECISIONS, gpu_plan
 from benchmarks.model import __main__ as command
 from benchmarks.support.common import Problem
 from rlrr_kernels import backends, devices
-from rlrr_kernels.ops.linear.tiles import KERNEL_US, Tiles, tiles_for
+from rlrr_kernels.ops.choice.tiles import KERNEL_US, Tiles, tiles_for
 from tests.support.versions import version_of
 
 RATE, BANDWIDTH = 8e14, 4e12
@@ -169,7 +169,7 @@ def test_other_instructions_and_schedules_are_read_as_well(machine_code):
 
 
 def test_the_figures_of_the_pages(machine_code):
-    """docs/costs/gpu.md and the constants of ops/linear/path.py; the compiler's version moves them by some per cent."""
+    """docs/costs/gpu.md and the constants of ops/choice/path.py; the compiler's version moves them by some per cent."""
     sizes, scales = (12608, 3072, 768), {}
     for schedules in (("tiled",), model.SCHEDULES):
         tiles = tiles_for("grad_scales", devices.typical("sm_90"), BF16, 12608, schedules)

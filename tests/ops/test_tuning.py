@@ -20,12 +20,12 @@ from tests.support.paths import ROOT
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import cache, launch
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.tuning import path as path_tuning
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
 pytestmark = pytest.mark.interpreted
@@ -39,20 +39,20 @@ needs_interpreter = pytest.mark.skipif(not backends.INTERPRETING, reason="runs t
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.delenv(tuned_tiles.SWITCH_VARIABLE, raising=False)
-    tuned_tiles.forget()
+    monkeypatch.delenv(store.SWITCH_VARIABLE, raising=False)
+    store.forget()
     yield tmp_path
-    tuned_tiles.forget()
+    store.forget()
 
 
 def chosen(kernel="forward", rows=8, dtype=torch.float32, rank=1, stride=64) -> Tiles:
     x, weight = torch.empty_strided((rows, 64), (stride, 1), dtype=dtype), torch.empty(64, 64, dtype=dtype)
-    return tuned_tiles.choose_tiles(kernel, devices.gpu_of(CPU), matmul_precision(), x, weight, dtype, rank)
+    return store.choose_tiles(kernel, devices.gpu_of(CPU), matmul_precision(), x, weight, dtype, rank)
 
 
 def keep(tiles: Tiles = FASTER, kernel: str = "forward", precision: str = "float32") -> None:
-    name = tuned_tiles.entry_name("interpreter", kernel, precision, 0)
-    tuned_tiles.write(tuned_tiles.cache_file(), {name: tiles._asdict() | {"us": 1.0, "shipped_us": 2.0}})
+    name = store.entry_name("interpreter", kernel, precision, 0)
+    store.write(store.cache_file(), {name: tiles._asdict() | {"us": 1.0, "shipped_us": 2.0}})
 
 
 def timer(times: dict[Tiles, float], default: float = 10.0):
@@ -87,22 +87,22 @@ def test_tiles_in_the_file_are_used_for_what_they_were_measured_for():
 
 def test_another_gpu_and_another_triton_are_not_served(monkeypatch: pytest.MonkeyPatch):
     keep()
-    monkeypatch.setattr(tuned_tiles, "gpu_name", lambda device: "another GPU")
-    tuned_tiles.forget()
+    monkeypatch.setattr(store, "gpu_name", lambda device: "another GPU")
+    store.forget()
     assert chosen() != FASTER
     monkeypatch.undo()
-    monkeypatch.setattr(tuned_tiles.triton, "__version__", "3.0.0")
-    tuned_tiles.forget()
+    monkeypatch.setattr(store.triton, "__version__", "3.0.0")
+    store.forget()
     assert chosen() != FASTER
 
 
 def test_the_off_switch(monkeypatch: pytest.MonkeyPatch):
     keep()
-    monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, "off")
-    tuned_tiles.forget()
+    monkeypatch.setenv(store.SWITCH_VARIABLE, "off")
+    store.forget()
     assert chosen() != FASTER
-    monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, "sometimes")
-    tuned_tiles.forget()
+    monkeypatch.setenv(store.SWITCH_VARIABLE, "sometimes")
+    store.forget()
     with pytest.raises(ValueError, match="RLRR_TUNING must be on or off; got 'sometimes'"):
         chosen()
 
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_named_and_ignored_and_replaced(folder: Path, content:
     shipped = chosen()
     path = folder / "tiles.json"
     path.write_text(content)
-    tuned_tiles.forget()
+    store.forget()
     with pytest.warns(UserWarning, match=r"tuned tiles are ignored: .*tiles\.json (is damaged|has format 99)"):
         assert chosen() == shipped
     with warnings.catch_warnings():
@@ -139,46 +139,46 @@ def test_a_damaged_file_is_named_and_ignored_and_replaced(folder: Path, content:
 def test_writing_keeps_other_entries_and_removes_what_is_none(folder: Path):
     keep()
     keep(kernel="grad_x")
-    path = tuned_tiles.cache_file()
-    assert len(tuned_tiles.read(path)) == 2
-    tuned_tiles.write(path, {tuned_tiles.entry_name("interpreter", "forward", "float32", 0): None})
-    assert len(tuned_tiles.read(path)) == 1
+    path = store.cache_file()
+    assert len(store.read(path)) == 2
+    store.write(path, {store.entry_name("interpreter", "forward", "float32", 0): None})
+    assert len(store.read(path)) == 1
     assert chosen() != FASTER
     assert chosen("grad_x") == FASTER
     assert [file.name for file in folder.iterdir()] == ["tiles.json"]
 
 
 def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    assert tuned_tiles.cache_file() == tmp_path / "tiles.json"
+    assert store.cache_file() == tmp_path / "tiles.json"
     monkeypatch.delenv(cache.DIRECTORY_VARIABLE)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuned_tiles.cache_file() == Path("/somewhere/rlrr_kernels/tiles.json")
+    assert store.cache_file() == Path("/somewhere/rlrr_kernels/tiles.json")
 
 
 def test_tiles_whose_schedule_no_gpu_has_proven_serve_when_asked_for_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """In a process that only finds the file they must not serve."""
-    monkeypatch.setattr(tuned_tiles, "gpu_name", lambda device: "this GPU")
+    monkeypatch.setattr(store, "gpu_name", lambda device: "this GPU")
 
     def schedule(gpu: str, rows: int = 1023) -> str:
         x, y = (torch.empty(rows, width, dtype=torch.bfloat16) for width in (64, 128))
-        return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, y, torch.bfloat16, 1).schedule
+        return store.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, y, torch.bfloat16, 1).schedule
 
-    name = tuned_tiles.entry_name("this GPU", "grad_scales", "bfloat16", 0)
+    name = store.entry_name("this GPU", "grad_scales", "bfloat16", 0)
     entry = Tiles(64, 128, 128, 8, 4, schedule="persistent")._asdict()
-    tuned_tiles.write(tuned_tiles.cache_file(), {name: entry})
+    store.write(store.cache_file(), {name: entry})
     assert [schedule(gpu) for gpu in ("sm_90", "sm_100")] == ["persistent", "tiled"]
-    entries = tuned_tiles.read(tuned_tiles.cache_file())
-    assert tuned_tiles.unproven(entries, devices.typical("sm_100")) == [name]
-    assert tuned_tiles.unproven(entries, devices.typical("sm_90")) == []
-    monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "on")
-    tuned_tiles.forget()
+    entries = store.read(store.cache_file())
+    assert store.unproven(entries, devices.typical("sm_100")) == [name]
+    assert store.unproven(entries, devices.typical("sm_90")) == []
+    monkeypatch.setenv(store.EXPERIMENTAL_VARIABLE, "on")
+    store.forget()
     assert schedule("sm_100") == "persistent"
     assert (schedule("sm_100", 255), schedule("sm_100", 256)) == ("tiled", "persistent"), "TMA_MIN_ROWS"
-    monkeypatch.setenv(tuned_tiles.EXPERIMENTAL_VARIABLE, "maybe")
-    tuned_tiles.forget()
+    monkeypatch.setenv(store.EXPERIMENTAL_VARIABLE, "maybe")
+    store.forget()
     with pytest.raises(ValueError, match="RLRR_EXPERIMENTAL must be on or off; got 'maybe'"):
         schedule("sm_100")
 
@@ -187,17 +187,17 @@ def test_tiles_whose_schedule_no_gpu_has_proven_serve_when_asked_for_alone(
 def test_tiles_of_a_schedule_that_is_gone_serve_nothing_and_spoil_nothing(folder: Path):
     keep()
     content = json.loads((folder / "tiles.json").read_text(encoding="utf-8"))
-    gone = tuned_tiles.entry_name("interpreter", "grad_x", "float32", 0)
+    gone = store.entry_name("interpreter", "grad_x", "float32", 0)
     content["entries"][gone] = Tiles(256, 128, 64, 4, 3, schedule="gluon")._asdict()
     (folder / "tiles.json").write_text(json.dumps(content), encoding="utf-8")
-    tuned_tiles.forget()
+    store.forget()
     assert (chosen(), chosen("grad_x").schedule) == (FASTER, "tiled")
-    assert gone not in tuned_tiles.read(folder / "tiles.json")
+    assert gone not in store.read(folder / "tiles.json")
 
 
 def test_forcing_tiles_ends_with_the_block():
     before = chosen()
-    with tuned_tiles.only_tiles("forward", FASTER):
+    with store.only_tiles("forward", FASTER):
         assert chosen() == FASTER
         assert chosen("grad_x") == before
     assert chosen() == before
@@ -218,11 +218,11 @@ def test_the_fastest_is_kept_and_used(folder: Path):
     (result,) = tuning.tune([(32, 64)], [5], timer=timer({FASTER: 9.9}), **options)
     assert not result.kept
     assert chosen() != FASTER, "a gain of noise is not kept, and what was kept before goes"
-    assert tuned_tiles.read(folder / "tiles.json") == {}
+    assert store.read(folder / "tiles.json") == {}
 
 
 @needs_interpreter
-@pytest.mark.parametrize("kernel", linear_configs.KERNELS)
+@pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_what_is_inexact_or_does_not_run_is_never_chosen(kernel: str, monkeypatch: pytest.MonkeyPatch):
     wrong, broken = Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1)
     monkeypatch.setattr(tuning, "INTERPRETED_CANDIDATES", [wrong, broken])
@@ -291,17 +291,17 @@ def test_without_a_gpu_the_program_says_so(folder: Path):
 
 
 def test_schedules_that_no_gpu_has_proven_are_tried_when_asked_for_alone():
-    for name, kernel in itertools.product(("sm_80", "sm_90", "sm_100", "sm_103"), linear_configs.KERNELS):
+    for name, kernel in itertools.product(("sm_80", "sm_90", "sm_100", "sm_103"), configs.KERNELS):
         gpu = devices.typical(name)
         plain, asked = (tuning.candidates(kernel, gpu, torch.bfloat16, 4096, asked) for asked in (False, True))
-        assert all(linear_configs.proven(kernel, tiles.schedule, gpu) for tiles in plain)
+        assert all(configs.proven(kernel, tiles.schedule, gpu) for tiles in plain)
         assert set(plain) <= set(asked)
         persistent = kernel == "grad_scales" and name != "sm_80"
         assert any(tiles.schedule == "persistent" for tiles in asked) == persistent
 
 
 def test_the_arch_of_the_default_device_has_candidates():
-    for kernel in linear_configs.KERNELS:
+    for kernel in configs.KERNELS:
         for rows in (8, 64, 1576):
             assert len(tuning.candidates(kernel, devices.typical("sm_90"), torch.bfloat16, rows)) > 3
 
@@ -323,7 +323,7 @@ def path_timer(faster_from: int):
 
 def path_of(rows: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> str:
     gpu, shape = devices.gpu_of(CPU), torch.Size((32, 64))
-    return tuned_tiles.path_choice(gpu, matmul_precision(), CPU, dtype, dtype, rows, shape, rank).path
+    return store.path_choice(gpu, matmul_precision(), CPU, dtype, dtype, rows, shape, rank).path
 
 
 @needs_interpreter
@@ -337,10 +337,10 @@ def test_the_measured_path_is_kept_and_used(folder: Path, monkeypatch: pytest.Mo
     assert [path_of(count) for count in (20, 40, 120)] == ["fused", "merge", "merge"]
     assert path_of(40, dtype=torch.float16) == "fused", "it was measured for float32"
     assert chosen() == chosen(rows=9)  # the tiles stay
-    monkeypatch.setenv(tuned_tiles.SWITCH_VARIABLE, "off")
-    tuned_tiles.forget()
+    monkeypatch.setenv(store.SWITCH_VARIABLE, "off")
+    store.forget()
     assert path_of(40) == "fused"
-    monkeypatch.delenv(tuned_tiles.SWITCH_VARIABLE)
+    monkeypatch.delenv(store.SWITCH_VARIABLE)
     found = path_tuning.tune_path([(32, 64)], rows, timer=path_timer(100), **options)
     assert not found.kept, "the model's choice was as fast"
     assert path_of(40) == "fused"
@@ -353,9 +353,9 @@ def test_the_measured_path_is_kept_and_used(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("value", [0, -1, "much", None, float("inf")])
 def test_a_least_gain_that_is_none_is_damage(folder: Path, value: object):
-    name = tuned_tiles.path_entry_name("interpreter", "float32")
+    name = store.path_entry_name("interpreter", "float32")
     (folder / "tiles.json").write_text(json.dumps({"format": 2, "entries": {name: {"least_gain": value}}}))
-    tuned_tiles.forget()
+    store.forget()
     with pytest.warns(UserWarning, match="is damaged"):
         assert path_of(40) == "fused"
 

@@ -12,9 +12,9 @@ pytest.importorskip("rich", reason="the program needs rich")
 pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.host import guard, launch
-from rlrr_kernels.ops.linear.tiles import Tiles
-from rlrr_kernels.ops.tuning import store
 from rlrr_kernels.train import doctor
 
 T4, H100 = devices.typical("sm_75"), devices.typical("sm_90")._replace(multiprocessors=114)

@@ -18,29 +18,29 @@ from benchmarks.gpu.work import Row, Unit, announce, sizes_of
 from benchmarks.support.common import Problem
 from rlrr_kernels import backends, devices
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.dtypes import matmul_precision
-from rlrr_kernels.ops.linear import tiles as linear_configs
 
 
 def _entry(plan: RunPlan, kernel: str, precision: Precision, m: int) -> str:
     """The name of a tuned entry; under ``precision.applied()``."""
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
 
     device = torch.device(plan.device)
-    limit = linear_configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, m)
-    names = tuned_tiles.precision_name(precision.dtype, precision.weight_dtype, matmul_precision())
-    return tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, names, limit)
+    limit = configs.shape_class(kernel, devices.gpu_of(device), precision.dtype, m)
+    names = store.precision_name(precision.dtype, precision.weight_dtype, matmul_precision())
+    return store.entry_name(store.gpu_name(device), kernel, names, limit)
 
 
 def is_tuned(plan: RunPlan, problem: Problem, precision: Precision) -> bool:
     """Whether any kernel takes tuned tiles for a problem."""
     if backends.unavailable("triton", plan.device):
         return False
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
 
-    entries = tuned_tiles.read(tuned_tiles.cache_file()) if tuned_tiles.enabled() else {}
+    entries = store.read(store.cache_file()) if store.enabled() else {}
     with precision.applied():
-        return any(_entry(plan, kernel, precision, problem.m) in entries for kernel in linear_configs.KERNELS)
+        return any(_entry(plan, kernel, precision, problem.m) in entries for kernel in configs.KERNELS)
 
 
 def tune_rows(
@@ -60,22 +60,22 @@ def tune_rows(
     reason = backends.unavailable("triton", plan.device)
     if reason:
         return [{**head, "skipped": reason}]
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     gpu, dtype = devices.gpu_of(torch.device(plan.device)), precision.dtype
-    limit = linear_configs.shape_class(kernel, gpu, dtype, m)
+    limit = configs.shape_class(kernel, gpu, dtype, m)
     head |= {"arch": gpu.name, "class": limit}
     with precision.applied():
         name = _entry(plan, kernel, precision, m)
         shipped, *others = tuning.candidates(kernel, gpu, dtype, m, experimental=schedule != "tiled")
-        entry = tuned_tiles.read(tuned_tiles.cache_file()).get(name)
-        used = linear_configs.Tiles(**{field: entry[field] for field in shipped._fields}) if entry else shipped
+        entry = store.read(store.cache_file()).get(name)
+        used = configs.Tiles(**{field: entry[field] for field in shipped._fields}) if entry else shipped
         candidates = list(dict.fromkeys([used, *(tiles for tiles in (shipped, *others) if tiles.schedule == schedule)]))
         if len(candidates) == 1:
             return [{**head, "skipped": "there are no other tiles to try"}]
-        skipped: dict[linear_configs.Tiles, str] = {}
-        times: dict[linear_configs.Tiles, list[float]] = {tiles: [] for tiles in candidates}
+        skipped: dict[configs.Tiles, str] = {}
+        times: dict[configs.Tiles, list[float]] = {tiles: [] for tiles in candidates}
         for shape, m in problems:
             problem = plan.problem(m, shape, precision)
             timed = [tiles for tiles in candidates if tiles not in skipped]
@@ -91,7 +91,7 @@ def tune_rows(
         winner = min(means, key=means.get) if means else None
         if winner is not None and winner != used and means[winner] < tuning.GAIN * means.get(used, math.inf):
             figures = {"us": round(means[winner], 3), "instead_of_us": round(means.get(used, math.inf), 3)}
-            tuned_tiles.write(tuned_tiles.cache_file(), {name: winner._asdict() | figures})
+            store.write(store.cache_file(), {name: winner._asdict() | figures})
     result = []
     for tiles in candidates:
         row = {**head, "tiles": list(tiles), "shipped": tiles == shipped, "used": tiles == used}
@@ -99,7 +99,7 @@ def tune_rows(
             row |= {"us": means[tiles], "each_us": times[tiles], "winner": tiles == winner}
             if tiles == winner:
                 row["table_row"] = f"({kernel!r}, {dtype.itemsize}): ({limit}, {tiles})"
-                if tiles != used and not linear_configs.proven(kernel, tiles.schedule, gpu):
+                if tiles != used and not configs.proven(kernel, tiles.schedule, gpu):
                     row["proven_row"] = str((kernel, schedule, gpu.name))
         else:
             row["skipped"] = skipped[tiles]
@@ -113,8 +113,8 @@ def _time_candidates(
     precision: Precision,
     kernel: str,
     gpu: Gpu,
-    candidates: list[linear_configs.Tiles],
-) -> tuple[dict[linear_configs.Tiles, float], dict[linear_configs.Tiles, str]]:
+    candidates: list[configs.Tiles],
+) -> tuple[dict[configs.Tiles, float], dict[configs.Tiles, str]]:
     """Microseconds of each candidate on one problem, and why others have none."""
     from rlrr_kernels.ops.tuning import tiles as tuning
 
@@ -148,8 +148,8 @@ def tune_units(plan: RunPlan) -> list[Unit]:
     """One unit for each kernel, schedule and class of M."""
     units = []
     for tier, problems, name in plan.tuned:
-        for kernel, (schedule, kernels) in product(linear_configs.KERNELS, linear_configs.SCHEDULES.items()):
-            if kernel not in kernels or (schedule != "tiled" and problems[0][1] < linear_configs.TMA_MIN_ROWS):
+        for kernel, (schedule, kernels) in product(configs.KERNELS, configs.SCHEDULES.items()):
+            if kernel not in kernels or (schedule != "tiled" and problems[0][1] < configs.TMA_MIN_ROWS):
                 continue
             label = f"{kernel}, {schedule}, M = {', '.join(str(m) for _, m in problems)}, {name}"
             units.append(
@@ -167,24 +167,24 @@ def fallback_rows(plan: RunPlan, checks: Checks, precision: Precision) -> list[R
     The tiles without TMA are first put in force, in the file of tuned tiles, and left so unless the shipped ones pass:
     where those hang or crash, the next process finds the file. One problem, large enough for TMA.
     """
-    from rlrr_kernels.ops.tuning import store as tuned_tiles
+    from rlrr_kernels.ops.choice import store
 
     if backends.unavailable("triton", plan.device):
         return []
     gpu, result = devices.gpu_of(torch.device(plan.device)), []
-    path = tuned_tiles.cache_file()
+    path = store.cache_file()
     problem = plan.problem(8 * TOKENS, Shape("", 768, 768), precision)
-    for (kernel, size), shipped in linear_configs.PERSISTENT.get(gpu.family, {}).items():
-        if size != precision.dtype.itemsize or not linear_configs.proven(kernel, shipped.schedule, gpu):
+    for (kernel, size), shipped in configs.PERSISTENT.get(gpu.family, {}).items():
+        if size != precision.dtype.itemsize or not configs.proven(kernel, shipped.schedule, gpu):
             continue
         with precision.applied():
             name = _entry(plan, kernel, precision, problem.m)
-            tiled = linear_configs.tiles_for(kernel, gpu, precision.dtype, problem.m)
-            tuned_tiles.write(path, {name: tiled._asdict()})
-            with tuned_tiles.only_tiles(kernel, shipped):
+            tiled = configs.tiles_for(kernel, gpu, precision.dtype, problem.m)
+            store.write(path, {name: tiled._asdict()})
+            with store.only_tiles(kernel, shipped):
                 reason = checks.reason_against_tiles(kernel, precision, problem)
             if reason is None:
-                tuned_tiles.write(path, {name: None})
+                store.write(path, {name: None})
         result.append(
             {
                 "section": "correctness", "check": "shipped tiles", "backend": f"{kernel}, {shipped.schedule}",

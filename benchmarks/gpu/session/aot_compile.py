@@ -25,9 +25,9 @@ from benchmarks.support.fake_cuda import Driver
 from rlrr_kernels import devices
 from rlrr_kernels.devices import Gpu
 from rlrr_kernels.ops.activation import triton_backward as activation_triton
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.host.launch import Launch
-from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 from rlrr_kernels.ops.sampling.row_sample import RowSample
@@ -72,13 +72,13 @@ def tuning_jobs(problem: Problem, precision: Precision, gpu: Gpu) -> Iterator[Jo
     """The tuner's candidates, experimental ones included."""
     t = problem.empty("meta")
 
-    def candidate(kernel: str, tiles: linear_configs.Tiles) -> None:
+    def candidate(kernel: str, tiles: configs.Tiles) -> None:
         for launch in tuning.launches_of(kernel, t, gpu, tiles):
             launch.run()
 
-    for kernel in linear_configs.KERNELS:
+    for kernel in configs.KERNELS:
         for tiles in tuning.candidates(kernel, gpu, problem.dtype, problem.m, True):
-            if linear_configs.fits(kernel, tiles, problem.dtype, problem.weight_dtype or problem.dtype, gpu):
+            if configs.fits(kernel, tiles, problem.dtype, problem.weight_dtype or problem.dtype, gpu):
                 yield precision.applied()(partial(candidate, kernel, tiles))
 
 

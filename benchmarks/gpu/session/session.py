@@ -104,7 +104,7 @@ class Session:
             if "table_row" in row:
                 print(f"          fastest on {row['arch']}, {row['precision']}: {row['table_row']}", flush=True)
             if "proven_row" in row:
-                print(f"          a line for PROVEN in ops/linear/tiles.py: {row['proven_row']}", flush=True)
+                print(f"          a line for PROVEN in ops/choice/tiles.py: {row['proven_row']}", flush=True)
 
     def _ready_worker(self) -> Worker:
         for _ in range(STARTS):

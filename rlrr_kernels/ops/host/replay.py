@@ -46,6 +46,9 @@ _WITHOUT_COMPUTING = frozenset(
 _ALIGNMENT = 256
 """Bytes, between the buffers of a call's scratch memory."""
 
+_choices = 0
+"""How often what calls choose by, tiles and paths, may have changed."""
+
 _address = Tensor.data_ptr
 _precision = private.fp32_precision
 _is_wrapped = private.is_transformed
@@ -73,6 +76,12 @@ def plain_layout(*tensors: Tensor | None) -> tuple | None:
     if not _PLAIN_OR_NONE.issuperset(map(type, tensors)) or _is_wrapped(tensors[0]):  # left over from a transform
         return None
     return layout(*tensors)
+
+
+def choose_anew() -> None:
+    """Has the next call of every layout choose its tiles and path, and replays be made of what it chose."""
+    global _choices
+    _choices += 1
 
 
 class Replays:
@@ -125,11 +134,10 @@ class Replays:
 
     def _recorded(self, key: tuple, tensors: Sequence[Tensor | None], compute: Callable) -> tuple[Tensor | None, ...]:
         from rlrr_kernels.ops.host import launch
-        from rlrr_kernels.ops.tuning import store
 
         # Other tiles or another path may be in force than at earlier attempts, with which a replay can be made.
-        changes, attempts = self._attempts.get(key, (store.changes, 0))
-        if changes != store.changes:
+        changes, attempts = self._attempts.get(key, (_choices, 0))
+        if changes != _choices:
             attempts = 0
         if attempts == _MOST_ATTEMPTS or launch.thread.record is not None:
             return compute()
@@ -138,7 +146,7 @@ class Replays:
         present = [tensor for tensor in (*tensors, *results) if tensor is not None]
         replay = Replay.of(launches, present) if launches and not watch.computed else None
         if replay is None:
-            self._attempts[key] = store.changes, attempts + 1
+            self._attempts[key] = _choices, attempts + 1
         else:
             self._replays[key] = replay
         return results
@@ -158,8 +166,8 @@ class Replay:
     """Starts kernels that ran before, past all that chose them and built their launches."""
 
     __slots__ = (
-        *("_changes", "_device", "_driver", "_drivers", "_host", "_kernels", "_offsets"),
-        *("_precision", "_scratch", "_steps", "_store", "checked"),
+        *("_choices", "_device", "_driver", "_drivers", "_host", "_kernels", "_offsets"),
+        *("_precision", "_scratch", "_steps", "checked"),
     )
 
     def __init__(self, launches: Sequence[Launch], positions: dict[int, int], starts: Sequence[StartKernel]) -> None:
@@ -168,7 +176,6 @@ class Replay:
 
         from rlrr_kernels.ops.host import guard
         from rlrr_kernels.ops.host import launch as host
-        from rlrr_kernels.ops.tuning import store
 
         first = launches[0].tensors[0]
         self.checked = not guard.enabled(first.device)  # else when its first results were those of the call it repeats
@@ -182,8 +189,8 @@ class Replay:
                     self._scratch += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
             taken = operator.itemgetter(*(positions[tensor.data_ptr()] for tensor in launch.tensors))
             self._steps.append((start, taken))
-        self._host, self._store, self._drivers = host, store, triton.runtime.driver
-        self._device, self._driver, self._changes = first.get_device(), self._drivers.active, store.changes
+        self._host, self._drivers = host, triton.runtime.driver
+        self._device, self._driver, self._choices = first.get_device(), self._drivers.active, _choices
         self._precision = _precision("cuda", "matmul") if first.dtype == torch.float32 else None
         self._kernels = tuple({launch.plan.kernel for launch in launches})
 
@@ -214,7 +221,7 @@ class Replay:
     def outdated(self) -> bool:
         """Whether a call would choose anew: other tiles are in force, another precision of fp32 products, or driver."""
         return (
-            self._changes != self._store.changes
+            self._choices != _choices
             or self._driver is not self._drivers.active
             or (self._precision is not None and self._precision != _precision("cuda", "matmul"))
         )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlrr_kernels.devices import gpu_of
+from rlrr_kernels.ops.choice import store
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.linear import first_use
@@ -24,7 +25,6 @@ from rlrr_kernels.ops.linear.triton.launches import (
     merge_launch,
 )
 from rlrr_kernels.ops.sampling.row_sample import RowSample
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 
 def merge(
@@ -56,12 +56,12 @@ def forward(
     """
     M, N, rank = x.shape[0], weight.shape[0], scale_col.shape[1]
     gpu, precision = gpu_of(x.device), matmul_precision()
-    choice = tuned_tiles.path_choice(gpu, precision, x.device, x.dtype, weight.dtype, M, weight.shape, rank)
+    choice = store.path_choice(gpu, precision, x.device, x.dtype, weight.dtype, M, weight.shape, rank)
     if (path or choice.path) == "merge":
         return _merged_forward(x, weight, scale_row, scale_col, bias, residual, path)
     y = x.new_empty(M, N)
     if y.numel():
-        tiles = tuned_tiles.choose_tiles("forward", gpu, precision, x, weight, weight.dtype, rank)
+        tiles = store.choose_tiles("forward", gpu, precision, x, weight, weight.dtype, rank)
         bias = None if bias is None else bias.contiguous()
         scale_row, scale_col = scale_row.contiguous(), scale_col.contiguous()
         given = x, weight, scale_row, scale_col, bias, residual, y
@@ -104,7 +104,7 @@ def backward(
         grad_y.new_empty(weight.shape[0], dtype=dtype) if need_bias else None,
     )
     rank = scale_col.shape[1]
-    tiles = tuned_tiles.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight.dtype, rank, sample is not None)
+    tiles = store.choose_tiles("grad_scales", gpu, precision, x, grad_y, weight.dtype, rank, sample is not None)
     given = grad_y, x, weight, scale_row, scale_col, grads
     if sample is None:
         launches = grad_scales_launches(*given, gpu, precision, tiles)
@@ -122,14 +122,14 @@ def backward(
 
 def _grad_x(grad_y, weight, scale_row, scale_col, residual, path, gpu, precision) -> Tensor:
     M, (N, K), rank = grad_y.shape[0], weight.shape, scale_col.shape[1]
-    choice = tuned_tiles.path_choice(gpu, precision, grad_y.device, grad_y.dtype, weight.dtype, M, weight.shape, rank)
+    choice = store.path_choice(gpu, precision, grad_y.device, grad_y.dtype, weight.dtype, M, weight.shape, rank)
     if (path or choice.path) == "merge":
         return grad_y @ merge(weight, scale_row, scale_col, residual, grad_y.dtype, path)
     if N == 0:
         return grad_y.new_zeros(M, K)
     grad_x = grad_y.new_empty(M, K)
     if grad_x.numel():
-        tiles = tuned_tiles.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight.dtype, rank)
+        tiles = store.choose_tiles("grad_x", gpu, precision, grad_y, weight, weight.dtype, rank)
         given = grad_y, weight, scale_row, scale_col, residual, grad_x
         launches = grad_x_launches(*given, gpu, precision, tiles)
         if not guard.ran(launches, path is not None, lambda: first_use.grad_x_error(*given, in_tf32(launches))):

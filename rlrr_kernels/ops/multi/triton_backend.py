@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu, gpu_of
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice.tiles import Operand, Product
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host import guard
 from rlrr_kernels.ops.linear import first_use
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
-from rlrr_kernels.ops.linear.tiles import Operand, Product
 from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.loop_backend import Needs
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton.launches import grad_scales_launches, product_launches
 from rlrr_kernels.ops.multi.triton.path import LEAST_RUN, MOST_MIXED_ROWS, Cut, cut_rows, may_mix
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 
 def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample: int) -> bool:
@@ -34,7 +34,7 @@ def takes_runs(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, per_sample:
     few = rows.count <= MOST_MIXED_ROWS and may_mix(rank, x.dtype, weight.dtype)
     long = per_sample >= LEAST_RUN and sum(task == BARE for task, _, _ in rows.segments) < 2
     of = gpu_of(x.device), matmul_precision(), x.device, x.dtype, weight.dtype
-    return (few or long) and tuned_tiles.path_choice(*of, rows.most, weight.shape, rank).path != "merge"
+    return (few or long) and store.path_choice(*of, rows.most, weight.shape, rank).path != "merge"
 
 
 def cut_of(
@@ -51,7 +51,7 @@ def cut_of(
     if key not in rows.cache:
 
         def merges(first: int, end: int) -> bool:
-            choice = tuned_tiles.path_choice(gpu, precision, *kinds, end - first, weight.shape, rank)
+            choice = store.path_choice(gpu, precision, *kinds, end - first, weight.shape, rank)
             return (path or choice.path) == "merge"
 
         rows.cache[key] = cut_rows(rows.segments, product, merges)
@@ -139,7 +139,7 @@ def backward(
         new(shape, dtype=dtype, device=grad_y.device) if need else None
         for need, (shape, dtype) in zip(needs[1:], shapes, strict=True)
     )
-    tiles = tuned_tiles.choose_tiles(
+    tiles = store.choose_tiles(
         "grad_scales", gpu, matmul_precision(), x, grad_y, weight.dtype, scale_col.shape[2], sampled=True
     )
     launches = grad_scales_launches(grad_y, x, weight, *stacks, grads, rows, gpu, tiles)

@@ -1,6 +1,6 @@
 """``tune_path``: measures on the user's GPU from when a merge is faster than the fused kernel; kept beside their tiles.
 
-What is kept is one number, the least :func:`rlrr_kernels.ops.linear.path.merge_gain` at which the measured merges were
+What is kept is one number, the least :func:`rlrr_kernels.ops.choice.path.merge_gain` at which the measured merges were
 faster: the model then goes on choosing for shapes that were not measured, from a better start.
 """
 
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from rlrr_kernels import devices, numerics
+from rlrr_kernels.ops.choice import path as path_model
+from rlrr_kernels.ops.choice import store
 from rlrr_kernels.ops.dtypes import matmul_precision
-from rlrr_kernels.ops.linear import path as linear_paths
 from rlrr_kernels.ops.linear import triton_backend as linear_triton
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning.tiles import GAIN, Timer, check_problems, current, draw, microseconds
 
 
@@ -61,14 +61,14 @@ def tune_path(
     """
     shapes, rows = list(shapes), list(rows)
     device = check_problems(shapes, rows, dtype, device)
-    path, timer = path or tuned_tiles.cache_file(), timer or microseconds
+    path, timer = path or store.cache_file(), timer or microseconds
     gpu, precision = devices.gpu_of(device), matmul_precision()
     points: list[tuple[float, float, float]] = []  # gain, log of the time fused and merged
     for n, k in shapes:
         for count in rows:
             t = draw(numerics.Case(count, n, k, dtype=dtype, device=str(device)))
             given = t["weight"], t["scale_row"], t["scale_col"]
-            gain = linear_paths.merge_gain(count, n, k, 1, gpu, dtype, dtype, precision == "tf32")
+            gain = path_model.merge_gain(count, n, k, 1, gpu, dtype, dtype, precision == "tf32")
             forward = functools.partial(linear_triton.forward, t["x"], *given, t["bias"], True)
             backward = functools.partial(
                 linear_triton.backward, t["grad_y"], None, *given, True, (True, False, False, False)
@@ -79,10 +79,10 @@ def tune_path(
                 points.append((gain, *map(math.log, times)))
     least_gain = _best_cut(points)
     us, shipped_us = (math.exp(_total(points, cut) / len(points)) for cut in (least_gain, 1.0))
-    found = TunedPath(tuned_tiles.precision_name(dtype, dtype, precision), least_gain, us, shipped_us)
+    found = TunedPath(store.precision_name(dtype, dtype, precision), least_gain, us, shipped_us)
     entry = {"least_gain": least_gain, "us": round(us, 3), "shipped_us": round(shipped_us, 3)}
-    name = tuned_tiles.path_entry_name(tuned_tiles.gpu_name(device), found.precision)
-    tuned_tiles.write(path, {name: entry if found.kept else None})
+    name = store.path_entry_name(store.gpu_name(device), found.precision)
+    store.write(path, {name: entry if found.kept else None})
     return found
 
 

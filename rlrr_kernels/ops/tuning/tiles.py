@@ -1,7 +1,7 @@
 """``tune``: measures candidate tiles on the user's GPU and keeps those that are faster than the ones shipped.
 
 Nothing tunes itself: this runs when it is called, and what it finds is used by later calls and later processes
-(:mod:`rlrr_kernels.ops.tuning.store`). A candidate that needs too much shared memory, spills registers or is less exact
+(:mod:`rlrr_kernels.ops.choice.store`). A candidate that needs too much shared memory, spills registers or is less exact
 than the bound of :mod:`rlrr_kernels.numerics` is never chosen.
 """
 
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from rlrr_kernels import backends, devices, numerics
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import KERNELS, Product, Tiles
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import formula, guard, private
 from rlrr_kernels.ops.host.launch import Launch
-from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.public import rlrr_linear
-from rlrr_kernels.ops.linear.tiles import KERNELS, Product, Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 
 # By kernel, bytes of an element and the largest M of the class (0: any). What ships is always tried as well.
 CANDIDATES = {
@@ -62,7 +62,7 @@ PERSISTENT_CANDIDATES = {
 }  # fmt: skip
 """The same for persistent grids, by kernel and bytes of an element."""
 
-INTERPRETED_CANDIDATES = [Tiles(16, 16, 32, 4, 1, schedule=name) for name in linear_configs.SCHEDULES]
+INTERPRETED_CANDIDATES = [Tiles(16, 16, 32, 4, 1, schedule=name) for name in configs.SCHEDULES]
 
 GAIN = 0.98
 """Share of the shipped tiles' time below which others are kept: less is noise."""
@@ -92,15 +92,15 @@ class Tuned(NamedTuple):
 def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimental: bool = False) -> list[Tiles]:
     """The tiles to try at M = ``rows``; the shipped ones come first, and split products are tried unsplit too.
 
-    Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.linear.tiles.proven`.
+    Only if ``experimental``: those with a schedule that is not :func:`rlrr_kernels.ops.choice.tiles.proven`.
     """
-    tma = gpu.family in linear_configs.TMA_FAMILIES and rows >= linear_configs.TMA_MIN_ROWS
+    tma = gpu.family in configs.TMA_FAMILIES and rows >= configs.TMA_MIN_ROWS
     schedules = ("tiled", "persistent") if tma else ("tiled",)
-    found = [linear_configs.tiles_for(kernel, gpu, dtype, rows, schedules)]
+    found = [configs.tiles_for(kernel, gpu, dtype, rows, schedules)]
     if gpu.name == devices.INTERPRETER:
-        return found + [tiles for tiles in INTERPRETED_CANDIDATES if kernel in linear_configs.SCHEDULES[tiles.schedule]]
-    limit = linear_configs.shape_class(kernel, gpu, dtype, rows)
-    found.append(linear_configs.tiles_for(kernel, gpu, dtype, rows))
+        return found + [tiles for tiles in INTERPRETED_CANDIDATES if kernel in configs.SCHEDULES[tiles.schedule]]
+    limit = configs.shape_class(kernel, gpu, dtype, rows)
+    found.append(configs.tiles_for(kernel, gpu, dtype, rows))
     found += [Tiles(*values) for values in CANDIDATES.get((kernel, dtype.itemsize, limit), [])]
     if tma and not limit:
         values = PERSISTENT_CANDIDATES.get((kernel, dtype.itemsize), [])
@@ -108,7 +108,7 @@ def candidates(kernel: str, gpu: Gpu, dtype: torch.dtype, rows: int, experimenta
     if limit and kernel != "grad_scales":
         found += [tiles._replace(max_splits=1) for tiles in found]
     if not experimental:
-        found = [tiles for tiles in found if linear_configs.proven(kernel, tiles.schedule, gpu)]
+        found = [tiles for tiles in found if configs.proven(kernel, tiles.schedule, gpu)]
     return list(dict.fromkeys(found))
 
 
@@ -129,17 +129,17 @@ def rejection(kernel: str, t: dict[str, Tensor], gpu: Gpu, tiles: Tiles) -> str 
     x, weight = t["x"], t["weight"]
     operands = {"forward": (x, weight), "grad_x": (t["grad_y"], weight), "grad_scales": (x, t["grad_y"])}[kernel]
     product = Product.of(kernel, gpu, *operands, weight.dtype, t["scale_col"].shape[1])
-    if tiles.schedule not in linear_configs.schedules_for(product):
+    if tiles.schedule not in configs.schedules_for(product):
         return f"the schedule {tiles.schedule} does not serve this problem"
-    if not linear_configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):
-        needed = linear_configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype, gpu)
+    if not configs.fits(kernel, tiles, x.dtype, weight.dtype, gpu):
+        needed = configs.shared_bytes(kernel, tiles, x.dtype, weight.dtype, gpu)
         return f"needs {needed >> 10} KiB of shared memory"
     try:
         for launch in launches_of(kernel, t, gpu, tiles):
             compiled = launch.plan.kernel[launch.plan.grid](*launch.args, **launch.plan.meta)
             if spilled := private.spilled_registers(compiled):
                 return f"spills {spilled} registers"
-        with tuned_tiles.only_tiles(kernel, tiles):
+        with store.only_tiles(kernel, tiles):
             errors = numerics.bound_errors(functools.partial(rlrr_linear, backend="triton.fused"), t)
     except Exception as error:  # compilers fail in many ways, and one candidate must not end the tuning
         return guard.in_a_line(error)
@@ -179,7 +179,7 @@ def tune(
             killed, and what was found for other kernels and classes of M is in the file.
         device: a CUDA device.
         timer: takes a call and gives microseconds; default: Triton's benchmark with an empty L2 cache.
-        path: the file; default: where later calls look, :func:`rlrr_kernels.ops.tuning.store.cache_file`.
+        path: the file; default: where later calls look, :func:`rlrr_kernels.ops.choice.store.cache_file`.
         report: called with each result as soon as it is known and written.
 
     Raises:
@@ -189,20 +189,20 @@ def tune(
     if not kernels or set(kernels) - set(KERNELS):
         raise ValueError(f"kernels must be of {', '.join(KERNELS)}; got {list(kernels)}")
     device = check_problems(shapes, rows, dtype, device)
-    path, timer = path or tuned_tiles.cache_file(), timer or microseconds
+    path, timer = path or store.cache_file(), timer or microseconds
     gpu = devices.gpu_of(device)
     results = []
     for kernel in kernels:
         classes: dict[int, list[int]] = {}
         for count in rows:
-            classes.setdefault(linear_configs.shape_class(kernel, gpu, dtype, count), []).append(count)
+            classes.setdefault(configs.shape_class(kernel, gpu, dtype, count), []).append(count)
         for limit, counts in classes.items():
             problems = [(count, *shape) for shape in shapes for count in counts]
             with current(device):
                 result = _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer)
-            name = tuned_tiles.entry_name(tuned_tiles.gpu_name(device), kernel, result.precision, limit)
+            name = store.entry_name(store.gpu_name(device), kernel, result.precision, limit)
             times = {"us": round(result.us, 3), "shipped_us": round(result.shipped_us, 3)}
-            tuned_tiles.write(path, {name: result.tiles._asdict() | times if result.kept else None})
+            store.write(path, {name: result.tiles._asdict() | times if result.kept else None})
             results.append(result)
             if report is not None:
                 report(result)
@@ -254,7 +254,7 @@ def _tune_class(kernel, problems, dtype, device, gpu, limit, experimental, timer
             logs[tiles] += math.log(timer(lambda launches=launches: [launch.run() for launch in launches]))
     times = {tiles: math.exp(total / len(problems)) for tiles, total in logs.items()}
     best = min(times, key=times.get)
-    precision = tuned_tiles.precision_name(dtype, dtype, matmul_precision())
+    precision = store.precision_name(dtype, dtype, matmul_precision())
     return Tuned(kernel, precision, limit, best, shipped, times[best], times[shipped], rejected)
 
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.plan import PRECISIONS, Shape, cpu_plan, gpu_plan
 from benchmarks.gpu.session import units
 from benchmarks.gpu.session.units import SECTIONS
 from rlrr_kernels import backends, devices
-from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.choice import tiles as configs
 from tests.benchmarks.gpu.pretended_gpu import pretended_gpu
 from tests.support.paths import ROOT
 
@@ -119,10 +119,10 @@ def test_the_gate_ran_and_the_memory_rows_keep_the_promise(interpreted):
 def test_the_tuner_names_one_winner_for_each_kernel_and_schedule(interpreted):
     rows = report.read_rows(interpreted[0] / report.JSON)
     tuned = [row for row in rows if row["section"] == "tune"]
-    many = min(rows for _, problems, _ in PLAN.tuned for _, rows in problems) >= linear_configs.TMA_MIN_ROWS
+    many = min(rows for _, problems, _ in PLAN.tuned for _, rows in problems) >= configs.TMA_MIN_ROWS
     expected = {
         (kernel, schedule)
-        for schedule, kernels in linear_configs.SCHEDULES.items()
+        for schedule, kernels in configs.SCHEDULES.items()
         for kernel in kernels
         if schedule == "tiled" or many
     }
@@ -279,9 +279,9 @@ def test_the_plan_for_a_gpu_covers_the_targets_and_starts_with_them():
     tuning = pytest.importorskip("rlrr_kernels.ops.tuning.tiles", reason="needs Triton")
     gpu = devices.typical("sm_90")
     for tier, problems, name in plan.tuned:
-        for kernel in linear_configs.KERNELS:
+        for kernel in configs.KERNELS:
             precision = PRECISIONS[name]
-            classes = {linear_configs.shape_class(kernel, gpu, precision.dtype, rows) for _, rows in problems}
+            classes = {configs.shape_class(kernel, gpu, precision.dtype, rows) for _, rows in problems}
             assert len(classes) == 1  # one row of the table is the result
             assert (kernel, precision.dtype.itemsize, classes.pop()) in tuning.CANDIDATES, (problems, name)
         assert all(
@@ -340,12 +340,12 @@ def test_no_tiles_the_tuner_tries_spill_or_need_too_much_shared_memory_on_sm_90(
     from rlrr_kernels.ops.tuning import tiles as tuning
 
     tried = [
-        (kernel, size, limit, linear_configs.Tiles(*values))
+        (kernel, size, limit, configs.Tiles(*values))
         for (kernel, size, limit), candidates in tuning.CANDIDATES.items()
         for values in candidates
     ]
     tried += [
-        (kernel, size, 0, linear_configs.Tiles(*values, schedule="persistent"))
+        (kernel, size, 0, configs.Tiles(*values, schedule="persistent"))
         for (kernel, size), candidates in tuning.PERSISTENT_CANDIDATES.items()
         for values in candidates
     ]

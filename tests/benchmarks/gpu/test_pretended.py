@@ -19,9 +19,9 @@ from benchmarks.gpu.session.units import SECTIONS, units_of
 from benchmarks.gpu.session.worker import Bench
 from benchmarks.support.baselines import peft_module
 from rlrr_kernels import backends, devices, numerics
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.host import cache
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 from tests.benchmarks.gpu.pretended_gpu import pretended_gpu
 
 pytestmark = [
@@ -44,13 +44,13 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(check_module, "FEW_VALUES_RATIO", 4.0)
     few = {key: values[:1] for key, values in tuning.CANDIDATES.items()}
     monkeypatch.setattr(tuning, "CANDIDATES", few)
-    tuned_tiles.forget()
+    store.forget()
     peft_module()
     gc.freeze()  # as a process of units does
     with pretended_gpu():
         yield
     gc.unfreeze()
-    tuned_tiles.forget()
+    store.forget()
 
 
 def a_plan(tiny: bool) -> RunPlan:
@@ -111,8 +111,8 @@ def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | No
     checks, seen = Checks(a_plan(False)), []
 
     def check(kernel, precision, problem):
-        seen.append(dict(tuned_tiles.read(tuned_tiles.cache_file())))  # what the next process finds if this one hangs
-        assert linear_configs.PERSISTENT["sm_90"][kernel, 2] in tuned_tiles._forced.values()
+        seen.append(dict(store.read(store.cache_file())))  # what the next process finds if this one hangs
+        assert configs.PERSISTENT["sm_90"][kernel, 2] in store._forced.values()
         return reason
 
     monkeypatch.setattr(checks, "reason_against_tiles", check)
@@ -123,6 +123,6 @@ def test_what_ships_for_tma_is_done_without_where_it_fails(gpu, reason: str | No
     for number, entries in enumerate(seen, 1):
         assert len(entries) == (1 if reason is None else number)
         assert all(entry["schedule"] == "tiled" for entry in entries.values())
-    left = tuned_tiles.read(tuned_tiles.cache_file())
+    left = store.read(store.cache_file())
     assert left == ({} if reason is None else seen[-1])
     assert not fallback_rows(checks.plan, checks, PRECISIONS["fp32"])

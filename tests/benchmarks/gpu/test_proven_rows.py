@@ -12,9 +12,9 @@ from benchmarks.gpu import report
 from benchmarks.gpu.measurements import tune
 from benchmarks.gpu.plan import PRECISIONS, cpu_plan
 from rlrr_kernels import backends
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.host import cache
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.tuning import store
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -40,5 +40,5 @@ def test_the_line_to_write_is_printed_where_it_is_faster(
     text = "\n".join(report.proven_lines(rows))
     assert (f"    {line}," in text) if line else text == ""
     if line:
-        assert eval(line) not in linear_configs.PROVEN
+        assert eval(line) not in configs.PROVEN
     store.forget()

@@ -17,8 +17,8 @@ if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
 
 from rlrr_kernels.numerics import Case
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.linear.triton.launches import merge_launch
 from tests.ops.executed.test_tiles import launches_and_outputs
 from tests.support.ptx import Fault
@@ -168,7 +168,7 @@ def test_an_asynchronous_product_that_is_not_waited_for_is_found():
 
 def test_a_tile_that_is_not_waited_for_is_found():
     """The persistent kernel's wait for the tensor memory accelerator."""
-    tiles = linear_configs.PERSISTENT["sm_90"]["grad_scales", 2]
+    tiles = configs.PERSISTENT["sm_90"]["grad_scales", 2]
     never = replaced(r"@!complete bra\.uni waitLoop;", "")
     result = found(lambda: problem("grad_scales", 640, 128, 256, tiles=tiles), "sm_90", [None], never)
     assert result

@@ -15,9 +15,9 @@ if backends.INTERPRETING:
     pytest.skip("with Triton's interpreter on, nothing compiles", allow_module_level=True)
 
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.dtypes import accumulate_dtype
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.tuning import tiles as tuning
 from tests.support.ptx.launcher import TARGETS, execute
@@ -27,18 +27,18 @@ DTYPES = {2: (torch.bfloat16, torch.float16), 4: (torch.float32, torch.float32),
 
 def shipped(arch: str) -> Iterator[tuple[str, int, int, Tiles]]:
     """Kernel, bytes of an element, most rows (0 for any) and tiles."""
-    for (kernel, itemsize), entries in linear_configs.TABLE[arch].items():
+    for (kernel, itemsize), entries in configs.TABLE[arch].items():
         yield from ((kernel, itemsize, limit, tiles) for limit, tiles in entries)
-        if tiles := linear_configs.PERSISTENT.get(arch, {}).get((kernel, itemsize)):
+        if tiles := configs.PERSISTENT.get(arch, {}).get((kernel, itemsize)):
             yield kernel, itemsize, 0, tiles
-        yield kernel, itemsize, 0, linear_configs.IRREGULAR[kernel, itemsize]
+        yield kernel, itemsize, 0, configs.IRREGULAR[kernel, itemsize]
 
 
 def candidates(arch: str) -> Iterator[tuple[str, int, int, Tiles]]:
     """What the tuner may find instead."""
     for (kernel, itemsize, limit), entries in tuning.CANDIDATES.items():
         yield from ((kernel, itemsize, limit, Tiles(*values)) for values in entries)
-    if arch in linear_configs.TMA_FAMILIES:
+    if arch in configs.TMA_FAMILIES:
         for (kernel, itemsize), entries in tuning.PERSISTENT_CANDIDATES.items():
             yield from ((kernel, itemsize, 0, Tiles(*values, schedule="persistent")) for values in entries)
 

@@ -373,7 +373,7 @@ def test_a_spill_is_in_a_loop_between_a_label_and_a_branch_back_to_it(sass: str,
 def test_the_compilers_own_output_is_understood(arch: str, fault: bool):
     """Turing's tensor cores are none that Triton knows."""
     from benchmarks import compile_report
-    from rlrr_kernels.ops.linear.tiles import Tiles
+    from rlrr_kernels.ops.choice.tiles import Tiles
     from rlrr_kernels.ops.linear.triton.launches import grad_x_launches
 
     x, y, weight = (torch.empty(64, 64, dtype=torch.float16, device="meta") for _ in range(3))

@@ -24,10 +24,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import host_overhead
 from benchmarks.support.fake_cuda import FakeCuda, fake_cuda
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.host import launch as launching
 from rlrr_kernels.ops.host import private
 from rlrr_kernels.ops.host.launch import Launch
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
 from rlrr_kernels.ops.norm_rescale import triton_backend as norm_rescale_triton
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlrr_kernels import backends, rlrr_linear
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.linear import autograd, library, public
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.sampling.row_sample import RowSample
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 from tests.support.matmul_precision import switched
 
 if not backends.INTERPRETING:
@@ -147,7 +147,7 @@ CASES = {
 
 
 def merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned_tiles, "path_choice", lambda *arguments: tuned_tiles.PathChoice("merge", 2.0, 1.0))
+    monkeypatch.setattr(store, "path_choice", lambda *arguments: store.PathChoice("merge", 2.0, 1.0))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -249,14 +249,14 @@ def test_other_tiles_end_a_replay(recorder: Recorder):
     for _ in range(2):
         run(tensors)
     recorder.started.clear()
-    with tuned_tiles.only_tiles("forward", Tiles(16, 16, 16, 4, 1)):
+    with store.only_tiles("forward", Tiles(16, 16, 16, 4, 1)):
         within = run(tensors)
         assert "rlrr_linear_fwd_kernel" not in recorder.started
         again = run(tensors)
         assert "rlrr_linear_fwd_kernel" in recorder.started
         assert torch.equal(within["y"], again["y"])
     recorder.started.clear()
-    tuned_tiles.forget()
+    store.forget()
     run(tensors)
     assert not recorder.started
 
@@ -421,7 +421,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
     path = "merge"
     call = autograd.Call("triton", True, eager=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned_tiles, "path_choice", lambda *arguments: tuned_tiles.PathChoice(path, 0.0, 1.0))
+        patch.setattr(store, "path_choice", lambda *arguments: store.PathChoice(path, 0.0, 1.0))
         for _ in range(10):
             call.forward(**inputs)
         assert not recorder.started
@@ -429,7 +429,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
         for _ in range(2):
             call.forward(**inputs)
         assert not recorder.started  # nobody has said that anything changed
-        tuned_tiles._changed()
+        store._changed()
         for _ in range(2):
             call.forward(**inputs)
     assert recorder.started

@@ -15,7 +15,7 @@ if backends.INTERPRETING:
 
 from benchmarks import compile_report
 from benchmarks.compile_report import verdict
-from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.choice import tiles as configs
 
 QUICK = {
     "sm_80": ("tf32",),
@@ -38,13 +38,13 @@ def test_no_configuration_got_worse_or_spills_where_it_costs(arch: str, dtypes: 
     if remarks:
         warnings.warn("\n".join(remarks), stacklevel=1)
     seen = {(row["kernel"], row["dtype"]) for row in rows}
-    assert {(kernel, dtype) for kernel in linear_configs.KERNELS for dtype in dtypes} <= seen
+    assert {(kernel, dtype) for kernel in configs.KERNELS for dtype in dtypes} <= seen
 
 
 def test_products_of_few_rows_are_compiled_in_parts_and_whole():
     cases = [case for case in compile_report.linear_cases("sm_90") if case.dtype == "bf16"]
     for kernel in ("forward", "grad_x"):
-        for limit, tiles in linear_configs.TABLE["sm_90"][kernel, 2][:-1]:
+        for limit, tiles in configs.TABLE["sm_90"][kernel, 2][:-1]:
             metas = [case.launch.plan.meta for case in cases if case.kernel == kernel and f"; {limit} x" in case.config]
             split = {meta["SPLIT"] for meta in metas if meta["BLOCK_M"] == tiles.block_m}
             assert split == {True, False}, (kernel, limit)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlrr_kernels import backends, devices, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
-from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.reference import rlrr_linear_reference
 from tests.support.implementations import BACKENDS, DTYPES, HALF, ONE_PATH, PROBLEMS
 
@@ -95,8 +95,8 @@ def test_products_that_fill_no_gpu_are_computed_in_parts(
 def test_error_rule_in_parts():
     case = Case(16, 40, 260, dtype=torch.float16)
     gpu = devices.typical("interpreter")
-    tiles = linear_configs.tiles_for("forward", gpu, case.dtype, case.rows)
-    assert linear_configs.contraction_splits(5, 2, tiles, gpu) == 2
+    tiles = configs.tiles_for("forward", gpu, case.dtype, case.rows)
+    assert configs.contraction_splits(5, 2, tiles, gpu) == 2
     numerics.check_error_rule(partial(rlrr_linear, backend="triton.fused"), case)
 
 

@@ -14,11 +14,11 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import backends, devices, numerics, rlrr_linear
 from rlrr_kernels.numerics import Case
+from rlrr_kernels.ops.choice import store
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.host.launch import Launch
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton import launches as linear_launches
-from rlrr_kernels.ops.tuning import store as tuned_tiles
 from rlrr_kernels.ops.tuning import tiles as tuning
 
 pytestmark = pytest.mark.interpreted
@@ -35,7 +35,7 @@ def chosen(rows=1576, dtype=torch.bfloat16, gpu="sm_90", offset=0, transposed=Fa
     storage = torch.empty(rows * 64 + offset, dtype=dtype)
     x = storage[offset:].view(rows, 64)
     grad_y = torch.empty(128, rows, dtype=dtype).t() if transposed else torch.empty(rows, 128, dtype=dtype)
-    return tuned_tiles.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, grad_y, dtype, 1, sampled)
+    return store.choose_tiles("grad_scales", devices.typical(gpu), "ieee", x, grad_y, dtype, 1, sampled)
 
 
 def test_the_table_serves_it_where_tma_can_load():
@@ -47,9 +47,9 @@ def test_the_table_serves_it_where_tma_can_load():
 
 def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
     forced = Tiles(16, 32, 32, 4, 1, schedule="persistent")
-    with tuned_tiles.only_tiles("grad_scales", forced):
+    with store.only_tiles("grad_scales", forced):
         assert chosen(rows=8) == forced
-        shipped = linear_configs.tiles_for("grad_scales", devices.typical("sm_80"), torch.bfloat16, 1576)
+        shipped = configs.tiles_for("grad_scales", devices.typical("sm_80"), torch.bfloat16, 1576)
         assert chosen(gpu="sm_80") == shipped
     x, weight, vector = torch.empty(8, 64), torch.empty(32, 64), torch.empty(32)
     with pytest.raises(ValueError, match=r"schedule of forward must be one of \['tiled'.*; got 'spiral'"):
@@ -75,7 +75,7 @@ def test_shares_cover_every_step_once_and_no_tile_has_more_pieces_than_said():
 
 def test_all_programs_run_at_once_with_the_smallest_share():
     for warps, steps in itertools.product((4, 8), (1, 130, 1000, 14184, 10**7)):
-        span = linear_configs.steps_a_program(steps, Tiles(64, 128, 256, warps, 4), devices.typical("sm_90"))
+        span = configs.steps_a_program(steps, Tiles(64, 128, 256, warps, 4), devices.typical("sm_90"))
         wave = 132 * 8 // warps
         assert -(-steps // span) <= wave
         assert span == 4 or -(-steps // (span - 1)) > wave, "a smaller share would do"
@@ -94,7 +94,7 @@ PROBLEMS = [  # M, N, K, rank, groups: tiles run over the ends of M, of a group 
 @contextmanager
 def persistent(tiles: Tiles) -> Iterator[None]:
     """Makes the scale gradients take ``tiles`` in their persistent form."""
-    with tuned_tiles.only_tiles("grad_scales", tiles._replace(schedule="persistent")):
+    with store.only_tiles("grad_scales", tiles._replace(schedule="persistent")):
         yield
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from rlrr_kernels import TaskIndex, backends, devices, numerics, rlrr_linear_multi
 from rlrr_kernels.numerics import MultiCase
+from rlrr_kernels.ops.choice.tiles import Operand, Product
 from rlrr_kernels.ops.host.launch import Launch, recorded
-from rlrr_kernels.ops.linear.tiles import Operand, Product
 from rlrr_kernels.ops.multi import triton_backend
 from rlrr_kernels.ops.multi.triton import path
 from rlrr_kernels.ops.multi.triton.launches import parts_of

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlrr_kernels.ops.linear import tiles as linear_configs
+from rlrr_kernels.ops.choice import tiles as configs
 
-UNROLLED_RANK = tl.constexpr(linear_configs.UNROLLED_RANK)
+UNROLLED_RANK = tl.constexpr(configs.UNROLLED_RANK)
 _IEEE = tl.constexpr("ieee")  # Triton 3.5 takes no plain string for a default
 
 

@@ -1,8 +1,8 @@
 """Launches of the ``rlrr_linear`` kernels: how a product is cut into programs, as pure functions of their arguments.
 
-The schedule of the tiles (:data:`rlrr_kernels.ops.linear.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
+The schedule of the tiles (:data:`rlrr_kernels.ops.choice.tiles.SCHEDULES`) picks the kernel. Tensors may be on any
 device, meta included: a launch can be built, and compiled, where there is no GPU to run it. Scales must be contiguous;
-what other schedules need of the operands, :func:`rlrr_kernels.ops.linear.tiles.schedules_for` says.
+what other schedules need of the operands, :func:`rlrr_kernels.ops.choice.tiles.schedules_for` says.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles, no_such_schedule
 from rlrr_kernels.ops.dtypes import accumulate_dtype
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles, no_such_schedule
 from rlrr_kernels.ops.linear.triton import kernels, kernels_persistent
 
 _plans = functools.lru_cache(maxsize=4096)  # asked for at every launch, of the same few shapes
@@ -48,7 +48,7 @@ def launch_meta(dtype: torch.dtype, gpu: Gpu, precision: str, tiles: Tiles) -> d
 def rank_meta(
     kernel: str, rank: int, tiles: Tiles, dtype: torch.dtype, gpu: Gpu, weight_itemsize: int = 0
 ) -> dict[str, Any]:
-    """How a kernel of the tiled schedule multiplies the scales (:func:`rlrr_kernels.ops.linear.tiles.dot_rank`).
+    """How a kernel of the tiled schedule multiplies the scales (:func:`rlrr_kernels.ops.choice.tiles.dot_rank`).
 
     As matrices in three TF32 products for one of fp32, 21 bits of mantissa, where Triton has them. The size of W's
     elements is asked for by the scale gradients alone.
@@ -56,7 +56,7 @@ def rank_meta(
     precision = "tf32x3" if gpu.name.startswith(("sm_8", "sm_9", "sm_1")) else "ieee"
     return {
         "RANK": rank,
-        "DOT_RANK": linear_configs.dot_rank(kernel, rank, tiles, dtype, weight_itemsize, gpu),
+        "DOT_RANK": configs.dot_rank(kernel, rank, tiles, dtype, weight_itemsize, gpu),
         "DOT_PRECISION": precision,
     }
 
@@ -87,7 +87,7 @@ def _split_product(
     ``span``: what the kernel counts a split's work in, for one iteration (K elements in the forward, one tile of N in
     ∂x).
     """
-    splits = linear_configs.contraction_splits(iterations, programs, tiles, gpu)
+    splits = configs.contraction_splits(iterations, programs, tiles, gpu)
     per_split = max(1, triton.cdiv(iterations, splits))
     splits = max(1, triton.cdiv(iterations, per_split))
     numbers = (*numbers, per_split * span, *strides)
@@ -233,9 +233,9 @@ def _grad_scales_plans(
     }  # fmt: skip
     if tiles.schedule == "persistent":
         output_tiles, iterations = groups * tiles_per_group * tiles_k, triton.cdiv(M, tiles.block_m)
-        span = linear_configs.steps_a_program(output_tiles * iterations, tiles, gpu)
+        span = configs.steps_a_program(output_tiles * iterations, tiles, gpu)
         parts = most_parts(output_tiles, iterations, span)
-        strip = min(tiles.block_k, linear_configs.STRIP_BYTES // weight_itemsize)
+        strip = min(tiles.block_k, configs.STRIP_BYTES // weight_itemsize)
         sums = PartialSums.of(
             (parts * triton.cdiv(K, strip), parts * tiles_per_group, parts * tiles_k), needs, N, col_shape
         )
@@ -249,7 +249,7 @@ def _grad_scales_plans(
         return partial, sums
     if tiles.schedule != "tiled":
         raise no_such_schedule("grad_scales", tiles)
-    splits = linear_configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, gpu)
+    splits = configs.splits_for(M, tiles, (tiles_k + need_bias) * tiles_per_group * groups, gpu)
     rows_per_split = max(1, triton.cdiv(triton.cdiv(M, splits), tiles.block_m)) * tiles.block_m
     splits = max(1, triton.cdiv(M, rows_per_split))
     sums = PartialSums.of((splits * tiles_k, splits * tiles_per_group, splits), needs, N, col_shape)

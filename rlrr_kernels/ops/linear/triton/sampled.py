@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import tiles as configs
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
-from rlrr_kernels.ops.linear import tiles as linear_configs
 from rlrr_kernels.ops.linear.triton.kernels import store_scale_parts
 from rlrr_kernels.ops.linear.triton.launches import PartialSums, launch_meta, rank_meta
 from rlrr_kernels.ops.sampling.row_sample import RowSample
@@ -186,13 +186,13 @@ def _plans(
     grad_shape: torch.Size, grad_strides: tuple[int, int], x_shape: torch.Size, x_strides: tuple[int, int],
     weight_strides: tuple[int, int], weight_itemsize: int, col_shape: torch.Size, kept: int, row_weight: float,
     images: int, needs: tuple[bool, bool, bool], dtype: torch.dtype, gpu: Gpu, precision: str,
-    tiles: linear_configs.Tiles,
+    tiles: configs.Tiles,
 ) -> tuple[Plan | None, Plan, PartialSums]:  # fmt: skip
     """The launch of the images' means, that of the partial sums, and how these are added up."""
     (M, N), (S, K), (groups, rank, _) = grad_shape, x_shape, col_shape
     need_row, need_col, need_bias = needs
     tiles_k, tiles_per_group = triton.cdiv(K, tiles.block_k), triton.cdiv(N // groups, tiles.block_n)
-    wanted = linear_configs.splits_for(S, tiles, tiles_k * tiles_per_group * groups, gpu)
+    wanted = configs.splits_for(S, tiles, tiles_k * tiles_per_group * groups, gpu)
     rows_per_split = max(1, triton.cdiv(triton.cdiv(S, wanted), tiles.block_m)) * tiles.block_m
     splits = max(1, sum(triton.cdiv(part, rows_per_split) for part in (kept, images, S - kept)))
     sums_bias = need_bias and not images
@@ -241,7 +241,7 @@ def grad_scales_launches(
     sample: RowSample,
     gpu: Gpu,
     precision: str,
-    tiles: linear_configs.Tiles,
+    tiles: configs.Tiles,
 ) -> tuple[Launch, ...]:
     """Partial sums of ∂s_r and ∂s_c from x [S, K] and its rows of grad_y [M, N], of ∂b from all of it; their reduction.
 

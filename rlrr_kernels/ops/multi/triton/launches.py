@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Tiles
 from rlrr_kernels.ops.dtypes import accumulate_dtype, matmul_precision
 from rlrr_kernels.ops.host.launch import TL_ACCUMULATE, Launch, Plan
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Tiles
 from rlrr_kernels.ops.linear.triton.launches import REDUCE_META, launch_meta, precision_of, rank_meta
 from rlrr_kernels.ops.multi.task_index import BARE, Segments, TaskRows
 from rlrr_kernels.ops.multi.triton import kernels
@@ -110,7 +110,7 @@ def _mixed_plans(
     rows = tiles.block_m // lines_a_row(rank)
     programs = groups_out * triton.cdiv(columns, tiles.block_n) * triton.cdiv(count, rows)
     blocks = triton.cdiv(contracted, tiles.block_k)
-    splits = linear_configs.contraction_splits(blocks, programs * groups_in, tiles, gpu)
+    splits = configs.contraction_splits(blocks, programs * groups_in, tiles, gpu)
     span = triton.cdiv(blocks, splits) * tiles.block_k
     splits = triton.cdiv(contracted, span)
     parts = groups_in * splits
@@ -254,7 +254,7 @@ def grad_scales_launches(
     """
     N, (_, groups, _, K) = weight.shape[0], scale_col.shape
     programs = triton.cdiv(K, tiles.block_k) * groups * triton.cdiv(N // groups, tiles.block_n)
-    splits = linear_configs.splits_for(rows.count, tiles, programs, gpu)
+    splits = configs.splits_for(rows.count, tiles, programs, gpu)
     rows_a_part = max(1, triton.cdiv(triton.cdiv(rows.count, splits), tiles.block_m)) * tiles.block_m
     key = "parts", rows_a_part, tiles.block_m, grads[2] is not None
     if key not in rows.cache:

@@ -3,7 +3,7 @@
 ``library``: rows of the bare W, and tasks of so many rows that merging W' pays (the crossover of ``rlrr_linear``).
 ``tiles``: rows of one task a tile, whose W' is made in registers. ``mixed``: rows of many tasks in a tile, where x is
 rescaled instead: 1 + r products of a row, but none for padding. Modelled, not measured, as all of
-:mod:`rlrr_kernels.ops.linear.path`.
+:mod:`rlrr_kernels.ops.choice.path`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from rlrr_kernels import devices
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.path import REACHED_BANDWIDTH, REACHED_RATE, precision_kind
+from rlrr_kernels.ops.choice.tiles import KERNEL_US, Product, Tiles
 from rlrr_kernels.ops.dtypes import matmul_precision
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.path import REACHED_BANDWIDTH, REACHED_RATE, precision_kind
-from rlrr_kernels.ops.linear.tiles import KERNEL_US, Product, Tiles
 from rlrr_kernels.ops.multi.task_index import BARE, Segments
 
 RESCALED_ROWS = 32
@@ -65,10 +65,10 @@ and as long as one of 128 + 64 + 16 rows, whose three products have the compiler
 def candidate_tiles(product: Product) -> tuple[Tiles, ...]:
     """What tiles of rows may be of."""
     if not product.regular and product.gpu.family != devices.INTERPRETER:
-        return (linear_configs.IRREGULAR[product.kernel, product.dtype.itemsize],)
-    found = [tiles for _, tiles in linear_configs.TABLE[product.gpu.family][product.kernel, product.dtype.itemsize]]
+        return (configs.IRREGULAR[product.kernel, product.dtype.itemsize],)
+    found = [tiles for _, tiles in configs.TABLE[product.gpu.family][product.kernel, product.dtype.itemsize]]
     narrow = product.dtype.itemsize == product.weight_dtype.itemsize == 2
-    if product.gpu.family == "sm_90" and narrow and product.rank <= linear_configs.UNROLLED_RANK:
+    if product.gpu.family == "sm_90" and narrow and product.rank <= configs.UNROLLED_RANK:
         found.append(WIDE[product.kernel])
     return tuple(dict.fromkeys(found))
 

@@ -21,10 +21,11 @@ import triton
 from torch import Tensor
 
 from rlrr_kernels.devices import Gpu
+from rlrr_kernels.ops.choice import path as path_model
+from rlrr_kernels.ops.choice import tiles as configs
+from rlrr_kernels.ops.choice.tiles import Product, Tiles
 from rlrr_kernels.ops.host.cache import cache_folder, gpu_name, switched_on, write_json
-from rlrr_kernels.ops.linear import path as linear_paths
-from rlrr_kernels.ops.linear import tiles as linear_configs
-from rlrr_kernels.ops.linear.tiles import Product, Tiles
+from rlrr_kernels.ops.host.replay import choose_anew
 
 SWITCH_VARIABLE = "RLRR_TUNING"
 EXPERIMENTAL_VARIABLE = "RLRR_EXPERIMENTAL"
@@ -84,7 +85,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["entries"] if content["format"] in (1, FORMAT) else None
         for name, entry in list((entries or {}).items()):
-            if entry.get("schedule", "tiled") not in linear_configs.SCHEDULES:
+            if entry.get("schedule", "tiled") not in configs.SCHEDULES:
                 del entries[name]
             else:
                 _value(entry)
@@ -120,8 +121,8 @@ def unproven(entries: dict[str, dict[str, Any]], gpu: Gpu) -> list[str]:
     found = []
     for name, entry in entries.items():
         schedule = entry.get("schedule", "tiled")
-        kernel = next((kernel for kernel in linear_configs.KERNELS if f" | {kernel} | " in name), "")
-        if not linear_configs.proven(kernel, schedule, gpu):
+        kernel = next((kernel for kernel in configs.KERNELS if f" | {kernel} | " in name), "")
+        if not configs.proven(kernel, schedule, gpu):
             found.append(name)
     return found
 
@@ -157,13 +158,6 @@ def _entries() -> dict[str, Tiles | float]:
 # ---------------------------------------------------------------- the choice at a call
 
 _forced: dict[str, Tiles] = {}
-changes = 0
-"""How often what :func:`choose_tiles` and :func:`path_choice` answer may have changed."""
-
-
-def _changed() -> None:
-    global changes
-    changes += 1
 
 
 @contextmanager
@@ -171,13 +165,13 @@ def only_tiles(kernel: str, tiles: Tiles) -> Iterator[None]:
     """Makes a kernel take ``tiles`` for everything within a block, in all threads."""
     before = dict(_forced)
     _forced[kernel] = tiles
-    _changed()
+    choose_anew()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
-        _changed()
+        choose_anew()
 
 
 def choose_tiles(
@@ -190,7 +184,7 @@ def choose_tiles(
     their schedule can.
 
     Args:
-        kernel: of :data:`rlrr_kernels.ops.linear.tiles.KERNELS`.
+        kernel: of :data:`rlrr_kernels.ops.choice.tiles.KERNELS`.
         gpu: the one that the tensors are on.
         precision: of products of float32, see :func:`precision_name`.
         first: [M, ...], x or g; with ``second``, W or x, the operands of its product.
@@ -207,9 +201,9 @@ def choose_tiles(
 def _choose(product: Product, device: torch.device, precision: str, forced: Tiles | None) -> Tiles:
     own = _own(product, device, precision, entries) if (entries := _entries()) else None
     for tiles in (forced, own):
-        if tiles is not None and tiles.schedule in linear_configs.schedules_for(product):
+        if tiles is not None and tiles.schedule in configs.schedules_for(product):
             return tiles
-    return linear_configs.tiles_of(product)
+    return configs.tiles_of(product)
 
 
 def _own(product: Product, device: torch.device, precision: str, entries: dict[str, Tiles | float]) -> Tiles | None:
@@ -217,13 +211,13 @@ def _own(product: Product, device: torch.device, precision: str, entries: dict[s
     kernel, M = product.kernel, product.first.shape[0]
     if not product.regular or not (product.rank == 1 or kernel == "grad_scales"):
         return None
-    limit = linear_configs.shape_class(kernel, product.gpu, product.dtype, M)
+    limit = configs.shape_class(kernel, product.gpu, product.dtype, M)
     name = precision_name(product.dtype, product.weight_dtype, precision)
     tiles = entries.get(entry_name(gpu_name(device), kernel, name, limit))
     if tiles is None or tiles.schedule == "tiled":
         return tiles
-    asked_for = linear_configs.proven(kernel, tiles.schedule, product.gpu) or experimental_allowed()
-    return tiles if asked_for and M >= linear_configs.TMA_MIN_ROWS else None
+    asked_for = configs.proven(kernel, tiles.schedule, product.gpu) or experimental_allowed()
+    return tiles if asked_for and M >= configs.TMA_MIN_ROWS else None
 
 
 class PathChoice(NamedTuple):
@@ -252,7 +246,7 @@ def path_choice(
         weight_shape: [N, K].
         rank: r of the scales.
     """
-    gain = linear_paths.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
+    gain = path_model.merge_gain(rows, *weight_shape, rank, gpu, dtype, weight_dtype, precision == "tf32")
     least_gain = 1.0
     if entries := _entries():
         name = path_entry_name(gpu_name(device), precision_name(dtype, weight_dtype, precision))
@@ -265,4 +259,4 @@ def forget() -> None:
     _entries.cache_clear()
     _choose.cache_clear()
     path_choice.cache_clear()
-    _changed()
+    choose_anew()

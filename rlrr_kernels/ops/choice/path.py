@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from rlrr_kernels.devices import INTERPRETER, Gpu
-from rlrr_kernels.ops.linear.tiles import (
+from rlrr_kernels.ops.choice.tiles import (
     IRREGULAR,
     KERNEL_US,
     UNROLLED_RANK,

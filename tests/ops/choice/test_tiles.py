@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlrr_kernels import devices
-from rlrr_kernels.ops.linear import tiles as configs
+from rlrr_kernels.ops.choice import tiles as configs
 
 SM_80, SM_90 = devices.typical("sm_80"), devices.typical("sm_90")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
