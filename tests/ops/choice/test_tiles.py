@@ -66,6 +66,11 @@ def test_splits_fill_the_gpu_in_whole_waves_without_slivers():
         assert programs * splits / (-(-programs * splits // multiprocessors) * multiprocessors) > 0.8, programs
 
 
+def test_so_many_splits_at_most_where_each_has_tiles_enough():
+    tiles = configs.tiles_for("grad_scales", SM_80, torch.bfloat16, 50432)
+    assert configs.splits_for(50432, tiles, 114, SM_80) == configs.MOST_SPLITS == 16  # 17 would be done sooner
+
+
 def test_products_are_cut_where_tiles_fill_no_gpu_and_into_no_slivers():
     for arch, blocks, programs in itertools.product(configs.TABLE, (0, 1, 3, 6, 24, 1000), (1, 12, 70, 5000)):
         tiles = configs.tiles_for("forward", devices.typical(arch), torch.bfloat16, 16)

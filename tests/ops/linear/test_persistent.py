@@ -62,6 +62,15 @@ def test_tiles_that_cannot_serve_are_replaced_and_unknown_schedules_refused():
 # ---------------------------------------------------------------- the shares
 
 
+@pytest.mark.parametrize(("weight_dtype", "columns"), [(torch.bfloat16, 64), (torch.float32, 32)])
+def test_a_wide_tile_is_multiplied_by_strips_of_128_bytes_of_the_weight(weight_dtype: torch.dtype, columns: int):
+    t = tuning.draw(Case(2048, 256, 512, dtype=torch.bfloat16, weight_dtype=weight_dtype))
+    partial, _ = tuning.launches_of(
+        "grad_scales", t, devices.typical("sm_90"), configs.PERSISTENT["sm_90"]["grad_scales", 2]
+    )
+    assert partial.plan.meta["STRIP"] == columns
+
+
 def test_shares_cover_every_step_once_and_no_tile_has_more_pieces_than_said():
     for tiles, blocks, programs in itertools.product((1, 3, 36, 100), (1, 2, 7, 197), (1, 5, 132)):
         span = max(4, -(-tiles * blocks // programs))

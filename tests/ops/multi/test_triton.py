@@ -228,6 +228,7 @@ def test_mixing_is_left_where_it_would_round_too_often_or_repeat_x_too_often():
     for options in ({"weight_dtype": torch.float32}, {"rank": 8}):
         found = cut(range(64), 1, **options)
         assert (len(found.tiled), found.mixed, found.tiles.block_m) == (64, (), 16)
+    assert len(cut(range(64), 1, rank=7).mixed) == 64
 
 
 def test_rests_go_with_the_tiles_or_are_mixed_by_what_they_cost():
@@ -235,6 +236,12 @@ def test_rests_go_with_the_tiles_or_are_mixed_by_what_they_cost():
     assert [end - first for _, first, end in alone.tiled] == [256] * 64
     assert [end - first for _, first, end in alone.mixed] == [1] * 64
     assert not many.mixed, "two rows are not worth two launches"
+    before, after = (
+        cut(range(64), 149),
+        cut(range(64), 150),
+    )  # from where one wide tile is cheaper, W' made for it included
+    assert (before.tiles.block_m, len(before.tiled), len(before.mixed)) == (128, 64, 64)
+    assert (after.tiles.block_m, len(after.tiled), len(after.mixed)) == (256, 64, 0)
 
 
 def test_the_bare_weight_and_merged_tasks_are_the_librarys():
@@ -275,6 +282,8 @@ def test_samples_stay_where_they_are_only_if_no_task_loses_by_it():
         assert not runs(index, 1, weight_dtype=torch.float32)
         assert not runs(index, 1, rank=8)
         assert not runs(index * 40, 5), "short runs would fill no tile"
+        assert (runs(index * 2, 64), runs(index * 2, 63)) == (True, False)
+        assert (runs((index * 86)[:256], 1), runs((index * 86)[:257], 1)) == (True, False)
         assert not runs(index * 8, 197), "task 0 is merged"
         assert not runs([-1, 0, -1], 197), "one product for the bare weight"
 
