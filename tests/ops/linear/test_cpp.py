@@ -1,6 +1,7 @@
 """The C++ operator for the CPU: every path, instruction set and dtype by the error rule, threads, registration."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -57,6 +58,31 @@ def random_arguments(rows=5, out_features=12, in_features=35, rank=2, groups=3, 
     for index in (0, 2, 3, 4):
         arguments[index].requires_grad_(grad)
     return arguments, grad_y
+
+
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
+def test_the_crossovers_between_the_paths(level):
+    """The most rows of x for one pass over W and for panels; those of csrc/dispatch.h were measured."""
+
+    def most(dtype, rank, backward) -> list[int]:
+        weight = torch.empty(64, 64, dtype=dtype)
+        paths = (
+            torch.ops.rlrr_kernels_cpp.path(weight.new_empty(rows, 64), weight, rank, backward)
+            for rows in range(1, 200)
+        )
+        taken = list(paths)
+        assert taken == sorted(taken)
+        return [taken.count(linear_cpp.PATHS["fused"]), len(taken) - taken.count(linear_cpp.PATHS["library"])]
+
+    for backward, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        pairs = level == "avx512_bf16" and dtype == torch.bfloat16
+        few, some = (8, 8) if level == "portable" and backward else (4, 4)
+        if level != "portable" and backward:
+            few = some = 3 if pairs else 32
+        elif pairs:
+            few = 6
+        panels = 16 if level == "portable" else 199
+        assert [most(dtype, rank, backward) for rank in (1, 4, 5)] == [[few, panels], [some, panels], [0, panels]]
 
 
 # ---------------------------------------------------------------- exactness
