@@ -7,6 +7,7 @@ Layers are read from pyproject.toml, so the picture shows what is checked; only 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -64,7 +65,7 @@ def draw() -> str:
     package, operators = layers()
     parts, top = [], GAP
     for members in package:
-        lines = [" > ".join(", ".join(names) for names in operators)] if members == ["ops"] else []
+        lines = textwrap.wrap(" > ".join(", ".join(names) for names in operators), 80) if members == ["ops"] else []
         height = HEIGHT + LINE * len(lines)
         wide = (WIDTH - LEFT - GAP * len(members)) / len(members)
         for index, name in enumerate(members):
