@@ -110,14 +110,14 @@ inline bool has_kernels(const Weight& weight, Type type, int64_t count) {
 }
 
 // The way of `count` rows, of an x or g like `rows`, beside a weight [N, K] under scales of a rank.
-inline int64_t path_of(Path (*choose)(int64_t, Type, const Weight&, int64_t), const Tensor& rows, const Tensor& weight_,
+inline int64_t path_of(Path (*choose)(const Processor&, Type, const Weight&, int64_t), const Tensor& rows, const Tensor& weight_,
                        int64_t rank, int64_t count) {
   const Type type = type_of(rows, "x");
   Weight weight{};
   weight.type = type_of(weight_, "weight");
   weight.rows = weight_.size(0), weight.cols = weight_.size(1), weight.rank = rank;
   const bool ours = has_kernels(weight, type, count);
-  return static_cast<int64_t>(ours ? choose(current_level(), type, weight, count) : Path::library);
+  return static_cast<int64_t>(ours ? choose(processor(), type, weight, count) : Path::library);
 }
 
 inline Path checked(int64_t path, Path automatic, const Weight& weight, Type type, int64_t count) {

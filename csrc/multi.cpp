@@ -152,7 +152,7 @@ Tensor linear_multi(const Tensor& x_, const Tensor& weight_, const Tensor& scale
   std::vector<Forward> few, many;
   for (const Task& task : given.tasks) {
     const float* own = shift == nullptr || task.number < 0 ? nullptr : shift + task.number * weight.rows;
-    const Path automatic = choose_forward_of_task(current_level(), type, weight, task.count);
+    const Path automatic = choose_forward_of_task(processor(), type, weight, task.count);
     const Path path = path_ == 0 ? automatic : static_cast<Path>(path_);
     (path == Path::fused ? few : many)
         .push_back({stacks.of(task.number), type, task.count, rows, {bias, own},
@@ -180,7 +180,7 @@ void backward_tasks(const std::vector<Backward>& calls) {
   int64_t rows = 0;
   for (const Backward& call : calls) rows += call.count;
   const auto run = [](const Backward& call) {
-    const Path path = choose_backward(current_level(), call.type, call.weight, call.count);
+    const Path path = choose_backward(processor(), call.type, call.weight, call.count);
     (path == Path::fused ? level().backward_fused : level().backward_panels)(call);
   };
   const int64_t workers = worker_count(static_cast<int64_t>(calls.size()));

@@ -16,7 +16,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const Tensor& scale_row, 
   const Type type = type_of(x_, "x");
   const int64_t count = x_.size(0);
   Tensor y = empty({count, weight.rows}, dtype);
-  const Path path = checked(path_, choose_forward(current_level(), type, weight, count), weight, type, count);
+  const Path path = checked(path_, choose_forward(processor(), type, weight, count), weight, type, count);
   if (path != Path::library) {
     const Tensor x = with_dense_columns(x_);
     const std::optional<Tensor> wide = bias ? std::optional(dense(*bias, ScalarType::Float)) : std::nullopt;
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward(
   Tensor grad_bias = need_bias ? empty({weight.rows}, wide) : empty({0}, wide);
   if (need_bias) level().sum_rows(type, g, count, weight.rows, grad_bias.mutable_data_ptr());
 
-  const Path path = checked(path_, choose_backward(current_level(), type, weight, count), weight, type, count);
+  const Path path = checked(path_, choose_backward(processor(), type, weight, count), weight, type, count);
   if (!scales && !need_x) {
   } else if (count == 0 || weight.rows == 0 || weight.cols == 0) {
     clear(row.out);
@@ -104,6 +104,9 @@ int64_t path(const Tensor& rows, const Tensor& weight, int64_t rank, bool backwa
   return path_of(backward ? choose_backward : choose_forward, rows, weight, rank, rows.size(0));
 }
 
+// What the library's products run on: 1 for bf16 in tiles, 2 for float32 in all lanes of AVX-512.
+int64_t cpu_library() { return processor().tiles + 2 * processor().wide; }
+
 int64_t cpu_level(int64_t number) {
   STD_TORCH_CHECK(number <= best_level(), "rlrr_kernels_cpp: this processor reaches level ", best_level(), "; got ",
                   number);
@@ -123,6 +126,7 @@ STABLE_TORCH_LIBRARY(rlrr_kernels_cpp, m) {
       "bool need_x, bool need_row, bool need_col, bool need_bias, int path=0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("path(Tensor rows, Tensor weight, int rank, bool backward) -> int");
   m.def("cpu_level(int number=-1) -> int");
+  m.def("cpu_library() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CPU, m) {
@@ -133,4 +137,5 @@ STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlrr_kernels_cpp, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&rlrr::cpu_level));
+  m.impl("cpu_library", TORCH_BOX(&rlrr::cpu_library));
 }

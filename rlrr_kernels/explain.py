@@ -197,7 +197,7 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     flat = x.to(dtype).reshape(x.shape[:-1].numel(), x.shape[-1])
     kind, _, forced = name.partition(".")
     if kind == "cpp":
-        steps = _cpp_multi_steps(flat, weight, row.shape[2], sorted(rows.counts.values()))
+        steps = _cpp_multi_steps(flat, weight, row.shape[2], rows)
     elif kind == "triton" and len(rows.counts) > 1:
         steps = _triton_multi_steps(_gpu(gpu, x), forced or None, flat, weight, col, rows)
     else:
@@ -214,8 +214,9 @@ def _explain_multi(given: dict[str, Any], x: Tensor, gpu: str | None) -> Explana
     )  # fmt: skip
 
 
-def _cpp_multi_steps(x: Tensor, weight: Tensor, rank: int, counts: list[int]) -> tuple[Step, ...]:
-    """By the ways of the forward, then of the backward: which adapters' rows take it; ``counts`` ascend."""
+def _cpp_multi_steps(x: Tensor, weight: Tensor, rank: int, rows: TaskRows) -> tuple[Step, ...]:
+    """By the ways of the forward, then of the backward: which adapters' rows take it."""
+    from rlrr_kernels.ops.linear.cpp_backend import path_of
     from rlrr_kernels.ops.multi import cpp_backend
 
     launches = {
@@ -226,11 +227,16 @@ def _cpp_multi_steps(x: Tensor, weight: Tensor, rank: int, counts: list[int]) ->
     steps = []
     for name, backward in (("forward", False), ("grad_x and grad_scales", True)):
         ways: dict[str, list[int]] = {}
-        for count in counts:
-            ways.setdefault(cpp_backend.path_of_task(x, weight, rank, count, backward), []).append(count)
+        together = cpp_backend.has_kernels(x, weight, rank, rows, backward)
+        for count in sorted(rows.counts.values()):
+            if together:
+                path = cpp_backend.path_of_task(x, weight, rank, count, backward).replace("library", "panels")
+            else:
+                path = path_of(x.new_empty(count, x.shape[1]), weight, rank, backward)
+            ways.setdefault(path, []).append(count)
         for path, of in ways.items():
             why = f"{_adapters(of)}, by the crossovers of csrc/dispatch.h at level {backends.cpu_level()}"
-            done = launches[path] if not backward or path == "library" else (f"{path} loop for each",)
+            done = launches[path] if path == "library" or (together and not backward) else (f"{path} loop for each",)
             steps.append(Step(name, path, why, done))
     return tuple(steps)
 
@@ -329,7 +335,6 @@ def _estimated(sample: RowSample | None) -> str:
 def _cpp_steps(x: Tensor, weight: Tensor, rank: int, sample: RowSample | None) -> tuple[Step, ...]:
     from rlrr_kernels.ops.linear import cpp_backend
 
-    paths = {number: path for path, number in cpp_backend.PATHS.items()}
     calls = [("forward", x), ("grad_x and grad_scales", x)]
     if sample is not None:  # one call for ∂x and ∂b, and one for each part of the sample
         meta = x.new_empty(len(sample.index), x.shape[1], device="meta")
@@ -338,7 +343,7 @@ def _cpp_steps(x: Tensor, weight: Tensor, rank: int, sample: RowSample | None) -
         calls += [("grad_scales", x.new_empty(rows.shape)) for _, rows, _ in parts]
     steps = []
     for name, rows in calls:
-        path = paths[torch.ops.rlrr_kernels_cpp.path(rows, weight, rank, name != "forward")]
+        path = cpp_backend.path_of(rows, weight, rank, backward=name != "forward")
         why = f"the crossovers of csrc/dispatch.h for M = {rows.shape[0]} at level {backends.cpu_level()}"
         if name == "grad_scales":
             why = _estimated(sample) + why

@@ -32,7 +32,7 @@ def test_it_is_data_and_prints():
 
 
 @pytest.mark.skipif(backends.CPP_FAILURE is not None, reason="the C++ operator is not built")
-@pytest.mark.parametrize(("rows", "path"), [(1, "fused"), (2000, "panels")])
+@pytest.mark.parametrize(("rows", "path"), [(1, "fused"), (60, "panels")])
 def test_the_path_of_the_cpp_operator(rows: int, path: str):
     if backends.cpu_level() == "portable":
         pytest.skip("few instructions, other crossovers")

@@ -1,6 +1,7 @@
 // The instruction sets the kernels are compiled for, and which of them is in use.
 #pragma once
 
+#include "../dispatch.h"
 #include "../types.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__) && !defined(__clang__)
@@ -51,6 +52,7 @@ int64_t best_level();
 int64_t current_level();
 void set_level(int64_t number);  // at most best_level()
 const Level& level();
+Processor processor();   // that level, and what the library's products run on
 bool pairs_supported();  // whether bf16 pair products may be executed
 
 }  // namespace rlrr

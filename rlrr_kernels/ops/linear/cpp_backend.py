@@ -25,6 +25,7 @@ if CPP_FAILURE is not None:
     raise ImportError(CPP_FAILURE)
 
 _ops = torch.ops.rlrr_kernels_cpp
+PATH_NAMES = {number: name for name, number in PATHS.items()}
 _linear = _ops.linear.default
 _linear_backward = _ops.linear_backward.default
 _below_autograd = private.BelowAutograd
@@ -47,6 +48,13 @@ def set_cpu_level(name: str) -> None:
 _best_level = _ops.cpu_level()
 if "RLRR_CPU_LEVEL" in os.environ:
     set_cpu_level(os.environ["RLRR_CPU_LEVEL"])
+
+
+def path_of(rows: Tensor, weight: Tensor, rank: int, backward: bool) -> str:
+    """The way of a call with ``rows``, x or g [M, ...], of :data:`PATHS`."""
+    if rows.dtype == torch.float32 and matmul_precision("cpu") != "ieee":
+        return "library"
+    return PATH_NAMES[_ops.path(rows, weight, rank, backward)]
 
 
 def _way(path: str, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlrr_kernels.ops.dtypes import matmul_precision
 from rlrr_kernels.ops.host import private
-from rlrr_kernels.ops.linear.cpp_backend import PATHS
+from rlrr_kernels.ops.linear.cpp_backend import PATH_NAMES, PATHS
 from rlrr_kernels.ops.linear.dispatch import flattened
 from rlrr_kernels.ops.multi import loop_backend
 from rlrr_kernels.ops.multi.loop_backend import Needs
@@ -20,7 +20,6 @@ from rlrr_kernels.ops.multi.task_index import BARE, TaskRows
 _ops = torch.ops.rlrr_kernels_cpp
 _path_of_task = _ops.path_of_task.default
 _linear_multi = _ops.linear_multi.default
-_NAMES = {number: name for name, number in PATHS.items()}
 
 LEAST_RUN = 32
 """Rows a sample from which on it costs less to multiply samples where they lie than to copy them to their task's."""
@@ -31,7 +30,7 @@ def path_of_task(x: Tensor, weight: Tensor, rank: int, count: int, backward: boo
     "panels" (products with W' of the adapter, a panel at a time), or "library" (a call of ``rlrr_linear``)."""
     if x.dtype == torch.float32 and matmul_precision("cpu") != "ieee":
         return "library"
-    return _NAMES[_path_of_task(x, weight, rank, count, backward)]
+    return PATH_NAMES[_path_of_task(x, weight, rank, count, backward)]
 
 
 def has_kernels(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, backward: bool = False) -> bool:
@@ -39,8 +38,9 @@ def has_kernels(x: Tensor, weight: Tensor, rank: int, rows: TaskRows, backward: 
     key = x.dtype, weight.dtype, weight.shape, rank, backward, matmul_precision("cpu")
     found = rows.cache.get(key)
     if found is None:  # asked once for layers alike: the operator that tells costs a twentieth of a small layer
-        # "library" is what more rows would take, or none.
-        found = rows.cache[key] = path_of_task(x, weight, rank, rows.most, backward) != "library"
+        # "library" is what more rows would take, or none; of a batch, what most tasks would.
+        typical = rows.count // max(1, len(rows.counts))
+        found = rows.cache[key] = path_of_task(x, weight, rank, typical, backward) != "library"
     return found
 
 

@@ -63,26 +63,31 @@ def random_arguments(rows=5, out_features=12, in_features=35, rank=2, groups=3, 
 @pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_the_crossovers_between_the_paths(level):
     """The most rows of x for one pass over W and for panels; those of csrc/dispatch.h were measured."""
+    library = torch.ops.rlrr_kernels_cpp.cpu_library()
+    assert (library & 1) == torch.cpu._is_amx_tile_supported()
 
     def most(dtype, rank, backward) -> list[int]:
-        weight = torch.empty(64, 64, dtype=dtype)
-        paths = (
-            torch.ops.rlrr_kernels_cpp.path(weight.new_empty(rows, 64), weight, rank, backward)
-            for rows in range(1, 200)
-        )
-        taken = list(paths)
-        assert taken == sorted(taken)
-        return [taken.count(linear_cpp.PATHS["fused"]), len(taken) - taken.count(linear_cpp.PATHS["library"])]
+        weight, rows = torch.empty(64, 64, dtype=dtype), torch.empty(1000, 64, dtype=dtype)
+        taken = [linear_cpp.path_of(rows[:count], weight, rank, backward) for count in range(1, 1001)]
+        assert taken == sorted(taken, key=PATHS.index)
+        return [taken.count("fused"), 1000 - taken.count("library")]
 
     for backward, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
-        pairs = level == "avx512_bf16" and dtype == torch.bfloat16
-        few, some = (8, 8) if level == "portable" and backward else (4, 4)
-        if level != "portable" and backward:
-            few = some = 3 if pairs else 32
-        elif pairs:
-            few = 6
-        panels = 16 if level == "portable" else 199
-        assert [most(dtype, rank, backward) for rank in (1, 4, 5)] == [[few, panels], [some, panels], [0, panels]]
+        bf16 = dtype == torch.bfloat16
+        tiles, pairs = bf16 and library & 1, bf16 and level == "avx512_bf16"
+        if backward:
+            few = 8 if level == "portable" else 3 if pairs else 32
+            fused = {1: few, 4: few, 5: 0, 64: 0}
+        else:
+            fused = {1: 4 if not pairs else 3 if tiles else 6, 4: 4, 5: 0, 64: 0}
+        for rank, of_one_pass in fused.items():
+            if level == "portable":
+                panels = 16
+            elif tiles:
+                panels = 24 + (3 if backward else 2) * rank
+            else:
+                panels = 384 + 6 * rank if library & 2 and not bf16 else 1000
+            assert most(dtype, rank, backward) == [of_one_pass, max(of_one_pass, panels)], (backward, dtype, rank)
 
 
 # ---------------------------------------------------------------- exactness
