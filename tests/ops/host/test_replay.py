@@ -29,7 +29,7 @@ from benchmarks.gpu.correctness import check
 from benchmarks.support.common import Problem
 from benchmarks.support.fake_cuda import Driver
 from rlrr_kernels.ops.host import launch as launching
-from rlrr_kernels.ops.host.replay import Replay
+from rlrr_kernels.ops.host.replay import Replay, choose_anew
 
 pytestmark = pytest.mark.interpreted
 
@@ -429,7 +429,7 @@ def test_a_layout_is_tried_again_when_other_choices_are_in_force(recorder: Recor
         for _ in range(2):
             call.forward(**inputs)
         assert not recorder.started  # nobody has said that anything changed
-        store._changed()
+        choose_anew()
         for _ in range(2):
             call.forward(**inputs)
     assert recorder.started
