@@ -13,7 +13,8 @@ from rlrr_kernels.reference import rlrr_linear_reference
 LEVELS = () if backends.CPP_FAILURE is not None else CPU_LEVELS[: CPU_LEVELS.index(cpu_level()) + 1]
 
 _LANES = {"portable": 4, "avx2": 8}  # 16 for the others
-_EAGER_LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_EAGER_LANES = 16 if _CAPABILITY.startswith("AVX512") else 8 if _CAPABILITY == "AVX2" else 4
 _MANY_ROWS = 64
 
 
