@@ -110,8 +110,8 @@ inline bool has_kernels(const Weight& weight, Type type, int64_t count) {
 }
 
 // The way of `count` rows, of an x or g like `rows`, beside a weight [N, K] under scales of a rank.
-inline int64_t path_of(Path (*choose)(const Processor&, Type, const Weight&, int64_t), const Tensor& rows, const Tensor& weight_,
-                       int64_t rank, int64_t count) {
+inline int64_t path_of(Path (*choose)(const Processor&, Type, const Weight&, int64_t), const Tensor& rows,
+                       const Tensor& weight_, int64_t rank, int64_t count) {
   const Type type = type_of(rows, "x");
   Weight weight{};
   weight.type = type_of(weight_, "weight");

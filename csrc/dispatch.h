@@ -52,7 +52,7 @@ inline int64_t most_panels(const Processor& here, Type type, const Weight& weigh
 }
 
 // Only float32 and bfloat16 (weights too) have more than the library's way. Rank 1 on a bfloat16 weight has a form of one pass
-// that makes no W', where the processor multiplies pairs; with AMX it does so at half the rate.
+// that makes no W', where the processor multiplies pairs; on the Xeon panels overtake it sooner.
 inline int64_t most_fused(const Processor& here, Type type, const Weight& weight) {
   const bool stacks = here.level == 3 && type == Type::bf16 && weight.type == Type::bf16 && weight.rank == 1;
   if (weight.rank > kFusedRank) return 0;

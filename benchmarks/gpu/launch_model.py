@@ -20,7 +20,7 @@ from rlrr_kernels.ops.choice.tiles import Tiles
 ARCHITECTURE = "sm_90"
 """Whose tiles and paths are modelled."""
 
-SCHEDULES = ("tiled", "persistent")
+SCHEDULES = tuple(configs.SCHEDULES)
 """What the shipped tiles may be of."""
 
 GPU = devices.typical(ARCHITECTURE)
